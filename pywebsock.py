@@ -1,0 +1,1786 @@
+#!/usr/bin/env python3
+"""A WebSocket broadcast server in one file: what one client sends, all clients get.
+
+    python pywebsock.py                 # then open pywebsock.html in several tabs
+
+It is the whole of RFC 6455 (The WebSocket Protocol) and RFC 7692 (compression) on the
+standard library, written to be read beside them from top to bottom.  Every client sees
+the same messages in the same order, a client that stops reading holds up nobody, and
+the busier the room, the less a message costs.  As a library:
+
+    from pywebsock import BroadcastServer
+
+    class Chat(BroadcastServer):
+        def on_message(self, client, message):          # str or bytes
+            self.broadcast(f"{client.address}: {message}")
+
+    with Chat(("localhost", 4545)) as server:
+        server.serve_forever()
+
+The frame (RFC 6455 5.2), which is all there is on the wire after the opening handshake:
+
+      0                   1                   2                   3
+      0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 0 1
+     +-+-+-+-+-------+-+-------------+-------------------------------+
+     |F|R|R|R| opcode|M| Payload len |    Extended payload length    |
+     |I|S|S|S|  (4)  |A|     (7)     |             (16/64)           |
+     |N|V|V|V|       |S|             |   (if payload len==126/127)   |
+     | |1|2|3|       |K|             |                               |
+     +-+-+-+-+-------+-+-------------+ - - - - - - - - - - - - - - - +
+     |     Extended payload length continued, if payload len == 127  |
+     + - - - - - - - - - - - - - - - +-------------------------------+
+     |                               |Masking-key, if MASK set to 1  |
+     +-------------------------------+-------------------------------+
+     | Masking-key (continued)       |          Payload Data         |
+     +-------------------------------- - - - - - - - - - - - - - - - +
+     :                     Payload Data continued ...                :
+     + - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - +
+     |                     Payload Data continued ...                |
+     +---------------------------------------------------------------+
+
+The parts, bottom-up; the first six know no sockets, take bytes and give values or raise:
+
+    vocabulary            opcodes, status codes, limits        RFC 6455 5.2, 7.4
+    errors                what the pure parts raise
+    base framing          masking, frames out, frames in       RFC 6455 5
+    permessage-deflate    offers, inflating, deflating         RFC 7692
+    messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
+    opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
+    TLS                   plaintext to records and back        RFC 8446
+    connections           WebSocketHandler: a thread a client  RFC 6455 5.5, 7
+    server                BroadcastServer: one order, fan-out
+    command line          main()
+
+The engine.  Whatever changes what clients see is an *operation*: a broadcast, a frame to
+one client, a client joining or leaving.  Operations go through one queue.  Whoever holds
+the one lock that matters, the *turn*, carries them out: its own and everybody else's.  A
+thread that has queued something tries to take the turn and, where it fails, goes back to
+its client, since the holder will see what it queued.  All consecutive broadcasts found in
+the queue become one buffer, and each client gets one send() for all of them.
+
+Threads.  One accepts (it runs serve_forever), one reads each client (its handler, which
+also runs the hooks for that client), one, the *housekeeper*, looks after slow clients,
+silent clients and timeouts.  Others may call broadcast(), send() and close().
+
+Locks, and the rules that everything below relies on:
+
+  R1  Only the holder of the turn touches the client set, sends on the socket of a client
+      that has joined, and changes its backlog.  Before it has joined and after it has
+      left, the client's socket belongs to its own thread alone, which also closes it.
+  R2  The holder never waits: its sends do not block, and no hook runs in the turn.
+  R3  Only the housekeeper waits for the turn, all others just try.  What is left in the
+      queue when the turn is given back is therefore seen by the last holder, which looks
+      once more, or has been promised to the housekeeper.
+  R4  The entrance guards the queue and its tally, for a few instructions at a time.
+  R5  A TLS object has a lock of its own (OpenSSL wants one thread at a time); it is held
+      for work in memory, never while waiting.
+  R6  Locks are taken in the order: turn, TLS or entrance; never the other way round.
+
+Glossary.  client: a WebSocketHandler after its opening handshake.  Room: the clients that
+get broadcasts.  Backlog: what a client's socket did not take yet.  Run: consecutive
+broadcasts sent as one.  Window: the LZ77 window of deflate, 9 to 15 bits, or 0 for plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import codecs
+import enum
+import errno
+import functools
+import hashlib
+import http
+import ipaddress
+import json
+import logging
+import os
+import pathlib
+import re
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import zlib
+from _thread import start_new_thread
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
+
+__all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Opcode", "ProtocolError", "WebSocketHandler", "main"]
+__version__ = "1.0.0"
+
+log = logging.getLogger("pywebsock")
+Message = Union[str, bytes]  # text or binary (RFC 6455 5.6)
+
+
+# ======================================================================================
+# Vocabulary (RFC 6455 5.2, 7.4)
+# ======================================================================================
+
+
+class Opcode(enum.IntEnum):
+    """What a frame is (RFC 6455 5.2, 11.8). From 8 on: control frames."""
+
+    CONT = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(enum.IntEnum):
+    """Why a connection ends (RFC 6455 7.4.1, names of the IANA registry)."""
+
+    NORMAL_CLOSURE = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    NO_STATUS_RCVD = 1005  # never sent: the Close frame had no code
+    ABNORMAL_CLOSURE = 1006  # never sent: there was no Close frame
+    INVALID_FRAME_PAYLOAD_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+    MANDATORY_EXT = 1010
+    INTERNAL_ERROR = 1011
+    SERVICE_RESTART = 1012
+    TRY_AGAIN_LATER = 1013
+    BAD_GATEWAY = 1014
+    TLS_HANDSHAKE = 1015  # never sent
+
+
+# 7.4: those of the registry that may stand in a frame, 3000-3999 registered, 4000-4999 private.
+CODES_ON_THE_WIRE = frozenset(CloseCode) - {1005, 1006, 1015} | frozenset(range(3000, 5000))
+
+TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
+OPCODES = frozenset(map(int, Opcode))
+MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
+
+# Limits of a request, bytes; the table of errors in `RequestParser` says what follows.
+MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
+
+READ_SIZE = 64 * 1024  # bytes asked of a socket at once
+RUN_SIZE = 1024 * 1024  # bytes of consecutive broadcasts sent as one
+QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
+TURN_TIME = 0.02  # seconds after which a holder hands the turn on
+PATIENCE = 0.25  # seconds in which a quick reader takes a quarter of its backlog limit
+
+
+# ======================================================================================
+# Errors
+# ======================================================================================
+
+
+class HandshakeError(Exception):
+    """The request cannot be served: carries the HTTP status and further header fields."""
+
+    def __init__(self, status: int, message: str, *fields: tuple[str, str]) -> None:
+        super().__init__(message)
+        self.status = http.HTTPStatus(status)
+        self.fields = fields
+
+
+class ProtocolError(Exception):
+    """The connection must fail (RFC 6455 7.1.7): carries the close code."""
+
+    def __init__(self, code: CloseCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# ======================================================================================
+# Base framing (RFC 6455 5)
+# ======================================================================================
+
+# A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
+XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
+
+
+def apply_mask(payload: bytes, key: bytes) -> bytes:
+    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key."""
+    length = len(payload)
+    if length < 1024:  # the whole payload as one integer: fastest for short ones
+        mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
+        return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
+    masked = bytearray(payload)  # each fourth byte through one table: fastest for long ones
+    for i in range(4):
+        masked[i::4] = masked[i::4].translate(XOR_WITH[key[i]])
+    return bytes(masked)
+
+
+def serialize_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
+    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2)."""
+    length = len(payload)
+    first = 0x80 | rsv1 << 6 | opcode
+    if length < 126:
+        return bytes((first, length)) + payload
+    if length < 1 << 16:
+        return struct.pack("!BBH", first, 126, length) + payload
+    return struct.pack("!BBQ", first, 127, length) + payload
+
+
+class FrameParser:
+    """Cuts the bytes that a client sends into frames, checked and unmasked (5.2)."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # of a header, or of a control frame, that has not arrived whole
+        self._left = 0  # bytes of the current data frame's payload still to come
+        self._fin = False  # of the current data frame
+        self._key = b""  # masking key, turned to where the current data frame's payload goes on
+
+    def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, bytes, int]]:
+        """Yield (fin, rsv1, opcode, payload, left) for all that `data` brings.
+
+        A data frame is not waited for: what has arrived of its payload is given like a
+        fragment, without fin; what arrives later follows as continuations. `left` is the
+        number of bytes that its header still promises. Control frames come whole.
+        Raises ProtocolError, after everything that was good before.
+        """
+        data, self._rest = self._rest + data if self._rest else data, b""
+        position, end = 0, len(data)
+        if self._left:
+            position = min(self._left, end)
+            yield self._piece(False, CONT, data[:position])
+        while position < end:
+            header = parse_header(data, position)
+            if header is None:
+                self._rest = data[position:]
+                return
+            first, length, key, start = header
+            fin, rsv1, opcode = first >= 0x80, first & 0x40 != 0, first & 0x0F
+            position = start + length
+            if position <= end:
+                yield fin, rsv1, opcode, apply_mask(data[start:position], key), 0
+            elif opcode >= 8:  # control frames are short: wait for the whole
+                self._rest = data[start - 6 :]
+                return
+            else:
+                self._fin, self._left, self._key = fin, length, key
+                yield self._piece(rsv1, opcode, data[start:])
+
+    def _piece(self, rsv1: bool, opcode: int, masked: bytes) -> tuple[bool, bool, int, bytes, int]:
+        """Unmask what has arrived of a data frame, and remember where its key goes on."""
+        self._left -= len(masked)
+        payload = apply_mask(masked, self._key)
+        turn = len(masked) % 4
+        self._key = self._key[turn:] + self._key[:turn]
+        return self._fin and not self._left, rsv1, opcode, payload, self._left
+
+
+def parse_header(data: bytes, position: int) -> tuple[int, int, bytes, int] | None:
+    """The frame header at `position` (5.2): (first byte, payload length, masking key, start of payload).
+
+    None where more bytes are needed. Raises ProtocolError.
+    """
+    if len(data) - position < 2:
+        return None
+    first, second = data[position], data[position + 1]
+    length, start = second & 0x7F, position + 6
+    if first & 0x30:  # 5.2: no extension here gives them a meaning
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV2 or RSV3 is set")
+    if first & 0x0F not in OPCODES:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"opcode {first & 0x0F} is reserved")
+    if second < 0x80:  # 5.1: a client masks every frame
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
+    if first & 0x08 and (first < 0x80 or length > MAX_CONTROL_PAYLOAD):  # 5.5
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
+    if length == 126:  # 7+16 bits
+        start += 2
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if start <= len(data) and length < 126:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes")
+    elif length == 127:  # 7+64 bits, of which the first must be 0
+        start += 8
+        length = int.from_bytes(data[position + 2 : position + 10], "big")
+        if start <= len(data) and not 1 << 16 <= length < 1 << 63:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
+    if start > len(data):
+        return None
+    return first, length, data[start - 4 : start], start
+
+
+def serialize_close(code: int, reason: str = "") -> bytes:
+    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1)."""
+    if code == CloseCode.NO_STATUS_RCVD:
+        return serialize_frame(CLOSE, b"")
+    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # never half a character
+    return serialize_frame(CLOSE, struct.pack("!H", code) + text.encode())
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError."""
+    if not payload:
+        return CloseCode.NO_STATUS_RCVD, ""
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) < 2 or code not in CODES_ON_THE_WIRE:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has no valid code")
+    return code, decode_text(payload[2:])
+
+
+def decode_text(payload: bytes) -> str:
+    """UTF-8 (8.1). Raises ProtocolError."""
+    try:
+        return str(payload, "utf-8")
+    except UnicodeDecodeError:
+        raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
+
+
+# ======================================================================================
+# permessage-deflate (RFC 7692)
+#
+# The answer to every offer has server_no_context_takeover and client_no_context_takeover:
+# each message is compressed by itself. So a broadcast is compressed once for everybody,
+# and no connection keeps a window of 32 KiB. A reader who skips this part needs to know
+# only that a client's `window` is 0 without compression, and that rsv1 marks a
+# compressed message.
+# ======================================================================================
+
+DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
+SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
+PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|$)')
+
+
+def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]]]:
+    """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or None)])].
+
+    In linear time: each match goes on where the last one ended. Raises HandshakeError.
+    """
+    offers: list[tuple[str, list[tuple[str, str | None]]]] = []
+    position, separator = 0, ","
+    while separator:
+        match = PARAMETER.match(field, position)
+        if not match or (separator == "," and "=" in match.group()):
+            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
+        name, value = match[1], match[2] or match[3]
+        if separator == ",":
+            offers.append((name, []))
+        else:
+            offers[-1][1].append((name, value))
+        position, separator = match.end(), match[4]
+    return offers
+
+
+def negotiate_deflate(field: str) -> tuple[int, str]:
+    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1)."""
+    for name, parameters in parse_extensions(field) if field else ():
+        window = accept_offer(parameters) if name == "permessage-deflate" else 0
+        if window:
+            limit = f"; server_max_window_bits={window}" if window < 15 else ""
+            return window, f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
+    return 0, ""
+
+
+def accept_offer(parameters: Sequence[tuple[str, str | None]]) -> int:
+    """The window for what the server sends, in bits; 0 declines the offer (RFC 7692 7.1)."""
+    values = dict(parameters)
+    if len(values) < len(parameters):  # 7.1: a parameter stands at most once
+        return 0
+    for name in ("server_no_context_takeover", "client_no_context_takeover"):
+        if values.pop(name, None) is not None:  # they have no value
+            return 0
+    # A client may announce that its own window can be limited. There is no need to: a
+    # window of 15 bits inflates all smaller ones, and costs its memory for one message.
+    own = values.pop("client_max_window_bits", None)
+    window = values.pop("server_max_window_bits", "15")
+    if values or (own is not None and not re.fullmatch("[89]|1[0-5]", own)):
+        return 0
+    # zlib has no raw deflate with a window of 8 bits, which a decliner need not have.
+    return int(window) if window and re.fullmatch("9|1[0-5]", window) else 0
+
+
+def deflate(payload: bytes, window: int) -> bytes:
+    """Compress one message, by itself (7.2.1)."""
+    compressor = zlib.compressobj(wbits=-window)
+    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
+
+
+class Inflater:
+    """Decompresses one message as its fragments come, never beyond the limit (7.2.2)."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=-15)
+        self._after = b""  # what follows a final block
+
+    def inflate(self, data: bytes, fin: bool, limit: int) -> bytes:
+        """The plain bytes that `data` gives, at most `limit`. Raises ProtocolError."""
+        if fin:
+            data += SYNC_TAIL
+        try:
+            plain = self._zlib.decompress(data, limit + 1)
+        except zlib.error:
+            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
+        if len(plain) > limit:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message inflates beyond the limit")
+        if self._zlib.eof:  # 7.2.3.4: a block with BFINAL is followed by an empty one, and nothing else
+            self._after = self._zlib.unused_data
+            if len(self._after) > 5 or (fin and self._after not in (SYNC_TAIL, b"\0" + SYNC_TAIL)):
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data goes on after its end")
+        return plain
+
+
+# ======================================================================================
+# Messages (RFC 6455 5.4, 5.6, 8.1)
+# ======================================================================================
+
+
+class MessageReader:
+    """Puts fragments together and gives whole messages and control frames."""
+
+    def __init__(self, max_message: int, compressed: bool = False) -> None:
+        self._max_message = max_message  # bytes, after inflating
+        self._may_compress = compressed  # permessage-deflate was negotiated
+        self._frames = FrameParser()
+        self._opcode = 0  # of the message whose fragments are coming; 0 between messages
+        self._payload = bytearray()  # one buffer: a list of a million empty fragments would not be small
+        self._inflater: Inflater | None = None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()  # finds wrong bytes as they come
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, Message]]:
+        """Yield (opcode, payload) for every text (str), binary, Close, Ping and Pong (bytes) that `data` completes.
+
+        Raises ProtocolError as soon as the bytes allow, after everything that was good before.
+        """
+        for fin, rsv1, opcode, payload, left in self._frames.feed(data):
+            if opcode >= 8:  # 5.4: control frames may stand between fragments
+                if rsv1:
+                    raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
+                yield opcode, payload
+            elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
+                yield opcode, decode_text(payload) if opcode == TEXT else payload  # nearly all messages
+            else:
+                self._begin_or_continue(opcode, rsv1)
+                self._append(fin, payload, left)
+                if fin:
+                    yield self._finish()
+
+    def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
+        if opcode and self._opcode:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins within a fragmented one")
+        if not opcode and not self._opcode:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "there is no message to continue")
+        if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
+        if opcode:
+            self._opcode = opcode
+            self._inflater = Inflater() if rsv1 else None
+
+    def _append(self, fin: bool, payload: bytes, left: int) -> None:
+        room = self._max_message - len(self._payload)
+        if self._inflater:
+            payload = self._inflater.inflate(payload, fin, room)
+        elif len(payload) + left > room:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
+        if self._opcode == TEXT:
+            try:
+                self._utf8.decode(payload, fin)
+            except UnicodeDecodeError:
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
+        self._payload += payload
+
+    def _finish(self) -> tuple[int, Message]:
+        opcode, payload = self._opcode, self._payload
+        self._opcode, self._payload, self._inflater = 0, bytearray(), None
+        return opcode, payload.decode() if opcode == TEXT else bytes(payload)
+
+
+class Outgoing:
+    """A message on its way to clients: one frame without compression, and one for each window in use."""
+
+    __slots__ = ("_deflated", "opcode", "payload", "plain")
+
+    def __init__(self, message: Message) -> None:
+        self.opcode, self.payload = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
+        self.plain = serialize_frame(self.opcode, self.payload)
+        self._deflated: dict[int, bytes] = {}
+
+    def frame(self, window: int) -> bytes:
+        """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
+        if not window or len(self.payload) < DEFLATE_THRESHOLD:
+            return self.plain
+        if window not in self._deflated:
+            payload = deflate(self.payload, window)
+            shorter = len(payload) < len(self.payload)
+            self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
+        return self._deflated[window]
+
+
+# ======================================================================================
+# Opening handshake (RFC 6455 4; HTTP as in RFC 9112)
+# ======================================================================================
+
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
+
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
+FIELD_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
+
+
+class Request(NamedTuple):
+    """The head of a request; header field names are in lower case, repeated fields joined by commas."""
+
+    method: str
+    target: str
+    version: tuple[int, int]
+    headers: dict[str, str]
+
+    def tokens(self, name: str) -> list[str]:
+        """The comma-separated tokens of a header field, in lower case."""
+        return [token.strip(" \t").lower() for token in self.headers.get(name, "").split(",")]
+
+    @property
+    def path(self) -> str:
+        """The target without its query, or without what precedes the path in absolute form (RFC 9112 3.2)."""
+        return re.sub(r"^https?://[^/?]*", "", self.target.partition("?")[0], flags=re.IGNORECASE) or "/"
+
+    @property
+    def upgrades(self) -> bool:
+        """Whether it asks for a WebSocket, however badly."""
+        return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
+
+
+class RequestParser:
+    """Parses the head of a request, line by line as it comes: errors are found at once."""
+
+    def __init__(self) -> None:
+        self.rest = bytearray()  # what has not been parsed; in the end what follows the head
+        self._seen = 0  # bytes of rest that hold no line end
+        self._size = 0  # bytes of all lines
+        self._start: tuple[str, str, tuple[int, int]] | None = None  # what the request line says
+        self._headers: dict[str, str] = {}
+        self._fields = 0
+
+    def feed(self, data: bytes) -> Request | None:
+        """The request, once `data` completes its head; before that None. Raises HandshakeError."""
+        self.rest += data
+        if not self._start and self.rest[:1] and not self.rest[:1].isalpha():
+            raise HandshakeError(400, "that is not HTTP")  # such as TLS on a plain port
+        while True:
+            end = self.rest.find(b"\n", self._seen)
+            length = end if end >= 0 else len(self.rest)
+            if length > MAX_LINE:
+                raise HandshakeError(431 if self._start else 414, f"a line is longer than {MAX_LINE} bytes")
+            if self._size + length > MAX_HEAD:
+                raise HandshakeError(431, f"the header is longer than {MAX_HEAD} bytes")
+            if end < 0:
+                self._seen = len(self.rest)
+                return None
+            line, self._seen, self._size = bytes(self.rest[:end]), 0, self._size + end + 1
+            del self.rest[: end + 1]
+            if self._parse_line(line) and self._start:
+                return Request(*self._start, self._headers)
+
+    def _parse_line(self, line: bytes) -> bool:
+        """Whether it was the last one."""
+        if not line.endswith(b"\r"):
+            raise HandshakeError(400, "a line does not end in CR LF")
+        text = line[:-1].decode("latin-1")
+        if self._start is None:
+            self._start = parse_request_line(text)
+            return False
+        if not text:
+            return True
+        match = FIELD_LINE.fullmatch(text)
+        self._fields += 1
+        if not match:
+            raise HandshakeError(400, "a header field is malformed")
+        if self._fields > MAX_FIELDS:
+            raise HandshakeError(431, f"there are more than {MAX_FIELDS} header fields")
+        name, value = match[1].lower(), match[2].rstrip(" \t")
+        self._headers[name] = f"{self._headers[name]}, {value}" if name in self._headers else value
+        return False
+
+
+def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
+    """(method, target, version), RFC 9112 3. Raises HandshakeError."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HandshakeError(400, "the request line is malformed")
+    version = int(match[3]), int(match[4])
+    if version[0] != 1:
+        raise HandshakeError(505, "the protocol is not HTTP/1.1")
+    return match[1], match[2], version
+
+
+def check_host(request: Request) -> str:
+    """The Host field, which HTTP/1.1 demands (RFC 9112 3.2). Raises HandshakeError."""
+    host = request.headers.get("host", "")
+    if not HOST.fullmatch(host) and (host or request.version >= (1, 1)):
+        raise HandshakeError(400, "the Host header field is missing or malformed")
+    return host
+
+
+def check_origin(request: Request, origins: Sequence[str]) -> None:
+    """Keep other people's web pages out (RFC 6455 10.2). Raises HandshakeError.
+
+    A browser says which page asks. Programs say nothing and may enter; so may a page that
+    came from this very server by the name of localhost or an address (any other name
+    could have been made to point here: DNS rebinding), and what is listed in `origins`.
+    With nothing listed, so may a page opened from disk, which calls itself null or file://.
+    """
+    origin = request.headers.get("origin")
+    allowed = [listed.lower().rstrip("/") for listed in origins] or ["null", "file:"]
+    if origin is None or "*" in allowed or origin.lower().rstrip("/") in allowed:
+        return
+    host = check_host(request).lower()
+    if origin.lower() in (f"http://{host}", f"https://{host}") and is_address(host):
+        return
+    raise HandshakeError(403, f"origin {printable(origin)} may not connect (--origin {printable(origin)} allows it)")
+
+
+def is_address(host: str) -> bool:
+    """Whether a Host is localhost or an IP address, with or without a port."""
+    name = re.sub(":[0-9]*$", "", host).strip("[]")
+    try:
+        return name == "localhost" or bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def check_upgrade(request: Request) -> str:
+    """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
+    if request.method != "GET":
+        raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    if request.version < (1, 1):
+        raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
+    if "websocket" not in request.tokens("upgrade"):
+        raise HandshakeError(400, "the Upgrade header field does not say websocket")
+    if "upgrade" not in request.tokens("connection"):
+        raise HandshakeError(400, "the Connection header field does not say Upgrade")
+    if request.headers.get("sec-websocket-version") != "13":
+        raise HandshakeError(426, "the WebSocket version is not 13", ("Sec-WebSocket-Version", "13"))
+    return accept_key(request.headers.get("sec-websocket-key", ""))
+
+
+def accept_key(key: str) -> str:
+    """Proof that the server has understood the handshake (4.2.2, item 5.4). Raises HandshakeError."""
+    try:
+        nonce = base64.b64decode(key, validate=True)
+    except (binascii.Error, ValueError):
+        nonce = b""
+    if len(nonce) != 16 or len(key) != 24:
+        raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    return base64.b64encode(hashlib.sha1(key.encode() + GUID).digest()).decode()
+
+
+def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
+    """A response; all but 101 end the connection (RFC 9112 4)."""
+    lines = [f"HTTP/1.1 {int(status)} {http.HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
+    """A response to an ordinary request, with its body's length; to HEAD, without the body."""
+    standard = (
+        ("Content-Type", kind),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("X-Frame-Options", "DENY"),
+        ("Connection", "close"),
+    )
+    return serialize_response(status, (*standard, *fields), b"" if head else body)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from the network, made safe for a log: control and non-ASCII characters escaped, cut."""
+    return text[:limit].encode("unicode_escape").decode("ascii")
+
+
+# ======================================================================================
+# TLS (RFC 8446)
+# ======================================================================================
+
+
+class TLS:
+    """Turns plaintext into TLS records and back, in memory. It knows no sockets: reading and
+    writing stay what they are without TLS, and none of its callers ever waits with its lock (R5)."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._lock = threading.Lock()
+
+    def handshake(self, data: bytes) -> tuple[bool, bytes]:
+        """Take records; (whether the handshake is done, records to send). Raises ssl.SSLError."""
+        self._incoming.write(data)
+        try:
+            self._object.do_handshake()
+            return True, self._outgoing.read()
+        except ssl.SSLWantReadError:
+            return False, self._outgoing.read()
+
+    def decrypt(self, records: bytes) -> bytes | None:
+        """The plaintext that has become complete; None at the end. Raises ssl.SSLError."""
+        plain = []
+        with self._lock:
+            self._incoming.write(records)
+            try:
+                while True:
+                    plain.append(self._object.read(READ_SIZE))
+                    if not plain[-1]:
+                        return b"".join(plain) or None
+            except ssl.SSLWantReadError:
+                return b"".join(plain)
+            except ssl.SSLZeroReturnError:
+                return b"".join(plain) or None
+
+    def encrypt(self, plain: bytes) -> bytes:
+        """The records for some plaintext, and whatever else TLS has to say. Raises ssl.SSLError."""
+        with self._lock:
+            if plain:
+                self._object.write(plain)
+            return self._outgoing.read()
+
+    def end(self) -> bytes:
+        """The close_notify that must precede the end of the connection (6.1)."""
+        with self._lock:
+            try:
+                self._object.unwrap()
+            except ssl.SSLError:
+                pass  # the peer's own close_notify has not come; nobody waits for it
+            return self._outgoing.read()
+
+
+# ======================================================================================
+# Connections (RFC 6455 5.5, 7)
+# ======================================================================================
+
+# With this flag a send does not wait on a socket whose recv does. Windows lacks it: there
+# the sockets of clients never wait, and their threads wait in select() before they read.
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+
+
+class WebSocketHandler(socketserver.BaseRequestHandler):
+    """One connection, and the thread that reads it; after the opening handshake, a client.
+
+    For every hook and any other thread:
+
+    - send(message), close(code, reason)
+    - path: the request's target, with its query
+    - headers: the request's header fields, names in lower case
+    - address: the peer's address and port, for people
+    """
+
+    server: BroadcastServer
+    request: socket.socket
+
+    def setup(self) -> None:
+        """Called by socketserver in the new thread, like handle()."""
+        host, port = self.client_address[:2]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.path = ""
+        self.headers: dict[str, str] = {}
+        self.window = 0  # of permessage-deflate, in bits; 0 without
+        self._tls: TLS | None = None
+        self._deadline = time.monotonic() + self.server.handshake_timeout  # of what this thread does by itself
+
+        # What the holder of the turn keeps here (R1).
+        self.backlog: deque[bytes] = deque()  # what the socket did not take; slow clients share these bytes
+        self.backlog_size = 0  # bytes
+        self.sent = 0  # bytes of backlog[0] that the socket took
+        self.moved = 0.0  # when the socket last took bytes of the backlog
+        self.quick_at = 0.0  # when it last took a quarter of the backlog limit, or the backlog began
+        self.quick_bytes = 0  # taken since then
+        self.pong: bytes | None = None  # the newest Pong, waiting for the backlog to be empty
+        self.pinged = False  # a keepalive Ping awaits anything at all
+        self.closing: tuple[int, str] | None = None  # code and reason of the server's own Close, once sent
+        self.close_by = 0.0  # when to give up waiting for the peer's
+        self.dropped = ""  # why the connection was given up
+
+        # Written by this thread, read by the housekeeper.
+        self.quiet_since: float | None = None  # when this thread began to wait for bytes, if it does
+
+    # ---- for hooks and other threads ----
+
+    def send(self, message: Message) -> None:
+        """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
+
+        Never fails: where the client is gone or closing, the message is gone too.
+        Raises TypeError for anything but str and bytes.
+        """
+        outgoing = Outgoing(check_message(message))
+        self.server.perform(functools.partial(self.server.send_to, self, outgoing), len(outgoing.plain))
+
+    def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
+
+        Raises ValueError for a code that may not be sent (7.4).
+        """
+        if code not in CODES_ON_THE_WIRE:
+            raise ValueError(f"{code} is not a close code that may be sent")
+        self.server.perform(functools.partial(self.server.close_client, self, code, reason))
+
+    # ---- in this client's own thread ----
+
+    def handle(self) -> None:
+        """Serve the connection from its first byte to its last."""
+        try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.server.tls_context:
+                self._shake_hands(self.server.tls_context)
+            parser = RequestParser()
+            request = self._read_request(parser)
+            if request.upgrades:
+                self._serve_websocket(request, bytes(parser.rest))
+            else:
+                self._part(self._answer(request, parser.rest))
+        except HandshakeError as error:
+            log.warning("%s refused: %d, %s", self.address, error.status, error)
+            body = f"{error.status.value} {error.status.phrase}: {error}\n".encode("utf-8", "replace")
+            self._part(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields))
+        except OSError as error:  # of which ssl.SSLError is one
+            log.info("%s gone before its handshake: %s", self.address, error)
+
+    def _shake_hands(self, context: ssl.SSLContext) -> None:
+        tls, data, done = TLS(context), b"", False
+        while not done:
+            self._limit_wait()
+            data = self.request.recv(READ_SIZE)
+            if not data:
+                raise OSError("no TLS handshake")
+            try:
+                done, records = tls.handshake(data)
+            except ssl.SSLError as error:
+                raise OSError(f"TLS handshake failed: {error.reason}") from None
+            self.request.sendall(records)
+        self._tls = tls
+
+    def _read_request(self, parser: RequestParser) -> Request:
+        request = parser.feed(self._tls.decrypt(b"") or b"") if self._tls else None
+        while request is None:
+            data = self._read_by_deadline()
+            if not data:
+                raise OSError("end of connection")
+            request = parser.feed(data)
+        return request
+
+    def _read_by_deadline(self) -> bytes:
+        try:
+            self._limit_wait()
+            return self._receive()
+        except socket.timeout:
+            raise HandshakeError(408, "the request took too long") from None
+
+    def _limit_wait(self) -> None:
+        """Let this thread's next socket call wait until the deadline, not for its own while."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self.request.settimeout(left)
+
+    def _receive(self) -> bytes:
+        """Wait for bytes; none at the end of the connection."""
+        while True:
+            data = self.request.recv(READ_SIZE)
+            if not self._tls or not data:
+                return data
+            plain = self._tls.decrypt(data)
+            if plain is None:
+                return b""
+            if plain:
+                return plain
+
+    # ---- as a client ----
+
+    def _serve_websocket(self, request: Request, rest: bytes) -> None:
+        accept = check_upgrade(request)
+        check_host(request)
+        check_origin(request, self.server.origins)
+        fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+        if self.server.compression:
+            self.window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+            if extension:
+                fields.append(("Sec-WebSocket-Extensions", extension))
+        if not self.server.seats.acquire(blocking=False):
+            raise HandshakeError(503, f"there are {self.server.max_clients} clients already")
+        try:
+            self.path, self.headers = request.target, request.headers
+            self.request.settimeout(None if DONT_WAIT else 0)
+            self.server.join(self, serialize_response(101, fields))
+            self._be_client(rest)
+        finally:
+            self.server.seats.release()
+
+    def _be_client(self, rest: bytes) -> None:
+        """The whole policy of ending: who says what to whom."""
+        answer: bytes | None = None  # the Close to send; none where there was one, or nobody hears it
+        code, reason = int(CloseCode.ABNORMAL_CLOSURE), ""
+        try:
+            self.server.on_open(self)
+            payload = self._converse(rest)
+            if payload is not None:
+                code, reason = parse_close(payload)
+                answer = serialize_close(code)  # 5.5.1: the same code
+        except ProtocolError as error:
+            code, reason = error.code, str(error)
+            answer = serialize_close(code, reason)
+        except Exception:
+            log.exception("%s: an error in a hook", self.address)
+            code, reason = CloseCode.INTERNAL_ERROR, "internal error"
+            answer = serialize_close(code, reason)
+        self.server.leave(self)  # from here on the socket is this thread's alone (R1)
+        log.info("%s left: %d %s", self.address, code, printable(self.dropped or reason))
+        try:
+            self.server.on_close(self, code, self.dropped or reason)
+        except Exception:
+            log.exception("%s: an error in on_close", self.address)
+        if answer is not None and not self.dropped:
+            self._part(b"" if self.close_by else answer)
+
+    def _converse(self, data: bytes) -> bytes | None:
+        """Read and hand on messages until the peer's Close; its payload, or None where the connection just ends."""
+        server = self.server
+        reader = MessageReader(server.max_message, bool(self.window))
+        while True:
+            for opcode, payload in reader.feed(data):
+                if opcode == CLOSE:
+                    return payload  # type: ignore[return-value]
+                if opcode == PING:
+                    server.enqueue(functools.partial(server.pong, self, serialize_frame(PONG, payload)))  # type: ignore[arg-type]
+                elif opcode != PONG and not self.close_by:
+                    if server.rate:
+                        self._keep_to_rate()
+                    server.on_message(self, payload)
+            server.take_turn()
+            server.wait_for_room()
+            self.quiet_since = time.monotonic()
+            try:
+                if not DONT_WAIT:
+                    select.select([self.request], [], [])
+                data = self._receive()
+            except BlockingIOError:
+                data = b""
+                continue
+            except OSError as error:  # reset, timed out, TLS broken: for the room it is gone
+                self.dropped = self.dropped or str(error)
+                return None
+            self.quiet_since = None
+            if not data:
+                return None
+
+    def _keep_to_rate(self) -> None:
+        """Wait until this client may send its next message; TCP makes it wait too."""
+        self.server.take_turn()  # what it has sent so far need not wait
+        now = time.monotonic()
+        self._deadline = max(self._deadline + 1 / self.server.rate, now - 1)  # when its next one is due
+        if self._deadline > now:
+            time.sleep(self._deadline - now)
+
+    def _part(self, last: bytes) -> None:
+        """Send the rest and `last`, end the own side, then read until the peer ends its own (7.1.1).
+
+        Closing with bytes unread would send a reset, which can destroy `last` on its way.
+        """
+        self._deadline = time.monotonic() + self.server.close_timeout
+        try:
+            if self.backlog:
+                self._limit_wait()
+                self.request.sendall(memoryview(self.backlog.popleft())[self.sent :])
+            if self._tls:
+                last = self._tls.encrypt(last) + self._tls.end()
+            for data in (*self.backlog, last):
+                self._limit_wait()
+                self.request.sendall(data)
+            self.request.shutdown(socket.SHUT_WR)
+            data = b"more"
+            while data:
+                self._limit_wait()
+                data = self.request.recv(READ_SIZE)
+        except OSError:
+            pass  # it is gone, or did not go in time
+
+    # ---- in the turn (R1, R2) ----
+
+    def write(self, data: bytes) -> None:
+        """Send what the socket takes at once; the rest goes to the backlog."""
+        if self._tls:
+            data = self._tls.encrypt(data)
+        if not self.backlog:
+            try:
+                sent = self.request.send(data, DONT_WAIT)
+                if sent == len(data):
+                    return
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                return self.server.drop(self, str(error))
+            self.sent = sent
+            self.backlog_size = -sent
+            self.moved = self.quick_at = time.monotonic()
+            self.quick_bytes = 0
+            self.server.watch(self)
+        elif self.backlog_size > self.server.max_backlog:
+            return self.server.drop(self, f"it is {self.backlog_size} bytes behind")
+        self.backlog.append(data)
+        self.backlog_size += len(data)
+
+    def flush(self) -> None:
+        """Send what the socket takes of the backlog now."""
+        try:
+            while self.backlog:
+                head = self.backlog[0]
+                sent = self.request.send(memoryview(head)[self.sent :], DONT_WAIT)
+                self._count(sent)
+                if self.sent < len(head):
+                    return
+                self.backlog.popleft()
+                self.sent = 0
+        except BlockingIOError:
+            return
+        except OSError as error:
+            return self.server.drop(self, str(error))
+        self.server.unwatch(self)
+        if self.pong:
+            pong, self.pong = self.pong, None
+            self.write(pong)
+
+    def _count(self, sent: int) -> None:
+        self.sent += sent
+        self.backlog_size -= sent
+        self.moved = time.monotonic()
+        self.quick_bytes += sent
+        if self.quick_bytes >= self.server.max_backlog // 4:
+            self.quick_bytes, self.quick_at = 0, self.moved
+
+    def is_quick_but_behind(self, now: float) -> bool:
+        """Whether the room should give it a moment: far behind, yet taking bytes fast.
+
+        So a reader that takes a quarter of its limit in `PATIENCE` (16 MiB a second by
+        default) sets the pace of whoever sends faster; a slower one holds up nobody.
+        """
+        return self.backlog_size > self.server.max_backlog // 2 and now - self.quick_at < PATIENCE
+
+    # ---- HTTP ----
+
+    def _answer(self, request: Request, body: bytearray) -> bytes:
+        """The response to a request that asks for no WebSocket. Raises HandshakeError."""
+        check_host(request)
+        allowed = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}.get(request.path)
+        if not allowed:
+            raise HandshakeError(404, "there are / and /status, and a WebSocket on any path")
+        if request.method not in allowed:
+            raise HandshakeError(405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+        head = request.method == "HEAD"
+        if request.path == "/status":
+            return http_response(200, "application/json", self.server.status(), head=head)
+        if request.method == "POST":
+            check_origin(request, self.server.origins)
+            self.server.broadcast(self._read_body(request, body))
+            return http_response(202, "text/plain; charset=utf-8", b"sent\n")
+        try:
+            page = pathlib.Path(__file__).with_name("pywebsock.html").read_bytes()
+        except OSError:
+            raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
+        return http_response(200, "text/html; charset=utf-8", page, head=head)
+
+    def _read_body(self, request: Request, body: bytearray) -> Message:
+        """The body of a POST: text where it is UTF-8 and does not say that it is binary."""
+        length = request.headers.get("content-length", "")
+        if "transfer-encoding" in request.headers or not length:
+            raise HandshakeError(411, "the body needs a Content-Length")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise HandshakeError(400, "Content-Length is malformed")
+        if int(length) > self.server.max_message:
+            raise HandshakeError(413, f"a message has at most {self.server.max_message} bytes")
+        if "100-continue" in request.tokens("expect"):
+            self._send_now(serialize_response(100, ()))
+        self._deadline += int(length) / READ_SIZE  # a body of some size may take its time, but not for ever
+        while len(body) < int(length):
+            data = self._read_by_deadline()
+            if not data:
+                raise OSError("end of connection within a body")
+            body += data
+        message = bytes(body[: int(length)])
+        try:
+            binary = request.tokens("content-type")[0].startswith("application/octet-stream")
+            return message if binary else message.decode()
+        except UnicodeDecodeError:
+            return message
+
+    def _send_now(self, data: bytes) -> None:
+        self._limit_wait()
+        self.request.sendall(self._tls.encrypt(data) if self._tls else data)
+
+
+def check_message(message: Message) -> Message:
+    """The message itself. Raises TypeError where it is neither str nor bytes."""
+    if isinstance(message, (bytearray, memoryview)):
+        return bytes(message)
+    if not isinstance(message, (str, bytes)):
+        raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+    return message
+
+
+# ======================================================================================
+# Server
+# ======================================================================================
+
+
+class BroadcastServer(socketserver.ThreadingTCPServer):
+    """Sends each message that a client sends to all clients, in one order for all.
+
+    Methods for the caller, besides those of socketserver:
+
+    - __init__(server_address, RequestHandlerClass=WebSocketHandler, bind_and_activate=True, **settings)
+    - broadcast(message)
+    - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
+      sends what is queued and closes every client with 1001
+
+    Hooks that may be overridden; they run in the client's own thread and may take their time:
+
+    - on_open(client), on_message(client, message), on_close(client, code, reason)
+
+    Settings are the class attributes that follow; keyword arguments set them for one server.
+    """
+
+    # ---- settings: bytes, seconds, numbers ----
+
+    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
+    max_clients = 10_000  # above it: 503
+    origins: Sequence[str] = ()  # see check_origin(); "*" for any
+    compression = True  # permessage-deflate, where a client offers it
+    history = 0  # messages that a new client gets first
+    rate = 0.0  # messages a second that a client may send; 0: any number
+    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
+    ping_timeout = 20.0  # seconds of silence after it: dropped
+    handshake_timeout = 10.0  # seconds from the first byte to the last of a request's head
+    send_timeout = 30.0  # seconds for which a backlog may not move
+    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
+    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
+
+    # ---- of socketserver ----
+
+    allow_reuse_address = os.name == "posix"  # on Windows it means something else
+    daemon_threads = True
+    request_queue_size = 4096  # connections that wait to be accepted: storms are normal
+
+    def __init__(
+        self,
+        server_address: tuple[str, int],
+        RequestHandlerClass: Callable[..., socketserver.BaseRequestHandler] = WebSocketHandler,
+        bind_and_activate: bool = True,
+        **settings: Any,
+    ) -> None:
+        for name, value in settings.items():
+            if name.startswith("_") or callable(getattr(BroadcastServer, name, print)):
+                raise TypeError(f"there is no setting {name!r}")
+            setattr(self, name, value)
+        self.started = time.time()
+        self.seats = threading.Semaphore(self.max_clients)  # free ones
+
+        self._entrance = threading.Lock()  # R4: guards the next two
+        self._queue: deque[tuple[Operation, int]] = deque()  # with the bytes that each counts for
+        self._queued = 0  # bytes in the queue
+        self._room = threading.Event()  # set while senders need not wait
+        self._room.set()
+
+        self._turn = threading.Lock()  # R1: guards all of these
+        self.clients: set[WebSocketHandler] = set()  # the shared client set, which is the room
+        self.messages = 0  # broadcasts carried out
+        self.bytes = 0  # of their payloads
+        self.windows: tuple[int, ...] = ()  # those in use; replaced, never changed: any thread may read it
+        self._clients_with: Counter[int] = Counter()  # how many clients have which window
+        self._history: deque[Outgoing] = deque(maxlen=self.history)
+        self._parting: set[WebSocketHandler] = set()  # out of the room: the server's Close sent, theirs awaited
+        self._slow: set[WebSocketHandler] = set()  # those with a backlog
+        self._held = False  # the queue waits for a quick reader that is behind
+        self._promised = False  # the housekeeper is to have the turn next
+        self._goodbye = False  # whoever joins now gets 1001
+
+        self._fewer = threading.Condition()  # guards the next one; notified when a connection has been closed
+        self._connections: dict[socket.socket, bool] = {}  # accepted and not closed: whether it has joined
+        self._selector = selectors.DefaultSelector()  # of the housekeeper: the slow clients, and its alarm
+        self._alarm, self._ring = socket.socketpair()
+        self._ended = False  # the housekeeper is to stop
+        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
+        if ":" in server_address[0]:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+        except BaseException:
+            self._end_housekeeping()
+            raise
+
+    # ---- hooks ----
+
+    def on_open(self, client: WebSocketHandler) -> None:
+        """A client has joined. In its own thread, like the other hooks; an exception closes it with 1011."""
+
+    def on_message(self, client: WebSocketHandler, message: Message) -> None:
+        """A client has sent text (str) or binary (bytes). By default, all clients get it."""
+        self.enqueue(Outgoing(message))  # its thread takes the turn when it has handled all that it read
+
+    def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
+
+    # ---- for any thread ----
+
+    def broadcast(self, message: Message) -> None:
+        """Send text (str) or binary (bytes) to all clients. Any thread.
+
+        Waits while too much is queued, never for one slow client. Raises TypeError for
+        anything but str and bytes.
+        """
+        self.perform(Outgoing(check_message(message)))
+
+    def status(self) -> bytes:
+        """What GET /status answers. Any thread."""
+        figures = {
+            "clients": len(self.clients),
+            "messages": self.messages,
+            "bytes": self.bytes,
+            "uptime": round(time.time() - self.started, 3),
+        }
+        return json.dumps(figures).encode() + b"\n"
+
+    # ---- the engine: operations from any thread ----
+
+    def perform(self, operation: Operation, size: int = 0) -> None:
+        """Queue an operation and see that it is carried out, here or by the holder of the turn."""
+        self.enqueue(operation, size)
+        self.take_turn()
+        self.wait_for_room()
+
+    def enqueue(self, operation: Operation, size: int = 0) -> None:
+        """Queue an operation. Whoever does that takes the turn soon after."""
+        if isinstance(operation, Outgoing):
+            size = len(operation.plain)
+            for window in self.windows if size > DEFLATE_THRESHOLD else ():
+                operation.frame(window)  # compress here, not in the turn
+        with self._entrance:
+            self._queue.append((operation, size))
+            self._queued += size
+            if self._queued > QUEUE_SIZE:
+                self._room.clear()
+
+    def take_turn(self) -> None:
+        """Carry out what is queued, unless another thread is at it or is about to (R3)."""
+        while self._queue and not self._promised and not self._held:
+            if not self._turn.acquire(blocking=False):
+                return
+            try:
+                self._carry_out()
+            finally:
+                self._turn.release()
+
+    def wait_for_room(self) -> None:
+        """Hold back a sender while too much is queued. Its socket is not read meanwhile: TCP makes it wait too."""
+        if self._queued > QUEUE_SIZE:
+            self._room.wait()
+
+    def join(self, client: WebSocketHandler, response: bytes) -> None:
+        """Let a client in, with the response to its handshake. Its own thread."""
+        with self._fewer:
+            self._connections[client.request] = True
+        self.perform(functools.partial(self._join, client, response))
+
+    def leave(self, client: WebSocketHandler) -> None:
+        """Take a client out, and wait until nobody else touches its socket. Its own thread."""
+        left = threading.Event()
+        self.perform(functools.partial(self._leave, client, left))
+        left.wait()
+
+    # ---- the engine: in the turn (R1, R2) ----
+
+    def _carry_out(self) -> None:
+        """Carry out what is queued; for so long, then hand on, lest this thread's own client starve."""
+        until = time.monotonic() + TURN_TIME
+        while self._queue and not self._held:
+            try:
+                self._carry_out_next()
+            except Exception:  # out of memory, say: the rest of the queue is not to blame
+                log.exception("an operation failed")
+            if time.monotonic() > until:
+                self._promised = True
+                self._wake_housekeeper()
+                return
+
+    def _carry_out_next(self) -> None:
+        """Carry out the next operation; where that is a broadcast, with those behind it as one run."""
+        run: list[Outgoing] = []
+        total = 0
+        while self._queue and total < RUN_SIZE:
+            operation, size = self._queue[0]
+            if not isinstance(operation, Outgoing):
+                if not run:
+                    self._queue.popleft()
+                    total += size
+                    operation()
+                break
+            self._queue.popleft()
+            total += size
+            run.append(operation)
+        if run:
+            self._fan_out(run)
+        with self._entrance:
+            self._queued -= total
+            if self._queued <= QUEUE_SIZE // 2 and not self._room.is_set():
+                self._room.set()
+
+    def _fan_out(self, run: list[Outgoing]) -> None:
+        """Send a run to every client: one buffer for each window, one send for each client."""
+        frames = {window: b"".join([message.frame(window) for message in run]) for window in self.windows}
+        for client in tuple(self.clients):  # a copy: writing may drop a client
+            client.write(frames[client.window])
+        self.messages += len(run)
+        self.bytes += sum([len(message.payload) for message in run])
+        if self.history:
+            self._history.extend(run)
+        if self._slow:
+            self._hold()
+
+    def send_to(self, client: WebSocketHandler, message: Outgoing) -> None:
+        """Operation: a message to one client."""
+        if client in self.clients:
+            client.write(message.frame(client.window))
+
+    def pong(self, client: WebSocketHandler, frame: bytes) -> None:
+        """Operation: answer a Ping; only the newest of those that would have to wait (5.5.3)."""
+        if client in self._slow:
+            client.pong = frame
+        elif client in self.clients:
+            client.write(frame)
+
+    def _join(self, client: WebSocketHandler, response: bytes) -> None:
+        """Operation: the response and the joining are one, so a client misses nothing after its 101."""
+        self.clients.add(client)
+        self._count_window(client.window, 1)
+        client.write(response + b"".join([message.frame(client.window) for message in self._history]))
+        log.debug("%s joined: %d clients", client.address, len(self.clients))
+        if self._goodbye:
+            self.close_client(client, CloseCode.GOING_AWAY, "")
+
+    def close_client(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """Operation: a client's last frame is a Close; its own thread waits for the answer (5.5.1)."""
+        if client in self.clients:
+            self._remove(client)
+            self._parting.add(client)
+            client.closing, client.close_by = (code, reason), time.monotonic() + self.close_timeout
+            client.write(serialize_close(code, reason))
+
+    def _leave(self, client: WebSocketHandler, left: threading.Event) -> None:
+        """Operation: give a client's socket and backlog back to its own thread."""
+        self._remove(client)
+        self._parting.discard(client)
+        self.unwatch(client)
+        left.set()
+
+    def drop(self, client: WebSocketHandler, why: str) -> None:
+        """Give a client up: reset its connection, which makes its own thread leave."""
+        client.dropped = why
+        self._remove(client)
+        self._parting.discard(client)
+        self.unwatch(client)
+        client.backlog.clear()
+        reset(client.request)
+
+    def _remove(self, client: WebSocketHandler) -> None:
+        if client in self.clients:
+            self.clients.remove(client)
+            self._count_window(client.window, -1)
+
+    def _count_window(self, window: int, change: int) -> None:
+        self._clients_with[window] += change
+        self.windows = tuple(window for window, clients in self._clients_with.items() if clients)
+
+    def watch(self, client: WebSocketHandler) -> None:
+        """A client has a backlog now: the housekeeper flushes it when the socket takes more."""
+        self._slow.add(client)
+        self._selector.register(client.request, selectors.EVENT_WRITE, client)
+        if not DONT_WAIT:
+            self._wake_housekeeper()  # epoll and kqueue take a change while they wait, Windows does not
+
+    def unwatch(self, client: WebSocketHandler) -> None:
+        """A client has no backlog any more, or it is not the housekeeper's business."""
+        if client in self._slow:
+            self._slow.remove(client)
+            self._selector.unregister(client.request)
+
+    def _hold(self) -> None:
+        """Let the queue wait while a quick reader is far behind; the housekeeper looks again soon."""
+        now = time.monotonic()
+        self._held = any(client.is_quick_but_behind(now) for client in self._slow)
+        if self._held:
+            self._wake_housekeeper()
+
+    # ---- the housekeeper ----
+
+    def server_activate(self) -> None:
+        """Called by the constructor: listen."""
+        super().server_activate()
+        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        self._housekeeper.start()
+
+    def _keep_house(self) -> None:
+        """The housekeeper's thread: flush slow clients, ping silent ones, drop dead ones, take over the queue."""
+        limits = (self.ping_interval, self.ping_timeout, self.send_timeout, self.close_timeout)
+        interval = min(1.0, *[limit / 4 for limit in limits if limit > 0])
+        next_look = 0.0
+        while not self._ended:
+            ready = self._selector.select(PATIENCE / 5 if self._held else interval)
+            if any(key.data is None for key, _ in ready):
+                self._alarm.recv(4096)
+            self._promised = True  # nobody else takes the turn meanwhile (R3)
+            with self._turn:
+                self._promised = False
+                try:
+                    for key, _ in ready:
+                        if key.data in self._slow:
+                            key.data.flush()
+                    if time.monotonic() >= next_look:
+                        next_look = time.monotonic() + interval
+                        self._look_after_clients()
+                except Exception:
+                    log.exception("an error in housekeeping")
+                self._hold()
+                self._carry_out()
+            self.take_turn()  # look once more (R3)
+
+    def _look_after_clients(self) -> None:
+        """Once in a while, in the turn: every timeout of a client."""
+        now = time.monotonic()
+        for client in [client for client in self._parting if now > client.close_by]:
+            self.drop(client, client.closing[1] if client.closing else "")
+        for client in [client for client in self._slow if now - client.moved > self.send_timeout]:
+            self.drop(client, f"it took nothing for {self.send_timeout:g} s")
+        if self.ping_interval:
+            for client in tuple(self.clients):
+                self._keep_alive(client, now)
+
+    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2). A moving backlog is a sign of life."""
+        since = client.quiet_since
+        silence = now - max(since, client.moved) if since is not None else 0
+        if silence > self.ping_interval + self.ping_timeout:
+            self.drop(client, f"it was silent for {silence:.0f} s")
+        elif silence <= self.ping_interval:
+            client.pinged = False
+        elif not client.pinged:
+            client.pinged = True
+            client.write(serialize_frame(PING, b""))
+
+    def _wake_housekeeper(self) -> None:
+        try:
+            self._ring.send(b"!")
+        except BlockingIOError:
+            pass  # it has been told often enough
+
+    def _end_housekeeping(self) -> None:
+        self._ended = True
+        self._room.set()
+        if self._housekeeper.is_alive():
+            self._wake_housekeeper()
+            self._housekeeper.join()
+        for thing in (self._selector, self._alarm, self._ring):
+            thing.close()
+
+    # ---- connections, as socketserver has it ----
+
+    def server_bind(self) -> None:
+        """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept. Out of file descriptors or memory, the next one waits until a connection ends."""
+        try:
+            return super().get_request()  # type: ignore[return-value]
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._pause(f"cannot accept: {error.strerror}")
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
+        with self._fewer:
+            self._connections[request] = False
+        try:
+            start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError as error:
+            self.shutdown_request(request)
+            self._pause(f"refused a connection: {error}")
+
+    def _pause(self, why: str) -> None:
+        log.warning("%s", why)
+        with self._fewer:
+            self._fewer.wait(0.5)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; its thread has left the room."""
+        with self._fewer:
+            self._connections.pop(request, None)
+            super().shutdown_request(request)
+            self._fewer.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection's thread has failed: that is an error of this program."""
+        log.exception("%s: unexpected error", client_address)
+
+    def server_close(self) -> None:
+        """Send what is queued, close every client with 1001, wait for at most the close timeout."""
+        super().server_close()  # nobody else is accepted
+        self.perform(self._say_goodbye)
+        with self._fewer:
+            for request, joined in self._connections.items():
+                if not joined:  # whoever has not said what it wants will not be heard
+                    shut(request, socket.SHUT_RD)
+            if not self._fewer.wait_for(lambda: not self._connections, self.close_timeout):
+                for request in self._connections:
+                    reset(request)
+                self._fewer.wait_for(lambda: not self._connections, 1.0)
+        self._end_housekeeping()
+
+    def _say_goodbye(self) -> None:
+        """Operation: 1001 for everybody, and for those who are just joining."""
+        self._goodbye = True
+        for client in tuple(self.clients):
+            self.close_client(client, CloseCode.GOING_AWAY, "")
+
+
+Operation = Union[Outgoing, Callable[[], None]]  # a broadcast, or what the holder of the turn calls
+
+
+def shut(request: socket.socket, how: int) -> None:
+    """Shut a socket down in a direction; one that waits to read from it wakes up."""
+    try:
+        request.shutdown(how)
+    except OSError:
+        pass  # its peer was faster
+
+
+def reset(request: socket.socket) -> None:
+    """End a connection without sending what is left: its thread wakes up and closes it."""
+    try:
+        request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii" if os.name != "nt" else "hh", 1, 0))
+    except OSError:
+        pass
+    shut(request, socket.SHUT_RDWR)
+
+
+# ======================================================================================
+# Command line
+# ======================================================================================
+
+
+class FloodGate(logging.Filter):
+    """Lets through a number of log lines of each kind in a while, so that a stranger cannot fill the disk."""
+
+    LINES, SECONDS = 20, 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[str, list[float]] = {}  # format: [end of the while, lines in it]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to print a line; the first one of a new while says how many were left out."""
+        kind = self._kinds.setdefault(str(record.msg), [0.0, 0])
+        if record.created >= kind[0]:
+            if kind[1] > self.LINES:
+                record.msg = f"{record.msg} ({kind[1] - self.LINES:.0f} more like this were left out)"
+            kind[:] = record.created + self.SECONDS, 0
+        kind[1] += 1
+        return kind[1] <= self.LINES
+
+
+def parse_size(text: str) -> int:
+    """Bytes: a number, with K, M or G for 1024 times more."""
+    match = re.fullmatch("([0-9]+)([KMG]?)", text.upper())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16M")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+def parse_number(text: str) -> float:
+    """A number that is not negative."""
+    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return float(text)
+
+
+def parse_count(text: str) -> int:
+    """A whole number that is not negative."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def parse_port(text: str) -> int:
+    """A TCP port; 0 for any free one."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The options; most are settings of BroadcastServer."""
+    parser = argparse.ArgumentParser(
+        prog="pywebsock", description="WebSocket broadcast server: what one client sends, all clients get."
+    )
+    add = parser.add_argument
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on: 0.0.0.0 for all, :: for all of IPv4 and IPv6 (%(default)s)",
+    )
+    add("--port", type=parse_port, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
+    add(
+        "--origin",
+        action="append",
+        default=[],
+        help="allow pages of this origin, such as https://example.com; * for any; repeatable",
+    )
+    add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
+    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
+    add("--max-message", type=parse_size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
+    add(
+        "--max-backlog",
+        type=parse_size,
+        metavar="SIZE",
+        default="16M",
+        help="what may wait for a slow client (%(default)s)",
+    )
+    add("--max-clients", type=parse_count, metavar="N", default=10_000, help="clients at once (%(default)s)")
+    add(
+        "--ping",
+        type=parse_number,
+        metavar="SECONDS",
+        default=20.0,
+        help="silence before a ping, and after it, 0 for none (20)",
+    )
+    add(
+        "--history", type=parse_count, metavar="N", default=0, help="give new clients the last N messages (%(default)s)"
+    )
+    add(
+        "--rate",
+        type=parse_number,
+        metavar="N",
+        default=0.0,
+        help="messages a second that a client may send, 0 for any number (0)",
+    )
+    add("--stdin", action="store_true", help="broadcast each line of standard input")
+    add("--no-compression", action="store_true", help="do not use permessage-deflate")
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="log only what needs attention")
+    loudness.add_argument("--verbose", action="store_true", help="log every client that joins, too")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def create_server(options: argparse.Namespace) -> BroadcastServer:
+    """A listening server with these options. Raises OSError, of which ssl.SSLError is one."""
+    context = None
+    if options.cert:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(options.cert, options.key)
+    return BroadcastServer(
+        (options.host, options.port),
+        origins=options.origin,
+        tls_context=context,
+        max_message=options.max_message,
+        max_backlog=options.max_backlog,
+        max_clients=options.max_clients,
+        ping_interval=options.ping,
+        ping_timeout=options.ping,
+        history=options.history,
+        rate=options.rate,
+        compression=not options.no_compression,
+    )
+
+
+def location(server: BroadcastServer, host: str) -> str:
+    """The first line of output: where to point a browser."""
+    secure = "s" if server.tls_context else ""
+    name = f"[{host}]" if ":" in host else host
+    where = f"{'localhost' if host in ('', '127.0.0.1', '0.0.0.0', '::', '::1') else name}:{server.server_address[1]}"
+    return f"pywebsock: listening on http{secure}://{where}/ (ws{secure}://{where}/)"
+
+
+def broadcast_lines(server: BroadcastServer) -> None:
+    """Broadcast each line of standard input, in a thread of its own. Past the message limit a line is cut in pieces."""
+    rest = b""
+    while True:
+        data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
+        *lines, rest = (rest + data).split(b"\n")
+        if len(rest) >= server.max_message or (not data and rest):
+            lines, rest = [*lines, rest[: server.max_message]], rest[server.max_message :]
+        for line in lines:
+            server.broadcast(line.rstrip(b"\r").decode(errors="replace"))
+        if not data:
+            return
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many open files as it may: one for each client."""
+    try:
+        import resource  # not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def start_logging(options: argparse.Namespace) -> None:
+    """Log to standard error: one line for each client that left or was refused, and what went wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.addFilter(FloodGate())
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until Ctrl-C or SIGTERM; the exit status."""
+    options = argument_parser().parse_args(argv)
+    if options.key and not options.cert:
+        argument_parser().error("--key needs --cert")
+    start_logging(options)
+    raise_file_limit()
+    threading.stack_size(256 * 1024)  # for all threads: 10,000 clients fit in 2.5 GB of address space
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with create_server(options) as server:
+            print(location(server, options.host), flush=True)
+            if options.stdin:
+                threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                log.info("stopping")
+    except OSError as error:
+        print(f"pywebsock: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # a second one: at once
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

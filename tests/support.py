@@ -1,0 +1,314 @@
+"""What the tests share: servers in this process and in others, and a client that can do wrong.
+
+Every wait has a deadline, every port is free, everything that is started is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import typing
+import unittest
+import zlib
+
+import pywebsock
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEADLINE = 10.0  # seconds that a test waits for anything
+EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is missing fails instead of being skipped
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
+
+
+def require(present: object, what: str) -> None:
+    """Skip the test where something is missing, or fail it where everything has been asked for."""
+    if not present:
+        if EVERYTHING:
+            raise AssertionError(f"{what} is missing")
+        raise unittest.SkipTest(f"{what} is missing")
+
+
+def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
+    """Wait until a condition holds that nothing announces, such as a counter of another thread."""
+    end = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {deadline} s: {what or condition}")
+        time.sleep(0.005)
+
+
+class Recorder(pywebsock.BroadcastServer):
+    """A server that writes down what its hooks are told."""
+
+    def __init__(self, *args: typing.Any, **settings: typing.Any) -> None:
+        self.heard: list[tuple[typing.Any, ...]] = []
+        self._news = threading.Condition()
+        super().__init__(*args, **settings)
+
+    def _tell(self, *what: typing.Any) -> None:
+        with self._news:
+            self.heard.append(what)
+            self._news.notify_all()
+
+    def wait_for(self, *what: typing.Any) -> None:
+        """Wait until a hook has been told exactly this."""
+        with self._news:
+            if not self._news.wait_for(lambda: what in self.heard, DEADLINE):
+                raise AssertionError(f"{what} not in {self.heard}")
+
+    def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+        self._tell("open", client.path)
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        self._tell("message", message)
+        super().on_message(client, message)
+
+    def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
+        self._tell("close", code, reason)
+
+
+S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
+
+
+@contextlib.contextmanager
+def running(kind: type[S] = Recorder, **settings: typing.Any) -> typing.Iterator[S]:  # type: ignore[assignment]
+    """A server in this process, on a free port: `with running(rate=5) as server`."""
+    server = kind(("127.0.0.1", 0), **settings)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join(DEADLINE)
+        server.server_close()
+
+
+class Process:
+    """`python pywebsock.py` in a process of its own, on a free port; its log is in `log()`."""
+
+    def __init__(self, *arguments: str, stdin: typing.Any = subprocess.DEVNULL, python: typing.Sequence[str] = ()) -> None:
+        command = [sys.executable, *python, str(ROOT / "pywebsock.py"), "--port", "0", *arguments]
+        self._process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._log: list[bytes] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        assert self._process.stdout
+        self.first_line = self._process.stdout.readline().decode()
+        self.stdin = self._process.stdin
+        self.pid = self._process.pid
+        if ":" not in self.first_line:
+            self.wait()
+            raise AssertionError(f"did not start: {self.first_line}{self.log()}")
+        self.port = int(self.first_line.split("/")[2].rpartition(":")[2])
+
+    def _read_log(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            self._log.append(line)
+
+    def log(self) -> str:
+        """What it has written to standard error so far."""
+        return b"".join(self._log).decode()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, such as SIGTERM."""
+        self._process.send_signal(number)
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        """Its exit status; killed, with an error, where it does not end in time."""
+        try:
+            return self._process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise AssertionError(f"did not end within {deadline} s") from None
+        finally:
+            self._reader.join(DEADLINE)
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+                if stream:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+    def stop(self) -> int:
+        """End it as a user does; its exit status."""
+        if self._process.poll() is None:
+            self.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class Frame(typing.NamedTuple):
+    """A frame from the server."""
+
+    fin: bool
+    rsv1: bool
+    opcode: int
+    payload: bytes
+
+
+def masked_frame(
+    opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, key: bytes = b"\x37\xfa\x21\x3d", length: int = -1
+) -> bytes:
+    """A frame from a client (RFC 6455 5.2); `rsv` is 4 for RSV1; `length` claims another length."""
+    size = len(payload) if length < 0 else length
+    first = fin << 7 | rsv << 4 | opcode
+    if size < 126:
+        head = struct.pack("!BB", first, 0x80 | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", first, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, size)
+    # An implementation of its own, slow and plain, to compare with.
+    return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+
+
+def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **changes: str | None) -> bytes:
+    """An opening handshake; fields by their name with _ for -, None to leave one out."""
+    fields: dict[str, str | None] = {
+        "Host": "localhost:4545",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec_WebSocket_Key": KEY,
+        "Sec_WebSocket_Version": "13",
+    }
+    fields.update(changes)
+    lines = [f"{method} {target} HTTP/{version}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+class Client:
+    """A WebSocket client for tests: it hides nothing and can break every rule."""
+
+    def __init__(self, port: int, *, tls: ssl.SSLContext | None = None, handshake: bool = True, small: bool = False, **fields: str | None) -> None:
+        self.socket: socket.socket = socket.socket()
+        if small:  # a receive buffer that is soon full
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(DEADLINE)
+        self.socket.connect(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+        self._buffer = b""
+        self.response = b""
+        if handshake:
+            self.send_raw(request(**fields))
+            self.response = self.read_head()
+            if not self.response.startswith(b"HTTP/1.1 101 "):
+                self.socket.close()
+                raise AssertionError(self.response)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    # ---- sending ----
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.socket.sendall(data)
+
+    def send(self, message: str | bytes) -> None:
+        """Send a message in one frame."""
+        if isinstance(message, str):
+            self.frame(1, message.encode())
+        else:
+            self.frame(2, message)
+
+    def frame(self, opcode: int, payload: bytes = b"", **how: typing.Any) -> None:
+        """Send a frame; see `masked_frame`."""
+        self.send_raw(masked_frame(opcode, payload, **how))
+
+    def close(self, code: int | None = 1000, reason: str = "") -> None:
+        """Send a Close frame."""
+        self.frame(8, b"" if code is None else struct.pack("!H", code) + reason.encode())
+
+    # ---- receiving; each raises TimeoutError or EOFError ----
+
+    def _need(self, size: int) -> None:
+        while len(self._buffer) < size:
+            data = self.socket.recv(65536)
+            if not data:
+                raise EOFError(f"the connection ended with {self._buffer[:200]!r}")
+            self._buffer += data
+
+    def _take(self, size: int) -> bytes:
+        self._need(size)
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        return taken
+
+    def read_head(self) -> bytes:
+        """The head of an HTTP response."""
+        while b"\r\n\r\n" not in self._buffer:
+            self._need(len(self._buffer) + 1)
+        return self._take(self._buffer.index(b"\r\n\r\n") + 4)
+
+    def read_all(self) -> bytes:
+        """Everything up to the end of the connection."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                self._need(len(self._buffer) + 1)
+        return self._take(len(self._buffer))
+
+    def read_frame(self) -> Frame:
+        """The next frame, which the server must not have masked."""
+        first, second = self._take(2)
+        length = second
+        if second == 126:
+            length = struct.unpack("!H", self._take(2))[0]
+            assert length >= 126, "not the shortest encoding"
+        elif second == 127:
+            length = struct.unpack("!Q", self._take(8))[0]
+            assert length >= 1 << 16, "not the shortest encoding"
+        assert second < 128, "a frame from the server is masked"
+        assert not first & 0x30, "RSV2 or RSV3 is set"
+        return Frame(first >= 128, bool(first & 0x40), first & 0x0F, self._take(length))
+
+    def read(self) -> str | bytes:
+        """The next message, which must be in one frame; pings and pongs are passed over."""
+        frame = self.read_frame()
+        while frame.opcode in (9, 10):
+            frame = self.read_frame()
+        assert frame.fin and frame.opcode in (1, 2), f"not a message: {frame}"
+        payload = frame.payload
+        if frame.rsv1:
+            payload = zlib.decompressobj(-15).decompress(payload + b"\0\0\xff\xff")
+        return payload.decode() if frame.opcode == 1 else payload
+
+    def read_close(self) -> tuple[int, str]:
+        """The code (1005 for none) and reason of the Close frame that must come next, and the end after it."""
+        frame = self.read_frame()
+        assert frame.fin and frame.opcode == 8, f"not a Close: {frame}"
+        rest = self.read_all()
+        assert not rest, f"something after the Close: {rest[:100]!r}"
+        if not frame.payload:
+            return 1005, ""
+        return struct.unpack("!H", frame.payload[:2])[0], frame.payload[2:].decode()
+
+
+def exchange(port: int, data: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes and read the HTTP response to its end: (status, fields, body)."""
+    with Client(port, handshake=False, tls=tls) as client:
+        client.send_raw(data)
+        response = client.read_all()
+    head, _, body = response.partition(b"\r\n\r\n")
+    start, *lines = head.decode("latin-1").split("\r\n")
+    fields = dict(line.lower().split(": ", 1) for line in lines)
+    return int(start.split(" ")[1]), fields, body
