@@ -112,18 +112,7 @@ import zlib
 from _thread import start_new_thread
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import (
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    List,
-    NamedTuple,
-    Optional,
-    Set,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, NamedTuple, Union
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Opcode", "ProtocolError", "WebSocketHandler", "main"]
 __version__ = "1.0.0"
@@ -456,7 +445,7 @@ class MessageReader:
         self._inflater: Inflater | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")()  # finds wrong bytes as they come
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, Message]]:
+    def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
         """Yield (opcode, payload) for every text (str), binary, Close, Ping and Pong (bytes) that `data` completes.
 
         Raises ProtocolError as soon as the bytes allow, after everything that was good before.
@@ -563,63 +552,52 @@ class RequestParser:
     """Parses the head of a request, line by line as it comes: errors are found at once."""
 
     def __init__(self) -> None:
-        self.rest = bytearray()  # what has not been parsed; in the end what follows the head
-        self._seen = 0  # bytes of rest that hold no line end
-        self._size = 0  # bytes of all lines
-        self._start: tuple[str, str, tuple[int, int]] | None = None  # what the request line says
-        self._headers: dict[str, str] = {}
+        self.rest = b""  # what has not been parsed; in the end what follows the head
+        self._size = 0  # bytes of the lines so far
         self._fields = 0
+        self._request: Request | None = None  # once the request line is there; its headers fill up
 
     def feed(self, data: bytes) -> Request | None:
         """The request, once `data` completes its head; before that None. Raises HandshakeError."""
         self.rest += data
-        if not self._start and self.rest[:1] and not self.rest[:1].isalpha():
-            raise HandshakeError(400, "that is not HTTP")  # such as TLS on a plain port
         while True:
-            end = self.rest.find(b"\n", self._seen)
-            length = end if end >= 0 else len(self.rest)
-            if length > MAX_LINE:
-                raise HandshakeError(431 if self._start else 414, f"a line is longer than {MAX_LINE} bytes")
-            if self._size + length > MAX_HEAD:
-                raise HandshakeError(431, f"the header is longer than {MAX_HEAD} bytes")
-            if end < 0:
-                self._seen = len(self.rest)
+            line, newline, rest = self.rest.partition(b"\n")
+            self._size += len(line) + 1 if newline else 0
+            if line and not self._request and not line[:1].isalpha():
+                raise HandshakeError(400, "that is not HTTP")  # TLS on a plain port, say
+            if len(line) > MAX_LINE:
+                raise HandshakeError(431 if self._request else 414, f"a line is longer than {MAX_LINE} bytes")
+            if self._fields > MAX_FIELDS or self._size + len(rest or line) * (not newline) > MAX_HEAD:
+                raise HandshakeError(431, f"there are more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes of them")
+            if not newline:
                 return None
-            line, self._seen, self._size = bytes(self.rest[:end]), 0, self._size + end + 1
-            del self.rest[: end + 1]
-            if self._parse_line(line) and self._start:
-                return Request(*self._start, self._headers)
+            self.rest = rest
+            if not line.endswith(b"\r"):
+                raise HandshakeError(400, "a line does not end in CR LF")
+            if line == b"\r" and self._request:
+                return self._request
+            self._parse_line(line[:-1].decode("latin-1"))
 
-    def _parse_line(self, line: bytes) -> bool:
-        """Whether it was the last one."""
-        if not line.endswith(b"\r"):
-            raise HandshakeError(400, "a line does not end in CR LF")
-        text = line[:-1].decode("latin-1")
-        if self._start is None:
-            self._start = parse_request_line(text)
-            return False
-        if not text:
-            return True
-        match = FIELD_LINE.fullmatch(text)
-        self._fields += 1
+    def _parse_line(self, line: str) -> None:
+        if not self._request:
+            self._request = parse_request_line(line)
+            return
+        match = FIELD_LINE.fullmatch(line)
         if not match:
             raise HandshakeError(400, "a header field is malformed")
-        if self._fields > MAX_FIELDS:
-            raise HandshakeError(431, f"there are more than {MAX_FIELDS} header fields")
-        name, value = match[1].lower(), match[2].rstrip(" \t")
-        self._headers[name] = f"{self._headers[name]}, {value}" if name in self._headers else value
-        return False
+        self._fields += 1
+        headers, name, value = self._request.headers, match[1].lower(), match[2].rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
-def parse_request_line(line: str) -> tuple[str, str, tuple[int, int]]:
-    """(method, target, version), RFC 9112 3. Raises HandshakeError."""
+def parse_request_line(line: str) -> Request:
+    """A request without headers (RFC 9112 3). Raises HandshakeError."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise HandshakeError(400, "the request line is malformed")
-    version = int(match[3]), int(match[4])
-    if version[0] != 1:
+    if match[3] != "1":
         raise HandshakeError(505, "the protocol is not HTTP/1.1")
-    return match[1], match[2], version
+    return Request(match[1], match[2], (1, int(match[4])), {})
 
 
 def check_host(request: Request) -> str:
@@ -680,7 +658,7 @@ def accept_key(key: str) -> str:
         nonce = b""
     if len(nonce) != 16 or len(key) != 24:
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    return base64.b64encode(hashlib.sha1(key.encode() + GUID).digest()).decode()
+    return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
@@ -721,29 +699,26 @@ class TLS:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._lock = threading.Lock()
-
-    def handshake(self, data: bytes) -> tuple[bool, bytes]:
-        """Take records; (whether the handshake is done, records to send). Raises ssl.SSLError."""
-        self._incoming.write(data)
-        try:
-            self._object.do_handshake()
-            return True, self._outgoing.read()
-        except ssl.SSLWantReadError:
-            return False, self._outgoing.read()
+        self.established = False
 
     def decrypt(self, records: bytes) -> bytes | None:
-        """The plaintext that has become complete; None at the end. Raises ssl.SSLError."""
-        plain = []
+        """The plaintext that has become complete; None at the end. Raises ssl.SSLError.
+
+        First comes the TLS handshake: while it is not `established`, there is only
+        something to send, which encrypt(b"") gives.
+        """
+        plain = [b""]
         with self._lock:
             self._incoming.write(records)
             try:
+                if not self.established:
+                    self._object.do_handshake()
+                    self.established = True
                 while True:
                     plain.append(self._object.read(READ_SIZE))
-                    if not plain[-1]:
-                        return b"".join(plain) or None
             except ssl.SSLWantReadError:
                 return b"".join(plain)
-            except ssl.SSLZeroReturnError:
+            except ssl.SSLZeroReturnError:  # their close_notify
                 return b"".join(plain) or None
 
     def encrypt(self, plain: bytes) -> bytes:
@@ -793,8 +768,9 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.path = ""
         self.headers: dict[str, str] = {}
         self.window = 0  # of permessage-deflate, in bits; 0 without
-        self._tls: TLS | None = None
+        self._tls = TLS(self.server.tls_context) if self.server.tls_context else None
         self._deadline = time.monotonic() + self.server.handshake_timeout  # of what this thread does by itself
+        self._due = 0.0  # when the next message may come, with a rate
 
         # What the holder of the turn keeps here (R1).
         self.backlog: deque[bytes] = deque()  # what the socket did not take; slow clients share these bytes
@@ -807,7 +783,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.pinged = False  # a keepalive Ping awaits anything at all
         self.closing: tuple[int, str] | None = None  # code and reason of the server's own Close, once sent
         self.close_by = 0.0  # when to give up waiting for the peer's
-        self.dropped = ""  # why the connection was given up
+        self.dropped = ""  # why the connection was given up, also by its own thread
 
         # Written by this thread, read by the housekeeper.
         self.quiet_since: float | None = None  # when this thread began to wait for bytes, if it does
@@ -838,65 +814,50 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Serve the connection from its first byte to its last."""
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.server.tls_context:
-                self._shake_hands(self.server.tls_context)
-            parser = RequestParser()
-            request = self._read_request(parser)
+            parser, request = RequestParser(), None
+            while not request:
+                request = parser.feed(self._read_in_time())
             if request.upgrades:
-                self._serve_websocket(request, bytes(parser.rest))
+                self._serve_websocket(request, parser.rest)
             else:
                 self._part(self._answer(request, parser.rest))
         except HandshakeError as error:
             log.warning("%s refused: %d, %s", self.address, error.status, error)
-            body = f"{error.status.value} {error.status.phrase}: {error}\n".encode("utf-8", "replace")
+            body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
             self._part(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields))
         except OSError as error:  # of which ssl.SSLError is one
             log.info("%s gone before its handshake: %s", self.address, error)
 
-    def _shake_hands(self, context: ssl.SSLContext) -> None:
-        tls, data, done = TLS(context), b"", False
-        while not done:
-            self._limit_wait()
-            data = self.request.recv(READ_SIZE)
-            if not data:
-                raise OSError("no TLS handshake")
-            try:
-                done, records = tls.handshake(data)
-            except ssl.SSLError as error:
-                raise OSError(f"TLS handshake failed: {error.reason}") from None
-            self.request.sendall(records)
-        self._tls = tls
-
-    def _read_request(self, parser: RequestParser) -> Request:
-        request = parser.feed(self._tls.decrypt(b"") or b"") if self._tls else None
-        while request is None:
-            data = self._read_by_deadline()
-            if not data:
-                raise OSError("end of connection")
-            request = parser.feed(data)
-        return request
-
-    def _read_by_deadline(self) -> bytes:
+    def _read_in_time(self) -> bytes:
+        """Wait for bytes until the deadline. Raises HandshakeError then, OSError at the end of the connection."""
         try:
             self._limit_wait()
-            return self._receive()
+            data = self._receive()
         except socket.timeout:
             raise HandshakeError(408, "the request took too long") from None
+        if not data:
+            raise OSError("the connection ended")
+        return data
 
     def _limit_wait(self) -> None:
-        """Let this thread's next socket call wait until the deadline, not for its own while."""
+        """Let this thread's next socket call wait until the deadline at most."""
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise socket.timeout("timed out")
         self.request.settimeout(left)
 
     def _receive(self) -> bytes:
-        """Wait for bytes; none at the end of the connection."""
+        """Wait for bytes; none at the end of the connection. Raises OSError, of which ssl.SSLError is one."""
         while True:
+            if self.request.gettimeout() == 0:  # without DONT_WAIT
+                select.select([self.request], [], [])
             data = self.request.recv(READ_SIZE)
             if not self._tls or not data:
                 return data
+            established = self._tls.established
             plain = self._tls.decrypt(data)
+            if not established:
+                self.request.sendall(self._tls.encrypt(b""))
             if plain is None:
                 return b""
             if plain:
@@ -936,6 +897,9 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         except ProtocolError as error:
             code, reason = error.code, str(error)
             answer = serialize_close(code, reason)
+        except MemoryError:
+            code, reason = CloseCode.MESSAGE_TOO_BIG, "out of memory"
+            answer = serialize_close(code, reason)
         except Exception:
             log.exception("%s: an error in a hook", self.address)
             code, reason = CloseCode.INTERNAL_ERROR, "internal error"
@@ -947,46 +911,54 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         except Exception:
             log.exception("%s: an error in on_close", self.address)
         if answer is not None and not self.dropped:
-            self._part(b"" if self.close_by else answer)
+            self._part(b"" if self.closing else answer)
 
     def _converse(self, data: bytes) -> bytes | None:
-        """Read and hand on messages until the peer's Close; its payload, or None where the connection just ends."""
+        """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         server = self.server
         reader = MessageReader(server.max_message, bool(self.window))
         while True:
             for opcode, payload in reader.feed(data):
                 if opcode == CLOSE:
-                    return payload  # type: ignore[return-value]
-                if opcode == PING:
-                    server.enqueue(functools.partial(server.pong, self, serialize_frame(PONG, payload)))  # type: ignore[arg-type]
-                elif opcode != PONG and not self.close_by:
-                    if server.rate:
-                        self._keep_to_rate()
-                    server.on_message(self, payload)
+                    return bytes(payload)
+                self._take(opcode, payload)
             server.take_turn()
             server.wait_for_room()
-            self.quiet_since = time.monotonic()
-            try:
-                if not DONT_WAIT:
-                    select.select([self.request], [], [])
-                data = self._receive()
-            except BlockingIOError:
-                data = b""
-                continue
-            except OSError as error:  # reset, timed out, TLS broken: for the room it is gone
-                self.dropped = self.dropped or str(error)
-                return None
-            self.quiet_since = None
+            data = self._wait_for_bytes()
             if not data:
                 return None
 
+    def _take(self, opcode: int, payload: Any) -> None:
+        """Hand on one message, or answer a Ping. What comes after the server's Close does not count (5.5.1)."""
+        if opcode == PING:
+            self.server.enqueue(functools.partial(self.server.pong, self, serialize_frame(PONG, payload)))
+        elif opcode != PONG and not self.closing:
+            if self.server.rate:
+                self._keep_to_rate()
+            self.server.on_message(self, payload)
+
+    def _wait_for_bytes(self) -> bytes:
+        """The next bytes; none at the end of the connection, whatever ended it."""
+        self.quiet_since = time.monotonic()
+        try:
+            return self._receive()
+        except OSError as error:
+            self.dropped = self.dropped or str(error)
+            return b""
+        finally:
+            self.quiet_since = None
+
     def _keep_to_rate(self) -> None:
-        """Wait until this client may send its next message; TCP makes it wait too."""
+        """Wait until this client may send its next message. TCP makes it wait, too."""
         self.server.take_turn()  # what it has sent so far need not wait
         now = time.monotonic()
-        self._deadline = max(self._deadline + 1 / self.server.rate, now - 1)  # when its next one is due
-        if self._deadline > now:
-            time.sleep(self._deadline - now)
+        self._due = max(self._due, now - 1) + 1 / self.server.rate  # a second's worth may come at once
+        if self._due > now:
+            time.sleep(self._due - now)
+
+    def _send_in_time(self, data: bytes) -> None:
+        self._limit_wait()
+        self.request.sendall(data)
 
     def _part(self, last: bytes) -> None:
         """Send the rest and `last`, end the own side, then read until the peer ends its own (7.1.1).
@@ -995,74 +967,67 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """
         self._deadline = time.monotonic() + self.server.close_timeout
         try:
-            if self.backlog:
-                self._limit_wait()
-                self.request.sendall(memoryview(self.backlog.popleft())[self.sent :])
             if self._tls:
                 last = self._tls.encrypt(last) + self._tls.end()
-            for data in (*self.backlog, last):
-                self._limit_wait()
-                self.request.sendall(data)
+            self._send_in_time(b"".join(self.backlog)[self.sent :] + last)
             self.request.shutdown(socket.SHUT_WR)
-            data = b"more"
-            while data:
+            more = b"more"
+            while more:
                 self._limit_wait()
-                data = self.request.recv(READ_SIZE)
+                more = self.request.recv(READ_SIZE)
         except OSError:
-            pass  # it is gone, or did not go in time
+            pass  # it is gone, or does not go in time
 
     # ---- in the turn (R1, R2) ----
 
     def write(self, data: bytes) -> None:
         """Send what the socket takes at once; the rest goes to the backlog."""
-        if self._tls:
-            data = self._tls.encrypt(data)
+        try:
+            if self._tls:
+                data = self._tls.encrypt(data)
+            sent = 0 if self.backlog else self.request.send(data, DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        except (OSError, MemoryError) as error:
+            self.server.drop(self, str(error) or "out of memory")
+            return
+        if sent == len(data):
+            return
         if not self.backlog:
-            try:
-                sent = self.request.send(data, DONT_WAIT)
-                if sent == len(data):
-                    return
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                return self.server.drop(self, str(error))
-            self.sent = sent
-            self.backlog_size = -sent
+            self.sent, self.backlog_size, self.quick_bytes = sent, -sent, 0
             self.moved = self.quick_at = time.monotonic()
-            self.quick_bytes = 0
             self.server.watch(self)
         elif self.backlog_size > self.server.max_backlog:
-            return self.server.drop(self, f"it is {self.backlog_size} bytes behind")
+            self.server.drop(self, f"it was {self.backlog_size} bytes behind")
+            return
         self.backlog.append(data)
         self.backlog_size += len(data)
 
     def flush(self) -> None:
         """Send what the socket takes of the backlog now."""
+        now = time.monotonic()
         try:
             while self.backlog:
-                head = self.backlog[0]
-                sent = self.request.send(memoryview(head)[self.sent :], DONT_WAIT)
-                self._count(sent)
-                if self.sent < len(head):
-                    return
-                self.backlog.popleft()
-                self.sent = 0
+                sent = self.request.send(memoryview(self.backlog[0])[self.sent :], DONT_WAIT)
+                self.moved = now
+                self.sent += sent
+                self.backlog_size -= sent
+                self.quick_bytes += sent
+                if self.sent == len(self.backlog[0]):
+                    self.backlog.popleft()
+                    self.sent = 0
         except BlockingIOError:
-            return
+            pass
         except OSError as error:
-            return self.server.drop(self, str(error))
-        self.server.unwatch(self)
-        if self.pong:
-            pong, self.pong = self.pong, None
-            self.write(pong)
-
-    def _count(self, sent: int) -> None:
-        self.sent += sent
-        self.backlog_size -= sent
-        self.moved = time.monotonic()
-        self.quick_bytes += sent
+            self.server.drop(self, str(error))
+            return
         if self.quick_bytes >= self.server.max_backlog // 4:
-            self.quick_bytes, self.quick_at = 0, self.moved
+            self.quick_bytes, self.quick_at = 0, now
+        if not self.backlog:
+            self.server.unwatch(self)
+            if self.pong:
+                self.write(self.pong)
+                self.pong = None
 
     def is_quick_but_behind(self, now: float) -> bool:
         """Whether the room should give it a moment: far behind, yet taking bytes fast.
@@ -1074,7 +1039,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     # ---- HTTP ----
 
-    def _answer(self, request: Request, body: bytearray) -> bytes:
+    def _answer(self, request: Request, body: bytes) -> bytes:
         """The response to a request that asks for no WebSocket. Raises HandshakeError."""
         check_host(request)
         allowed = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}.get(request.path)
@@ -1082,46 +1047,42 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             raise HandshakeError(404, "there are / and /status, and a WebSocket on any path")
         if request.method not in allowed:
             raise HandshakeError(405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
-        head = request.method == "HEAD"
-        if request.path == "/status":
-            return http_response(200, "application/json", self.server.status(), head=head)
         if request.method == "POST":
             check_origin(request, self.server.origins)
             self.server.broadcast(self._read_body(request, body))
             return http_response(202, "text/plain; charset=utf-8", b"sent\n")
+        head = request.method == "HEAD"
+        if request.path == "/status":
+            return http_response(200, "application/json", self.server.status(), head=head)
         try:
             page = pathlib.Path(__file__).with_name("pywebsock.html").read_bytes()
         except OSError:
             raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
         return http_response(200, "text/html; charset=utf-8", page, head=head)
 
-    def _read_body(self, request: Request, body: bytearray) -> Message:
+    def _read_body(self, request: Request, body: bytes) -> Message:
         """The body of a POST: text where it is UTF-8 and does not say that it is binary."""
-        length = request.headers.get("content-length", "")
-        if "transfer-encoding" in request.headers or not length:
+        field = request.headers.get("content-length", "")
+        if "transfer-encoding" in request.headers or not field:
             raise HandshakeError(411, "the body needs a Content-Length")
-        if not re.fullmatch("[0-9]{1,18}", length):
+        if not re.fullmatch("[0-9]{1,18}", field):
             raise HandshakeError(400, "Content-Length is malformed")
-        if int(length) > self.server.max_message:
+        length = int(field)
+        if length > self.server.max_message:
             raise HandshakeError(413, f"a message has at most {self.server.max_message} bytes")
         if "100-continue" in request.tokens("expect"):
-            self._send_now(serialize_response(100, ()))
-        self._deadline += int(length) / READ_SIZE  # a body of some size may take its time, but not for ever
-        while len(body) < int(length):
-            data = self._read_by_deadline()
-            if not data:
-                raise OSError("end of connection within a body")
-            body += data
-        message = bytes(body[: int(length)])
+            proceed = serialize_response(100, ())
+            self._send_in_time(self._tls.encrypt(proceed) if self._tls else proceed)
+        self._deadline += length / READ_SIZE  # a body of some size may take its time, but not for ever
+        pieces = bytearray(body)
+        while len(pieces) < length:
+            pieces += self._read_in_time()
+        message = bytes(pieces[:length])
         try:
-            binary = request.tokens("content-type")[0].startswith("application/octet-stream")
+            binary = request.headers.get("content-type", "").lower().startswith("application/octet-stream")
             return message if binary else message.decode()
         except UnicodeDecodeError:
             return message
-
-    def _send_now(self, data: bytes) -> None:
-        self._limit_wait()
-        self.request.sendall(self._tls.encrypt(data) if self._tls else data)
 
 
 def check_message(message: Message) -> Message:
@@ -1313,7 +1274,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
                 self._carry_out_next()
             except Exception:  # out of memory, say: the rest of the queue is not to blame
                 log.exception("an operation failed")
-            if time.monotonic() > until:
+            if time.monotonic() > until and not self._ended:
                 self._promised = True
                 self._wake_housekeeper()
                 return
@@ -1349,8 +1310,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self.bytes += sum([len(message.payload) for message in run])
         if self.history:
             self._history.extend(run)
-        if self._slow:
-            self._hold()
+        if self._slow and self._someone_quick_is_behind():
+            self._held = True
+            self._wake_housekeeper()  # which looks again soon
 
     def send_to(self, client: WebSocketHandler, message: Outgoing) -> None:
         """Operation: a message to one client."""
@@ -1419,12 +1381,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             self._slow.remove(client)
             self._selector.unregister(client.request)
 
-    def _hold(self) -> None:
-        """Let the queue wait while a quick reader is far behind; the housekeeper looks again soon."""
+    def _someone_quick_is_behind(self) -> bool:
         now = time.monotonic()
-        self._held = any(client.is_quick_but_behind(now) for client in self._slow)
-        if self._held:
-            self._wake_housekeeper()
+        return any(client.is_quick_but_behind(now) for client in self._slow)
 
     # ---- the housekeeper ----
 
@@ -1457,7 +1416,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
                         self._look_after_clients()
                 except Exception:
                     log.exception("an error in housekeeping")
-                self._hold()
+                self._held = self._someone_quick_is_behind()
                 self._carry_out()
             self.take_turn()  # look once more (R3)
 
@@ -1487,8 +1446,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def _wake_housekeeper(self) -> None:
         try:
             self._ring.send(b"!")
-        except BlockingIOError:
-            pass  # it has been told often enough
+        except OSError:
+            pass  # it has been told often enough, or has ended
 
     def _end_housekeeping(self) -> None:
         self._ended = True
@@ -1496,6 +1455,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if self._housekeeper.is_alive():
             self._wake_housekeeper()
             self._housekeeper.join()
+        with self._turn:
+            self._slow.clear()  # of clients whose threads are stuck in a hook
         for thing in (self._selector, self._alarm, self._ring):
             thing.close()
 
@@ -1510,7 +1471,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of file descriptors or memory, the next one waits until a connection ends."""
         try:
-            return super().get_request()  # type: ignore[return-value]
+            return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._pause(f"cannot accept: {error.strerror}")
@@ -1608,87 +1569,53 @@ class FloodGate(logging.Filter):
         return kind[1] <= self.LINES
 
 
-def parse_size(text: str) -> int:
+def size(text: str) -> int:
     """Bytes: a number, with K, M or G for 1024 times more."""
-    match = re.fullmatch("([0-9]+)([KMG]?)", text.upper())
+    match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16M")
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-def parse_number(text: str) -> float:
+def number(text: str) -> float:
     """A number that is not negative."""
-    if not re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return float(text)
 
 
-def parse_count(text: str) -> int:
-    """A whole number that is not negative."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
+def whole(most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from 0 to `most`."""
 
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {most}")
+        return int(text)
 
-def parse_port(text: str) -> int:
-    """A TCP port; 0 for any free one."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
+    return parse
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options; most are settings of BroadcastServer."""
-    parser = argparse.ArgumentParser(
-        prog="pywebsock", description="WebSocket broadcast server: what one client sends, all clients get."
-    )
+    """The options; those of the second half are settings of BroadcastServer."""
+    parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
     add = parser.add_argument
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on: 0.0.0.0 for all, :: for all of IPv4 and IPv6 (%(default)s)",
-    )
-    add("--port", type=parse_port, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
-    add(
-        "--origin",
-        action="append",
-        default=[],
-        help="allow pages of this origin, such as https://example.com; * for any; repeatable",
-    )
+    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
+    add("--port", type=whole(65535), default=4545, help="port to listen on, 0 for any free one (%(default)s)")
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="its private key, where it is not in the same file")
-    add("--max-message", type=parse_size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add(
-        "--max-backlog",
-        type=parse_size,
-        metavar="SIZE",
-        default="16M",
-        help="what may wait for a slow client (%(default)s)",
-    )
-    add("--max-clients", type=parse_count, metavar="N", default=10_000, help="clients at once (%(default)s)")
-    add(
-        "--ping",
-        type=parse_number,
-        metavar="SECONDS",
-        default=20.0,
-        help="silence before a ping, and after it, 0 for none (20)",
-    )
-    add(
-        "--history", type=parse_count, metavar="N", default=0, help="give new clients the last N messages (%(default)s)"
-    )
-    add(
-        "--rate",
-        type=parse_number,
-        metavar="N",
-        default=0.0,
-        help="messages a second that a client may send, 0 for any number (0)",
-    )
     add("--stdin", action="store_true", help="broadcast each line of standard input")
-    add("--no-compression", action="store_true", help="do not use permessage-deflate")
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--quiet", action="store_true", help="log only what needs attention")
     loudness.add_argument("--verbose", action="store_true", help="log every client that joins, too")
     add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--origin", action="append", default=[], help="let pages of this origin connect, * for any; repeatable")
+    add("--max-message", type=size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
+    add("--max-backlog", type=size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
+    add("--max-clients", type=whole(10**9), metavar="N", default=10_000, help="clients at once (%(default)s)")
+    add("--ping", type=number, metavar="S", default=20.0, help="seconds of silence before a ping, and after it (20)")
+    add("--history", type=whole(10**9), metavar="N", default=0, help="messages that a new client gets first (0)")
+    add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add("--no-compression", action="store_true", help="do not use permessage-deflate")
     return parser
 
 
