@@ -93,6 +93,7 @@ import functools
 import hashlib
 import http
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -170,6 +171,7 @@ MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
 READ_SIZE = 64 * 1024  # bytes asked of a socket at once
 RUN_SIZE = 1024 * 1024  # bytes of consecutive broadcasts sent as one
 QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
+FLUSHES = 16  # sends to one slow client before others have their turn
 TURN_TIME = 0.02  # seconds after which a holder hands the turn on
 PATIENCE = 0.25  # seconds in which a quick reader takes a quarter of its backlog limit
 
@@ -345,9 +347,12 @@ def decode_text(payload: bytes) -> str:
 
 DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
 SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
+FINAL_BLOCK = b"\x03\x00"  # an empty one: zlib takes it for the end only where all before it is whole
+MAX_FINALS = 1000  # in one message
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
-PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|$)')
+PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|\Z)')
+NOTHING = re.compile(r"[ \t,]*")  # a list may have empty elements (RFC 9110 5.6.1)
 
 
 def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]]]:
@@ -358,14 +363,17 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]
     offers: list[tuple[str, list[tuple[str, str | None]]]] = []
     position, separator = 0, ","
     while separator:
-        match = PARAMETER.match(field, position)
-        if not match or (separator == "," and "=" in match.group()):
-            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
-        name, value = match[1], match[2] or match[3]
         if separator == ",":
-            offers.append((name, []))
+            position = NOTHING.match(field, position).end()  # type: ignore[union-attr]
+            if position == len(field):
+                break
+        match = PARAMETER.match(field, position)
+        if not match or (separator == "," and "=" in match[0]):
+            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
+        if separator == ",":
+            offers.append((match[1], []))
         else:
-            offers[-1][1].append((name, value))
+            offers[-1][1].append((match[1], match[2] or match[3]))
         position, separator = match.end(), match[4]
     return offers
 
@@ -375,7 +383,7 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
     for name, parameters in parse_extensions(field) if field else ():
         window = accept_offer(parameters) if name == "permessage-deflate" else 0
         if window:
-            limit = f"; server_max_window_bits={window}" if window < 15 else ""
+            limit = f"; server_max_window_bits={window}" if "server_max_window_bits" in dict(parameters) else ""
             return window, f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
     return 0, ""
 
@@ -409,22 +417,27 @@ class Inflater:
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=-15)
-        self._after = b""  # what follows a final block
+        self._finals = 0  # blocks with BFINAL so far; they may stand anywhere (7.2.1), zlib ends at each
 
     def inflate(self, data: bytes, fin: bool, limit: int) -> bytes:
         """The plain bytes that `data` gives, at most `limit`. Raises ProtocolError."""
+        plain, whole = b"", False
         if fin:
-            data += SYNC_TAIL
-        try:
-            plain = self._zlib.decompress(data, limit + 1)
-        except zlib.error:
-            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
-        if len(plain) > limit:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message inflates beyond the limit")
-        if self._zlib.eof:  # 7.2.3.4: a block with BFINAL is followed by an empty one, and nothing else
-            self._after = self._zlib.unused_data
-            if len(self._after) > 5 or (fin and self._after not in (SYNC_TAIL, b"\0" + SYNC_TAIL)):
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data goes on after its end")
+            data += SYNC_TAIL + FINAL_BLOCK
+        while data:
+            try:
+                plain += self._zlib.decompress(data, limit + 1 - len(plain))
+            except zlib.error:
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
+            if len(plain) > limit:
+                raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message inflates beyond the limit")
+            data, whole = self._zlib.unused_data, self._zlib.eof
+            if whole:
+                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
+        if self._finals > MAX_FINALS or (fin and not whole):
+            raise ProtocolError(
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block, or too often"
+            )
         return plain
 
 
@@ -476,16 +489,25 @@ class MessageReader:
 
     def _append(self, fin: bool, payload: bytes, left: int) -> None:
         room = self._max_message - len(self._payload)
+        most = (
+            self._max_message + self._max_message // 1000 + 64 if self._inflater else room
+        )  # deflate may add a little
+        if len(payload) + left > most:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
         if self._inflater:
             payload = self._inflater.inflate(payload, fin, room)
-        elif len(payload) + left > room:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
         if self._opcode == TEXT:
-            try:
-                self._utf8.decode(payload, fin)
-            except UnicodeDecodeError:
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
+            self._check_utf8(payload, fin)
         self._payload += payload
+
+    def _check_utf8(self, payload: bytes, fin: bool) -> None:
+        try:
+            self._utf8.decode(payload, fin)
+            rest, _ = self._utf8.getstate()
+            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate: Python waits for its third byte
+                rest.decode()
+        except UnicodeDecodeError:
+            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
     def _finish(self) -> tuple[int, Message]:
         opcode, payload = self._opcode, self._payload
@@ -770,6 +792,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.window = 0  # of permessage-deflate, in bits; 0 without
         self._tls = TLS(self.server.tls_context) if self.server.tls_context else None
         self._deadline = time.monotonic() + self.server.handshake_timeout  # of what this thread does by itself
+        self._pongs: list[bytes] = []  # for the Pings in what is being read
         self._due = 0.0  # when the next message may come, with a rate
 
         # What the holder of the turn keeps here (R1).
@@ -781,8 +804,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.quick_bytes = 0  # taken since then
         self.pong: bytes | None = None  # the newest Pong, waiting for the backlog to be empty
         self.pinged = False  # a keepalive Ping awaits anything at all
-        self.closing: tuple[int, str] | None = None  # code and reason of the server's own Close, once sent
-        self.close_by = 0.0  # when to give up waiting for the peer's
+        self.close_by = 0.0  # when to give up waiting for the peer's Close; 0 before the server has sent its own
         self.dropped = ""  # why the connection was given up, also by its own thread
 
         # Written by this thread, read by the housekeeper.
@@ -911,17 +933,20 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         except Exception:
             log.exception("%s: an error in on_close", self.address)
         if answer is not None and not self.dropped:
-            self._part(b"" if self.closing else answer)
+            self._part(b"" if self.close_by else answer)
 
     def _converse(self, data: bytes) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         server = self.server
         reader = MessageReader(server.max_message, bool(self.window))
         while True:
-            for opcode, payload in reader.feed(data):
-                if opcode == CLOSE:
-                    return bytes(payload)
-                self._take(opcode, payload)
+            try:
+                for opcode, payload in reader.feed(data):
+                    if opcode == CLOSE:
+                        return bytes(payload)
+                    self._take(opcode, payload)
+            finally:
+                self._answer_pings()
             server.take_turn()
             server.wait_for_room()
             data = self._wait_for_bytes()
@@ -929,13 +954,20 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                 return None
 
     def _take(self, opcode: int, payload: Any) -> None:
-        """Hand on one message, or answer a Ping. What comes after the server's Close does not count (5.5.1)."""
+        """Hand on one message, or note a Ping. What comes after the server's Close does not count (5.5.1)."""
         if opcode == PING:
-            self.server.enqueue(functools.partial(self.server.pong, self, serialize_frame(PONG, payload)))
-        elif opcode != PONG and not self.closing:
+            self._pongs.append(serialize_frame(PONG, payload))
+        elif opcode != PONG and not self.close_by:
+            self._answer_pings()
             if self.server.rate:
                 self._keep_to_rate()
             self.server.on_message(self, payload)
+
+    def _answer_pings(self) -> None:
+        """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
+        if self._pongs:
+            pongs, self._pongs = self._pongs, []
+            self.server.enqueue(functools.partial(self.server.pong, self, pongs), sum(map(len, pongs)))
 
     def _wait_for_bytes(self) -> bytes:
         """The next bytes; none at the end of the connection, whatever ended it."""
@@ -1004,30 +1036,43 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.backlog_size += len(data)
 
     def flush(self) -> None:
-        """Send what the socket takes of the backlog now."""
+        """Send what the socket takes of the backlog now; of a large one a part, since others wait for the turn."""
         now = time.monotonic()
         try:
-            while self.backlog:
-                sent = self.request.send(memoryview(self.backlog[0])[self.sent :], DONT_WAIT)
-                self.moved = now
-                self.sent += sent
-                self.backlog_size -= sent
-                self.quick_bytes += sent
-                if self.sent == len(self.backlog[0]):
-                    self.backlog.popleft()
-                    self.sent = 0
+            for _ in range(FLUSHES):
+                if self.backlog:
+                    self._count(self.request.send(self._next_piece(), DONT_WAIT), now)
         except BlockingIOError:
             pass
         except OSError as error:
             self.server.drop(self, str(error))
             return
-        if self.quick_bytes >= self.server.max_backlog // 4:
-            self.quick_bytes, self.quick_at = 0, now
         if not self.backlog:
             self.server.unwatch(self)
             if self.pong:
                 self.write(self.pong)
                 self.pong = None
+
+    def _next_piece(self) -> bytes | memoryview:
+        """Something to send: many short entries of the backlog as one."""
+        head = memoryview(self.backlog[0])[self.sent :]
+        pieces, size = [head], len(head)
+        for entry in itertools.islice(self.backlog, 1, None):
+            if size > READ_SIZE:
+                break
+            pieces.append(memoryview(entry))
+            size += len(entry)
+        return b"".join(pieces) if len(pieces) > 1 else head
+
+    def _count(self, sent: int, now: float) -> None:
+        self.sent += sent
+        self.backlog_size -= sent
+        while self.backlog and self.sent >= len(self.backlog[0]):
+            self.sent -= len(self.backlog.popleft())
+        self.moved = now
+        self.quick_bytes += sent
+        if self.quick_bytes >= self.server.max_backlog // 4:
+            self.quick_bytes, self.quick_at = 0, now
 
     def is_quick_but_behind(self, now: float) -> bool:
         """Whether the room should give it a moment: far behind, yet taking bytes fast.
@@ -1281,25 +1326,25 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _carry_out_next(self) -> None:
         """Carry out the next operation; where that is a broadcast, with those behind it as one run."""
-        run: list[Outgoing] = []
-        total = 0
-        while self._queue and total < RUN_SIZE:
-            operation, size = self._queue[0]
+        operation, total = self._queue.popleft()
+        try:
             if not isinstance(operation, Outgoing):
-                if not run:
-                    self._queue.popleft()
-                    total += size
-                    operation()
-                break
-            self._queue.popleft()
-            total += size
-            run.append(operation)
-        if run:
+                operation()
+                return
+            run = [operation]
+            while self._queue and total < RUN_SIZE:
+                operation, size = self._queue[0]
+                if not isinstance(operation, Outgoing):
+                    break
+                self._queue.popleft()
+                run.append(operation)
+                total += size
             self._fan_out(run)
-        with self._entrance:
-            self._queued -= total
-            if self._queued <= QUEUE_SIZE // 2 and not self._room.is_set():
-                self._room.set()
+        finally:
+            with self._entrance:
+                self._queued -= total
+                if self._queued <= QUEUE_SIZE // 2 and not self._room.is_set():
+                    self._room.set()
 
     def _fan_out(self, run: list[Outgoing]) -> None:
         """Send a run to every client: one buffer for each window, one send for each client."""
@@ -1319,12 +1364,13 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if client in self.clients:
             client.write(message.frame(client.window))
 
-    def pong(self, client: WebSocketHandler, frame: bytes) -> None:
-        """Operation: answer a Ping; only the newest of those that would have to wait (5.5.3)."""
-        if client in self._slow:
-            client.pong = frame
-        elif client in self.clients:
-            client.write(frame)
+    def pong(self, client: WebSocketHandler, frames: list[bytes]) -> None:
+        """Operation: answer Pings; only the newest where they would have to wait (5.5.3)."""
+        if client in self.clients:
+            if client.backlog:
+                client.pong = frames[-1]
+            else:
+                client.write(b"".join(frames))
 
     def _join(self, client: WebSocketHandler, response: bytes) -> None:
         """Operation: the response and the joining are one, so a client misses nothing after its 101."""
@@ -1340,7 +1386,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if client in self.clients:
             self._remove(client)
             self._parting.add(client)
-            client.closing, client.close_by = (code, reason), time.monotonic() + self.close_timeout
+            client.close_by = time.monotonic() + self.close_timeout
+            client.pong = None
             client.write(serialize_close(code, reason))
 
     def _leave(self, client: WebSocketHandler, left: threading.Event) -> None:
@@ -1424,7 +1471,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Once in a while, in the turn: every timeout of a client."""
         now = time.monotonic()
         for client in [client for client in self._parting if now > client.close_by]:
-            self.drop(client, client.closing[1] if client.closing else "")
+            self.drop(client, "it did not answer the Close")
         for client in [client for client in self._slow if now - client.moved > self.send_timeout]:
             self.drop(client, f"it took nothing for {self.send_timeout:g} s")
         if self.ping_interval:
@@ -1455,8 +1502,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if self._housekeeper.is_alive():
             self._wake_housekeeper()
             self._housekeeper.join()
-        with self._turn:
-            self._slow.clear()  # of clients whose threads are stuck in a hook
+        with self._turn:  # for clients whose threads are still stuck in a hook
+            self._slow.clear()
+            self._held = self._promised = False
         for thing in (self._selector, self._alarm, self._ring):
             thing.close()
 

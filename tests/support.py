@@ -6,16 +6,20 @@ Every wait has a deadline, every port is free, everything that is started is end
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 import os
 import pathlib
 import signal
 import socket
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import typing
 import unittest
 import zlib
@@ -28,6 +32,8 @@ EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is mi
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
 
+logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
+
 
 def require(present: object, what: str) -> None:
     """Skip the test where something is missing, or fail it where everything has been asked for."""
@@ -37,6 +43,14 @@ def require(present: object, what: str) -> None:
         raise unittest.SkipTest(f"{what} is missing")
 
 
+def package(name: str) -> typing.Any:
+    """A module that does not come with Python; see `require`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return require(None, f"the package {name.partition('.')[0]}")
+
+
 def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
     """Wait until a condition holds that nothing announces, such as a counter of another thread."""
     end = time.monotonic() + deadline
@@ -44,6 +58,27 @@ def eventually(condition: typing.Callable[[], object], what: str = "", deadline:
         if time.monotonic() > end:
             raise AssertionError(f"not within {deadline} s: {what or condition}")
         time.sleep(0.005)
+
+
+def growth(act: typing.Callable[[int], object], size: int) -> float:
+    """How many times the CPU time of `act(size)` goes to `act(4 * size)`: 4 where it is linear, 16 where quadratic."""
+    times: dict[int, list[float]] = {size: [], 4 * size: []}
+    for _ in range(9):
+        for each, spent in times.items():
+            start = time.thread_time()
+            act(each)
+            spent.append(time.thread_time() - start)
+    return statistics.median(times[4 * size]) / max(statistics.median(times[size]), 1e-6)
+
+
+def peak_memory(act: typing.Callable[[], object]) -> int:
+    """The most bytes that `act` holds at any time."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 class Recorder(pywebsock.BroadcastServer):
@@ -79,8 +114,12 @@ class Recorder(pywebsock.BroadcastServer):
 S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
 
 
+@typing.overload
+def running(**settings: typing.Any) -> contextlib.AbstractContextManager[Recorder]: ...
+@typing.overload
+def running(kind: type[S], **settings: typing.Any) -> contextlib.AbstractContextManager[S]: ...
 @contextlib.contextmanager
-def running(kind: type[S] = Recorder, **settings: typing.Any) -> typing.Iterator[S]:  # type: ignore[assignment]
+def running(kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Iterator[typing.Any]:
     """A server in this process, on a free port: `with running(rate=5) as server`."""
     server = kind(("127.0.0.1", 0), **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -96,7 +135,9 @@ def running(kind: type[S] = Recorder, **settings: typing.Any) -> typing.Iterator
 class Process:
     """`python pywebsock.py` in a process of its own, on a free port; its log is in `log()`."""
 
-    def __init__(self, *arguments: str, stdin: typing.Any = subprocess.DEVNULL, python: typing.Sequence[str] = ()) -> None:
+    def __init__(
+        self, *arguments: str, stdin: typing.Any = subprocess.DEVNULL, python: typing.Sequence[str] = ()
+    ) -> None:
         command = [sys.executable, *python, str(ROOT / "pywebsock.py"), "--port", "0", *arguments]
         self._process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._log: list[bytes] = []
@@ -162,7 +203,13 @@ class Frame(typing.NamedTuple):
 
 
 def masked_frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, key: bytes = b"\x37\xfa\x21\x3d", length: int = -1
+    opcode: int,
+    payload: bytes = b"",
+    *,
+    fin: bool = True,
+    rsv: int = 0,
+    key: bytes = b"\x37\xfa\x21\x3d",
+    length: int = -1,
 ) -> bytes:
     """A frame from a client (RFC 6455 5.2); `rsv` is 4 for RSV1; `length` claims another length."""
     size = len(payload) if length < 0 else length
@@ -195,7 +242,15 @@ def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **c
 class Client:
     """A WebSocket client for tests: it hides nothing and can break every rule."""
 
-    def __init__(self, port: int, *, tls: ssl.SSLContext | None = None, handshake: bool = True, small: bool = False, **fields: str | None) -> None:
+    def __init__(
+        self,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        handshake: bool = True,
+        small: bool = False,
+        **fields: typing.Any,
+    ) -> None:
         self.socket: socket.socket = socket.socket()
         if small:  # a receive buffer that is soon full
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -312,3 +367,24 @@ def exchange(port: int, data: bytes, *, tls: ssl.SSLContext | None = None) -> tu
     start, *lines = head.decode("latin-1").split("\r\n")
     fields = dict(line.lower().split(": ", 1) for line in lines)
     return int(start.split(" ")[1]), fields, body
+
+
+class ServerTestCase(unittest.TestCase):
+    """Tests of running servers: what they start is ended after each of them, clients first."""
+
+    @typing.overload
+    def serve(self, **settings: typing.Any) -> Recorder: ...
+    @typing.overload
+    def serve(self, kind: type[S], **settings: typing.Any) -> S: ...
+
+    def serve(self, kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Any:
+        """A server in this process; see `running`."""
+        context = running(kind, **settings)
+        self.addCleanup(context.__exit__, None, None, None)
+        return context.__enter__()
+
+    def connect(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> Client:
+        """A client of it; see `Client`."""
+        client = Client(server.server_address[1], **how)
+        self.addCleanup(client.__exit__)
+        return client
