@@ -518,20 +518,25 @@ class MessageReader:
 class Outgoing:
     """A message on its way to clients: one frame without compression, and one for each window in use."""
 
-    __slots__ = ("_deflated", "opcode", "payload", "plain")
+    __slots__ = ("_deflated", "opcode", "plain", "size")
 
     def __init__(self, message: Message) -> None:
-        self.opcode, self.payload = (TEXT, message.encode()) if isinstance(message, str) else (BINARY, message)
-        self.plain = serialize_frame(self.opcode, self.payload)
-        self._deflated: dict[int, bytes] = {}
+        """Raises TypeError for anything but str and what is like bytes."""
+        if isinstance(message, str):
+            self.opcode, payload = TEXT, message.encode()
+        else:
+            self.opcode, payload = BINARY, message if type(message) is bytes else bytes(memoryview(message))
+        self.size = len(payload)  # bytes
+        self.plain = serialize_frame(self.opcode, payload)
+        self._deflated: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
         """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
-        if not window or len(self.payload) < DEFLATE_THRESHOLD:
+        if not window or self.size < DEFLATE_THRESHOLD:
             return self.plain
         if window not in self._deflated:
-            payload = deflate(self.payload, window)
-            shorter = len(payload) < len(self.payload)
+            payload = deflate(self.plain[-self.size :], window)
+            shorter = len(payload) < self.size
             self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
         return self._deflated[window]
 
@@ -818,7 +823,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         Never fails: where the client is gone or closing, the message is gone too.
         Raises TypeError for anything but str and bytes.
         """
-        outgoing = Outgoing(check_message(message))
+        outgoing = Outgoing(message)
         self.server.perform(functools.partial(self.server.send_to, self, outgoing), len(outgoing.plain))
 
     def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
@@ -1130,15 +1135,6 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             return message
 
 
-def check_message(message: Message) -> Message:
-    """The message itself. Raises TypeError where it is neither str nor bytes."""
-    if isinstance(message, (bytearray, memoryview)):
-        return bytes(message)
-    if not isinstance(message, (str, bytes)):
-        raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
-    return message
-
-
 # ======================================================================================
 # Server
 # ======================================================================================
@@ -1168,7 +1164,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     max_clients = 10_000  # above it: 503
     origins: Sequence[str] = ()  # see check_origin(); "*" for any
     compression = True  # permessage-deflate, where a client offers it
-    history = 0  # messages that a new client gets first
+    history = 0  # messages that a new client gets first, with at most max_backlog bytes
     rate = 0.0  # messages a second that a client may send; 0: any number
     ping_interval = 20.0  # seconds of silence before a Ping; 0: never
     ping_timeout = 20.0  # seconds of silence after it: dropped
@@ -1209,7 +1205,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self.bytes = 0  # of their payloads
         self.windows: tuple[int, ...] = ()  # those in use; replaced, never changed: any thread may read it
         self._clients_with: Counter[int] = Counter()  # how many clients have which window
-        self._history: deque[Outgoing] = deque(maxlen=self.history)
+        self._history: deque[Outgoing] = deque()  # the last messages
+        self._history_size = 0  # bytes of their payloads
         self._parting: set[WebSocketHandler] = set()  # out of the room: the server's Close sent, theirs awaited
         self._slow: set[WebSocketHandler] = set()  # those with a backlog
         self._held = False  # the queue waits for a quick reader that is behind
@@ -1250,7 +1247,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         Waits while too much is queued, never for one slow client. Raises TypeError for
         anything but str and bytes.
         """
-        self.perform(Outgoing(check_message(message)))
+        self.perform(Outgoing(message))
 
     def status(self) -> bytes:
         """What GET /status answers. Any thread."""
@@ -1274,7 +1271,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Queue an operation. Whoever does that takes the turn soon after."""
         if isinstance(operation, Outgoing):
             size = len(operation.plain)
-            for window in self.windows if size > DEFLATE_THRESHOLD else ():
+            for window in self.windows if size >= DEFLATE_THRESHOLD else ():
                 operation.frame(window)  # compress here, not in the turn
         with self._entrance:
             self._queue.append((operation, size))
@@ -1352,12 +1349,19 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         for client in tuple(self.clients):  # a copy: writing may drop a client
             client.write(frames[client.window])
         self.messages += len(run)
-        self.bytes += sum([len(message.payload) for message in run])
+        self.bytes += sum([message.size for message in run])
         if self.history:
-            self._history.extend(run)
+            self._remember(run)
         if self._slow and self._someone_quick_is_behind():
             self._held = True
             self._wake_housekeeper()  # which looks again soon
+
+    def _remember(self, run: list[Outgoing]) -> None:
+        """Keep the last messages for those who join, but not more bytes than may wait for a client."""
+        self._history.extend(run)
+        self._history_size += sum([message.size for message in run])
+        while len(self._history) > self.history or self._history_size > self.max_backlog:
+            self._history_size -= self._history.popleft().size
 
     def send_to(self, client: WebSocketHandler, message: Outgoing) -> None:
         """Operation: a message to one client."""
@@ -1618,10 +1622,10 @@ class FloodGate(logging.Filter):
 
 
 def size(text: str) -> int:
-    """Bytes: a number, with K, M or G for 1024 times more."""
+    """A whole number from 0 on, with K, M or G for 1024 times more."""
     match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16M")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1000 or 16M")
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
@@ -1632,15 +1636,11 @@ def number(text: str) -> float:
     return float(text)
 
 
-def whole(most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from 0 to `most`."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {most}")
-        return int(text)
-
-    return parse
+def port(text: str) -> int:
+    """A TCP port; 0 for any free one."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -1648,7 +1648,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
-    add("--port", type=whole(65535), default=4545, help="port to listen on, 0 for any free one (%(default)s)")
+    add("--port", type=port, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="its private key, where it is not in the same file")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
@@ -1659,9 +1659,9 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--origin", action="append", default=[], help="let pages of this origin connect, * for any; repeatable")
     add("--max-message", type=size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
     add("--max-backlog", type=size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", type=whole(10**9), metavar="N", default=10_000, help="clients at once (%(default)s)")
+    add("--max-clients", type=size, metavar="N", default=10_000, help="clients at once (%(default)s)")
     add("--ping", type=number, metavar="S", default=20.0, help="seconds of silence before a ping, and after it (20)")
-    add("--history", type=whole(10**9), metavar="N", default=0, help="messages that a new client gets first (0)")
+    add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
     add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
     add("--no-compression", action="store_true", help="do not use permessage-deflate")
     return parser

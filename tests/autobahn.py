@@ -120,8 +120,12 @@ def main(cases: typing.Sequence[str]) -> int:
         print("PYWEBSOCK_WSTEST does not name the program wstest", file=sys.stderr)
         return 2
     folder = pathlib.Path(tempfile.mkdtemp(prefix="autobahn-"))
-    with Process("--quiet") as server:
-        results = run(wstest, server.port, cases or ["*"], folder, 3600.0)
+    try:
+        with Process("--quiet") as server:
+            results = run(wstest, server.port, cases or ["*"], folder, 3600.0)
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return 2
     for line in results.bad():
         print(line)
     print(f"{results}; the reports are in {folder}")

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import typing
 
-from tests.support import DEADLINE, package, require
+from tests.support import DEADLINE, eventually, package, require
 
 ARGUMENTS = (
     "--headless=new",
@@ -91,6 +91,14 @@ class Tab:
             "return [document.documentElement.dataset.state, document.getElementById('status').textContent]"
         )
         return drawn, read
+
+    def wait_for_state(self, state: str, deadline: float = DEADLINE) -> None:
+        """Wait until the connection is in a state."""
+        eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", deadline)
+
+    def wait_for_messages(self, count: int) -> None:
+        """Wait until there are so many messages in the log."""
+        eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}")
 
     def messages(self, kind: str = "") -> list[str]:
         """The texts in the log; with the kind `.mine`, only of the messages that were sent here."""

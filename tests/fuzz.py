@@ -56,13 +56,25 @@ def try_messages(data: bytes) -> None:
     assert (whole[1] is None) == (pieces[1] is None), (whole, pieces)
 
 
+def try_frames(data: bytes) -> None:
+    """Frames of any first byte and any payload, whose lengths and masks are right."""
+    stream, position = data[:1], 1
+    while position + 1 < len(data):
+        first, length = data[position], data[position + 1]
+        payload = data[position + 2 : position + 2 + length]
+        stream += support.masked_frame(first & 15, payload, fin=first > 127, rsv=first >> 4 & 7, key=bytes(4))
+        position += 2 + length
+    try_messages(stream)
+
+
 def try_inflate(data: bytes) -> None:
-    """A compressed message, as other programs of zlib would take it."""
+    """A compressed message, as zlib alone would take it."""
     try:
         plain = pywebsock.Inflater().inflate(data, True, LIMIT)
     except pywebsock.ProtocolError:
         return
-    assert plain == zlib.decompressobj(-15).decompress(data + b"\x00\x00\xff\xff")
+    other = zlib.decompressobj(-15).decompress(data + b"\x00\x00\xff\xff")  # up to a final block
+    assert plain.startswith(other) and len(plain) <= LIMIT
 
 
 def answer(pieces: list[bytes]) -> tuple[typing.Any, ...]:
@@ -121,7 +133,7 @@ def try_close(data: bytes) -> None:
     assert pywebsock.parse_close(pywebsock.serialize_close(code, reason)[2:]) == (code, reason)
 
 
-TARGETS = (try_messages, try_handshake, try_extensions, try_inflate, try_close)
+TARGETS = (try_messages, try_handshake, try_extensions, try_inflate, try_close, try_frames)
 
 
 def try_one(data: bytes) -> None:
@@ -158,6 +170,11 @@ def seeds() -> typing.Iterator[bytes]:
     yield b"\x03" + pywebsock.deflate(long, 9)
     yield b"\x03" + bytes.fromhex("f3 48 cd c9 c9 07 00 00")
     yield b"\x04\x0f\xa0" + text
+    zipped = pywebsock.deflate(text, 15)
+    for mode in (b"\x00", b"\x80", b"\xff"):
+        yield b"\x05" + mode + b"\x01\x05" + text[:5] + b"\x89\x01p\x00\x00\x80" + bytes((len(text) - 5,)) + text[5:]
+        yield b"\x05" + mode + b"\x41\x05" + zipped[:5] + b"\x8a\x00\x80" + bytes((len(zipped) - 5,)) + zipped[5:]
+        yield b"\x05" + mode + b"\x81\x00\x82\x03abc\x88\x05\x03\xe8bye"
 
 
 def main(argument: str) -> None:

@@ -127,6 +127,17 @@ class Peer:
         self.reading = False
         self._choose_events()
 
+    def read_at(self, pace: float) -> None:
+        """Read so many bytes a second from now on, 0 for any number."""
+        self.pace, self.received, self.since = pace, 0, time.monotonic()
+        self._choose_events()
+
+    def read_on(self) -> None:
+        """Be stuck no more, but quick."""
+        self.reading = True
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        self._choose_events()
+
     def reset(self) -> None:
         """End with a reset."""
         if not self.ended:

@@ -13,7 +13,7 @@ import tempfile
 import typing
 
 from tests.browser import Tab, chromium
-from tests.support import ROOT, Process, eventually
+from tests.support import ROOT, Process
 
 WIDTH, HEIGHT, SCALE = 480, 530, 2
 
@@ -40,14 +40,19 @@ FRAME = """<!DOCTYPE html><meta charset="utf-8">
           font: 13px Inter, sans-serif; }}
   figure {{ margin: 0; border-radius: 12px; overflow: hidden; background: #fdfcfa;
             box-shadow: 0 0 0 1px #0002, 0 14px 32px #0003; }}
-  figcaption {{ display: flex; align-items: center; gap: 8px; padding: 10px 14px; background: #e8e4db; color: #57534a; }}
+  figcaption {{ display: flex; align-items: center; gap: 8px; padding: 10px 14px;
+                background: #e8e4db; color: #57534a; }}
   i {{ width: 12px; height: 12px; border-radius: 50%; background: #cdc6b8; }}
   b {{ flex: 1; margin: 0 52px 0 8px; padding: 4px 12px; border-radius: 8px; background: #f7f5f0;
        font-weight: 450; text-align: center; }}
   img {{ display: block; width: {width}px; height: {height}px; }}
 </style>
 {windows}"""
-WINDOW = "<figure><figcaption><i></i><i></i><i></i><b>{title}</b></figcaption><img src='data:image/png;base64,{png}'></figure>"
+WINDOW = """
+<figure>
+  <figcaption><i></i><i></i><i></i><b>{title}</b></figcaption>
+  <img src="data:image/png;base64,{png}">
+</figure>"""
 
 
 def window(browser: typing.Any, url: str) -> Tab:
@@ -60,7 +65,7 @@ def window(browser: typing.Any, url: str) -> Tab:
     tab.command("Page.addScriptToEvaluateOnNewDocument", source=CLOCK)
     browser.get(url)
     tab.run("document.body.style.fontFamily = 'Inter, sans-serif'")
-    eventually(lambda: tab.state()[0] == "connected", "connected")
+    tab.wait_for_state("connected")
     return tab
 
 
@@ -73,7 +78,7 @@ def hold(talk: typing.Sequence[tuple[int, int, str]], windows: typing.Sequence[T
         windows[who].run("document.getElementById('draft').value = arguments[0]", text)
         windows[who].send("")
         for each in windows:
-            eventually(lambda each=each: len(each.messages()) > i, text)
+            each.wait_for_messages(i + 1)
 
 
 def picture(tab: Tab, **clip: typing.Any) -> bytes:
@@ -106,4 +111,4 @@ def take(path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    take(pathlib.Path(*sys.argv[1:2] or [ROOT / "tests" / "pywebsock.png"]))
+    take(pathlib.Path(sys.argv[1]) if sys.argv[1:] else ROOT / "tests" / "pywebsock.png")

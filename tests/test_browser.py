@@ -27,18 +27,14 @@ class Pages(unittest.TestCase):
 
     def setUp(self) -> None:
         self.expected = ""  # what may stand in the browser's log
-        self.server = self.serve()
+        self.server = Process()
+        self.addCleanup(lambda: self.server.stop())  # after the tabs have been closed
         self.port = self.server.port
         from_disk = f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{self.port}"
         from_server = f"http://localhost:{self.port}/"
         self.tabs = [self.open(url) for url in (from_disk, from_disk, from_server, from_server)]
-        self.wait_for_state("connected")
-
-    def serve(self, *arguments: str) -> Process:
-        """A server, which ends with the test."""
-        server = Process(*arguments)
-        self.addCleanup(server.stop)
-        return server
+        for tab in self.tabs:
+            tab.wait_for_state("connected")
 
     def open(self, url: str) -> Tab:
         """A new tab, which ends with the test, and must have nothing to complain of."""
@@ -47,15 +43,10 @@ class Pages(unittest.TestCase):
         self.addCleanup(lambda: self.assertEqual(tab.complaints(self.expected), []))
         return tab
 
-    def wait_for_state(self, state: str, deadline: float = 10) -> None:
-        """In all tabs, as the page shows it and as it says it."""
-        for tab in self.tabs:
-            eventually(lambda tab=tab: tab.state() == (state, state), f"{state} in {tab.url}", deadline)
-
     def assert_everywhere(self, *texts: str) -> None:
         """Each tab shows these messages in this order, and nothing else."""
         for tab in self.tabs:
-            eventually(lambda tab=tab: len(tab.messages()) >= len(texts), f"{len(texts)} messages in {tab.url}")
+            tab.wait_for_messages(len(texts))
             self.assertEqual(tab.messages(), list(texts), tab.url)
 
     def test_what_one_sends_all_show(self) -> None:
@@ -84,7 +75,7 @@ class Pages(unittest.TestCase):
             program.send("long " * 20_000)
             program.send(bytes(1000))
             for tab in self.tabs:
-                eventually(lambda tab=tab: len(tab.messages()) == 3, "three messages")
+                tab.wait_for_messages(3)
                 _, long, binary = tab.messages()
                 self.assertTrue(long.startswith("long long"))
                 self.assertEqual(binary, "binary, 1,000 bytes")
@@ -94,7 +85,7 @@ class Pages(unittest.TestCase):
         with Client(self.port) as program:
             program.send("\n".join(map(str, range(20))))
             program.send("\n".join(map(str, range(20))))
-            eventually(lambda: len(tab.messages()) == 2, "two messages")
+            tab.wait_for_messages(2)
             tab.run("document.getElementById('scroller').scrollTop = 0")
             eventually(lambda: tab.run("return !following"), "the page has noticed")
             program.send("news")
@@ -109,16 +100,18 @@ class Pages(unittest.TestCase):
         self.tabs[0].send("before")
         self.assert_everywhere("before")
         self.assertEqual(self.server.stop(), 0)
-        self.wait_for_state("offline")
+        for tab in self.tabs:
+            tab.wait_for_state("offline")
         texts = [f"offline in tab {i}" for i in range(4)]
         for tab, text in zip(self.tabs, texts):
             tab.send(text)
             self.assertEqual(tab.outbox(), [text])
         # With a history, since the tabs come back one after the other.
-        self.serve("--port", str(self.port), "--history", "10")
-        self.wait_for_state("connected", RECONNECTION)
+        self.server = Process("--port", str(self.port), "--history", "10")
         for tab in self.tabs:
-            eventually(lambda tab=tab: len(tab.messages()) == 5, f"five messages in {tab.url}")
+            tab.wait_for_state("connected", RECONNECTION)
+        for tab in self.tabs:
+            tab.wait_for_messages(5)
             self.assertEqual(sorted(tab.messages()), ["before", *texts])
             self.assertEqual(tab.outbox(), [])
 

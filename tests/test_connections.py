@@ -431,7 +431,7 @@ class ClosingHandshake(ServerTestCase):
         handler.close(4000, "go")
         self.assertEqual(client.read_frame().opcode, CLOSE)
         self.assertEqual(client.read_all(), b"")
-        server.wait_for("close", 1006, "go")
+        eventually(lambda: [heard[:2] for heard in server.heard] == [("open", "/"), ("close", 1006)])
 
     def test_client_that_does_not_end_the_connection(self) -> None:
         """The Close is answered, but the client keeps its side open: it is not waited for very long."""
