@@ -49,6 +49,7 @@ The parts, bottom-up; the first six know no sockets, take bytes and give values 
     TLS                   plaintext to records and back        RFC 8446
     connections           WebSocketHandler: a thread a client  RFC 6455 5.5, 7
     server                BroadcastServer: one order, fan-out
+    many machines         servers that share a Redis stream    (RESP2)
     command line          main()
 
 The engine.  Whatever changes what clients see is an *operation*: a broadcast, a frame to
@@ -109,6 +110,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from _thread import start_new_thread
 from collections import Counter, deque
@@ -530,12 +532,16 @@ class Outgoing:
         self.plain = serialize_frame(self.opcode, payload)
         self._deflated: dict[int, bytes] = {}  # by window
 
+    def payload(self) -> bytes:
+        """The payload of the plain frame."""
+        return self.plain[len(self.plain) - self.size :]
+
     def frame(self, window: int) -> bytes:
         """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
         if not window or self.size < DEFLATE_THRESHOLD:
             return self.plain
         if window not in self._deflated:
-            payload = deflate(self.plain[-self.size :], window)
+            payload = deflate(self.payload(), window)
             shorter = len(payload) < self.size
             self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
         return self._deflated[window]
@@ -953,7 +959,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             finally:
                 self._answer_pings()
             server.take_turn()
-            server.wait_for_room()
+            server.hold_back()
             data = self._wait_for_bytes()
             if not data:
                 return None
@@ -1172,6 +1178,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     send_timeout = 30.0  # seconds for which a backlog may not move
     close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
     tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
+    redis = ""  # URL of a Redis, whose stream makes many servers one room
 
     # ---- of socketserver ----
 
@@ -1218,6 +1225,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self._selector = selectors.DefaultSelector()  # of the housekeeper: the slow clients, and its alarm
         self._alarm, self._ring = socket.socketpair()
         self._ended = False  # the housekeeper is to stop
+        self.link = RedisLink(self, self.redis) if self.redis else None
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
@@ -1234,7 +1242,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def on_message(self, client: WebSocketHandler, message: Message) -> None:
         """A client has sent text (str) or binary (bytes). By default, all clients get it."""
-        self.enqueue(Outgoing(message))  # its thread takes the turn when it has handled all that it read
+        self.accept(message)  # its thread takes the turn when it has handled all that it read
 
     def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
         """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
@@ -1247,7 +1255,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         Waits while too much is queued, never for one slow client. Raises TypeError for
         anything but str and bytes.
         """
-        self.perform(Outgoing(message))
+        self.accept(message)
+        self.take_turn()
+        self.hold_back()
 
     def status(self) -> bytes:
         """What GET /status answers. Any thread."""
@@ -1260,6 +1270,19 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         return json.dumps(figures).encode() + b"\n"
 
     # ---- the engine: operations from any thread ----
+
+    def accept(self, message: Message) -> None:
+        """Accept a message into the one order, in which all clients get it."""
+        if self.link:
+            self.link.put(Outgoing(message))
+        else:
+            self.enqueue(Outgoing(message))
+
+    def hold_back(self) -> None:
+        """Hold back a sender while too much is accepted. Its socket is not read meanwhile: TCP makes it wait too."""
+        self.wait_for_room()
+        if self.link:
+            self.link.wait_for_room()
 
     def perform(self, operation: Operation, size: int = 0) -> None:
         """Queue an operation and see that it is carried out, here or by the holder of the turn."""
@@ -1290,7 +1313,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
                 self._turn.release()
 
     def wait_for_room(self) -> None:
-        """Hold back a sender while too much is queued. Its socket is not read meanwhile: TCP makes it wait too."""
+        """Wait while too much is queued."""
         if self._queued > QUEUE_SIZE:
             self._room.wait()
 
@@ -1440,6 +1463,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def server_activate(self) -> None:
         """Called by the constructor: listen."""
+        if self.link:
+            self.link.start()
         super().server_activate()
         self._selector.register(self._alarm, selectors.EVENT_READ)
         self._alarm.setblocking(False)
@@ -1558,6 +1583,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout."""
         super().server_close()  # nobody else is accepted
+        if self.link:
+            self.link.stop(self.close_timeout / 2)
         self.perform(self._say_goodbye)
         with self._fewer:
             for request, joined in self._connections.items():
@@ -1594,6 +1621,327 @@ def reset(request: socket.socket) -> None:
     except OSError:
         pass
     shut(request, socket.SHUT_RDWR)
+
+
+# ======================================================================================
+# Many machines (Redis streams; its protocol, RESP2)
+#
+# With a link to a stream in Redis any number of servers are one room. The seam is where a
+# message is accepted into the order, BroadcastServer.accept(): without a link that is the
+# queue; with one, the message goes to the stream and comes back from there, like those of
+# all other servers, in the one order of the stream. Whoever reads about one server can
+# stop here.
+#
+# An entry has one field, whose name is server:number:kind. Where a connection fails,
+# nobody knows which entries arrived, so those without an answer are written once more,
+# and every server passes over the numbers that it has seen. So nothing is lost and
+# nothing comes twice, as long as Redis itself loses nothing.
+# ======================================================================================
+
+STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
+BATCH = 500  # entries written or read at once
+ANSWER_TIME = 10.0  # seconds for an answer of Redis
+LISTEN_TIME = 2.0  # seconds that one reading waits for news
+
+
+class RedisError(OSError):
+    """What Redis answers instead, or that it is no Redis at all."""
+
+
+class RedisAddress(NamedTuple):
+    """redis://[user:password@]host[:port][/db][?stream=name], or rediss:// for TLS."""
+
+    tls: bool
+    host: str
+    port: int
+    user: str
+    password: str
+    database: int
+    stream: str
+
+
+def parse_redis_url(url: str) -> RedisAddress:
+    """Raises ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
+    database = parts.path.strip("/") or "0"
+    if parts.scheme not in ("redis", "rediss") or not database.isdecimal() or not set(query) <= {"stream"}:
+        raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
+    user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
+    stream = query.get("stream", ["pywebsock"])[-1]
+    address = (parts.hostname or "localhost", parts.port or 6379, user, password, int(database), stream)
+    return RedisAddress(parts.scheme == "rediss", *address)
+
+
+def serialize_command(*words: str | bytes | int) -> bytes:
+    """A command is an array of bulk strings."""
+    items = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"*%d\r\n" % len(items) + b"".join([b"$%d\r\n%b\r\n" % (len(item), item) for item in items])
+
+
+class ReplyParser:
+    """Cuts what Redis sends into replies: bytes, int, None, a RedisError, or a list of them."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._arrays: list[tuple[list[Any], int]] = []  # not complete yet, outermost first: items, how many in all
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The replies that `data` completes. Raises RedisError for what is none."""
+        self._buffer += data
+        replies: list[Any] = []
+        position = 0
+        while (end := self._buffer.find(b"\r\n", position)) >= 0:
+            kind, line = chr(self._buffer[position]), bytes(self._buffer[position + 1 : end])
+            value, after = self._parse_value(kind, line, end + 2)
+            if after > len(self._buffer):
+                break
+            position = after
+            if kind == "*" and value:
+                self._arrays.append(([], value))
+            else:
+                self._complete(value, replies)
+        del self._buffer[:position]
+        if (len(self._buffer) > MAX_LINE and self._buffer[:1] != b"$") or self._buffer[:1] not in b"+-:$*":
+            raise RedisError("it is not Redis")
+        return replies
+
+    def _parse_value(self, kind: str, line: bytes, start: int) -> tuple[Any, int]:
+        """(value, where it ends) of what has a first line; an array's value is its length, or None."""
+        if kind == "+":
+            return line, start
+        if kind == "-":
+            return RedisError(line.decode(errors="replace")), start
+        if kind not in ":$*" or not re.fullmatch(b"-?[0-9]{1,18}", line):
+            raise RedisError("it is not Redis")
+        number = int(line)
+        if kind == ":":
+            return number, start
+        if number < 0 or kind == "*":
+            return None if number < 0 else number or [], start
+        return bytes(self._buffer[start : start + number]), start + number + 2
+
+    def _complete(self, value: Any, replies: list[Any]) -> None:
+        """Put a value where it belongs, and so each array that it completes."""
+        while self._arrays:
+            items, size = self._arrays[-1]
+            items.append(value)
+            if len(items) < size:
+                return
+            self._arrays.pop()
+            value = items
+        replies.append(value)
+
+
+class RedisConnection:
+    """A connection that has said who it is. Raises OSError everywhere, of which RedisError is one."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        self.placed = False  # for its reader: whether it knows where in the stream to go on
+        self._parser = ReplyParser()
+        self._socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if address.tls:
+                self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=address.host)
+            credentials = [word for word in (address.user, address.password) if word]
+            commands = [("AUTH", *credentials)] if credentials else []
+            self.call(*commands, ("SELECT", address.database))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def call(self, *commands: Sequence[str | bytes | int]) -> Any:
+        """Send commands in one go; the reply to the last one."""
+        self._socket.sendall(b"".join([serialize_command(*command) for command in commands]))
+        replies: list[Any] = []
+        while len(replies) < len(commands):
+            data = self._socket.recv(READ_SIZE)
+            if not data:
+                raise ConnectionError("Redis closed the connection")
+            replies += self._parser.feed(data)
+        for reply in replies:
+            if isinstance(reply, RedisError):
+                raise reply
+        return replies[-1]
+
+    def close(self) -> None:
+        """From any thread: one that waits for an answer gets an OSError."""
+        shut(self._socket, socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class RedisLink:
+    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it."""
+
+    def __init__(self, server: BroadcastServer, url: str) -> None:
+        self._server = server
+        self._address = parse_redis_url(url)
+        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
+        self._news = threading.Condition()  # guards the next five; notified when any of them changes
+        self._outbox: deque[tuple[bytes, bytes]] = deque()  # field names and payloads without an answer yet
+        self._waiting = 0  # bytes in it
+        self._number = 0  # of the last message
+        self._failing: set[str] = set()  # the names of the threads whose last attempt failed
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._persist, args=(work,), name=f"redis {work.__name__}", daemon=True)
+            for work in (self._write, self._read)
+        ]
+        self._last = b""  # id of the last entry read; the next four belong to the reader
+        self._position = 0  # its place in all that was ever added to the stream
+        self._count = 16  # entries to ask for
+        self._seen: dict[bytes, int] = {}  # the last number from each server
+
+    def start(self) -> None:
+        """Begin. Raises RedisError where waiting would not help; a Redis that is not there yet is waited for."""
+        try:
+            connection = RedisConnection(self._address)
+            self._find_place(connection)
+            connection.close()
+        except OSError as error:
+            if isinstance(error, (socket.gaierror, ssl.SSLError)) or is_final(error):
+                raise RedisError(f"Redis: {error}") from None
+            self._report("start", error)
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, message: Outgoing) -> None:
+        """Send a message on its way. Any thread."""
+        with self._news:
+            self._number += 1
+            name = b"%b:%d:%b" % (self._name, self._number, b"text" if message.opcode == TEXT else b"binary")
+            self._outbox.append((name, message.payload()))
+            self._waiting += message.size
+            self._news.notify_all()
+
+    def wait_for_room(self) -> None:
+        """Hold a sender back while too much is on its way. Any thread but the link's own."""
+        if self._waiting > QUEUE_SIZE:
+            with self._news:
+                self._news.wait_for(lambda: self._waiting <= QUEUE_SIZE // 2 or self._stopped)
+
+    def stop(self, seconds: float) -> None:
+        """Wait until what was put has come back, for so long at most, and end."""
+        with self._news:
+            number = self._number
+            self._news.wait_for(lambda: self._seen.get(self._name, 0) >= number, seconds)
+            self._stopped = True
+            self._news.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(LISTEN_TIME + 1)
+
+    # ---- in the link's threads ----
+
+    def _persist(self, work: Callable[[RedisConnection], None]) -> None:
+        """Do a piece of work again and again; where it fails, over a new connection after a while."""
+        connection, delay = None, 0.05
+        while not self._stopped:
+            try:
+                connection = connection or RedisConnection(self._address)
+                work(connection)
+                self._report(work.__name__)
+                delay = 0.05
+            except OSError as error:
+                self._report(work.__name__, error)
+                if connection:
+                    connection.close()
+                connection, delay = None, min(2 * delay, 2.0)
+                with self._news:
+                    self._news.wait_for(lambda: self._stopped, delay)
+        if connection:
+            connection.close()
+
+    def _report(self, who: str, error: OSError | None = None) -> None:
+        """Log once that Redis is away, and once that it is back."""
+        with self._news:
+            before = bool(self._failing)
+            self._failing.discard("start")
+            (self._failing.add if error else self._failing.discard)(who)
+            if error and not before:
+                log.warning("Redis is away, senders wait: %s", printable(str(error)))
+            if before and not self._failing:
+                log.warning("Redis is back")
+
+    def _write(self, connection: RedisConnection) -> None:
+        """Write what is in the outbox as one transaction: all of it or nothing, in its order."""
+        with self._news:
+            self._news.wait_for(lambda: self._outbox or self._stopped, LISTEN_TIME)
+            batch, size = [], 0
+            for name, payload in itertools.islice(self._outbox, BATCH):
+                batch.append(("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, payload))
+                size += len(payload)
+                if size > RUN_SIZE:
+                    break
+        if not batch:
+            return
+        for result in connection.call(("MULTI",), *batch, ("EXEC",)):
+            if isinstance(result, RedisError):
+                raise result
+        with self._news:
+            for _ in batch:
+                self._outbox.popleft()
+            self._waiting -= size
+            self._news.notify_all()
+
+    def _read(self, connection: RedisConnection) -> None:
+        """Deliver what has been added to the stream, or find out where to go on."""
+        if not connection.placed:
+            self._find_place(connection)
+            return
+        options = ("COUNT", self._count, "BLOCK", int(LISTEN_TIME * 1000))
+        reply = connection.call(("XREAD", *options, "STREAMS", self._address.stream, self._last))
+        entries = reply[0][1] if reply else ()
+        self._deliver(entries)
+        if len(entries) == self._count:  # there is more; perhaps it is trimmed faster than it is read
+            connection.placed = False
+        if entries:  # ask for about RUN_SIZE bytes next time
+            size = sum([len(fields[1]) + 1 for _, fields in entries])
+            self._count = max(1, min(BATCH, RUN_SIZE * len(entries) // size))
+
+    def _find_place(self, connection: RedisConnection) -> None:
+        """At first, go to the end of the stream, by way of the history; later, see what was missed."""
+        stream, count = self._address.stream, max(self._server.history, 1)
+        look = (("XINFO", "STREAM", stream), ("XREVRANGE", stream, "+", "-", "COUNT", count))
+        info, newest = connection.call(("MULTI",), *look, ("EXEC",))
+        if isinstance(newest, RedisError):
+            raise newest
+        facts = {} if isinstance(info, RedisError) else dict(zip(info[::2], info[1::2]))
+        added = facts.get(b"entries-added", 0)  # since Redis 7
+        first = added - facts.get(b"length", 0)  # how many were trimmed
+        if not self._last:
+            self._last = newest[0][0] if newest else b"0-0"
+            self._deliver(newest[::-1] if self._server.history else ())
+            self._position = added
+        elif added < self._position:
+            log.warning("Redis has lost messages")
+            self._position = first
+        elif first > self._position:
+            log.warning("missed %d messages that Redis has trimmed", first - self._position)
+            self._position = first
+        connection.placed = True
+
+    def _deliver(self, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
+        for entry, (name, payload, *_) in entries:
+            self._last = entry
+            self._position += 1
+            server, _, number_and_kind = name.partition(b":")
+            number, _, kind = number_and_kind.partition(b":")
+            if kind in (b"text", b"binary") and number.isdigit():
+                if int(number) <= self._seen.get(server, 0):
+                    continue  # a second time
+                self._seen[server] = int(number)
+            self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
+        self._server.take_turn()
+        self._server.wait_for_room()
+        with self._news:
+            self._news.notify_all()  # stop() may be waiting for one of them
+
+
+def is_final(error: OSError) -> bool:
+    """Whether Redis has answered, and will not answer anything else later."""
+    return isinstance(error, RedisError) and not str(error).startswith(("LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN"))
 
 
 # ======================================================================================
@@ -1643,6 +1991,14 @@ def port(text: str) -> int:
     return int(text)
 
 
+def redis_url(text: str) -> str:
+    """The URL of a Redis."""
+    try:
+        return parse_redis_url(text) and text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def argument_parser() -> argparse.ArgumentParser:
     """The options; those of the second half are settings of BroadcastServer."""
     parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
@@ -1663,6 +2019,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--ping", type=number, metavar="S", default=20.0, help="seconds of silence before a ping, and after it (20)")
     add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
     add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add("--redis", type=redis_url, metavar="URL", default="", help="be one room with all servers on this Redis")
     add("--no-compression", action="store_true", help="do not use permessage-deflate")
     return parser
 
@@ -1686,6 +2043,7 @@ def create_server(options: argparse.Namespace) -> BroadcastServer:
         history=options.history,
         rate=options.rate,
         compression=not options.no_compression,
+        redis=options.redis,
     )
 
 

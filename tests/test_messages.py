@@ -241,7 +241,7 @@ class Utf8(unittest.TestCase):
         ("three bytes, cut by ASCII", "e2 82 41", 3),
         ("four bytes, cut by ASCII", "f0 9d 84 41", 4),
         ("four bytes, cut by another character", "f0 9d c3 a9", 3),
-        ("the example of Autobahn", "ce ba e1 bd b9 cf 83 ce bc ce b5 ed a0 80 65 64 69 74 65 64", 12),
+        ("the example of Autobahn", "ce ba e1 bd b9 cf 83 ce bc ce b5 ed a0 80 65 64 69 74 65 64", 13),
     )
 
     @classmethod
