@@ -1765,9 +1765,12 @@ class RedisConnection:
                 raise reply
         return replies[-1]
 
-    def close(self) -> None:
-        """From any thread: one that waits for an answer gets an OSError."""
+    def interrupt(self) -> None:
+        """Give the thread that waits for an answer an OSError. Any thread."""
         shut(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """By the thread that uses it."""
         self._socket.close()
 
 
@@ -1778,11 +1781,12 @@ class RedisLink:
         self._server = server
         self._address = parse_redis_url(url)
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._news = threading.Condition()  # guards the next five; notified when any of them changes
+        self._news = threading.Condition()  # guards the next six; notified when any of them changes
         self._outbox: deque[tuple[bytes, bytes]] = deque()  # field names and payloads without an answer yet
         self._waiting = 0  # bytes in it
         self._number = 0  # of the last message
         self._failing: set[str] = set()  # the names of the threads whose last attempt failed
+        self._connections: set[RedisConnection] = set()  # of the two threads
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._persist, args=(work,), name=f"redis {work.__name__}", daemon=True)
@@ -1828,30 +1832,37 @@ class RedisLink:
             self._news.wait_for(lambda: self._seen.get(self._name, 0) >= number, seconds)
             self._stopped = True
             self._news.notify_all()
+            for connection in self._connections:
+                connection.interrupt()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(LISTEN_TIME + 1)
+                thread.join(LISTEN_TIME)
 
     # ---- in the link's threads ----
 
     def _persist(self, work: Callable[[RedisConnection], None]) -> None:
         """Do a piece of work again and again; where it fails, over a new connection after a while."""
-        connection, delay = None, 0.05
+        delay = 0.05
         while not self._stopped:
             try:
-                connection = connection or RedisConnection(self._address)
-                work(connection)
-                self._report(work.__name__)
-                delay = 0.05
-            except OSError as error:
-                self._report(work.__name__, error)
-                if connection:
-                    connection.close()
-                connection, delay = None, min(2 * delay, 2.0)
+                connection = RedisConnection(self._address)
                 with self._news:
-                    self._news.wait_for(lambda: self._stopped, delay)
-        if connection:
-            connection.close()
+                    self._connections.add(connection)
+                try:
+                    while not self._stopped:
+                        work(connection)
+                        self._report(work.__name__)
+                        delay = 0.05
+                finally:
+                    with self._news:
+                        self._connections.remove(connection)
+                    connection.close()
+            except OSError as error:
+                if not self._stopped:
+                    self._report(work.__name__, error)
+            delay = min(2 * delay, 2.0)
+            with self._news:
+                self._news.wait_for(lambda: self._stopped, delay)
 
     def _report(self, who: str, error: OSError | None = None) -> None:
         """Log once that Redis is away, and once that it is back."""
