@@ -436,10 +436,10 @@ class Inflater:
             data, whole = self._zlib.unused_data, self._zlib.eof
             if whole:
                 self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
-        if self._finals > MAX_FINALS or (fin and not whole):
-            raise ProtocolError(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block, or too often"
-            )
+            if self._finals > MAX_FINALS:
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
+        if fin and not whole:
+            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block")
         return plain
 
 
@@ -491,9 +491,9 @@ class MessageReader:
 
     def _append(self, fin: bool, payload: bytes, left: int) -> None:
         room = self._max_message - len(self._payload)
-        most = (
-            self._max_message + self._max_message // 1000 + 64 if self._inflater else room
-        )  # deflate may add a little
+        most = room
+        if self._inflater:  # what counts is its output; but nobody needs that much for it
+            most = self._max_message + self._max_message // 8 + 64
         if len(payload) + left > most:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
         if self._inflater:
@@ -554,7 +554,7 @@ class Outgoing:
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-FIELD_LINE = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+FIELD_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
 
 
@@ -619,7 +619,7 @@ class RequestParser:
         if not match:
             raise HandshakeError(400, "a header field is malformed")
         self._fields += 1
-        headers, name, value = self._request.headers, match[1].lower(), match[2].rstrip(" \t")
+        headers, name, value = self._request.headers, match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
 
 
@@ -1178,7 +1178,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     send_timeout = 30.0  # seconds for which a backlog may not move
     close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
     tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
-    redis = ""  # URL of a Redis, whose stream makes many servers one room
+    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
 
     # ---- of socketserver ----
 
@@ -2030,7 +2030,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--ping", type=number, metavar="S", default=20.0, help="seconds of silence before a ping, and after it (20)")
     add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
     add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
-    add("--redis", type=redis_url, metavar="URL", default="", help="be one room with all servers on this Redis")
+    add("--redis", type=redis_url, metavar="URL", help="be one room with all servers on this Redis")
     add("--no-compression", action="store_true", help="do not use permessage-deflate")
     return parser
 

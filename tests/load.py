@@ -176,6 +176,9 @@ class Peer:
         try:
             if self._tls:
                 self._wait_for(0)  # a wrapped socket is another one
+                error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if error:
+                    return self.end(errno.errorcode[error])
                 self.socket = self._tls.wrap_socket(
                     self.socket, server_hostname="localhost", do_handshake_on_connect=False
                 )
@@ -193,6 +196,7 @@ class Peer:
             self._choose_events()
         except OSError as error:
             self.end(type(error).__name__)
+        return None
 
     def _shake_hands(self) -> None:
         assert isinstance(self.socket, ssl.SSLSocket)

@@ -51,6 +51,13 @@ def package(name: str) -> typing.Any:
         return require(None, f"the package {name.partition('.')[0]}")
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
     """Wait until a condition holds that nothing announces, such as a counter of another thread."""
     end = time.monotonic() + deadline
@@ -136,9 +143,14 @@ class Process:
     """`python pywebsock.py` in a process of its own, on a free port; its log is in `log()`."""
 
     def __init__(
-        self, *arguments: str, stdin: typing.Any = subprocess.DEVNULL, python: typing.Sequence[str] = ()
+        self,
+        *arguments: str,
+        stdin: typing.Any = subprocess.DEVNULL,
+        python: typing.Sequence[str] = (),
+        program: typing.Sequence[str] = (),  # another than `python pywebsock.py`
     ) -> None:
-        command = [sys.executable, *python, str(ROOT / "pywebsock.py"), "--port", "0", *arguments]
+        program = program or [sys.executable, *python, str(ROOT / "pywebsock.py")]
+        command = [*program, "--port", "0", *arguments]
         self._process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._log: list[bytes] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)

@@ -28,13 +28,17 @@ class Pages(unittest.TestCase):
     def setUp(self) -> None:
         self.expected = ""  # what may stand in the browser's log
         self.server = Process()
-        self.addCleanup(lambda: self.server.stop())  # after the tabs have been closed
+        self.addCleanup(self.stop)  # after the tabs have been closed
         self.port = self.server.port
         from_disk = f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{self.port}"
         from_server = f"http://localhost:{self.port}/"
         self.tabs = [self.open(url) for url in (from_disk, from_disk, from_server, from_server)]
         for tab in self.tabs:
             tab.wait_for_state("connected")
+
+    def stop(self) -> None:
+        """End the server that there is now."""
+        self.server.stop()
 
     def open(self, url: str) -> Tab:
         """A new tab, which ends with the test, and must have nothing to complain of."""

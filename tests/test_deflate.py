@@ -304,6 +304,13 @@ class Inflating(unittest.TestCase):
                 with self.subTest(pieces):
                     self.assert_fails(1007, *pieces)
 
+    def test_too_many_final_blocks(self) -> None:
+        """Nobody means a hundred thousand of them."""
+        empty = b"\x03\x00"
+        self.assertEqual(inflate(empty * 100 + b"\x00"), b"")
+        self.assert_fails(1007, empty * 100_000 + b"\x00")
+        self.assert_fails(1007, *[empty * 100] * 1000, b"\x00")
+
     def test_final_blocks_in_linear_time(self) -> None:
         """However many of them, in one piece and in many: each makes zlib begin again."""
 
@@ -339,6 +346,9 @@ class Inflating(unittest.TestCase):
             except ProtocolError as error:
                 self.assertEqual(error.code, 1007)
         self.assertEqual(taken, [])
+        for block in ("00 ff 00 00 ff 48 65 6c 6c 6f", "f2 48 cd c9 c9 07 00 ff", "ec"):  # which need much more
+            with self.subTest(block):
+                self.assert_fails(1007, bytes.fromhex(block))
 
     def test_limit(self) -> None:
         """Exact, in one piece and in many."""

@@ -377,6 +377,18 @@ class Limit(unittest.TestCase):
                         with self.subTest(what, limit=limit, opcode=opcode, size=size):
                             self.assertEqual(read(*pieces, limit=limit, compressed=True), expected)
 
+    def test_what_grows_when_compressed(self) -> None:
+        """It is what was compressed that counts, however poorly a client does it."""
+        payload = random.Random(8).randbytes(100_000)
+        for memory in range(1, 10):  # the less of it, the smaller the blocks; the package websockets uses 5
+            for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_FIXED):
+                compressor = zlib.compressobj(wbits=-15, memLevel=memory, strategy=strategy)
+                zipped = (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+                self.assertGreater(len(zipped), len(payload))
+                with self.subTest(memory=memory, strategy=strategy):
+                    stream = frame(BINARY, zipped, rsv=4)
+                    self.assertEqual(read(stream, limit=len(payload), compressed=True)[1], None)
+
     def test_before_the_payload(self) -> None:
         """The header of the frame that is too long is enough; nothing is gathered for it."""
         for size in (101, 1000, 1 << 16, 1 << 40, (1 << 63) - 1):
