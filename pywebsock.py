@@ -716,7 +716,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
 
 def printable(text: str, limit: int = 200) -> str:
     """Text from the network, made safe for a log: control and non-ASCII characters escaped, cut."""
-    return text[:limit].encode("unicode_escape").decode("ascii")
+    return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text[:limit])
 
 
 # ======================================================================================
@@ -2111,10 +2111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with create_server(options) as server:
-            print(location(server, options.host), flush=True)
-            if options.stdin:
-                threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
             try:
+                print(location(server, options.host), flush=True)
+                if options.stdin:
+                    threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
                 server.serve_forever()
             except KeyboardInterrupt:
                 log.info("stopping")

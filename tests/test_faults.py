@@ -204,6 +204,31 @@ class SlowClientTest(FaultTestCase):
         self.assertLess(worst, 0.3)
 
 
+class IdleTest(FaultTestCase):
+    """Where there is nothing to do, nothing is done."""
+
+    def test_idle_clients_and_a_stuck_one(self) -> None:
+        server = self.serve()
+        clients = self.loaded(server)
+        clients.join(500)
+        (stuck,) = clients.join(1, small=True)
+        (pusher,) = clients.join(1)
+        idle = self.measure(server, clients)
+        stuck.stop_reading()
+        pusher.send(load.frame(bytes(60000)) * 150)
+        clients.run(lambda: pusher.received == 150 * 60004)
+        waiting = self.measure(server, clients)
+        self.report(f"500 idle clients: CPU {idle:.1%}; with a stuck one: {waiting:.1%}")
+        self.assertEqual(self.number(server), 502)
+        self.assertLess(max(idle, waiting), 0.03)
+
+    def measure(self, server: support.Process, clients: load.Load) -> float:
+        """How much of a core it uses."""
+        used = load.cpu(server.pid)
+        clients.run_for(3)
+        return (load.cpu(server.pid) - used) / 3
+
+
 class ChurnTest(FaultTestCase):
     """Joining, leaving and being reset while messages flow."""
 
@@ -849,11 +874,9 @@ class StopTest(FaultTestCase):
     def check(self, number: int, *, stuck: int, tls: bool = False) -> None:
         """Under full load, with stuck clients and some that are just joining."""
         cert, key, context = certificate() if tls else ("", "", None)
-        server = self.serve(*QUIET, *(("--cert", cert, "--key", key) if tls else ()))
+        server = self.serve(*QUIET, "--max-backlog", "1G", *(("--cert", cert, "--key", key) if tls else ()))
         clients = self.loaded(server, context)
         senders = [load.Sender(peer, i, 2000, at_once=8) for i, peer in enumerate(clients.join(20, tls=tls))]
-        for peer in clients.join(stuck, small=True, tls=tls):
-            peer.stop_reading()
         for sender in senders:
             sender.go_on()
         joining: list[tuple[load.Peer, load.Stream]] = []
@@ -874,7 +897,10 @@ class StopTest(FaultTestCase):
                     peer.reset()
 
         answered: dict[load.Peer, bool] = {}
-        clients.run_for(1.5, join)
+        clients.run_for(1.2, join)
+        for peer in clients.join(stuck, small=True, tls=tls):
+            peer.stop_reading()
+        clients.run_for(0.3, join)
         server.send_signal(number)
         start = time.monotonic()
         clients.run(lambda: all(sender.peer.ended for sender in senders), 8, join)
@@ -885,6 +911,7 @@ class StopTest(FaultTestCase):
         self.report(f"{len(joining)} joined; the last Close after {everybody:.2f} s, the end after {seconds:.2f} s")
         self.assertEqual(status, 0, server.log())
         self.assertLess(seconds, 6.5 if stuck else 3)
+        self.assertGreater(seconds, 4.5 if stuck else 0)  # it was stuck indeed
         self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
         self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "not all got all that was queued")
         missed = [peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != GOING_AWAY]
@@ -929,13 +956,16 @@ class SoakTest(FaultTestCase):
     def test_soak(self) -> None:
         cert, key, context = certificate()
         seconds = float(os.environ.get("PYWEBSOCK_SOAK", "30"))
-        self.report(soak.soak(self.serve("--ping", "2"), self.serve("--cert", cert, "--key", key), context, seconds))
+        with soak.plain_memory():
+            servers = self.serve("--ping", "2"), self.serve("--cert", cert, "--key", key)
+        self.report(soak.soak(*servers, context, seconds))
 
     def test_sanity(self) -> None:
         """The same with python -X dev -W error: nothing is left open, no exception gets lost."""
         cert, key, context = certificate()
         dev = ("-X", "dev", "-W", "error")
-        servers = self.serve(python=dev), self.serve("--cert", cert, "--key", key, python=dev)
+        with soak.plain_memory():
+            servers = self.serve(python=dev), self.serve("--cert", cert, "--key", key, python=dev)
         self.report(soak.soak(*servers, context, 8))
 
     def test_nothing_is_left_in_this_process(self) -> None:
