@@ -1018,7 +1018,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             while more:
                 self._limit_wait()
                 more = self.request.recv(READ_SIZE)
-        except OSError:
+        except (OSError, MemoryError):
             pass  # it is gone, or does not go in time
 
     # ---- in the turn (R1, R2) ----
@@ -1055,8 +1055,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                     self._count(self.request.send(self._next_piece(), DONT_WAIT), now)
         except BlockingIOError:
             pass
-        except OSError as error:
-            self.server.drop(self, str(error))
+        except (OSError, MemoryError) as error:
+            self.server.drop(self, str(error) or "out of memory")
             return
         if not self.backlog:
             self.server.unwatch(self)
@@ -1337,7 +1337,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         while self._queue and not self._held:
             try:
                 self._carry_out_next()
-            except Exception:  # out of memory, say: the rest of the queue is not to blame
+            except MemoryError:  # the rest of the queue is not to blame
+                log.warning("something was lost: out of memory")
+            except Exception:
                 log.exception("an operation failed")
             if time.monotonic() > until and not self._ended:
                 self._promised = True
@@ -1578,7 +1580,10 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection's thread has failed: that is an error of this program."""
-        log.exception("%s: unexpected error", client_address)
+        if isinstance(sys.exc_info()[1], MemoryError):
+            log.warning("%s lost: out of memory", client_address)
+        else:
+            log.exception("%s: unexpected error", client_address)
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout."""

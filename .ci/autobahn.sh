@@ -18,9 +18,9 @@ python2=${python2:-$(command -v python2.7 || true)}
 mkdir -p "$folder"
 export VIRTUALENV_OVERRIDE_APP_DATA="$folder/appdata"
 python3 -m venv "$folder/build"
-"$folder/build/bin/pip" install -q 'virtualenv==20.21.1' # later ones cannot make a 2.7 environment
+"$folder/build/bin/pip" install -qq 'virtualenv==20.21.1' # later ones cannot make a 2.7 environment
 "$folder/build/bin/virtualenv" -q -p "$python2" "$folder/wst"
-"$folder/wst/bin/pip" install -q --only-binary=autobahntestsuite \
+"$folder/wst/bin/pip" install -qq --only-binary=autobahntestsuite \
     -c "$here/autobahn-constraints.txt" autobahntestsuite
 rm -rf "$folder/build" "$folder/appdata"
 "$folder/wst/bin/wstest" -a

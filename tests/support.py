@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import ssl
@@ -205,6 +206,19 @@ class Process:
         self.stop()
 
 
+def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
+    """A new certificate for localhost, with its key in the same file, and a context for clients that trust it."""
+    require(shutil.which("openssl"), "the openssl command")
+    path = os.path.join(directory, "localhost.pem")
+    command = "openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=localhost"
+    extensions = "-addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    made = subprocess.run(
+        [*command.split(), *extensions.split(), "-keyout", "-", "-out", "-"], check=True, capture_output=True
+    )
+    pathlib.Path(path).write_bytes(made.stdout)
+    return path, ssl.create_default_context(cafile=path)
+
+
 class Frame(typing.NamedTuple):
     """A frame from the server."""
 
@@ -267,18 +281,20 @@ class Client:
         if small:  # a receive buffer that is soon full
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.settimeout(DEADLINE)
-        self.socket.connect(("127.0.0.1", port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
         self._buffer = b""
         self.response = b""
-        if handshake:
-            self.send_raw(request(**fields))
-            self.response = self.read_head()
-            if not self.response.startswith(b"HTTP/1.1 101 "):
-                self.socket.close()
-                raise AssertionError(self.response)
+        try:
+            self.socket.connect(("127.0.0.1", port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls:
+                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+            if handshake:
+                self.send_raw(request(**fields))
+                self.response = self.read_head()
+                assert self.response.startswith(b"HTTP/1.1 101 "), self.response
+        except BaseException:
+            self.socket.close()
+            raise
 
     def __enter__(self) -> Client:
         return self

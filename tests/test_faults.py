@@ -651,7 +651,9 @@ def processes(user: int) -> typing.Iterator[int]:
 class KeepaliveTest(FaultTestCase):
     """Who is not there any more is dropped in the stated time."""
 
-    def listener(self, server: support.Process, host: str = "127.0.0.1", *, through: str = "") -> subprocess.Popen[bytes]:
+    def listener(
+        self, server: support.Process, host: str = "127.0.0.1", *, through: str = ""
+    ) -> subprocess.Popen[bytes]:
         """A client in a process of its own that answers pings."""
         command = [*through.split(), sys.executable, "-m", "tests.load", host, str(server.port)]
         process = subprocess.Popen(command, cwd=support.ROOT, stdout=subprocess.PIPE)
@@ -738,7 +740,9 @@ class KeepaliveTest(FaultTestCase):
     def test_vanished_peer_in_a_busy_room(self) -> None:
         """What was sent to it waits for ever; keepalive does not wait behind it."""
         server = self.check_vanished("--stdin", stdin=subprocess.PIPE)
-        self.check_gone(server, "it was silent", 0.9, 3.3, lambda: os.write(server.stdin.fileno(), b"hello" * 20 + b"\n"))
+        self.check_gone(
+            server, "it was silent", 0.9, 3.3, lambda: os.write(server.stdin.fileno(), b"hello" * 20 + b"\n")
+        )
 
 
 class LimitTest(FaultTestCase):
@@ -863,7 +867,9 @@ class SecureTest(FaultTestCase):
         old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
         with self.assertRaises(OSError):
             support.Client(server.port, tls=old)
-        status, _, body = support.exchange(server.port, support.request(Upgrade=None, Sec_WebSocket_Key=None), tls=context)
+        status, _, body = support.exchange(
+            server.port, support.request(Upgrade=None, Sec_WebSocket_Key=None), tls=context
+        )
         self.assertEqual((status, b"</html>" in body), (200, True))
         self.assertLessEqual(server.log().count("\n"), 45)
 
@@ -914,7 +920,9 @@ class StopTest(FaultTestCase):
         self.assertGreater(seconds, 4.5 if stuck else 0)  # it was stuck indeed
         self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
         self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "not all got all that was queued")
-        missed = [peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != GOING_AWAY]
+        missed = [
+            peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != GOING_AWAY
+        ]
         self.assertEqual([(peer.ended, peer.received) for peer in missed], [])
         again = self.serve("--port", str(server.port))  # at once
         self.assertEqual(again.port, server.port)
