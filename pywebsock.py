@@ -835,11 +835,11 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
 
-        Raises ValueError for a code that may not be sent (7.4).
+        A reason is cut to 123 bytes. Raises ValueError for a code that may not be sent (7.4).
         """
         if code not in CODES_ON_THE_WIRE:
             raise ValueError(f"{code} is not a close code that may be sent")
-        self.server.perform(functools.partial(self.server.close_client, self, code, reason))
+        self.server.perform(functools.partial(self.server.close_client, self, serialize_close(code, reason)))
 
     # ---- in this client's own thread ----
 
@@ -1222,6 +1222,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
         self._fewer = threading.Condition()  # guards the next one; notified when a connection has been closed
         self._connections: dict[socket.socket, bool] = {}  # accepted and not closed: whether it has joined
+        self._short = False  # of file descriptors, say: the log knows it already
         self._selector = selectors.DefaultSelector()  # of the housekeeper: the slow clients, and its alarm
         self._alarm, self._ring = socket.socketpair()
         self._ended = False  # the housekeeper is to stop
@@ -1408,16 +1409,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         client.write(response + b"".join([message.frame(client.window) for message in self._history]))
         log.debug("%s joined: %d clients", client.address, len(self.clients))
         if self._goodbye:
-            self.close_client(client, CloseCode.GOING_AWAY, "")
+            self.close_client(client, serialize_close(CloseCode.GOING_AWAY))
 
-    def close_client(self, client: WebSocketHandler, code: int, reason: str) -> None:
+    def close_client(self, client: WebSocketHandler, frame: bytes) -> None:
         """Operation: a client's last frame is a Close; its own thread waits for the answer (5.5.1)."""
         if client in self.clients:
             self._remove(client)
             self._parting.add(client)
             client.close_by = time.monotonic() + self.close_timeout
             client.pong = None
-            client.write(serialize_close(code, reason))
+            client.write(frame)
 
     def _leave(self, client: WebSocketHandler, left: threading.Event) -> None:
         """Operation: give a client's socket and backlog back to its own thread."""
@@ -1550,10 +1551,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of file descriptors or memory, the next one waits until a connection ends."""
         try:
-            return super().get_request()
+            accepted = super().get_request()
+            self._short = False
+            return accepted
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._pause(f"cannot accept: {error.strerror}")
+                if not self._short:
+                    log.warning("cannot accept for now: %s", error.strerror)
+                self._short = True
+                with self._fewer:
+                    self._fewer.wait(0.5)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -1563,13 +1570,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:
+            log.warning("%s refused: %s", client_address[0], error)
             self.shutdown_request(request)
-            self._pause(f"refused a connection: {error}")
-
-    def _pause(self, why: str) -> None:
-        log.warning("%s", why)
-        with self._fewer:
-            self._fewer.wait(0.5)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; its thread has left the room."""
@@ -1605,7 +1607,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Operation: 1001 for everybody, and for those who are just joining."""
         self._goodbye = True
         for client in tuple(self.clients):
-            self.close_client(client, CloseCode.GOING_AWAY, "")
+            self.close_client(client, serialize_close(CloseCode.GOING_AWAY))
 
 
 Operation = Union[Outgoing, Callable[[], None]]  # a broadcast, or what the holder of the turn calls
@@ -2046,7 +2048,10 @@ def create_server(options: argparse.Namespace) -> BroadcastServer:
     if options.cert:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(options.cert, options.key)
+        try:
+            context.load_cert_chain(options.cert, options.key)
+        except OSError as error:  # which does not say where
+            raise OSError(f"{options.cert}, {options.key or options.cert}: {error}") from None
     return BroadcastServer(
         (options.host, options.port),
         origins=options.origin,
@@ -2072,17 +2077,17 @@ def location(server: BroadcastServer, host: str) -> str:
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own. Past the message limit a line is cut in pieces."""
-    rest = b""
-    while True:
+    """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
+    most = max(server.max_message, 1)
+    rest, data = b"", b"more"
+    while data:
         data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
         *lines, rest = (rest + data).split(b"\n")
-        if len(rest) >= server.max_message or (not data and rest):
-            lines, rest = [*lines, rest[: server.max_message]], rest[server.max_message :]
+        if rest and (not data or len(rest) >= most):
+            lines, rest = [*lines, rest], b""
         for line in lines:
-            server.broadcast(line.rstrip(b"\r").decode(errors="replace"))
-        if not data:
-            return
+            for start in range(0, len(line) or 1, most):
+                server.broadcast(line[start : start + most].rstrip(b"\r").decode(errors="replace"))
 
 
 def raise_file_limit() -> None:

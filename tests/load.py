@@ -25,7 +25,7 @@ HEAD = struct.Struct("!dII")  # what a message of a load begins with: when it wa
 PIECE = 1 << 18  # bytes asked of a socket at once
 
 
-class Broken(AssertionError):
+class LoadError(AssertionError):
     """A client did not see what it should have."""
 
 
@@ -62,11 +62,10 @@ class Stream:
         self._rest = data[whole:]
         for sent, sender, number in self._layout.iter_unpack(memoryview(data)[:whole]):
             if self.next.get(sender, number) != number:
-                raise Broken(f"{number} of sender {sender} came instead of {self.next[sender]}")
+                raise LoadError(f"{number} of sender {sender} came instead of {self.next[sender]}")
             self.next[sender] = number + 1
             self.digest = hash((self.digest, sender, number))
-            if now - sent > self.worst:
-                self.worst = now - sent
+            self.worst = max(self.worst, now - sent)
             if sender == self.watched:
                 self.delays.append(now - sent)
         self.messages += whole // self.length
@@ -125,18 +124,18 @@ class Peer:
     def stop_reading(self) -> None:
         """Be stuck from now on."""
         self.reading = False
-        self._choose_events()
+        self.choose_events()
 
     def read_at(self, pace: float) -> None:
         """Read so many bytes a second from now on, 0 for any number."""
         self.pace, self.received, self.since = pace, 0, time.monotonic()
-        self._choose_events()
+        self.choose_events()
 
     def read_on(self) -> None:
         """Be stuck no more, but quick."""
         self.reading = True
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-        self._choose_events()
+        self.choose_events()
 
     def reset(self) -> None:
         """End with a reset."""
@@ -163,7 +162,8 @@ class Peer:
                 self._load.selector.register(self.socket, events, self)
             self._events = events
 
-    def _choose_events(self) -> None:
+    def choose_events(self) -> None:
+        """What to wait for now."""
         if not self.ended:
             reading = selectors.EVENT_READ if self.reading and self._may_read() else 0
             self._wait_for(reading | (selectors.EVENT_WRITE if self._out else 0))
@@ -191,9 +191,9 @@ class Peer:
                     self._write()
                 if not self.ended and events & selectors.EVENT_READ:
                     self._read()
-                self._choose_events()
+                self.choose_events()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
-            self._choose_events()
+            self.choose_events()
         except OSError as error:
             self.end(type(error).__name__)
         return None
@@ -219,8 +219,8 @@ class Peer:
         except (ssl.SSLWantWriteError, BlockingIOError):
             pass
         except OSError as error:
-            return self.end(type(error).__name__)
-        self._choose_events()
+            self.end(type(error).__name__)
+        self.choose_events()
 
     def _read(self) -> None:
         size = min(PIECE, int(self.pace) // 10 or PIECE)
@@ -274,7 +274,7 @@ class Load:
         self.run(lambda: all(peer.open or peer.ended for peer in peers))
         refused = [peer.ended + repr(peer.head) for peer in peers if not peer.open]
         if refused:
-            raise Broken(f"{len(refused)} of {number} did not get in: {refused[0]}")
+            raise LoadError(f"{len(refused)} of {number} did not get in: {refused[0]}")
         return peers
 
     def run(
@@ -287,7 +287,7 @@ class Load:
         end = time.monotonic() + deadline
         while not until():
             if time.monotonic() > end:
-                raise Broken(f"not within {deadline} s")
+                raise LoadError(f"not within {deadline} s")
             self.step()
             meanwhile()
 
@@ -298,7 +298,7 @@ class Load:
                 key.data.ready(events)
         for peer in self.peers:
             if peer.pace:
-                peer._choose_events()  # noqa: SLF001
+                peer.choose_events()
 
     def run_for(self, seconds: float, meanwhile: typing.Callable[[], object] = lambda: None) -> None:
         """Let them all go on for a while."""

@@ -21,7 +21,6 @@ import zlib
 
 from tests import load, support
 
-
 # Where these are not fixed, glibc keeps much of what has been freed, and what is lost cannot be told from what is kept.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "65536"}
 

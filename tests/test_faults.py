@@ -14,7 +14,6 @@ import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -38,7 +37,7 @@ CHANGED = "import sys\nsys.path.insert(0, {root!r})\nimport pywebsock\n{code}\ns
 TROUBLE = re.compile("Traceback|unexpected error|an error in|operation failed|Warning|Exception ignored")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def certificate() -> tuple[str, str, ssl.SSLContext]:
     """A certificate for localhost: its file, the file of its key, and the context of a client that trusts it."""
     openssl = shutil.which("openssl")
@@ -129,10 +128,12 @@ def go_on(senders: typing.Iterable[load.Sender]) -> typing.Callable[[], None]:
 class SlowClientTest(FaultTestCase):
     """One that does not read holds up nobody."""
 
-    def check_stuck(self, number: int, megabytes: float, seconds: float, *, tls: bool = False) -> None:
-        """4 MB/s to everybody: the stuck are dropped, the others notice nothing."""
+    def check_stuck(
+        self, number: int, megabytes: float, seconds: float, *, tls: bool = False, code: str = "pass"
+    ) -> None:
+        """So much a second to everybody: the stuck are dropped, the others notice nothing."""
         cert, key, context = certificate() if tls else ("", "", None)
-        server = self.serve(*QUIET, *(("--cert", cert, "--key", key) if tls else ()))
+        server = self.serve(*QUIET, *(("--cert", cert, "--key", key) if tls else ()), code=code)
         clients = self.loaded(server, context)
         senders = self.pace(clients, 4, 4000, megabytes * 1e6 / 4 / 4000, tls=tls)
         before = load.memory(server.pid)
@@ -156,6 +157,10 @@ class SlowClientTest(FaultTestCase):
 
     def test_stuck_with_tls(self) -> None:
         self.check_stuck(2, 8, 6, tls=True)
+
+    def test_stuck_where_sockets_know_no_flag(self) -> None:
+        """As on Windows, which has no MSG_DONTWAIT."""
+        self.check_stuck(2, 20, 4, code="pywebsock.DONT_WAIT = 0")
 
     def test_slow_reader_loses_nothing_under_its_limit(self) -> None:
         server = self.serve(*QUIET)
@@ -352,7 +357,7 @@ class FairnessTest(FaultTestCase):
         counts = [len(sender.stream.delays) for sender in senders]
         self.settle(clients, senders)
         self.report(f"{number} clients: {quantiles(delays)}; {min(counts)} to {max(counts)} echoes a client")
-        self.assertLess(max(delays), 10 * statistics.median(delays) + 0.25)
+        self.assertLess(max(delays), 10 * statistics.median(delays) + 0.5)
         self.assertGreater(min(counts), max(counts) / 4)
 
     def test_hundred(self) -> None:
@@ -487,7 +492,7 @@ class StrangerTest(FaultTestCase):
 
             return flood
 
-        self.attack(5, attack)
+        self.attack(5, attack, worst=1.0)
 
     def test_pings(self) -> None:
         self.flood(load.frame(b"", 9) * 5000, reading=True)
@@ -501,6 +506,29 @@ class StrangerTest(FaultTestCase):
 
     def test_tiny_fragments(self) -> None:
         self.flood(support.masked_frame(0, b"\0", fin=False) * 5000, support.masked_frame(1, fin=False), reading=True)
+
+    def test_flood_in_a_crowd(self) -> None:
+        """Three who keep the interpreter busy, where each message goes to three hundred."""
+        server = self.serve(*QUIET)
+        clients = self.loaded(server)
+        clients.join(300)
+        chat = self.chat(clients)
+        flooders = clients.join(3)
+        for peer in flooders:
+            peer.send(support.masked_frame(1, fin=False))
+        piece = support.masked_frame(0, fin=False) * 5000
+
+        def flood() -> None:
+            go_on(chat)()
+            for peer in flooders:
+                if peer.unsent < 3:
+                    peer.send(piece)
+
+        clients.run_for(6, flood)
+        delays = [delay for sender in chat for delay in sender.stream.delays]
+        self.assertTrue(delays, "no echo at all")
+        self.report(f"others: {quantiles(delays)}")
+        self.assertLess(statistics.median(delays), 0.25)
 
     def test_bombs(self) -> None:
         """1 GiB of zeros, compressed to 1 MB."""
@@ -571,7 +599,7 @@ class ExhaustionTest(FaultTestCase):
         delays = [delay for sender in chat for delay in sender.stream.delays]
         lines = server.log().count(line)
         self.report(
-            f"{got_in} got in, CPU {used:.1%} while the others wait, {lines} lines in the log; others: {quantiles(delays)}"
+            f"{got_in} got in, CPU {used:.1%} while more wait, {lines} lines in the log; others: {quantiles(delays)}"
         )
         self.assertGreater(got_in, 10)
         self.assertLess(got_in, 190)
@@ -699,7 +727,7 @@ class KeepaliveTest(FaultTestCase):
         server = self.serve("--ping", "1")
         process = self.listener(server)
         with self.assertRaises(AssertionError):  # as long as it answers, it stays
-            support.eventually(lambda: server.log(), deadline=4)
+            support.eventually(server.log, deadline=4)
         process.send_signal(signal.SIGSTOP)
         self.check_gone(server, "it was silent", 0.9, 3.3)
 
@@ -715,7 +743,7 @@ class KeepaliveTest(FaultTestCase):
 
     def check_vanished(self, *arguments: str, **how: typing.Any) -> support.Process:
         """A peer behind a link that is cut: no FIN, no reset, nothing. In two networks of their own."""
-        ip, here, there = shutil.which("ip"), f"pywebsock-a{os.getpid()}", f"pywebsock-b{os.getpid()}"
+        ip, here, there = shutil.which("ip") or "", f"pywebsock-a{os.getpid()}", f"pywebsock-b{os.getpid()}"
         for name in (here, there):
             if not ip or subprocess.run([ip, "netns", "add", name], capture_output=True, check=False).returncode:
                 self.skipTest("network namespaces are not permitted here")
@@ -740,9 +768,9 @@ class KeepaliveTest(FaultTestCase):
     def test_vanished_peer_in_a_busy_room(self) -> None:
         """What was sent to it waits for ever; keepalive does not wait behind it."""
         server = self.check_vanished("--stdin", stdin=subprocess.PIPE)
-        self.check_gone(
-            server, "it was silent", 0.9, 3.3, lambda: os.write(server.stdin.fileno(), b"hello" * 20 + b"\n")
-        )
+        assert server.stdin
+        lines = server.stdin.fileno()
+        self.check_gone(server, "it was silent", 0.9, 3.3, lambda: os.write(lines, b"hello" * 20 + b"\n"))
 
 
 class LimitTest(FaultTestCase):
