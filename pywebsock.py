@@ -69,7 +69,7 @@ Locks, and the rules that everything below relies on:
       that has joined, and changes its backlog.  Before it has joined and after it has
       left, the client's socket belongs to its own thread alone, which also closes it.
   R2  The holder never waits: its sends do not block, and no hook runs in the turn.
-  R3  Only the housekeeper waits for the turn, all others just try.  What is left in the
+  R3  Only the housekeeper waits for the turn, and who sends floods of frames; all others just try.  What is left in the
       queue when the turn is given back is therefore seen by the last holder, which looks
       once more, or has been promised to the housekeeper.
   R4  The entrance guards the queue and its tally, for a few instructions at a time.
@@ -173,6 +173,7 @@ MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
 READ_SIZE = 64 * 1024  # bytes asked of a socket at once
 RUN_SIZE = 1024 * 1024  # bytes of consecutive broadcasts sent as one
 QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
+MANY_FRAMES = 500  # in READ_SIZE: whoever sends as many waits for the turn
 FLUSHES = 16  # sends to one slow client before others have their turn
 TURN_TIME = 0.02  # seconds after which a holder hands the turn on
 PATIENCE = 0.25  # seconds in which a quick reader takes a quarter of its backlog limit
@@ -454,6 +455,7 @@ class MessageReader:
     def __init__(self, max_message: int, compressed: bool = False) -> None:
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
+        self.frames = 0  # that the last data brought, or pieces of them
         self._frames = FrameParser()
         self._opcode = 0  # of the message whose fragments are coming; 0 between messages
         self._payload = bytearray()  # one buffer: a list of a million empty fragments would not be small
@@ -465,7 +467,9 @@ class MessageReader:
 
         Raises ProtocolError as soon as the bytes allow, after everything that was good before.
         """
+        self.frames = 0
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
+            self.frames += 1
             if opcode >= 8:  # 5.4: control frames may stand between fragments
                 if rsv1:
                     raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
@@ -958,7 +962,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                     self._take(opcode, payload)
             finally:
                 self._answer_pings()
-            server.take_turn()
+            server.take_turn(wait=reader.frames > MANY_FRAMES)
             server.hold_back()
             data = self._wait_for_bytes()
             if not data:
@@ -978,7 +982,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
         if self._pongs:
             pongs, self._pongs = self._pongs, []
-            self.server.enqueue(functools.partial(self.server.pong, self, pongs), sum(map(len, pongs)))
+            self.server.enqueue(functools.partial(self.server.pong, self, pongs), sum(map(sys.getsizeof, pongs)))
 
     def _wait_for_bytes(self) -> bytes:
         """The next bytes; none at the end of the connection, whatever ended it."""
@@ -1303,8 +1307,15 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             if self._queued > QUEUE_SIZE:
                 self._room.clear()
 
-    def take_turn(self) -> None:
-        """Carry out what is queued, unless another thread is at it or is about to (R3)."""
+    def take_turn(self, wait: bool = False) -> None:
+        """Carry out what is queued, unless another thread is at it or is about to (R3).
+
+        A thread that has kept the interpreter busy waits until the holder has finished:
+        each send of the holder lets others run, and parsing tiny frames would slow all of them.
+        """
+        if wait:
+            with self._turn:
+                self._carry_out()
         while self._queue and not self._promised and not self._held:
             if not self._turn.acquire(blocking=False):
                 return
