@@ -791,6 +791,20 @@ class LimitTest(FaultTestCase):
         self.assertGreater(seconds, 3.8)  # a second's worth may come at once
         self.assertLess(seconds, 5.5)
 
+    def test_rate_and_gone(self) -> None:
+        """Who has left with much unsaid keeps nothing."""
+        server = self.serve(*QUIET, "--rate", "20")
+        clients = self.loaded(server)
+        (sender,) = self.pace(clients, 1, 64, 10)
+        before = load.threads(server.pid), load.files(server.pid)
+        (gone,) = clients.join(1)
+        gone.send(b"".join([load.numbered(9, number, 64) for number in range(800)]))
+        clients.run(lambda: sender.stream.next.get(9) or sender.stream.messages > 2, meanwhile=sender.go_on)
+        start = time.monotonic()
+        gone.reset()
+        clients.run(lambda: (load.threads(server.pid), load.files(server.pid)) == before, 5, sender.go_on)
+        self.report(f"thread and descriptor free after {time.monotonic() - start:.2f} s")
+
     def test_max_clients(self) -> None:
         server = self.serve(*QUIET, "--max-clients", "50")
         clients = self.loaded(server)

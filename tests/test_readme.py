@@ -57,7 +57,7 @@ class Readme(unittest.TestCase):
         example = re.search(r"```python\n(.*?)\nwith ", self.text, re.DOTALL)
         assert example
         names: dict[str, type[pywebsock.BroadcastServer]] = {}
-        exec(example[1], names)  # type: ignore[arg-type]
+        exec(example[1], names)
         with running(names["Chat"], history=10) as server, Client(server.server_address[1]) as client:
             (handler,) = server.clients
             self.assertEqual(client.read(), f"welcome, {handler.address}")
