@@ -61,7 +61,8 @@ the queue become one buffer, and each client gets one send() for all of them.
 
 Threads.  One accepts (it runs serve_forever), one reads each client (its handler, which
 also runs the hooks for that client), one, the *housekeeper*, looks after slow clients,
-silent clients and timeouts.  Others may call broadcast(), send() and close().
+silent clients and timeouts; with --redis, two more keep the link.  Others may call
+broadcast(), send() and close().
 
 Locks, and the rules that everything below relies on:
 
@@ -75,7 +76,8 @@ Locks, and the rules that everything below relies on:
   R4  The entrance guards the queue and its tally, for a few instructions at a time.
   R5  A TLS object has a lock of its own (OpenSSL wants one thread at a time); it is held
       for work in memory, never while waiting.
-  R6  Locks are taken in the order: turn, TLS or entrance; never the other way round.
+  R6  Locks are taken in the order: turn, TLS or entrance; never the other way round.  Those
+      of the connections (`_fewer`) and of the link (`_news`) are held alone.
 
 Glossary.  client: a WebSocketHandler after its opening handshake.  Room: the clients that
 get broadcasts.  Backlog: what a client's socket did not take yet.  Run: consecutive
@@ -720,7 +722,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
 
 def printable(text: str, limit: int = 200) -> str:
     """Text from the network, made safe for a log: control and non-ASCII characters escaped, cut."""
-    return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text[:limit])
+    return re.sub(r"[^ -\[\]-~]", lambda match: ascii(match[0])[1:-1], text[:limit])
 
 
 # ======================================================================================
@@ -969,10 +971,10 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                 return None
 
     def _take(self, opcode: int, payload: Any) -> None:
-        """Hand on one message, or note a Ping. What comes after the server's Close does not count (5.5.1)."""
+        """Hand on one message, or note a Ping. Nothing counts after the server's Close (5.5.1) or the end."""
         if opcode == PING:
             self._pongs.append(serialize_frame(PONG, payload))
-        elif opcode != PONG and not self.close_by:
+        elif opcode != PONG and not self.close_by and not self.dropped:
             self._answer_pings()
             if self.server.rate:
                 self._keep_to_rate()
@@ -1198,7 +1200,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         **settings: Any,
     ) -> None:
         for name, value in settings.items():
-            if name.startswith("_") or callable(getattr(BroadcastServer, name, print)):
+            if name.startswith("_") or callable(getattr(type(self), name, print)):
                 raise TypeError(f"there is no setting {name!r}")
             setattr(self, name, value)
         self.started = time.time()
@@ -1650,16 +1652,20 @@ def reset(request: socket.socket) -> None:
 # all other servers, in the one order of the stream. Whoever reads about one server can
 # stop here.
 #
-# An entry has one field, whose name is server:number:kind. Where a connection fails,
-# nobody knows which entries arrived, so those without an answer are written once more,
-# and every server passes over the numbers that it has seen. So nothing is lost and
-# nothing comes twice, as long as Redis itself loses nothing.
+# An entry of the stream has one field, whose name is server:number:kind. Where a connection
+# fails, nobody knows which entries arrived, so those without an answer are written once
+# more, and every server passes over the numbers that it has seen. So nothing is lost and
+# nothing comes twice, as long as Redis itself loses nothing. A number that is left out was
+# trimmed or lost.
 # ======================================================================================
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-BATCH = 500  # entries written or read at once
+IN_FLIGHT = 1000  # entries of this server that it may have yet to read
+BATCH = 100  # entries written or read at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
+MAX_BULK, MAX_ARRAY, MAX_DEPTH = 512 * 1024 * 1024, 1024 * 1024, 5  # bytes, replies in a reply, arrays in arrays
+NOT_REDIS = "what answers is not Redis"
 
 
 class RedisError(OSError):
@@ -1682,110 +1688,122 @@ def parse_redis_url(url: str) -> RedisAddress:
     """Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
-    database = parts.path.strip("/") or "0"
-    if parts.scheme not in ("redis", "rediss") or not database.isdecimal() or not set(query) <= {"stream"}:
+    path = re.fullmatch("/?([0-9]{0,9})", parts.path)
+    if parts.scheme not in ("redis", "rediss") or not path or parts.fragment or not set(query) <= {"stream"}:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
+    host = parts.hostname or "localhost"
+    host.encode("idna")  # what connecting would say later
     user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
     stream = query.get("stream", ["pywebsock"])[-1]
-    address = (parts.hostname or "localhost", parts.port or 6379, user, password, int(database), stream)
-    return RedisAddress(parts.scheme == "rediss", *address)
+    tls = parts.scheme == "rediss"
+    return RedisAddress(tls, host, parts.port or 6379, user, password, int(path[1] or 0), stream)
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
     """A command is an array of bulk strings."""
-    items = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    items = [word if isinstance(word, bytes) else str(word).encode(errors="surrogateescape") for word in words]
     return b"*%d\r\n" % len(items) + b"".join([b"$%d\r\n%b\r\n" % (len(item), item) for item in items])
 
 
-class ReplyParser:
-    """Cuts what Redis sends into replies: bytes, int, None, a RedisError, or a list of them."""
+class ReplyReader:
+    """Cuts bytes into replies: bytes, int, None, a RedisError, or a list of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        self._receive = receive  # gives the next bytes, as they come; none at the end
         self._buffer = bytearray()
-        self._arrays: list[tuple[list[Any], int]] = []  # not complete yet, outermost first: items, how many in all
 
-    def feed(self, data: bytes) -> list[Any]:
-        """The replies that `data` completes. Raises RedisError for what is none."""
+    def read(self, depth: int = 0) -> Any:
+        """The next reply. Raises RedisError for what is none, ConnectionError at the end."""
+        line = self._read_line()
+        kind, text = line[:1], line[1:]
+        if kind == b"+":
+            return text
+        if kind == b"-":
+            return RedisError(text.decode(errors="replace"))
+        if kind not in (b":", b"$", b"*") or not re.fullmatch(b"[+-]?[0-9]{1,19}", text):
+            raise RedisError(NOT_REDIS)
+        number = int(text)
+        if kind == b":":
+            return number
+        if number < 0:
+            return None
+        if number > (MAX_BULK if kind == b"$" else MAX_ARRAY) or depth > MAX_DEPTH:
+            raise RedisError(NOT_REDIS)
+        return self._take(number) if kind == b"$" else [self.read(depth + 1) for _ in range(number)]
+
+    def _read_line(self) -> bytes:
+        while (end := self._buffer.find(b"\r\n", 0, MAX_LINE)) < 0:
+            if len(self._buffer) >= MAX_LINE or self._buffer[:1] not in b"+-:$*":
+                raise RedisError(NOT_REDIS)
+            self._fill()
+        return self._take(end)
+
+    def _take(self, size: int) -> bytes:
+        """So many bytes, and the end of a line after them."""
+        while len(self._buffer) < size + 2:
+            self._fill()
+        taken, end = bytes(self._buffer[:size]), self._buffer[size : size + 2]
+        if end != b"\r\n":
+            raise RedisError(NOT_REDIS)
+        del self._buffer[: size + 2]
+        return taken
+
+    def _fill(self) -> None:
+        data = self._receive()
+        if not data:
+            raise ConnectionError("Redis closed the connection")
         self._buffer += data
-        replies: list[Any] = []
-        position = 0
-        while (end := self._buffer.find(b"\r\n", position)) >= 0:
-            kind, line = chr(self._buffer[position]), bytes(self._buffer[position + 1 : end])
-            value, after = self._parse_value(kind, line, end + 2)
-            if after > len(self._buffer):
-                break
-            position = after
-            if kind == "*" and value:
-                self._arrays.append(([], value))
-            else:
-                self._complete(value, replies)
-        del self._buffer[:position]
-        if (len(self._buffer) > MAX_LINE and self._buffer[:1] != b"$") or self._buffer[:1] not in b"+-:$*":
-            raise RedisError("it is not Redis")
-        return replies
 
-    def _parse_value(self, kind: str, line: bytes, start: int) -> tuple[Any, int]:
-        """(value, where it ends) of what has a first line; an array's value is its length, or None."""
-        if kind == "+":
-            return line, start
-        if kind == "-":
-            return RedisError(line.decode(errors="replace")), start
-        if kind not in ":$*" or not re.fullmatch(b"-?[0-9]{1,18}", line):
-            raise RedisError("it is not Redis")
-        number = int(line)
-        if kind == ":":
-            return number, start
-        if number < 0 or kind == "*":
-            return None if number < 0 else number or [], start
-        return bytes(self._buffer[start : start + number]), start + number + 2
 
-    def _complete(self, value: Any, replies: list[Any]) -> None:
-        """Put a value where it belongs, and so each array that it completes."""
-        while self._arrays:
-            items, size = self._arrays[-1]
-            items.append(value)
-            if len(items) < size:
-                return
-            self._arrays.pop()
-            value = items
-        replies.append(value)
+def parse_entries(reply: Any) -> list[tuple[bytes, bytes, bytes]]:
+    """The reply to XREAD as (id, name, value) of each entry's first field. Raises RedisError."""
+    try:
+        return [(entry, fields[0], fields[1]) for _, entries in reply or () for entry, fields in entries]
+    except (TypeError, ValueError, IndexError):
+        raise RedisError(NOT_REDIS) from None
 
 
 class RedisConnection:
-    """A connection that has said who it is. Raises OSError everywhere, of which RedisError is one."""
+    """A connection that has said who it is; for one thread. Raises OSError everywhere, of which RedisError is one."""
 
     def __init__(self, address: RedisAddress) -> None:
         self.placed = False  # for its reader: whether it knows where in the stream to go on
-        self._parser = ReplyParser()
         self._socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if address.tls:
                 self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=address.host)
-            credentials = [word for word in (address.user, address.password) if word]
-            commands = [("AUTH", *credentials)] if credentials else []
-            self.call(*commands, ("SELECT", address.database))
+            self._replies = ReplyReader(functools.partial(self._socket.recv, READ_SIZE))
+            credentials = (address.user, address.password) if address.user else (address.password,)
+            if any(credentials):
+                self.call(serialize_command("AUTH", *credentials))
+            if address.database:
+                self.call(serialize_command("SELECT", address.database))
         except BaseException:
             self._socket.close()
             raise
 
-    def call(self, *commands: Sequence[str | bytes | int]) -> Any:
-        """Send commands in one go; the reply to the last one."""
-        self._socket.sendall(b"".join([serialize_command(*command) for command in commands]))
-        replies: list[Any] = []
-        while len(replies) < len(commands):
-            data = self._socket.recv(READ_SIZE)
-            if not data:
-                raise ConnectionError("Redis closed the connection")
-            replies += self._parser.feed(data)
+    def call(self, *commands: bytes) -> list[Any]:
+        """Send commands in one go; their replies. Raises the first RedisError among them or in an EXEC's."""
+        data = memoryview(b"".join(commands))
+        try:
+            while data:  # the time is for each piece: a long message may take its time
+                data = data[self._socket.send(data) :]
+            replies = [self._replies.read() for _ in commands]
+        except socket.timeout:
+            raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
         for reply in replies:
-            if isinstance(reply, RedisError):
-                raise reply
-        return replies[-1]
+            for part in reply if isinstance(reply, list) else [reply]:
+                if isinstance(part, RedisError):
+                    raise part
+        return replies
 
     def interrupt(self) -> None:
         """Give the thread that waits for an answer an OSError. Any thread."""
-        shut(self._socket, socket.SHUT_RDWR)
+        try:
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # past TLS, whose state is that thread's
+        except OSError:
+            pass  # it has ended already
 
     def close(self) -> None:
         """By the thread that uses it."""
@@ -1799,178 +1817,181 @@ class RedisLink:
         self._server = server
         self._address = parse_redis_url(url)
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._news = threading.Condition()  # guards the next six; notified when any of them changes
-        self._outbox: deque[tuple[bytes, bytes]] = deque()  # field names and payloads without an answer yet
+        self._news = threading.Condition()  # guards the next six, and is notified when they change
+        self._outbox: deque[bytes] = deque()  # XADD commands without an answer yet
         self._waiting = 0  # bytes in it
-        self._number = 0  # of the last message
-        self._failing: set[str] = set()  # the names of the threads whose last attempt failed
-        self._connections: set[RedisConnection] = set()  # of the two threads
+        self._number = 0  # of the last message put in
+        self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
+        self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
         self._stopped = False
         self._threads = [
             threading.Thread(target=self._persist, args=(work,), name=f"redis {work.__name__}", daemon=True)
             for work in (self._write, self._read)
         ]
-        self._last = b""  # id of the last entry read; the next four belong to the reader
-        self._position = 0  # its place in all that was ever added to the stream
-        self._count = 16  # entries to ask for
+        self._last = b""  # id of the last entry read; this and the next two are written by the reader alone
         self._seen: dict[bytes, int] = {}  # the last number from each server
+        self._count = 1  # entries to ask for: about RUN_SIZE bytes
+
+    # ---- for the server; put() and wait_for_room() from any thread ----
 
     def start(self) -> None:
         """Begin. Raises RedisError where waiting would not help; a Redis that is not there yet is waited for."""
         try:
             connection = RedisConnection(self._address)
-            self._find_place(connection)
-            connection.close()
+            try:
+                self._find_place(connection)
+            finally:
+                connection.close()
         except OSError as error:
-            if isinstance(error, (socket.gaierror, ssl.SSLError)) or is_final(error):
-                raise RedisError(f"Redis: {error}") from None
-            self._report("start", error)
+            if is_final(error):
+                where = f"{self._address.host}:{self._address.port}"
+                raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
+            self._report("_read", error)
         for thread in self._threads:
             thread.start()
 
     def put(self, message: Outgoing) -> None:
-        """Send a message on its way. Any thread."""
+        """Send a message on its way."""
+        kind = b"text" if message.opcode == TEXT else b"binary"
+        add = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
         with self._news:
             self._number += 1
-            name = b"%b:%d:%b" % (self._name, self._number, b"text" if message.opcode == TEXT else b"binary")
-            self._outbox.append((name, message.payload()))
-            self._waiting += message.size
+            name = b"%b:%d:%b" % (self._name, self._number, kind)
+            command = serialize_command(*add, name, message.payload())
+            self._outbox.append(command)
+            self._waiting += len(command)
             self._news.notify_all()
 
     def wait_for_room(self) -> None:
-        """Hold a sender back while too much is on its way. Any thread but the link's own."""
+        """Hold a sender back while too much is on its way."""
         if self._waiting > QUEUE_SIZE:
             with self._news:
                 self._news.wait_for(lambda: self._waiting <= QUEUE_SIZE // 2 or self._stopped)
 
     def stop(self, seconds: float) -> None:
-        """Wait until what was put has come back, for so long at most, and end."""
+        """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
             number = self._number
-            self._news.wait_for(lambda: self._seen.get(self._name, 0) >= number, seconds)
+            if not self._news.wait_for(lambda: self._returned() >= number, seconds):
+                log.warning("Redis did not bring back %d messages", number - self._returned())
             self._stopped = True
             self._news.notify_all()
-            for connection in self._connections:
-                connection.interrupt()
+        for connection in tuple(self._connections.values()):
+            connection.interrupt()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(LISTEN_TIME)
+                thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
+
+    def _returned(self) -> int:
+        """The number of the last message of this server that has come back."""
+        return self._seen.get(self._name, 0)
 
     # ---- in the link's threads ----
 
     def _persist(self, work: Callable[[RedisConnection], None]) -> None:
-        """Do a piece of work again and again; where it fails, over a new connection after a while."""
-        delay = 0.05
+        """Do a piece of work again and again; where it fails, over a new connection, the second time after a while."""
+        who, delay = work.__name__, 0.0
         while not self._stopped:
             try:
-                connection = RedisConnection(self._address)
-                with self._news:
-                    self._connections.add(connection)
+                connection = self._connections[who] = RedisConnection(self._address)
                 try:
                     while not self._stopped:
                         work(connection)
-                        self._report(work.__name__)
-                        delay = 0.05
+                        self._report(who)
+                        delay = 0.0
                 finally:
-                    with self._news:
-                        self._connections.remove(connection)
                     connection.close()
-            except OSError as error:
-                if not self._stopped:
-                    self._report(work.__name__, error)
-            delay = min(2 * delay, 2.0)
+            except (OSError, MemoryError) as error:
+                if delay and not self._stopped:
+                    self._report(who, error)
             with self._news:
                 self._news.wait_for(lambda: self._stopped, delay)
+            delay = min(2 * delay, 2.0) or 0.05
 
-    def _report(self, who: str, error: OSError | None = None) -> None:
+    def _report(self, who: str, error: Exception | None = None) -> None:
         """Log once that Redis is away, and once that it is back."""
         with self._news:
             before = bool(self._failing)
-            self._failing.discard("start")
             (self._failing.add if error else self._failing.discard)(who)
             if error and not before:
-                log.warning("Redis is away, senders wait: %s", printable(str(error)))
+                log.warning("Redis is away, senders wait: %s", printable(str(error) or "out of memory"))
             if before and not self._failing:
                 log.warning("Redis is back")
 
     def _write(self, connection: RedisConnection) -> None:
         """Write what is in the outbox as one transaction: all of it or nothing, in its order."""
         with self._news:
-            self._news.wait_for(lambda: self._outbox or self._stopped, LISTEN_TIME)
-            batch, size = [], 0
-            for name, payload in itertools.islice(self._outbox, BATCH):
-                batch.append(("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, payload))
-                size += len(payload)
-                if size > RUN_SIZE:
+            self._news.wait_for(self._may_write, LISTEN_TIME)  # what does not come back in that time may be lost
+            batch: list[bytes] = []
+            for command in itertools.islice(self._outbox, BATCH if self._last else 0):
+                batch.append(command)
+                if sum(map(len, batch)) > RUN_SIZE:
                     break
         if not batch:
             return
-        for result in connection.call(("MULTI",), *batch, ("EXEC",)):
-            if isinstance(result, RedisError):
-                raise result
+        connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
         with self._news:
-            for _ in batch:
+            for command in batch:
                 self._outbox.popleft()
-            self._waiting -= size
+                self._waiting -= len(command)
             self._news.notify_all()
 
+    def _may_write(self) -> bool:
+        """Whether there is something to write, not too far ahead of what this server reads: that would be trimmed."""
+        ahead = self._number - len(self._outbox) - self._returned()
+        return self._stopped or bool(self._outbox and self._last and ahead < IN_FLIGHT)
+
     def _read(self, connection: RedisConnection) -> None:
-        """Deliver what has been added to the stream, or find out where to go on."""
+        """Deliver what has been added to the stream."""
         if not connection.placed:
             self._find_place(connection)
-            return
+        self._server.wait_for_room()
         options = ("COUNT", self._count, "BLOCK", int(LISTEN_TIME * 1000))
-        reply = connection.call(("XREAD", *options, "STREAMS", self._address.stream, self._last))
-        entries = reply[0][1] if reply else ()
+        command = serialize_command("XREAD", *options, "STREAMS", self._address.stream, self._last)
+        entries = parse_entries(connection.call(command)[0])
         self._deliver(entries)
-        if len(entries) == self._count:  # there is more; perhaps it is trimmed faster than it is read
-            connection.placed = False
-        if entries:  # ask for about RUN_SIZE bytes next time
-            size = sum([len(fields[1]) + 1 for _, fields in entries])
+        if entries:
+            size = sum([len(value) + 1 for _, _, value in entries])
             self._count = max(1, min(BATCH, RUN_SIZE * len(entries) // size))
 
     def _find_place(self, connection: RedisConnection) -> None:
-        """At first, go to the end of the stream, by way of the history; later, see what was missed."""
-        stream, count = self._address.stream, max(self._server.history, 1)
-        look = (("XINFO", "STREAM", stream), ("XREVRANGE", stream, "+", "-", "COUNT", count))
-        info, newest = connection.call(("MULTI",), *look, ("EXEC",))
-        if isinstance(newest, RedisError):
-            raise newest
-        facts = {} if isinstance(info, RedisError) else dict(zip(info[::2], info[1::2]))
-        added = facts.get(b"entries-added", 0)  # since Redis 7
-        first = added - facts.get(b"length", 0)  # how many were trimmed
+        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
+        count = 1 if self._last else min(max(self._server.history, 1), STREAM_LENGTH)
+        command = serialize_command("XREVRANGE", self._address.stream, "+", "-", "COUNT", count)
+        newest = parse_entries([("", connection.call(command)[0])])
+        end = newest[0][0] if newest else b"0-0"
         if not self._last:
-            self._last = newest[0][0] if newest else b"0-0"
             self._deliver(newest[::-1] if self._server.history else ())
-            self._position = added
-        elif added < self._position:
-            log.warning("Redis has lost messages")
-            self._position = first
-        elif first > self._position:
-            log.warning("missed %d messages that Redis has trimmed", first - self._position)
-            self._position = first
+            self._last = end
+        elif [int(part) for part in end.split(b"-")] < [int(part) for part in self._last.split(b"-")]:
+            log.warning("Redis has lost the end of the stream")
+            self._last = end
         connection.placed = True
 
-    def _deliver(self, entries: Sequence[tuple[bytes, list[bytes]]]) -> None:
-        for entry, (name, payload, *_) in entries:
-            self._last = entry
-            self._position += 1
-            server, _, number_and_kind = name.partition(b":")
-            number, _, kind = number_and_kind.partition(b":")
-            if kind in (b"text", b"binary") and number.isdigit():
-                if int(number) <= self._seen.get(server, 0):
-                    continue  # a second time
+    def _deliver(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
+        """Put entries in the server's queue, all but those that are there a second time, and carry them out."""
+        missed = 0
+        for entry, name, payload in entries:
+            match = re.fullmatch(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary)", name)
+            server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
+            before = self._seen.get(server, 0)
+            if not match or int(number) > before:
+                self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
+            if match and int(number) > before:
                 self._seen[server] = int(number)
-            self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
+                missed += int(number) - before - 1 if before else 0
+            self._last = entry
+        if missed:
+            log.warning("missed %d messages that Redis has no longer", missed)
         self._server.take_turn()
-        self._server.wait_for_room()
         with self._news:
-            self._news.notify_all()  # stop() may be waiting for one of them
+            self._news.notify_all()  # of what has come back
 
 
 def is_final(error: OSError) -> bool:
-    """Whether Redis has answered, and will not answer anything else later."""
-    return isinstance(error, RedisError) and not str(error).startswith(("LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN"))
+    """Whether an error at the start will not go away by itself."""
+    passing = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(passing)
 
 
 # ======================================================================================

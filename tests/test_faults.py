@@ -640,7 +640,7 @@ class ExhaustionTest(FaultTestCase):
             f"    resource.setrlimit(resource.RLIMIT_NPROC, ({busy + 60},) * 2)\n"
             "pywebsock.BroadcastServer.server_activate = activate"
         )
-        self.check(code, "refused a connection", refused=True)
+        self.check(code, "start new thread", refused=True)
 
     def test_memory_for_one_message(self) -> None:
         """So little address space is left that long messages find no memory."""

@@ -1,0 +1,401 @@
+"""How fast this server is beside others, on your machine: `python -m tests.benchmark`.
+
+It starts this server and whichever others it finds (packages of this Python: websockets, picows, aiohttp,
+websocket-server; node with ws, which $NODE_PATH or $PYWEBSOCK_NODE_MODULES leads to; bun), one after the other, in
+rounds, so that a drift of the machine hits all alike. Each broadcasts what a client sends to all clients, the sender
+among them. Senders have so many messages in flight and send the next when they get one of theirs back. Figures are
+medians of the rounds; ratios are taken within each round.
+
+The load (tests/benchmark_load.py) runs in processes of its own. Whether it, not the server, was the limit can be seen
+twice: `load` is the part of its processors that it used, and where that is 90 % or more the figure has a `>=`, at
+least; and `(bare loop)` is a server that knows nothing of WebSocket, but moves the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import typing
+
+import pywebsock
+from tests import support
+
+HERE = pathlib.Path(__file__).resolve().parent
+OURS = "pywebsock"
+BARE = "(bare loop)"
+DEADLINE = 60.0  # seconds for a run, besides its measuring
+BUSY = 0.9  # the load is taken for the limit from here on
+JOINING = 0.2  # seconds; some servers add a client only after its handshake
+BAR = 20  # characters
+
+Round = dict[str, typing.Any]  # the figures of one server in one scenario
+
+
+class Scenario(typing.NamedTuple):
+    """How many send how much."""
+
+    clients: int
+    senders: int
+    window: int  # messages in flight, for each sender
+
+
+SCENARIOS = {
+    "pair": Scenario(2, 1, 1),
+    "fan100": Scenario(100, 1, 1),
+    "chat100": Scenario(100, 100, 1),
+    "burst100": Scenario(100, 100, 16),
+}
+
+
+class Server(typing.NamedTuple):
+    """One to be measured."""
+
+    name: str
+    version: str
+    command: typing.Sequence[str]  # {port} is to be replaced
+    deflates: bool = True
+
+
+# ---- what there is ----
+
+
+def python_servers() -> typing.Iterator[Server]:
+    """This server and those on packages of this Python."""
+    script = str(HERE / "peers" / "servers.py")
+    ours = [sys.executable, str(support.ROOT / "pywebsock.py"), "--port", "{port}", "--quiet"]
+    yield Server(OURS, pywebsock.__version__, ours)
+    for package, deflates in (("websockets", True), ("picows", False), ("aiohttp", True), ("websocket-server", False)):
+        module = package.replace("-", "_")
+        if importlib.util.find_spec(module):
+            version = importlib.metadata.version(package)
+            if package == "picows" and importlib.util.find_spec("uvloop"):
+                version += ", uvloop " + importlib.metadata.version("uvloop")
+            yield Server(package, version, [sys.executable, script, module, "{port}"], deflates)
+    yield Server(BARE, "", [sys.executable, script, "loop", "{port}"])
+
+
+def other_servers() -> typing.Iterator[Server]:
+    """Those on runtimes for JavaScript."""
+    names = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
+    folders = [pathlib.Path(name) for name in names if name]
+    node = shutil.which("node")
+    packages = [folder for folder in folders if (folder / "ws" / "package.json").exists()]
+    if node and packages:
+        version = json.loads((packages[0] / "ws" / "package.json").read_text())["version"]
+        command = [node, str(HERE / "peers" / "node.mjs"), "{port}", str(packages[0])]
+        yield Server("ws", f"{version}, node {said_by(node)}", command)
+    buns = [str(path) for folder in folders for path in folder.glob("@oven/bun-*/bin/bun")]
+    bun = shutil.which("bun") or (buns or [""])[0]
+    if bun:
+        yield Server("bun", said_by(bun), [bun, str(HERE / "peers" / "bun.mjs"), "{port}"])
+
+
+def said_by(program: str) -> str:
+    """The version that a program says it has."""
+    output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=DEADLINE, check=True)
+    return output.stdout.strip().lstrip("v")
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+def cores() -> tuple[list[int], list[int]]:
+    """Where the server runs, and where the load; empty where they cannot be told to."""
+    usable = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    return (usable[:1], usable[1:4]) if len(usable) > 1 else ([], [])
+
+
+def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) -> dict[str, typing.Any]:
+    """What the figures depend on."""
+    server, load = cores()
+    apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, load))}" if server else "not pinned"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processors": f"{os.cpu_count()} of {processor()}; {apart}",
+        "servers": {server.name: server.version for server in servers},
+        "messages": "2 KB of JSON, permessage-deflate" if options.compressed else "64 bytes, not compressed",
+        "rounds": f"{options.rounds} of {options.seconds:g} s",
+    }
+
+
+# ---- one run ----
+
+
+@contextlib.contextmanager
+def pinned(where: typing.Sequence[int]) -> typing.Iterator[None]:
+    """What is started here runs on these processors alone."""
+    if sys.platform != "linux" or not where:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, where)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Iterator[None]:
+    """Whatever happens, the process ends, and after the deadline by force, so that nobody waits for it forever."""
+    watchdog = threading.Timer(deadline, process.kill)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+@contextlib.contextmanager
+def serving(server: Server, deadline: float, compressed: bool) -> typing.Iterator[tuple[int, int]]:
+    """A server that accepts connections: its process's number and port."""
+    port = support.free_port()
+    command = [part.replace("{port}", str(port)) for part in server.command]
+    if compressed and server.name != OURS:  # which compresses for whoever asks
+        command.append("deflate")
+    with tempfile.TemporaryFile() as log:
+        with pinned(cores()[0]):
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        with ending(process, deadline):
+            end = time.monotonic() + support.DEADLINE
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"{server.name} did not start: {log.read()[-500:].decode(errors='replace')}")
+                time.sleep(0.02)
+            time.sleep(JOINING)
+            yield process.pid, port
+
+
+def resident(pid: int) -> float:
+    """KiB of a process in memory; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
+    return 0.0
+
+
+class Loads:
+    """The processes of the load, to which one speaks in lines."""
+
+    def __init__(self, stack: contextlib.ExitStack, settings: dict[str, typing.Any], deadline: float) -> None:
+        where = cores()[1]
+        number = min(max(len(where), 1), settings["clients"])
+        self._processes = []
+        for first in range(number):
+            arguments = json.dumps({**settings, "first": first, "step": number})
+            command = [sys.executable, "-m", "tests.benchmark_load", arguments]
+            with pinned(where[first : first + 1]):
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=support.ROOT
+                )
+            stack.enter_context(ending(process, deadline))
+            self._processes.append(process)
+
+    def say(self, line: str) -> None:
+        """To all."""
+        for process in self._processes:
+            assert process.stdin
+            print(line, file=process.stdin, flush=True)
+
+    def hear(self) -> list[str]:
+        """A line of each."""
+        lines = [process.stdout.readline() for process in self._processes if process.stdout]
+        if not all(lines):
+            raise RuntimeError("the load has ended early")
+        return lines
+
+
+def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> Round:
+    """One run of a server, with clients that come and go."""
+    settings = {**scenario._asdict(), "compressed": options.compressed, "seconds": options.seconds}
+    settings["warm"] = min(1.0, options.seconds / 2)
+    deadline = DEADLINE + 2 * options.seconds
+    with serving(server, deadline, options.compressed) as (pid, port), contextlib.ExitStack() as stack:
+        memory = [resident(pid)]
+        loads = Loads(stack, {**settings, "port": port}, deadline)
+        loads.hear()  # ready
+        time.sleep(JOINING)
+        memory.append(resident(pid))
+        loads.say("go")
+        total = sum(int(line.split()[1]) for line in loads.hear())
+        loads.say(f"total {total}")
+        found = [json.loads(line) for line in loads.hear()]
+        memory.append(resident(pid))
+        loads.say("end")
+    idle, busy = ((each - memory[0]) / scenario.clients for each in memory[1:])
+    return {**figures(found, total * scenario.clients), "kib_a_client": idle, "kib_a_client_busy": busy}
+
+
+def figures(found: list[dict[str, typing.Any]], deliveries: int) -> Round:
+    """What the processes of the load have found, taken together."""
+    delays = sorted(delay for each in found for delay in each["delays"])
+    orders = {order for each in found for order in each["orders"]}
+    return {
+        "deliveries_per_s": sum(each["deliveries_per_s"] for each in found),
+        "p50_ms": delays[len(delays) // 2] / 1000 if delays else 0.0,
+        "p99_ms": delays[len(delays) * 99 // 100] / 1000 if delays else 0.0,
+        "lost": deliveries - sum(each["delivered"] for each in found),
+        "order": "same" if len(orders) == 1 and not any(each["gaps"] for each in found) else "differs",
+        "load": max(each["busy"] for each in found),
+        "failures": [failure for each in found for failure in each["failures"]],
+    }
+
+
+# ---- all runs, and what they show ----
+
+
+def run_rounds(
+    servers: typing.Sequence[Server], scenario: Scenario, options: argparse.Namespace, say: typing.Callable[[str], None]
+) -> dict[str, list[Round]]:
+    """The rounds of one scenario, by server; a server that fails has {"error": ...} there."""
+    rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
+    for number in range(options.rounds):
+        for server in servers:
+            say(f"round {number + 1} of {options.rounds}: {server.name}")
+            try:
+                rounds[server.name].append(measure(server, scenario, options))
+            except (OSError, RuntimeError) as error:
+                rounds[server.name].append({"error": str(error)})
+    return rounds
+
+
+def summary(rounds: list[Round], ours: list[Round]) -> Round:
+    """Medians of a server's rounds, its worst, and how many times as fast as it this server is."""
+    good = [each for each in rounds if "error" not in each]
+    if not good:
+        return {"error": rounds[0]["error"]}
+    names = ("deliveries_per_s", "p50_ms", "p99_ms", "kib_a_client", "kib_a_client_busy", "load")
+    medians: Round = {name: round(statistics.median(each[name] for each in good), 3) for name in names}
+    pairs = [(own.get("deliveries_per_s"), each.get("deliveries_per_s")) for own, each in zip(ours, rounds)]
+    ratios = [own / each for own, each in pairs if own and each]
+    medians["ours_to_this"] = round(statistics.median(ratios), 3) if ratios else None
+    medians["lost"] = sum(each["lost"] for each in good)
+    medians["order"] = "same" if all(each["order"] == "same" for each in good) else "differs"
+    medians["failures"] = [each["error"] for each in rounds if "error" in each]
+    medians["failures"] += [failure for each in good for failure in each["failures"]]
+    medians["rounds"] = rounds
+    return medians
+
+
+def bar(part: float) -> str:
+    """A bar of up to BAR characters."""
+    eighths = round(part * BAR * 8)
+    drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    try:
+        drawn.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        drawn = "#" * round(part * BAR)
+    return f"{drawn:{BAR}}"
+
+
+def show(name: str, found: dict[str, Round]) -> None:
+    """The table of a scenario, the fastest first."""
+    clients, senders, window = SCENARIOS[name]
+    print(f"\n{name}: {clients} clients, {senders} sending, {window} in flight for each sender")
+    print(f"{'':17}{'deliveries/s':>14}{'':{BAR + 2}}  ours/this  p50 ms  p99 ms  KiB/client   lost  order    load")
+    most = max((each.get("deliveries_per_s", 0.0) for each in found.values()), default=0.0)
+    for server, each in sorted(found.items(), key=lambda item: -item[1].get("deliveries_per_s", 0.0)):
+        if "error" in each:
+            print(f"{server:17}{each['error']}")
+            continue
+        figure = (">= " if each["load"] >= BUSY else "") + f"{each['deliveries_per_s']:,.0f}"
+        ratio = f"{each['ours_to_this']:.2f}" if each["ours_to_this"] and server != OURS else ""
+        print(
+            f"{server:17}{figure:>14}  {bar(each['deliveries_per_s'] / (most or 1))}{ratio:>11}"
+            f"{each['p50_ms']:8.2f}{each['p99_ms']:8.2f}{each['kib_a_client']:12.0f}{each['lost']:7}  {each['order']:7}"
+            f"{each['load']:6.0%}"
+        )
+        for failure in sorted(set(each["failures"])):
+            print(f"{'':17}{failure}")
+
+
+EXPLANATION = """
+deliveries/s: messages that clients have got, all together; ours/this: how many times as fast this server is.
+p50, p99: from sending to getting. KiB/client: by which the server grew when the clients had joined, before messages.
+lost, order: whether each client got every message, and all in one order. load: see the top of tests/benchmark.py;
+with >= the load was the limit, and the server does at least this."""
+
+
+def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark", description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--scenarios", default=",".join(SCENARIOS), help="of %(default)s; all without this")
+    add("--servers", default="", help=f"such as {OURS},bun; all that are found without this")
+    add("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="rounds (%(default)s)")
+    add("--seconds", type=float, default=2.0, help="that each run measures, up to 10 (%(default)s)")
+    add("--compressed", action="store_true", help="2 KB of JSON with permessage-deflate, instead of 64 bytes")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    options.scenarios = options.scenarios.split(",")
+    if not set(options.scenarios) <= set(SCENARIOS):
+        parser.error(f"the scenarios are {', '.join(SCENARIOS)}")
+    if not 0 < options.seconds <= 10:  # there is no answer to pings, which come after 20 seconds
+        parser.error("--seconds must be up to 10")
+    return options
+
+
+def main(argv: typing.Sequence[str] | None = None) -> int:
+    """Measure, and show it."""
+    options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
+    servers = [each for each in (*python_servers(), *other_servers()) if each.deflates or not options.compressed]
+    servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
+    result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "scenarios": {}}
+    if not options.json:
+        for name, value in result["conditions"].items():
+            print(f"{name:11}", value if isinstance(value, str) else ", ".join(map(" ".join, value.items())))
+    for name in options.scenarios:
+
+        def say(what: str, name: str = name) -> None:
+            if sys.stderr.isatty():
+                print(f"\r\033[K{name}, {what}" if what else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+        rounds = run_rounds(servers, SCENARIOS[name], options, say)
+        say("")
+        result["scenarios"][name] = {server: summary(each, rounds.get(OURS, [])) for server, each in rounds.items()}
+        if not options.json:
+            show(name, result["scenarios"][name])
+            sys.stdout.flush()
+    print(json.dumps(result, indent=2) if options.json else EXPLANATION)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

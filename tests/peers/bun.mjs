@@ -1,0 +1,18 @@
+// Broadcast server on Bun's own WebSocket server: `bun.mjs PORT [deflate]`.
+
+const [port, deflate] = process.argv.slice(2);
+const perMessageDeflate = deflate === 'deflate';
+
+const server = Bun.serve({
+  hostname: '127.0.0.1',
+  port: Number(port),
+  fetch: (request, server) => (server.upgrade(request) ? undefined : new Response('WebSocket only\n', { status: 426 })),
+  websocket: {
+    perMessageDeflate,
+    idleTimeout: 0,
+    sendPings: false,
+    backpressureLimit: 64 * 2 ** 20, // above it, Bun would lose messages
+    open: socket => socket.subscribe('all'),
+    message: (socket, message) => server.publish('all', message, perMessageDeflate),
+  },
+});

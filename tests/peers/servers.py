@@ -1,0 +1,147 @@
+"""Broadcast servers on packages of PyPI: `servers.py NAME PORT [deflate]`.
+
+Each sends in the fastest way that its package documents, without pings and with a long queue for new connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import select
+import socket
+import sys
+import typing
+
+
+def websockets(port: int, deflate: bool) -> None:
+    """websockets, on asyncio."""
+    server: typing.Any = importlib.import_module("websockets.asyncio.server")
+    clients: set[typing.Any] = set()
+
+    async def talk(client: typing.Any) -> None:
+        clients.add(client)
+        try:
+            async for message in client:
+                server.broadcast(clients, message)
+        finally:
+            clients.discard(client)
+
+    async def main() -> None:
+        compression = "deflate" if deflate else None
+        async with server.serve(talk, "127.0.0.1", port, compression=compression, ping_interval=None, backlog=4096):
+            await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+def picows(port: int, deflate: bool) -> None:
+    """picows, on uvloop where that is installed."""
+    package: typing.Any = importlib.import_module("picows")
+    clients: set[typing.Any] = set()
+
+    class Client(package.WSListener):  # type: ignore[misc]
+        def on_ws_connected(self, transport: typing.Any) -> None:
+            clients.add(transport)
+
+        def on_ws_disconnected(self, transport: typing.Any) -> None:
+            clients.discard(transport)
+
+        def on_ws_frame(self, transport: typing.Any, frame: typing.Any) -> None:
+            if frame.msg_type == package.WSMsgType.CLOSE:
+                transport.disconnect()
+            elif frame.msg_type == package.WSMsgType.TEXT:
+                payload = frame.get_payload_as_bytes()
+                for client in clients:
+                    client.send(package.WSMsgType.TEXT, payload)
+
+    async def main() -> None:
+        server = await package.ws_create_server(lambda request: Client(), "127.0.0.1", port, backlog=4096)
+        await server.serve_forever()
+
+    try:
+        loop = importlib.import_module("uvloop").new_event_loop()
+    except ImportError:
+        loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+
+
+def aiohttp(port: int, deflate: bool) -> None:
+    """aiohttp, on asyncio."""
+    web: typing.Any = importlib.import_module("aiohttp.web")
+    clients: set[typing.Any] = set()
+
+    async def talk(request: typing.Any) -> typing.Any:
+        client = web.WebSocketResponse(compress=deflate)
+        await client.prepare(request)
+        clients.add(client)
+        try:
+            async for message in client:
+                for other in list(clients):
+                    await other.send_str(message.data)
+        finally:
+            clients.discard(client)
+        return client
+
+    application = web.Application()
+    application.router.add_get("/", talk)
+    web.run_app(application, host="127.0.0.1", port=port, backlog=4096, access_log=None, print=None)
+
+
+def websocket_server(port: int, deflate: bool) -> None:
+    """websocket-server, a thread a client; it would leave Nagle's algorithm on, which makes small messages late."""
+    package: typing.Any = importlib.import_module("websocket_server")
+    package.websocket_server.WebSocketHandler.disable_nagle_algorithm = True
+    package.WebsocketServer.request_queue_size = 4096
+    server = package.WebsocketServer(host="127.0.0.1", port=port)
+    server.set_fn_message_received(lambda client, server, message: server.send_message_to_all(message))
+    server.run_forever()
+
+
+def loop(port: int, deflate: bool) -> None:
+    """No protocol at all: a loop of recv and send, that cuts at a known length and sends what has come to everybody."""
+    extension = b"Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover\r\n" if deflate else b""
+    upgrade = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + extension
+    clients: dict[int, socket.socket] = {}
+    waiting: dict[int, bytes] = {}  # the beginning of a frame
+    poll = select.epoll() if sys.platform == "linux" else select.poll()
+    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
+    poll.register(listener, select.POLLIN)
+    while True:
+        frames: list[bytes] = []
+        for file, _ in poll.poll():
+            if file == listener.fileno():
+                client, _address = listener.accept()
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                clients[client.fileno()], waiting[client.fileno()] = client, b""
+                poll.register(client, select.POLLIN)
+                continue
+            data = clients[file].recv(65536)
+            if not data:
+                poll.unregister(file)
+                clients.pop(file).close()
+            elif data.startswith(b"GET "):
+                accept = b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+                clients[file].sendall(upgrade + accept)
+            else:
+                waiting[file] = unmask(waiting[file] + data, frames)
+        if frames:
+            data = b"".join(frames)
+            for client in clients.values():
+                client.sendall(data)
+
+
+def unmask(data: bytes, frames: list[bytes]) -> bytes:
+    """Add a server's frames for a client's, which must be of one length and masked with zeros; the rest is returned."""
+    if len(data) < 4:
+        return data
+    head = 4 if data[1] & 0x7F == 126 else 2
+    length = int.from_bytes(data[2:4], "big") if head == 4 else data[1] & 0x7F
+    first = bytes((data[0], data[1] & 0x7F)) + data[2:head]
+    step = head + 4 + length
+    whole = len(data) - len(data) % step
+    frames += [first + data[at + head + 4 : at + step] for at in range(0, whole, step)]
+    return data[whole:]
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](int(sys.argv[2]), "deflate" in sys.argv)
