@@ -2150,7 +2150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging(options)
     raise_file_limit()
     threading.stack_size(256 * 1024)  # for all threads: 10,000 clients fit in 2.5 GB of address space
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell in the background has the first one ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         with create_server(options) as server:
             try:
