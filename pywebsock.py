@@ -802,7 +802,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         """Called by socketserver in the new thread, like handle()."""
-        host, port = self.client_address[:2]
+        host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.path = ""
         self.headers: dict[str, str] = {}
@@ -1180,7 +1180,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     rate = 0.0  # messages a second that a client may send; 0: any number
     ping_interval = 20.0  # seconds of silence before a Ping; 0: never
     ping_timeout = 20.0  # seconds of silence after it: dropped
-    handshake_timeout = 10.0  # seconds from the first byte to the last of a request's head
+    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
     send_timeout = 30.0  # seconds for which a backlog may not move
     close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
     tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
@@ -1205,6 +1205,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             setattr(self, name, value)
         self.started = time.time()
         self.seats = threading.Semaphore(self.max_clients)  # free ones
+        self.link = RedisLink(self, self.redis) if self.redis else None  # to other servers
 
         self._entrance = threading.Lock()  # R4: guards the next two
         self._queue: deque[tuple[Operation, int]] = deque()  # with the bytes that each counts for
@@ -1232,7 +1233,6 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self._selector = selectors.DefaultSelector()  # of the housekeeper: the slow clients, and its alarm
         self._alarm, self._ring = socket.socketpair()
         self._ended = False  # the housekeeper is to stop
-        self.link = RedisLink(self, self.redis) if self.redis else None
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
