@@ -6,9 +6,11 @@ rounds, so that a drift of the machine hits all alike. Each broadcasts what a cl
 among them. Senders have so many messages in flight and send the next when they get one of theirs back. Figures are
 medians of the rounds; ratios are taken within each round.
 
-The load (tests/benchmark_load.py) runs in processes of its own. Whether it, not the server, was the limit can be seen
-twice: `load` is the part of its processors that it used, and where that is 90 % or more the figure has a `>=`, at
-least; and `(bare loop)` is a server that knows nothing of WebSocket, but moves the same bytes.
+The load (tests/benchmark_load.py) runs in processes of its own, on other processors than the server where the system
+allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of their
+processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at least.
+`its code` is the part that was the load's own Python instead of the kernel's: no load could save more. `(bare loop)`
+is a server that knows nothing of WebSocket but moves the same bytes.
 """
 
 from __future__ import annotations
@@ -16,33 +18,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
-import importlib.util
 import json
 import os
 import pathlib
 import platform
-import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 import typing
 
-import pywebsock
-from tests import support
+from tests import load, support
+from tests.peers import JOINING, OURS, Server, ending, on_javascript, on_python, pinned, serving
 
-HERE = pathlib.Path(__file__).resolve().parent
-OURS = "pywebsock"
-BARE = "(bare loop)"
 DEADLINE = 60.0  # seconds for a run, besides its measuring
 BUSY = 0.9  # the load is taken for the limit from here on
-JOINING = 0.2  # seconds; some servers add a client only after its handshake
-BAR = 20  # characters
+BAR = 16  # characters
+MANY = 50  # clients, for memory to be told from noise
 
 Round = dict[str, typing.Any]  # the figures of one server in one scenario
 
@@ -63,53 +56,7 @@ SCENARIOS = {
 }
 
 
-class Server(typing.NamedTuple):
-    """One to be measured."""
-
-    name: str
-    version: str
-    command: typing.Sequence[str]  # {port} is to be replaced
-    deflates: bool = True
-
-
-# ---- what there is ----
-
-
-def python_servers() -> typing.Iterator[Server]:
-    """This server and those on packages of this Python."""
-    script = str(HERE / "peers" / "servers.py")
-    ours = [sys.executable, str(support.ROOT / "pywebsock.py"), "--port", "{port}", "--quiet"]
-    yield Server(OURS, pywebsock.__version__, ours)
-    for package, deflates in (("websockets", True), ("picows", False), ("aiohttp", True), ("websocket-server", False)):
-        module = package.replace("-", "_")
-        if importlib.util.find_spec(module):
-            version = importlib.metadata.version(package)
-            if package == "picows" and importlib.util.find_spec("uvloop"):
-                version += ", uvloop " + importlib.metadata.version("uvloop")
-            yield Server(package, version, [sys.executable, script, module, "{port}"], deflates)
-    yield Server(BARE, "", [sys.executable, script, "loop", "{port}"])
-
-
-def other_servers() -> typing.Iterator[Server]:
-    """Those on runtimes for JavaScript."""
-    names = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
-    folders = [pathlib.Path(name) for name in names if name]
-    node = shutil.which("node")
-    packages = [folder for folder in folders if (folder / "ws" / "package.json").exists()]
-    if node and packages:
-        version = json.loads((packages[0] / "ws" / "package.json").read_text())["version"]
-        command = [node, str(HERE / "peers" / "node.mjs"), "{port}", str(packages[0])]
-        yield Server("ws", f"{version}, node {said_by(node)}", command)
-    buns = [str(path) for folder in folders for path in folder.glob("@oven/bun-*/bin/bun")]
-    bun = shutil.which("bun") or (buns or [""])[0]
-    if bun:
-        yield Server("bun", said_by(bun), [bun, str(HERE / "peers" / "bun.mjs"), "{port}"])
-
-
-def said_by(program: str) -> str:
-    """The version that a program says it has."""
-    output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=DEADLINE, check=True)
-    return output.stdout.strip().lstrip("v")
+# ---- what it depends on ----
 
 
 def processor() -> str:
@@ -129,8 +76,10 @@ def cores() -> tuple[list[int], list[int]]:
 
 def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) -> dict[str, typing.Any]:
     """What the figures depend on."""
-    server, load = cores()
-    apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, load))}" if server else "not pinned"
+    server, loads = cores()
+    apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, loads))}" if server else "not pinned"
+    runs = len(servers) * len(options.scenarios) * options.rounds
+    minutes = runs * (options.seconds + warming(options.seconds) + 1) / 60
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -138,75 +87,29 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
         "processors": f"{os.cpu_count()} of {processor()}; {apart}",
         "servers": {server.name: server.version for server in servers},
         "messages": "2 KB of JSON, permessage-deflate" if options.compressed else "64 bytes, not compressed",
-        "rounds": f"{options.rounds} of {options.seconds:g} s",
+        "rounds": f"{options.rounds} of {options.seconds:g} s, about {minutes:.0f} minutes in all",
     }
 
 
 # ---- one run ----
 
 
-@contextlib.contextmanager
-def pinned(where: typing.Sequence[int]) -> typing.Iterator[None]:
-    """What is started here runs on these processors alone."""
-    if sys.platform != "linux" or not where:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, where)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Iterator[None]:
-    """Whatever happens, the process ends, and after the deadline by force, so that nobody waits for it forever."""
-    watchdog = threading.Timer(deadline, process.kill)
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.cancel()
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-
-@contextlib.contextmanager
-def serving(server: Server, deadline: float, compressed: bool) -> typing.Iterator[tuple[int, int]]:
-    """A server that accepts connections: its process's number and port."""
-    port = support.free_port()
-    command = [part.replace("{port}", str(port)) for part in server.command]
-    if compressed and server.name != OURS:  # which compresses for whoever asks
-        command.append("deflate")
-    with tempfile.TemporaryFile() as log:
-        with pinned(cores()[0]):
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        with ending(process, deadline):
-            end = time.monotonic() + support.DEADLINE
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                if process.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    raise RuntimeError(f"{server.name} did not start: {log.read()[-500:].decode(errors='replace')}")
-                time.sleep(0.02)
-            time.sleep(JOINING)
-            yield process.pid, port
+def warming(seconds: float) -> float:
+    """How long to run before measuring so long."""
+    return min(1.0, seconds / 2)
 
 
 def resident(pid: int) -> float:
     """KiB of a process in memory; 0 where the system does not tell."""
     with contextlib.suppress(OSError):
-        return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024
+        return load.memory(pid) * 1e6 / 1024
+    return 0.0
+
+
+def spent(pid: int) -> float:
+    """Seconds of processor time that a process has used; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return load.cpu(pid)
     return 0.0
 
 
@@ -236,30 +139,34 @@ class Loads:
     def hear(self) -> list[str]:
         """A line of each."""
         lines = [process.stdout.readline() for process in self._processes if process.stdout]
-        if not all(lines):
-            raise RuntimeError("the load has ended early")
+        for line in lines:
+            if not line or line.startswith("error"):
+                raise RuntimeError(f"the load has ended early: {line.strip()}")
         return lines
 
 
 def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> Round:
     """One run of a server, with clients that come and go."""
     settings = {**scenario._asdict(), "compressed": options.compressed, "seconds": options.seconds}
-    settings["warm"] = min(1.0, options.seconds / 2)
+    settings["warm"] = warming(options.seconds)
     deadline = DEADLINE + 2 * options.seconds
-    with serving(server, deadline, options.compressed) as (pid, port), contextlib.ExitStack() as stack:
+    with serving(server, cores()[0], deadline, options.compressed) as (pid, port), contextlib.ExitStack() as stack:
         memory = [resident(pid)]
         loads = Loads(stack, {**settings, "port": port}, deadline)
         loads.hear()  # ready
         time.sleep(JOINING)
         memory.append(resident(pid))
+        start, used = time.monotonic(), spent(pid)
         loads.say("go")
         total = sum(int(line.split()[1]) for line in loads.hear())
+        server_busy = (spent(pid) - used) / (time.monotonic() - start)
         loads.say(f"total {total}")
         found = [json.loads(line) for line in loads.hear()]
         memory.append(resident(pid))
         loads.say("end")
     idle, busy = ((each - memory[0]) / scenario.clients for each in memory[1:])
-    return {**figures(found, total * scenario.clients), "kib_a_client": idle, "kib_a_client_busy": busy}
+    own = {"kib_a_client": idle, "kib_a_client_busy": busy, "server": server_busy}
+    return {**figures(found, total * scenario.clients), **own}
 
 
 def figures(found: list[dict[str, typing.Any]], deliveries: int) -> Round:
@@ -271,8 +178,10 @@ def figures(found: list[dict[str, typing.Any]], deliveries: int) -> Round:
         "p50_ms": delays[len(delays) // 2] / 1000 if delays else 0.0,
         "p99_ms": delays[len(delays) * 99 // 100] / 1000 if delays else 0.0,
         "lost": deliveries - sum(each["delivered"] for each in found),
+        "bytes_a_message": statistics.median(each["bytes_a_message"] for each in found),
         "order": "same" if len(orders) == 1 and not any(each["gaps"] for each in found) else "differs",
         "load": max(each["busy"] for each in found),
+        "load_code": max(each["own"] for each in found),
         "failures": [failure for each in found for failure in each["failures"]],
     }
 
@@ -290,7 +199,7 @@ def run_rounds(
             say(f"round {number + 1} of {options.rounds}: {server.name}")
             try:
                 rounds[server.name].append(measure(server, scenario, options))
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 rounds[server.name].append({"error": str(error)})
     return rounds
 
@@ -300,7 +209,17 @@ def summary(rounds: list[Round], ours: list[Round]) -> Round:
     good = [each for each in rounds if "error" not in each]
     if not good:
         return {"error": rounds[0]["error"]}
-    names = ("deliveries_per_s", "p50_ms", "p99_ms", "kib_a_client", "kib_a_client_busy", "load")
+    names = (
+        "deliveries_per_s",
+        "p50_ms",
+        "p99_ms",
+        "kib_a_client",
+        "kib_a_client_busy",
+        "server",
+        "load",
+        "load_code",
+        "bytes_a_message",
+    )
     medians: Round = {name: round(statistics.median(each[name] for each in good), 3) for name in names}
     pairs = [(own.get("deliveries_per_s"), each.get("deliveries_per_s")) for own, each in zip(ours, rounds)]
     ratios = [own / each for own, each in pairs if own and each]
@@ -324,32 +243,63 @@ def bar(part: float) -> str:
     return f"{drawn:{BAR}}"
 
 
+WIDTHS = {  # of the columns; with a minus where they begin at the left
+    "": -16,
+    "deliveries/s": 13,
+    " ": -BAR,
+    "ours/this": 9,
+    "p50 ms": 7,
+    "p99 ms": 7,
+    "KiB/client": 10,
+    "lost": 4,
+    "order": -7,
+    "server": 6,
+    "load": 4,
+    "its code": 8,
+}
+
+
+def line(cells: typing.Iterable[object]) -> str:
+    """A line of a table."""
+    return " ".join(f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(cells, WIDTHS.values()))
+
+
+def row(server: str, each: Round, most: float, clients: int) -> str:
+    """The line of a server."""
+    limited = each["load"] >= BUSY > each["server"]
+    return line(
+        (
+            server,
+            (">= " if limited else "") + f"{each['deliveries_per_s']:,.0f}",
+            bar(each["deliveries_per_s"] / most if most else 0.0),
+            "" if server == OURS or not each["ours_to_this"] else f"{each['ours_to_this']:.2f}",
+            f"{each['p50_ms']:.2f}",
+            f"{each['p99_ms']:.2f}",
+            f"{each['kib_a_client']:.0f}" if clients >= MANY else "",
+            each["lost"],
+            each["order"],
+            *(f"{each[name]:.0%}" for name in ("server", "load", "load_code", "bytes_a_message")),
+        )
+    )
+
+
 def show(name: str, found: dict[str, Round]) -> None:
     """The table of a scenario, the fastest first."""
     clients, senders, window = SCENARIOS[name]
     print(f"\n{name}: {clients} clients, {senders} sending, {window} in flight for each sender")
-    print(f"{'':17}{'deliveries/s':>14}{'':{BAR + 2}}  ours/this  p50 ms  p99 ms  KiB/client   lost  order    load")
-    most = max((each.get("deliveries_per_s", 0.0) for each in found.values()), default=0.0)
+    print(line(WIDTHS))
+    most = max(each.get("deliveries_per_s", 0.0) for each in found.values())
     for server, each in sorted(found.items(), key=lambda item: -item[1].get("deliveries_per_s", 0.0)):
-        if "error" in each:
-            print(f"{server:17}{each['error']}")
-            continue
-        figure = (">= " if each["load"] >= BUSY else "") + f"{each['deliveries_per_s']:,.0f}"
-        ratio = f"{each['ours_to_this']:.2f}" if each["ours_to_this"] and server != OURS else ""
-        print(
-            f"{server:17}{figure:>14}  {bar(each['deliveries_per_s'] / (most or 1))}{ratio:>11}"
-            f"{each['p50_ms']:8.2f}{each['p99_ms']:8.2f}{each['kib_a_client']:12.0f}{each['lost']:7}  {each['order']:7}"
-            f"{each['load']:6.0%}"
-        )
-        for failure in sorted(set(each["failures"])):
-            print(f"{'':17}{failure}")
+        print(line((server, each["error"])) if "error" in each else row(server, each, most, clients))
+        for failure in sorted(set(each.get("failures", ()))):
+            print(line(("", failure)))
 
 
 EXPLANATION = """
 deliveries/s: messages that clients have got, all together; ours/this: how many times as fast this server is.
 p50, p99: from sending to getting. KiB/client: by which the server grew when the clients had joined, before messages.
-lost, order: whether each client got every message, and all in one order. load: see the top of tests/benchmark.py;
-with >= the load was the limit, and the server does at least this."""
+lost, order: whether each client got every message, and all in one order. server, load: parts of a processor that they
+used; its code: the load's own, without the kernel. With >= the load was the limit: the server does at least this."""
 
 
 def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
@@ -375,12 +325,17 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     """Measure, and show it."""
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
-    servers = [each for each in (*python_servers(), *other_servers()) if each.deflates or not options.compressed]
+    servers = [each for each in (*on_python(), *on_javascript()) if each.deflates or not options.compressed]
     servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
+    if not servers:
+        sys.exit("there is no such server")
     result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "scenarios": {}}
     if not options.json:
         for name, value in result["conditions"].items():
-            print(f"{name:11}", value if isinstance(value, str) else ", ".join(map(" ".join, value.items())))
+            print(
+                f"{name:11}",
+                value if isinstance(value, str) else "; ".join(" ".join(item).strip() for item in value.items()),
+            )
     for name in options.scenarios:
 
         def say(what: str, name: str = name) -> None:
@@ -398,4 +353,7 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

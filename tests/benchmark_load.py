@@ -19,6 +19,7 @@ import json
 import os
 import random
 import select
+import signal
 import socket
 import struct
 import sys
@@ -36,20 +37,25 @@ REQUEST = (
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{}\r\n"
 )
 OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
-PRICES = random.Random(7692)
-ROWS = [{"name": f"item {i}", "price": PRICES.randrange(9999) / 100, "stock": i % 7 > 0} for i in range(38)]
+KEY = b"\xa5" * 4  # four times the same, so that a table masks quickly; a server cannot know
+MASKED = bytes(byte ^ KEY[0] for byte in range(256))
+CHANCE = random.Random(7692)
 
 
 class Plain:
-    """Messages of 64 bytes. Frames are masked with zeros, which costs nothing here, and no server can know."""
+    """Messages of 64 bytes."""
 
     _rest = b"x" * (SIZE - HEAD.size)
     _layout = struct.Struct(f"2s{HEAD.format}{len(_rest)}s")
-    first = b"\x81" + bytes((0x80 | SIZE,)) + bytes(4) + HEAD_FORMAT
-    last = _rest
+    _head = bytes((0x81, 0x80 | SIZE)) + KEY
 
     def __init__(self) -> None:
         self._start = bytes((0x81, SIZE))
+
+    @classmethod
+    def frame(cls, sender: int, number: int, now: int) -> bytes:
+        """What a client sends."""
+        return cls._head + (HEAD_FORMAT % (sender, number, now) + cls._rest).translate(MASKED)
 
     def cut(self, data: bytes) -> typing.Iterator[tuple[int, bytes, bytes, bytes]]:
         """The frames of a server at the start of `data`: length, sender, number, time."""
@@ -60,19 +66,35 @@ class Plain:
             yield length, sender, number, sent
 
 
+def prices() -> bytes:
+    """Most of a message of 2 KB: JSON whose figures are new each time."""
+    rows = [{"name": f"item {i}", "price": CHANCE.randrange(9999) / 100, "stock": i % 7 > 0} for i in range(38)]
+    return b'", "rows": ' + json.dumps(rows).encode() + b"}"
+
+
+def deflated(data: bytes) -> bytes:
+    """The end of a compressed message (RFC 7692 7.2.1), which refers to nothing before it."""
+    packer = zlib.compressobj(wbits=-12)
+    return (packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
 class Compressed:
-    """Messages of 2 KB of JSON, with permessage-deflate: a stored block, which is new, and one that is the same."""
+    """Messages of 2 KB of JSON, with permessage-deflate: a stored block that is new, and one of many made before."""
 
     _before = b'{"at": "'
-    _rest = b'", "rows": ' + json.dumps(ROWS).encode() + b"}"
-    _packer = zlib.compressobj(wbits=-12)
-    last = (_packer.compress(_rest) + _packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
     _stored = len(_before) + HEAD.size
-    _block = struct.pack("<BHH", 0, _stored, _stored ^ 0xFFFF) + _before  # RFC 1951 3.2.4
-    first = struct.pack("!BBH", 0xC1, 0xFE, len(_block) + HEAD.size + len(last)) + bytes(4) + _block + HEAD_FORMAT
+    _first = struct.pack("<BHH", 0, _stored, _stored ^ 0xFFFF) + _before + HEAD_FORMAT  # RFC 1951 3.2.4
+    _rests = tuple(prices() for _ in range(64))  # 128 KB, more than any window
+    _packed = tuple(map(deflated, _rests))
 
     def __init__(self) -> None:
         self._inflater = zlib.decompressobj(-15)
+
+    @classmethod
+    def frame(cls, sender: int, number: int, now: int) -> bytes:
+        """What a client sends."""
+        payload = cls._first % (sender, number, now) + cls._packed[(sender + number) % len(cls._packed)]
+        return struct.pack("!BBH", 0xC1, 0xFE, len(payload)) + KEY + payload.translate(MASKED)
 
     def cut(self, data: bytes) -> typing.Iterator[tuple[int, bytes, bytes, bytes]]:
         """The frames of a server at the start of `data`: length, sender, number, time."""
@@ -88,9 +110,9 @@ class Compressed:
             payload = data[start : start + length]
             if data[at] == 0xC1:
                 payload = self._inflater.decompress(payload + b"\0\0\xff\xff")
-            if not payload.startswith(self._before) or not payload.endswith(self._rest):
-                raise ValueError(f"not a message that was sent: {payload[:50]!r}")
             sender, number, sent = HEAD.unpack_from(payload, len(self._before))
+            if payload[self._stored :] != self._rests[(int(sender) + int(number)) % len(self._rests)]:
+                raise ValueError(f"not a message that was sent: {payload[:50]!r}")
             yield start + length - at, sender, number, sent
             at = start + length
 
@@ -207,10 +229,10 @@ class Client:
     def send(self, count: int) -> None:
         """Send so many messages, in one piece."""
         now = int(time.monotonic() * 1e6)
-        shape = self._load.shape
+        frame = self._load.shape.frame
         numbers = range(self.sent, self.sent + count)
         self.sent += count
-        data = b"".join([shape.first % (self._number, number, now) + shape.last for number in numbers])
+        data = b"".join([frame(self._number, number, now) for number in numbers])
         if self._connection.send(data) != len(data):
             raise ConnectionError("the server reads too slowly")
 
@@ -249,16 +271,22 @@ class Load:
         for file, _ in self._poll.poll(self._wait):
             try:
                 self._ready[file]()
-            except (OSError, ValueError, zlib.error) as error:
+            except (OSError, ValueError, struct.error, zlib.error) as error:
                 self._failures.append(str(error))
                 self._poll.unregister(file)
 
-    def _run(self, seconds: float) -> tuple[float, float, float]:
-        """Go on for so long: seconds, processor time and deliveries."""
-        start, used, delivered = time.monotonic(), time.process_time(), self._delivered()
+    def _run(self, seconds: float) -> dict[str, float]:
+        """Go on for so long; deliveries and parts of a processor used."""
+        start, before, delivered = time.monotonic(), os.times(), self._delivered()
         while time.monotonic() < start + seconds:
             self._step()
-        return time.monotonic() - start, time.process_time() - used, self._delivered() - delivered
+        seconds, after = time.monotonic() - start, os.times()
+        own, kernel = after.user - before.user, after.system - before.system
+        return {
+            "deliveries_per_s": (self._delivered() - delivered) / seconds,
+            "own": own / seconds,
+            "busy": (own + kernel) / seconds,
+        }
 
     def _delivered(self) -> int:
         return sum(client.delivered for client in self._all.values())
@@ -288,23 +316,27 @@ class Load:
                 client.send(self._settings["window"])
         self._run(self._settings["warm"])
         self.delays.clear()
-        seconds, used, delivered = self._run(self._settings["seconds"])
+        measured = self._run(self._settings["seconds"])
         delays, self.delays, self.sending = sorted(self.delays), [], False
         print("sent", sum(client.sent for client in self._all.values()), flush=True)
         self._drain(int(self._listen("total")[0]))
         streams = {id(client.stream): client.stream for client in self._all.values()}.values()
         result = {
-            "deliveries_per_s": delivered / seconds,
+            "bytes_a_message": len(self.stream.data) / max(1, len(self.stream.ends)),
+            **measured,
             "delivered": self._delivered(),
             "delays": [delays[len(delays) * i // 1000] for i in range(1000)] if delays else [],
             "orders": sorted({str(stream.digest) for stream in streams if stream.data}),
             "gaps": sum(stream.gaps for stream in streams),
             "failures": self._failures[:3],
-            "busy": used / seconds,
         }
         print(json.dumps(result), flush=True)
         self._listen("end")
 
 
 if __name__ == "__main__":
-    Load(json.loads(sys.argv[1])).measure()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever has started it ends it
+    try:
+        Load(json.loads(sys.argv[1])).measure()
+    except OSError as error:
+        print("error", error)

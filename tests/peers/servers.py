@@ -12,6 +12,8 @@ import socket
 import sys
 import typing
 
+MASKED = bytes(byte ^ 0xA5 for byte in range(256))  # with the key that the load always takes
+
 
 def websockets(port: int, deflate: bool) -> None:
     """websockets, on asyncio."""
@@ -98,7 +100,7 @@ def websocket_server(port: int, deflate: bool) -> None:
 
 
 def loop(port: int, deflate: bool) -> None:
-    """No protocol at all: a loop of recv and send, that cuts at a known length and sends what has come to everybody."""
+    """No protocol at all: a loop of recv and send, that checks nothing and sends what has come to all."""
     extension = b"Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover\r\n" if deflate else b""
     upgrade = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + extension
     clients: dict[int, socket.socket] = {}
@@ -120,8 +122,7 @@ def loop(port: int, deflate: bool) -> None:
                 poll.unregister(file)
                 clients.pop(file).close()
             elif data.startswith(b"GET "):
-                accept = b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
-                clients[file].sendall(upgrade + accept)
+                clients[file].sendall(upgrade + b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
             else:
                 waiting[file] = unmask(waiting[file] + data, frames)
         if frames:
@@ -131,16 +132,18 @@ def loop(port: int, deflate: bool) -> None:
 
 
 def unmask(data: bytes, frames: list[bytes]) -> bytes:
-    """Add a server's frames for a client's, which must be of one length and masked with zeros; the rest is returned."""
-    if len(data) < 4:
-        return data
-    head = 4 if data[1] & 0x7F == 126 else 2
-    length = int.from_bytes(data[2:4], "big") if head == 4 else data[1] & 0x7F
-    first = bytes((data[0], data[1] & 0x7F)) + data[2:head]
-    step = head + 4 + length
-    whole = len(data) - len(data) % step
-    frames += [first + data[at + head + 4 : at + step] for at in range(0, whole, step)]
-    return data[whole:]
+    """Add a server's frames for a client's, whose masking key is four times the same; the rest is returned."""
+    at = 0
+    while len(data) - at >= 4:
+        length, start = data[at + 1] & 0x7F, at + 6
+        if length == 126:
+            length, start = int.from_bytes(data[at + 2 : at + 4], "big"), at + 8
+        if start + length > len(data):
+            break
+        payload = data[start : start + length].translate(MASKED)
+        frames.append(bytes((data[at], data[at + 1] & 0x7F)) + data[at + 2 : start - 4] + payload)
+        at = start + length
+    return data[at:]
 
 
 if __name__ == "__main__":
