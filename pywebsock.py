@@ -38,7 +38,7 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-The parts, bottom-up; the first six know no sockets, take bytes and give values or raise:
+The parts, bottom-up; the first seven know no sockets, take bytes and give values or raise:
 
     vocabulary            opcodes, status codes, limits        RFC 6455 5.2, 7.4
     errors                what the pure parts raise
@@ -169,7 +169,7 @@ TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT,
 OPCODES = frozenset(map(int, Opcode))
 MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
 
-# Limits of a request, bytes; the table of errors in `RequestParser` says what follows.
+# Limits of a request; RequestParser says what happens above them. Bytes, fields, bytes.
 MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
 
 READ_SIZE = 64 * 1024  # bytes asked of a socket at once
