@@ -1206,7 +1206,17 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self.started = time.time()
         self.seats = threading.Semaphore(self.max_clients)  # free ones
         self.link = RedisLink(self, self.redis) if self.redis else None  # to other servers
+        self._prepare_engine()
+        self._prepare_housekeeping()
+        if ":" in server_address[0]:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+        except BaseException:
+            self._end_housekeeping()
+            raise
 
+    def _prepare_engine(self) -> None:
         self._entrance = threading.Lock()  # R4: guards the next two
         self._queue: deque[tuple[Operation, int]] = deque()  # with the bytes that each counts for
         self._queued = 0  # bytes in the queue
@@ -1227,6 +1237,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self._promised = False  # the housekeeper is to have the turn next
         self._goodbye = False  # whoever joins now gets 1001
 
+    def _prepare_housekeeping(self) -> None:
         self._fewer = threading.Condition()  # guards the next one; notified when a connection has been closed
         self._connections: dict[socket.socket, bool] = {}  # accepted and not closed: whether it has joined
         self._short = False  # of file descriptors, say: the log knows it already
@@ -1234,13 +1245,6 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self._alarm, self._ring = socket.socketpair()
         self._ended = False  # the housekeeper is to stop
         self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
-        if ":" in server_address[0]:
-            self.address_family = socket.AF_INET6
-        try:
-            super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-        except BaseException:
-            self._end_housekeeping()
-            raise
 
     # ---- hooks ----
 
