@@ -70,9 +70,9 @@ Locks, and the rules that everything below relies on:
       that has joined, and changes its backlog.  Before it has joined and after it has
       left, the client's socket belongs to its own thread alone, which also closes it.
   R2  The holder never waits: its sends do not block, and no hook runs in the turn.
-  R3  Only the housekeeper waits for the turn, and who sends floods of frames; all others just try.  What is left in the
-      queue when the turn is given back is therefore seen by the last holder, which looks
-      once more, or has been promised to the housekeeper.
+  R3  Only the housekeeper waits for the turn, and a handler whose client floods it with
+      frames; all others just try.  What is left in the queue when the turn is given back
+      is seen by the last holder, which looks once more, or promised to the housekeeper.
   R4  The entrance guards the queue and its tally, for a few instructions at a time.
   R5  A TLS object has a lock of its own (OpenSSL wants one thread at a time); it is held
       for work in memory, never while waiting.
@@ -601,16 +601,16 @@ class RequestParser:
         self.rest += data
         while True:
             line, newline, rest = self.rest.partition(b"\n")
-            self._size += len(line) + 1 if newline else 0
+            size = self._size + len(line) + len(newline)
             if line and not self._request and not line[:1].isalpha():
                 raise HandshakeError(400, "that is not HTTP")  # TLS on a plain port, say
             if len(line) > MAX_LINE:
                 raise HandshakeError(431 if self._request else 414, f"a line is longer than {MAX_LINE} bytes")
-            if self._fields > MAX_FIELDS or self._size + len(rest or line) * (not newline) > MAX_HEAD:
+            if self._fields > MAX_FIELDS or size > MAX_HEAD:
                 raise HandshakeError(431, f"there are more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes of them")
             if not newline:
                 return None
-            self.rest = rest
+            self.rest, self._size = rest, size
             if not line.endswith(b"\r"):
                 raise HandshakeError(400, "a line does not end in CR LF")
             if line == b"\r" and self._request:
@@ -1568,14 +1568,10 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Out of file descriptors or memory, the next one waits until a connection ends."""
         try:
-            accepted = super().get_request()
-            self._short = False
-            return accepted
+            return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                if not self._short:
-                    log.warning("cannot accept for now: %s", error.strerror)
-                self._short = True
+                self._report_shortage(str(error.strerror))
                 with self._fewer:
                     self._fewer.wait(0.5)
             raise
@@ -1586,9 +1582,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             self._connections[request] = False
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
+            self._short = False
         except RuntimeError as error:
-            log.warning("%s refused: %s", client_address[0], error)
+            self._report_shortage(str(error))
             self.shutdown_request(request)
+
+    def _report_shortage(self, of_what: str) -> None:
+        """Log it once, until a connection has been accepted again."""
+        if not self._short:
+            log.warning("cannot accept for now: %s", of_what)
+        self._short = True
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; its thread has left the room."""

@@ -614,6 +614,7 @@ class ExhaustionTest(FaultTestCase):
         if refused:
             for peer in crowd:
                 peer.reset()
+            clients.run(lambda: load.threads(server.pid) <= 2 + len(chat))
             crowd = [clients.start() for _ in range(20)]
         clients.run(lambda: sum(peer.open and not peer.ended for peer in crowd) >= 20)
 
@@ -636,7 +637,7 @@ class ExhaustionTest(FaultTestCase):
             "import os, resource\n"
             "def activate(server, was=pywebsock.BroadcastServer.server_activate):\n"
             "    was(server)\n"
-            "    os.getuid() or os.setuid(54321)\n"
+            f"    os.getuid() or os.setuid({20_000 + os.getpid() % 40_000})\n"  # not that of another copy of this test
             f"    resource.setrlimit(resource.RLIMIT_NPROC, ({busy + 60},) * 2)\n"
             "pywebsock.BroadcastServer.server_activate = activate"
         )
