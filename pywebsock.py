@@ -835,8 +835,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         Never fails: where the client is gone or closing, the message is gone too.
         Raises TypeError for anything but str and bytes.
         """
-        outgoing = Outgoing(message)
-        self.server.perform(functools.partial(self.server.send_to, self, outgoing), len(outgoing.plain))
+        frame = Outgoing(message).frame(self.window)  # compressed here, not in the turn
+        self.server.perform(functools.partial(self.server.send_to, self, frame), len(frame))
 
     def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
@@ -1406,10 +1406,10 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         while len(self._history) > self.history or self._history_size > self.max_backlog:
             self._history_size -= self._history.popleft().size
 
-    def send_to(self, client: WebSocketHandler, message: Outgoing) -> None:
+    def send_to(self, client: WebSocketHandler, frame: bytes) -> None:
         """Operation: a message to one client."""
         if client in self.clients:
-            client.write(message.frame(client.window))
+            client.write(frame)
 
     def pong(self, client: WebSocketHandler, frames: list[bytes]) -> None:
         """Operation: answer Pings; only the newest where they would have to wait (5.5.3)."""
@@ -1440,7 +1440,6 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def _leave(self, client: WebSocketHandler, left: threading.Event) -> None:
         """Operation: give a client's socket and backlog back to its own thread."""
         self._remove(client)
-        self._parting.discard(client)
         self.unwatch(client)
         left.set()
 
@@ -1448,12 +1447,12 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Give a client up: reset its connection, which makes its own thread leave."""
         client.dropped = why
         self._remove(client)
-        self._parting.discard(client)
         self.unwatch(client)
         client.backlog.clear()
         reset(client.request)
 
     def _remove(self, client: WebSocketHandler) -> None:
+        self._parting.discard(client)
         if client in self.clients:
             self.clients.remove(client)
             self._count_window(client.window, -1)
@@ -1634,9 +1633,9 @@ Operation = Union[Outgoing, Callable[[], None]]  # a broadcast, or what the hold
 
 
 def shut(request: socket.socket, how: int) -> None:
-    """Shut a socket down in a direction; one that waits to read from it wakes up."""
+    """Shut a socket down in a direction; one that waits to read from it wakes up. Any thread."""
     try:
-        request.shutdown(how)
+        socket.socket.shutdown(request, how)  # past an SSLSocket's own, whose state is another thread's
     except OSError:
         pass  # its peer was faster
 
@@ -1807,10 +1806,7 @@ class RedisConnection:
 
     def interrupt(self) -> None:
         """Give the thread that waits for an answer an OSError. Any thread."""
-        try:
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # past TLS, whose state is that thread's
-        except OSError:
-            pass  # it has ended already
+        shut(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """By the thread that uses it."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import random
 import ssl
-import subprocess
 import sys
 import tempfile
 import time
@@ -132,12 +130,9 @@ def main(argv: typing.Sequence[str]) -> int:
     """Soak for so many seconds."""
     seconds = float(argv[0]) if argv else 600.0
     with tempfile.TemporaryDirectory() as folder:
-        cert, key = str(pathlib.Path(folder, "cert.pem")), str(pathlib.Path(folder, "key.pem"))
-        command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert}"
-        subprocess.run([*command.split(), "-addext", "subjectAltName=DNS:localhost"], check=True, capture_output=True)
-        context = ssl.create_default_context(cafile=cert)
+        cert, context = support.certificate(folder)
         with plain_memory():
-            plain, secure = support.Process("--ping", "2"), support.Process("--cert", cert, "--key", key)
+            plain, secure = support.Process("--ping", "2"), support.Process("--cert", cert)
         with plain, secure:
             print(soak(plain, secure, context, seconds))
         assert "Traceback" not in plain.log() + secure.log(), plain.log() + secure.log()

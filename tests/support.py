@@ -250,6 +250,12 @@ def masked_frame(
     return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
 
 
+def compress(payload: bytes) -> bytes:
+    """A compressed message, as any client would have it (RFC 7692 7.2.1)."""
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
 def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **changes: str | None) -> bytes:
     """An opening handshake; fields by their name with _ for -, None to leave one out."""
     fields: dict[str, str | None] = {

@@ -6,20 +6,13 @@ import contextlib
 import socket
 import ssl
 import struct
-import zlib
 
 import pywebsock
 
-from .support import ACCEPT, KEY, Frame, Recorder, ServerTestCase, eventually, exchange, masked_frame, request
+from .support import ACCEPT, KEY, Frame, Recorder, ServerTestCase, compress, eventually, exchange, masked_frame, request
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 DEFLATE = "permessage-deflate"
-
-
-def deflated(payload: bytes) -> bytes:
-    """A compressed message (RFC 7692 7.2.1)."""
-    compressor = zlib.compressobj(wbits=-15)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 def pieces(opcode: int, *payloads: bytes) -> bytes:
@@ -550,13 +543,13 @@ def halves(first: bytes, second: bytes) -> bytes:
 BAD_DEFLATE = (
     (1002, "RSV1 on a Ping", masked_frame(PING, b"x", rsv=4)),
     (1002, "RSV1 on a continuation", masked_frame(TEXT, b"x", fin=False) + masked_frame(CONT, b"x", rsv=4)),
-    (1002, "RSV2", masked_frame(TEXT, deflated(b"x"), rsv=6)),
+    (1002, "RSV2", masked_frame(TEXT, compress(b"x"), rsv=6)),
     (1007, "no deflate at all", masked_frame(BINARY, b"\xff" * 20, rsv=4)),
-    (1007, "corrupt in the second fragment", halves(deflated(b"x" * 99), b"\xff" * 20)),
-    (1007, "text not UTF-8", masked_frame(TEXT, deflated(b"\xff"), rsv=4)),
-    (1009, "inflates beyond the limit", masked_frame(BINARY, deflated(bytes(LIMIT + 1)), rsv=4)),
-    (1009, "a bomb", masked_frame(BINARY, deflated(bytes(900_000)), rsv=4)),
-    (1009, "a bomb in fragments", halves(deflated(bytes(900_000))[:500], deflated(bytes(900_000))[500:])),
+    (1007, "corrupt in the second fragment", halves(compress(b"x" * 99), b"\xff" * 20)),
+    (1007, "text not UTF-8", masked_frame(TEXT, compress(b"\xff"), rsv=4)),
+    (1009, "inflates beyond the limit", masked_frame(BINARY, compress(bytes(LIMIT + 1)), rsv=4)),
+    (1009, "a bomb", masked_frame(BINARY, compress(bytes(900_000)), rsv=4)),
+    (1009, "a bomb in fragments", halves(compress(bytes(900_000))[:500], compress(bytes(900_000))[500:])),
 )
 
 

@@ -41,19 +41,10 @@ TROUBLE = re.compile("Traceback|unexpected error|an error in|operation failed|Wa
 @functools.cache
 def certificate() -> tuple[str, str, ssl.SSLContext]:
     """A certificate for localhost: its file, the file of its key, and the context of a client that trusts it."""
-    openssl = shutil.which("openssl")
-    support.require(openssl, "the openssl command")
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="pywebsock-"))
+    folder = tempfile.mkdtemp(prefix="pywebsock-")
     unittest.addModuleCleanup(shutil.rmtree, folder)
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    command = f"{openssl} req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert}"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=DNS:localhost"],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    return cert, key, ssl.create_default_context(cafile=cert)
+    path, context = support.certificate(folder)
+    return path, path, context
 
 
 def quantiles(delays: typing.Sequence[float]) -> str:

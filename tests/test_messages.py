@@ -8,7 +8,7 @@ import zlib
 
 import pywebsock
 from pywebsock import MessageReader, Opcode, Outgoing, ProtocolError
-from tests.support import growth, masked_frame, peak_memory
+from tests.support import compress, growth, masked_frame, peak_memory
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 LIMIT = 1 << 16
@@ -41,12 +41,6 @@ def read(
     except ProtocolError as error:
         return heard, error.code
     return heard, None
-
-
-def compress(payload: bytes) -> bytes:
-    """As any client would."""
-    compressor = zlib.compressobj(wbits=-15)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 class Kinds(unittest.TestCase):

@@ -35,6 +35,7 @@ from .support import (
     ServerTestCase,
     eventually,
     exchange,
+    free_port,
     require,
 )
 
@@ -307,12 +308,6 @@ class NotRedisTest(ServerTestCase):
         away = [line for line in logs.output if "Redis is away, senders wait: " in line]
         self.assertEqual(len(away), 1, logs.output)
         self.assertTrue(any(re.search("did not bring back [0-9]+ messages", line) for line in logs.output))
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def fill(port: int, data: bytes, most: int = 100_000_000) -> int:

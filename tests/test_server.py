@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import os
 import pathlib
 import random
 import selectors
@@ -22,6 +21,7 @@ import zlib
 
 import pywebsock
 
+from . import load
 from .support import (
     DEADLINE,
     Client,
@@ -1006,13 +1006,13 @@ class Exhaustion(ServerTestCase):
                 self.addCleanup(clients[-1].__exit__)
                 clients[-1].send_raw(request())
             eventually(lambda: "cannot accept" in process.log())
-            before = cpu_time(process.pid)
+            before = load.cpu(process.pid)
             start = time.monotonic()
             while time.monotonic() - start < 1.2:  # those who are in do not notice
                 clients[0].send("still here")
                 self.assertEqual(clients[0].read(), "still here")
                 time.sleep(0.05)
-            self.assertLess(cpu_time(process.pid) - before, 0.6)
+            self.assertLess(load.cpu(process.pid) - before, 0.6)
             self.assertEqual(process.log().count("cannot accept"), 1)
             for client in clients[:60]:
                 client.socket.close()
@@ -1038,12 +1038,6 @@ class Exhaustion(ServerTestCase):
         self.connect(server)
         witness.send("all is well")
         self.assertEqual(witness.read(), "all is well")
-
-
-def cpu_time(pid: int) -> float:
-    """The seconds of CPU time that a process has used."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Storm(ServerTestCase):
