@@ -9,8 +9,8 @@ medians of the rounds; ratios are taken within each round.
 The load (tests/benchmark_load.py) runs in processes of its own, on other processors than the server where the system
 allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of their
 processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at least.
-`its code` is the part that was the load's own Python instead of the kernel's: no load could save more. `(bare loop)`
-is a server that knows nothing of WebSocket but moves the same bytes.
+`its code` is the part that was the load's own Python instead of the kernel's: no load could save more. `(bare loop)`,
+where there is a C compiler, is recv(2) and send(2) and nothing more: where one sends at a time, none can be faster.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 
 from tests import load, support
-from tests.peers import JOINING, OURS, Server, ending, on_javascript, on_python, pinned, serving
+from tests.peers import JOINING, OURS, Server, ending, in_c, on_javascript, on_python, pinned, serving
 
 DEADLINE = 60.0  # seconds for a run, besides its measuring
 BUSY = 0.9  # the load is taken for the limit from here on
@@ -325,10 +326,18 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     """Measure, and show it."""
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
-    servers = [each for each in (*on_python(), *on_javascript()) if each.deflates or not options.compressed]
-    servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
-    if not servers:
-        sys.exit("there is no such server")
+    with tempfile.TemporaryDirectory() as folder:
+        found = [*on_python(), *on_javascript(), *in_c(folder)]
+        servers = [each for each in found if each.deflates or not options.compressed]
+        servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
+        if not servers:
+            sys.exit("there is no such server")
+        measure_all(servers, options)
+    return 0
+
+
+def measure_all(servers: typing.Sequence[Server], options: argparse.Namespace) -> None:
+    """Measure these servers, and print what was found."""
     result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "scenarios": {}}
     if not options.json:
         for name, value in result["conditions"].items():
@@ -349,7 +358,6 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
             show(name, result["scenarios"][name])
             sys.stdout.flush()
     print(json.dumps(result, indent=2) if options.json else EXPLANATION)
-    return 0
 
 
 if __name__ == "__main__":

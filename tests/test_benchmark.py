@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import select
+import shutil
 import subprocess
 import sys
 import typing
@@ -14,7 +15,7 @@ from tests.support import DEADLINE, ROOT, require
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A small run, of this server alone."""
-    command = [sys.executable, "-m", "tests.benchmark", "--servers", "pywebsock", "--rounds", "1", "--seconds", "0.1"]
+    command = [sys.executable, "-m", "tests.benchmark", "--rounds", "1", "--seconds", "0.1"]
     return subprocess.run(
         [*command, *arguments], capture_output=True, encoding="utf-8", timeout=6 * DEADLINE, check=False, cwd=ROOT
     )
@@ -26,13 +27,13 @@ class Benchmark(unittest.TestCase):
     def setUp(self) -> None:
         require(hasattr(select, "poll"), "select.poll")
 
-    def check(self, *arguments: str) -> typing.Any:
+    def check(self, *arguments: str, server: str = "pywebsock") -> typing.Any:
         """Nothing may be lost, and the order must be one."""
-        run = benchmark("--json", *arguments)
+        run = benchmark("--json", "--servers", server, *arguments)
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         result = json.loads(run.stdout)
         (scenario,) = result["scenarios"].values()
-        found = scenario["pywebsock"]
+        found = scenario[server]
         self.assertNotIn("error", found)
         self.assertEqual((found["lost"], found["order"], found["failures"]), (0, "same", []))
         self.assertGreater(found["deliveries_per_s"], 0)
@@ -43,11 +44,16 @@ class Benchmark(unittest.TestCase):
         result = self.check("--scenarios", "burst100")
         self.assertIn("pywebsock", result["conditions"]["servers"])
 
+    def test_bare_loop(self) -> None:
+        require(sys.platform == "linux" and shutil.which("cc"), "a C compiler on Linux")
+        self.check("--scenarios", "burst100", server="(bare loop)")
+        self.check("--scenarios", "pair", "--compressed", server="(bare loop)")
+
     def test_compressed(self) -> None:
         self.check("--scenarios", "pair", "--compressed")
 
     def test_table(self) -> None:
-        run = benchmark("--scenarios", "pair")
+        run = benchmark("--scenarios", "pair", "--servers", "pywebsock")
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         self.assertRegex(run.stdout, r"(?m)^pywebsock +(>= )?[\d,]+ ")
 

@@ -47,7 +47,6 @@ def on_python() -> typing.Iterator[Server]:
             if package == "picows" and importlib.util.find_spec("uvloop"):
                 version += ", uvloop " + importlib.metadata.version("uvloop")
             yield Server(package, version, [sys.executable, script, module, "{port}"], deflates)
-    yield Server(BARE, "", [sys.executable, script, "loop", "{port}"])
 
 
 def on_javascript() -> typing.Iterator[Server]:
@@ -64,6 +63,16 @@ def on_javascript() -> typing.Iterator[Server]:
     bun = shutil.which("bun") or (buns or [""])[0]
     if bun:
         yield Server("bun", said_by(bun), [bun, str(HERE / "bun.mjs"), "{port}"])
+
+
+def in_c(folder: str) -> typing.Iterator[Server]:
+    """A loop of recv(2) and send(2), where there is a compiler; the program goes to this folder."""
+    compiler = shutil.which("cc")
+    if compiler and sys.platform == "linux":
+        program = os.path.join(folder, "loop")
+        command = [compiler, "-O3", "-o", program, str(HERE / "loop.c")]
+        subprocess.run(command, timeout=support.DEADLINE, check=True)
+        yield Server(BARE, "", [program, "{port}"])
 
 
 def said_by(program: str) -> str:

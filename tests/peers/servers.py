@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import select
-import socket
 import sys
 import typing
-
-MASKED = bytes(byte ^ 0xA5 for byte in range(256))  # with the key that the load always takes
 
 
 def websockets(port: int, deflate: bool) -> None:
@@ -97,53 +93,6 @@ def websocket_server(port: int, deflate: bool) -> None:
     server = package.WebsocketServer(host="127.0.0.1", port=port)
     server.set_fn_message_received(lambda client, server, message: server.send_message_to_all(message))
     server.run_forever()
-
-
-def loop(port: int, deflate: bool) -> None:
-    """No protocol at all: a loop of recv and send, that checks nothing and sends what has come to all."""
-    extension = b"Sec-WebSocket-Extensions: permessage-deflate; server_no_context_takeover\r\n" if deflate else b""
-    upgrade = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + extension
-    clients: dict[int, socket.socket] = {}
-    waiting: dict[int, bytes] = {}  # the beginning of a frame
-    poll = select.epoll() if sys.platform == "linux" else select.poll()
-    listener = socket.create_server(("127.0.0.1", port), backlog=4096)
-    poll.register(listener, select.POLLIN)
-    while True:
-        frames: list[bytes] = []
-        for file, _ in poll.poll():
-            if file == listener.fileno():
-                client, _address = listener.accept()
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                clients[client.fileno()], waiting[client.fileno()] = client, b""
-                poll.register(client, select.POLLIN)
-                continue
-            data = clients[file].recv(65536)
-            if not data:
-                poll.unregister(file)
-                clients.pop(file).close()
-            elif data.startswith(b"GET "):
-                clients[file].sendall(upgrade + b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
-            else:
-                waiting[file] = unmask(waiting[file] + data, frames)
-        if frames:
-            data = b"".join(frames)
-            for client in clients.values():
-                client.sendall(data)
-
-
-def unmask(data: bytes, frames: list[bytes]) -> bytes:
-    """Add a server's frames for a client's, whose masking key is four times the same; the rest is returned."""
-    at = 0
-    while len(data) - at >= 4:
-        length, start = data[at + 1] & 0x7F, at + 6
-        if length == 126:
-            length, start = int.from_bytes(data[at + 2 : at + 4], "big"), at + 8
-        if start + length > len(data):
-            break
-        payload = data[start : start + length].translate(MASKED)
-        frames.append(bytes((data[at], data[at + 1] & 0x7F)) + data[at + 2 : start - 4] + payload)
-        at = start + length
-    return data[at:]
 
 
 if __name__ == "__main__":
