@@ -115,15 +115,16 @@ import time
 import urllib.parse
 import zlib
 from _thread import start_new_thread
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, Union
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Opcode", "ProtocolError", "WebSocketHandler", "main"]
 __version__ = "1.0.0"
 
 log = logging.getLogger("pywebsock")
 Message = Union[str, bytes]  # text or binary (RFC 6455 5.6)
+Octets = Union[bytes, bytearray]
 
 
 # ======================================================================================
@@ -172,10 +173,11 @@ MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
 # Limits of a request; RequestParser says what happens above them. Bytes, fields, bytes.
 MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
 
-READ_SIZE = 64 * 1024  # bytes asked of a socket at once
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once
 RUN_SIZE = 1024 * 1024  # bytes of consecutive broadcasts sent as one
 QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
-MANY_FRAMES = 500  # in READ_SIZE: whoever sends as many waits for the turn
+OVERHEAD = 250  # bytes that the objects of a queued message take
+MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 FLUSHES = 16  # sends to one slow client before others have their turn
 TURN_TIME = 0.02  # seconds after which a holder hands the turn on
 PATIENCE = 0.25  # seconds in which a quick reader takes a quarter of its backlog limit
@@ -211,16 +213,16 @@ class ProtocolError(Exception):
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 
-def apply_mask(payload: bytes, key: bytes) -> bytes:
+def apply_mask(payload: Octets, key: bytes) -> Octets:
     """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key."""
     length = len(payload)
-    if length < 1024:  # the whole payload as one integer: fastest for short ones
+    if length < 512:  # the whole payload as one integer: fastest for short ones
         mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
         return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
     masked = bytearray(payload)  # each fourth byte through one table: fastest for long ones
     for i in range(4):
         masked[i::4] = masked[i::4].translate(XOR_WITH[key[i]])
-    return bytes(masked)
+    return masked
 
 
 def serialize_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
@@ -243,7 +245,7 @@ class FrameParser:
         self._fin = False  # of the current data frame
         self._key = b""  # masking key, turned to where the current data frame's payload goes on
 
-    def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, bytes, int]]:
+    def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
         """Yield (fin, rsv1, opcode, payload, left) for all that `data` brings.
 
         A data frame is not waited for: what has arrived of its payload is given like a
@@ -273,7 +275,7 @@ class FrameParser:
                 self._fin, self._left, self._key = fin, length, key
                 yield self._piece(rsv1, opcode, data[start:])
 
-    def _piece(self, rsv1: bool, opcode: int, masked: bytes) -> tuple[bool, bool, int, bytes, int]:
+    def _piece(self, rsv1: bool, opcode: int, masked: bytes) -> tuple[bool, bool, int, Octets, int]:
         """Unmask what has arrived of a data frame, and remember where its key goes on."""
         self._left -= len(masked)
         payload = apply_mask(masked, self._key)
@@ -332,7 +334,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     return code, decode_text(payload[2:])
 
 
-def decode_text(payload: bytes) -> str:
+def decode_text(payload: Octets) -> str:
     """UTF-8 (8.1). Raises ProtocolError."""
     try:
         return str(payload, "utf-8")
@@ -424,7 +426,7 @@ class Inflater:
         self._zlib = zlib.decompressobj(wbits=-15)
         self._finals = 0  # blocks with BFINAL so far; they may stand anywhere (7.2.1), zlib ends at each
 
-    def inflate(self, data: bytes, fin: bool, limit: int) -> bytes:
+    def inflate(self, data: Octets, fin: bool, limit: int) -> bytes:
         """The plain bytes that `data` gives, at most `limit`. Raises ProtocolError."""
         plain, whole = b"", False
         if fin:
@@ -477,7 +479,7 @@ class MessageReader:
                     raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
                 yield opcode, payload
             elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
-                yield opcode, decode_text(payload) if opcode == TEXT else payload  # nearly all messages
+                yield opcode, decode_text(payload) if opcode == TEXT else bytes(payload)  # nearly all messages
             else:
                 self._begin_or_continue(opcode, rsv1)
                 self._append(fin, payload, left)
@@ -495,7 +497,7 @@ class MessageReader:
             self._opcode = opcode
             self._inflater = Inflater() if rsv1 else None
 
-    def _append(self, fin: bool, payload: bytes, left: int) -> None:
+    def _append(self, fin: bool, payload: Octets, left: int) -> None:
         room = self._max_message - len(self._payload)
         most = room
         if self._inflater:  # what counts is its output; but nobody needs that much for it
@@ -508,7 +510,9 @@ class MessageReader:
             self._check_utf8(payload, fin)
         self._payload += payload
 
-    def _check_utf8(self, payload: bytes, fin: bool) -> None:
+    def _check_utf8(self, payload: Octets, fin: bool) -> None:
+        if payload.isascii() and not self._utf8.getstate()[0]:
+            return  # it is the decoder's answer, too, but ten times faster
         try:
             self._utf8.decode(payload, fin)
             rest, _ = self._utf8.getstate()
@@ -962,6 +966,10 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                     if opcode == CLOSE:
                         return bytes(payload)
                     self._take(opcode, payload)
+                    if reader.frames > MANY_FRAMES:  # lest they all lie in the queue
+                        reader.frames = 0
+                        server.take_turn(wait=True)
+                        server.hold_back()
             finally:
                 self._answer_pings()
             server.take_turn(wait=reader.frames > MANY_FRAMES)
@@ -1029,14 +1037,15 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     # ---- in the turn (R1, R2) ----
 
-    def write(self, data: bytes) -> None:
-        """Send what the socket takes at once; the rest goes to the backlog."""
+    def write(self, data: bytes, sent: int = 0) -> None:
+        """Send what the socket takes at once of what follows the first `sent` bytes; the rest goes to the backlog."""
         try:
             if self._tls:
                 data = self._tls.encrypt(data)
-            sent = 0 if self.backlog else self.request.send(data, DONT_WAIT)
+            if not self.backlog and not sent:
+                sent = self.request.send(data, DONT_WAIT)
         except BlockingIOError:
-            sent = 0
+            pass
         except (OSError, MemoryError) as error:
             self.server.drop(self, str(error) or "out of memory")
             return
@@ -1228,7 +1237,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self.messages = 0  # broadcasts carried out
         self.bytes = 0  # of their payloads
         self.windows: tuple[int, ...] = ()  # those in use; replaced, never changed: any thread may read it
-        self._clients_with: Counter[int] = Counter()  # how many clients have which window
+        # For each of them its clients, with what sends to each where nothing is in the way: no backlog, no TLS.
+        self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int] | None]] = {}
         self._history: deque[Outgoing] = deque()  # the last messages
         self._history_size = 0  # bytes of their payloads
         self._parting: set[WebSocketHandler] = set()  # out of the room: the server's Close sent, theirs awaited
@@ -1304,8 +1314,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def enqueue(self, operation: Operation, size: int = 0) -> None:
         """Queue an operation. Whoever does that takes the turn soon after."""
         if isinstance(operation, Outgoing):
-            size = len(operation.plain)
-            for window in self.windows if size >= DEFLATE_THRESHOLD else ():
+            size = len(operation.plain) + OVERHEAD
+            for window in self.windows if operation.size >= DEFLATE_THRESHOLD else ():
                 operation.frame(window)  # compress here, not in the turn
         with self._entrance:
             self._queue.append((operation, size))
@@ -1339,6 +1349,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Let a client in, with the response to its handshake. Its own thread."""
         with self._fewer:
             self._connections[client.request] = True
+        for message in self._history.copy():
+            message.frame(client.window)  # compress here, not in the turn
         self.perform(functools.partial(self._join, client, response))
 
     def leave(self, client: WebSocketHandler) -> None:
@@ -1388,9 +1400,18 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _fan_out(self, run: list[Outgoing]) -> None:
         """Send a run to every client: one buffer for each window, one send for each client."""
-        frames = {window: b"".join([message.frame(window) for message in run]) for window in self.windows}
-        for client in tuple(self.clients):  # a copy: writing may drop a client
-            client.write(frames[client.window])
+        for window in self.windows:
+            data = b"".join([message.frame(window) for message in run])
+            rest = []
+            for client, send in self._lines[window].items():
+                try:
+                    sent = send(data, DONT_WAIT) if send else 0
+                except OSError:  # it is full, or broken: write() will see
+                    sent = 0
+                if sent < len(data):
+                    rest.append((client, sent))
+            for client, sent in rest:
+                client.write(data, sent)
         self.messages += len(run)
         self.bytes += sum([message.size for message in run])
         if self.history:
@@ -1422,7 +1443,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     def _join(self, client: WebSocketHandler, response: bytes) -> None:
         """Operation: the response and the joining are one, so a client misses nothing after its 101."""
         self.clients.add(client)
-        self._count_window(client.window, 1)
+        self._clear_line(client)
         client.write(response + b"".join([message.frame(client.window) for message in self._history]))
         log.debug("%s joined: %d clients", client.address, len(self.clients))
         if self._goodbye:
@@ -1439,9 +1460,11 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _leave(self, client: WebSocketHandler, left: threading.Event) -> None:
         """Operation: give a client's socket and backlog back to its own thread."""
-        self._remove(client)
-        self.unwatch(client)
-        left.set()
+        try:
+            self._remove(client)
+            self.unwatch(client)
+        finally:
+            left.set()
 
     def drop(self, client: WebSocketHandler, why: str) -> None:
         """Give a client up: reset its connection, which makes its own thread leave."""
@@ -1455,15 +1478,21 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self._parting.discard(client)
         if client in self.clients:
             self.clients.remove(client)
-            self._count_window(client.window, -1)
+            del self._lines[client.window][client]
+            if not self._lines[client.window]:
+                del self._lines[client.window]
+                self.windows = tuple(self._lines)
 
-    def _count_window(self, window: int, change: int) -> None:
-        self._clients_with[window] += change
-        self.windows = tuple(window for window, clients in self._clients_with.items() if clients)
+    def _clear_line(self, client: WebSocketHandler) -> None:
+        """Nothing is in the way to a client of the room, other than TLS."""
+        self._lines.setdefault(client.window, {})[client] = None if self.tls_context else client.request.send
+        self.windows = tuple(self._lines)
 
     def watch(self, client: WebSocketHandler) -> None:
         """A client has a backlog now: the housekeeper flushes it when the socket takes more."""
         self._slow.add(client)
+        if client in self.clients:
+            self._lines[client.window][client] = None
         self._selector.register(client.request, selectors.EVENT_WRITE, client)
         if not DONT_WAIT:
             self._wake_housekeeper()  # epoll and kqueue take a change while they wait, Windows does not
@@ -1472,6 +1501,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """A client has no backlog any more, or it is not the housekeeper's business."""
         if client in self._slow:
             self._slow.remove(client)
+            if client in self.clients:
+                self._clear_line(client)
             self._selector.unregister(client.request)
 
     def _someone_quick_is_behind(self) -> bool:
@@ -1670,7 +1701,9 @@ IN_FLIGHT = 1000  # entries of this server that it may have yet to read
 BATCH = 100  # entries written or read at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
-MAX_BULK, MAX_ARRAY, MAX_DEPTH = 512 * 1024 * 1024, 1024 * 1024, 5  # bytes, replies in a reply, arrays in arrays
+MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
+REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
+ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary)")
 NOT_REDIS = "what answers is not Redis"
 
 
@@ -1697,12 +1730,10 @@ def parse_redis_url(url: str) -> RedisAddress:
     path = re.fullmatch("/?([0-9]{0,9})", parts.path)
     if parts.scheme not in ("redis", "rediss") or not path or parts.fragment or not set(query) <= {"stream"}:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
-    host = parts.hostname or "localhost"
+    host, stream = parts.hostname or "localhost", query.get("stream", ["pywebsock"])[-1]
     host.encode("idna")  # what connecting would say later
     user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
-    stream = query.get("stream", ["pywebsock"])[-1]
-    tls = parts.scheme == "rediss"
-    return RedisAddress(tls, host, parts.port or 6379, user, password, int(path[1] or 0), stream)
+    return RedisAddress(parts.scheme == "rediss", host, parts.port or 6379, user, password, int(path[1] or 0), stream)
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
@@ -1711,54 +1742,28 @@ def serialize_command(*words: str | bytes | int) -> bytes:
     return b"*%d\r\n" % len(items) + b"".join([b"$%d\r\n%b\r\n" % (len(item), item) for item in items])
 
 
-class ReplyReader:
-    """Cuts bytes into replies: bytes, int, None, a RedisError, or a list of them."""
-
-    def __init__(self, receive: Callable[[], bytes]) -> None:
-        self._receive = receive  # gives the next bytes, as they come; none at the end
-        self._buffer = bytearray()
-
-    def read(self, depth: int = 0) -> Any:
-        """The next reply. Raises RedisError for what is none, ConnectionError at the end."""
-        line = self._read_line()
-        kind, text = line[:1], line[1:]
-        if kind == b"+":
-            return text
-        if kind == b"-":
-            return RedisError(text.decode(errors="replace"))
-        if kind not in (b":", b"$", b"*") or not re.fullmatch(b"[+-]?[0-9]{1,19}", text):
-            raise RedisError(NOT_REDIS)
-        number = int(text)
-        if kind == b":":
-            return number
-        if number < 0:
-            return None
-        if number > (MAX_BULK if kind == b"$" else MAX_ARRAY) or depth > MAX_DEPTH:
-            raise RedisError(NOT_REDIS)
-        return self._take(number) if kind == b"$" else [self.read(depth + 1) for _ in range(number)]
-
-    def _read_line(self) -> bytes:
-        while (end := self._buffer.find(b"\r\n", 0, MAX_LINE)) < 0:
-            if len(self._buffer) >= MAX_LINE or self._buffer[:1] not in b"+-:$*":
-                raise RedisError(NOT_REDIS)
-            self._fill()
-        return self._take(end)
-
-    def _take(self, size: int) -> bytes:
-        """So many bytes, and the end of a line after them."""
-        while len(self._buffer) < size + 2:
-            self._fill()
-        taken, end = bytes(self._buffer[:size]), self._buffer[size : size + 2]
-        if end != b"\r\n":
-            raise RedisError(NOT_REDIS)
-        del self._buffer[: size + 2]
-        return taken
-
-    def _fill(self) -> None:
-        data = self._receive()
-        if not data:
-            raise ConnectionError("Redis closed the connection")
-        self._buffer += data
+def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
+    """The next reply: bytes, int, None, a RedisError, or a list of them. Raises OSError."""
+    line = file.readline(MAX_LINE)
+    kind, text = line[:1], line[1:-2]
+    if not REPLY_LINE.fullmatch(line):
+        cut = kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n")
+        raise ConnectionError("Redis closed the connection") if cut else RedisError(NOT_REDIS)
+    if kind in b"+-":
+        return text if kind == b"+" else RedisError(text.decode(errors="replace"))
+    number = int(text)
+    if kind == b":":
+        return number
+    if number > MAX_BULK or depth > MAX_DEPTH:
+        raise RedisError(NOT_REDIS)
+    if number < 0:
+        return None
+    if kind == b"*":
+        return [parse_reply(file, depth + 1) for _ in range(number)]
+    bulk = file.read(number + 2)
+    if not bulk.endswith(b"\r\n") or len(bulk) < number + 2:
+        raise ConnectionError("Redis closed the connection") if len(bulk) < number + 2 else RedisError(NOT_REDIS)
+    return bulk[:-2]
 
 
 def parse_entries(reply: Any) -> list[tuple[bytes, bytes, bytes]]:
@@ -1774,19 +1779,18 @@ class RedisConnection:
 
     def __init__(self, address: RedisAddress) -> None:
         self.placed = False  # for its reader: whether it knows where in the stream to go on
-        self._socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
+        self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if address.tls:
-                self._socket = ssl.create_default_context().wrap_socket(self._socket, server_hostname=address.host)
-            self._replies = ReplyReader(functools.partial(self._socket.recv, READ_SIZE))
+                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
             credentials = (address.user, address.password) if address.user else (address.password,)
             if any(credentials):
                 self.call(serialize_command("AUTH", *credentials))
             if address.database:
                 self.call(serialize_command("SELECT", address.database))
         except BaseException:
-            self._socket.close()
+            self.socket.close()
             raise
 
     def call(self, *commands: bytes) -> list[Any]:
@@ -1794,8 +1798,9 @@ class RedisConnection:
         data = memoryview(b"".join(commands))
         try:
             while data:  # the time is for each piece: a long message may take its time
-                data = data[self._socket.send(data) :]
-            replies = [self._replies.read() for _ in commands]
+                data = data[self.socket.send(data) :]
+            with self.socket.makefile("rb") as file:  # no reply comes before its command
+                replies = [parse_reply(file) for _ in commands]
         except socket.timeout:
             raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
         for reply in replies:
@@ -1803,14 +1808,6 @@ class RedisConnection:
                 if isinstance(part, RedisError):
                     raise part
         return replies
-
-    def interrupt(self) -> None:
-        """Give the thread that waits for an answer an OSError. Any thread."""
-        shut(self._socket, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """By the thread that uses it."""
-        self._socket.close()
 
 
 class RedisLink:
@@ -1820,18 +1817,18 @@ class RedisLink:
         self._server = server
         self._address = parse_redis_url(url)
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._news = threading.Condition()  # guards the next six, and is notified when they change
+        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
+
+        self._news = threading.Condition()  # guards these, and is notified when they change
         self._outbox: deque[bytes] = deque()  # XADD commands without an answer yet
         self._waiting = 0  # bytes in it
         self._number = 0  # of the last message put in
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
         self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
         self._stopped = False
-        self._threads = [
-            threading.Thread(target=self._persist, args=(work,), name=f"redis {work.__name__}", daemon=True)
-            for work in (self._write, self._read)
-        ]
-        self._last = b""  # id of the last entry read; this and the next two are written by the reader alone
+
+        # Written by the reader alone.
+        self._last = b""  # id of the last entry read
         self._seen: dict[bytes, int] = {}  # the last number from each server
         self._count = 1  # entries to ask for: about RUN_SIZE bytes
 
@@ -1841,28 +1838,26 @@ class RedisLink:
         """Begin. Raises RedisError where waiting would not help; a Redis that is not there yet is waited for."""
         try:
             connection = RedisConnection(self._address)
-            try:
+            with connection.socket:
                 self._find_place(connection)
-            finally:
-                connection.close()
         except OSError as error:
             if is_final(error):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
             self._report("_read", error)
         for thread in self._threads:
+            thread.daemon = True
             thread.start()
 
     def put(self, message: Outgoing) -> None:
         """Send a message on its way."""
         kind = b"text" if message.opcode == TEXT else b"binary"
-        add = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*")
         with self._news:
             self._number += 1
             name = b"%b:%d:%b" % (self._name, self._number, kind)
-            command = serialize_command(*add, name, message.payload())
-            self._outbox.append(command)
-            self._waiting += len(command)
+            add = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, message.payload())
+            self._outbox.append(serialize_command(*add))
+            self._waiting += len(self._outbox[-1])
             self._news.notify_all()
 
     def wait_for_room(self) -> None:
@@ -1880,7 +1875,7 @@ class RedisLink:
             self._stopped = True
             self._news.notify_all()
         for connection in tuple(self._connections.values()):
-            connection.interrupt()
+            shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
@@ -1897,13 +1892,11 @@ class RedisLink:
         while not self._stopped:
             try:
                 connection = self._connections[who] = RedisConnection(self._address)
-                try:
+                with connection.socket:
                     while not self._stopped:
                         work(connection)
                         self._report(who)
                         delay = 0.0
-                finally:
-                    connection.close()
             except (OSError, MemoryError) as error:
                 if delay and not self._stopped:
                     self._report(who, error)
@@ -1925,14 +1918,11 @@ class RedisLink:
         """Write what is in the outbox as one transaction: all of it or nothing, in its order."""
         with self._news:
             self._news.wait_for(self._may_write, LISTEN_TIME)  # what does not come back in that time may be lost
-            batch: list[bytes] = []
-            for command in itertools.islice(self._outbox, BATCH if self._last else 0):
-                batch.append(command)
-                if sum(map(len, batch)) > RUN_SIZE:
-                    break
-        if not batch:
-            return
-        connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
+            sizes = itertools.accumulate(map(len, self._outbox))
+            fitting = [size for size in itertools.islice(sizes, BATCH) if size <= RUN_SIZE]
+            batch = list(itertools.islice(self._outbox, max(len(fitting), 1) if self._last else 0))
+        if batch:
+            connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
         with self._news:
             for command in batch:
                 self._outbox.popleft()
@@ -1975,7 +1965,7 @@ class RedisLink:
         """Put entries in the server's queue, all but those that are there a second time, and carry them out."""
         missed = 0
         for entry, name, payload in entries:
-            match = re.fullmatch(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary)", name)
+            match = ENTRY_NAME.fullmatch(name)
             server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
             before = self._seen.get(server, 0)
             if not match or int(number) > before:
@@ -2053,7 +2043,7 @@ def redis_url(text: str) -> str:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options; those of the second half are settings of BroadcastServer."""
+    """The options; those of the second half have the names of BroadcastServer's settings."""
     parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
@@ -2065,15 +2055,17 @@ def argument_parser() -> argparse.ArgumentParser:
     loudness.add_argument("--quiet", action="store_true", help="log only what needs attention")
     loudness.add_argument("--verbose", action="store_true", help="log every client that joins, too")
     add("--version", action="version", version=f"%(prog)s {__version__}")
-    add("--origin", action="append", default=[], help="let pages of this origin connect, * for any; repeatable")
+    origin = "let pages of this origin connect, * for any; repeatable"
+    add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--max-message", type=size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
     add("--max-backlog", type=size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
     add("--max-clients", type=size, metavar="N", default=10_000, help="clients at once (%(default)s)")
-    add("--ping", type=number, metavar="S", default=20.0, help="seconds of silence before a ping, and after it (20)")
+    ping = "seconds of silence before a ping, and after it (20)"
+    add("--ping", dest="ping_interval", type=number, metavar="S", default=20.0, help=ping)
     add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
     add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
     add("--redis", type=redis_url, metavar="URL", help="be one room with all servers on this Redis")
-    add("--no-compression", action="store_true", help="do not use permessage-deflate")
+    add("--no-compression", dest="compression", action="store_false", help="do not use permessage-deflate")
     return parser
 
 
@@ -2087,20 +2079,9 @@ def create_server(options: argparse.Namespace) -> BroadcastServer:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where
             raise OSError(f"{options.cert}, {options.key or options.cert}: {error}") from None
-    return BroadcastServer(
-        (options.host, options.port),
-        origins=options.origin,
-        tls_context=context,
-        max_message=options.max_message,
-        max_backlog=options.max_backlog,
-        max_clients=options.max_clients,
-        ping_interval=options.ping,
-        ping_timeout=options.ping,
-        history=options.history,
-        rate=options.rate,
-        compression=not options.no_compression,
-        redis=options.redis,
-    )
+    settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
+    ping_timeout = options.ping_interval
+    return BroadcastServer((options.host, options.port), tls_context=context, ping_timeout=ping_timeout, **settings)
 
 
 def location(server: BroadcastServer, host: str) -> str:
@@ -2113,16 +2094,18 @@ def location(server: BroadcastServer, host: str) -> str:
 
 def broadcast_lines(server: BroadcastServer) -> None:
     """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
-    most = max(server.max_message, 1)
-    rest, data = b"", b"more"
+    limit = max(server.max_message, 4)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    rest, data = "", b"more"
     while data:
         data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
-        *lines, rest = (rest + data).split(b"\n")
-        if rest and (not data or len(rest) >= most):
-            lines, rest = [*lines, rest], b""
+        *lines, rest = (rest + decoder.decode(data, not data)).split("\n")
+        if rest and (not data or len(rest) >= limit):
+            lines, rest = [*lines, rest], ""
         for line in lines:
+            most = limit if line.isascii() else limit // 4  # characters
             for start in range(0, len(line) or 1, most):
-                server.broadcast(line[start : start + most].rstrip(b"\r").decode(errors="replace"))
+                server.broadcast(line[start : start + most].rstrip("\r"))
 
 
 def raise_file_limit() -> None:

@@ -234,6 +234,17 @@ class StandardInput(CommandLineTestCase):
         self.assertEqual("".join(pieces), "".join(lines))
         self.assertLessEqual(max(len(piece) for piece in pieces), 1000)
 
+    def test_no_character_is_cut(self) -> None:
+        stdin, client = self.pipe("--max-message", "1000")
+        line = "a" + "\u20ac" * 100_000
+        stdin.write(f"{line}\nend\n".encode())
+        stdin.flush()
+        pieces = [str(client.read())]
+        while pieces[-1] != "end":
+            pieces.append(str(client.read()))
+        self.assertEqual("".join(pieces), line + "end")
+        self.assertLessEqual(max(len(piece.encode()) for piece in pieces), 1000)
+
     def test_a_long_line_that_does_not_end(self) -> None:
         stdin, client = self.pipe("--max-message", "1000")
         stdin.write(b"x" * 300_000)

@@ -36,7 +36,7 @@ class Assembly:
             return
         try:
             for fin, rsv1, opcode, payload, left in self.parser.feed(data):
-                self._add(fin, rsv1, opcode, payload, left)
+                self._add(fin, rsv1, opcode, bytes(payload), left)
         except ProtocolError as error:
             self.code = error.code
 

@@ -10,7 +10,6 @@ import random
 import selectors
 import socket
 import ssl
-import struct
 import tempfile
 import threading
 import time
@@ -173,6 +172,15 @@ class Joining(ServerTestCase):
         server.broadcast("5")
         self.assertEqual(late.read(), "5")
 
+    def test_history_is_compressed_by_who_joins(self) -> None:
+        """Not in the turn, in which it would hold up everybody."""
+        server = self.serve(history=1)
+        server.broadcast("x" * 5000)
+        with contextlib.ExitStack() as stack, server._turn:
+            stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
+            eventually(lambda: server._queue)
+            self.assertEqual(list(server._history[0]._deflated), [15])
+
     def test_no_history(self) -> None:
         server = self.serve()
         server.broadcast("before")
@@ -310,13 +318,24 @@ class HeldBack(ServerTestCase):
         self.assertLess(server.peak, pywebsock.QUEUE_SIZE + 3 * (pywebsock.READ_SIZE + 2 * len(message)))
         eventually(lambda: server._queued == 0)
 
+    def test_tiny_messages(self) -> None:
+        """Many that come at once are not all put in the queue at once."""
+        server = self.serve(self.Server)
+        client = self.connect(server)
+        count = 50_000
+        with contextlib.ExitStack() as stack:
+            with server._turn:
+                stack.enter_context(in_thread(client.send_raw, masked_frame(BINARY, b"") * count))
+                eventually(lambda: len(server._queue) > pywebsock.MANY_FRAMES // 2)
+            self.check_all(client, b"", count)
+        self.assertLess(server.peak, 2 * pywebsock.MANY_FRAMES * (pywebsock.OVERHEAD + 2))
+
     def check_all(self, client: Client, message: bytes, count: int) -> None:
         """Read so many times this message."""
-        size = (len(message) + 4) * count
+        frame = pywebsock.serialize_frame(BINARY, message)
         received = bytearray()
-        while len(received) < size:
+        while len(received) < len(frame) * count:
             received += client.socket.recv(1 << 20)
-        frame = b"\x82\x7e" + struct.pack("!H", len(message)) + message
         self.assertEqual(received, frame * count)
 
     def test_broadcast(self) -> None:
