@@ -206,6 +206,18 @@ class Process:
         self.stop()
 
 
+@contextlib.contextmanager
+def paused(pid: int) -> typing.Iterator[None]:
+    """Stop a child process with all its threads, and let it go on at the end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # Some of its threads run on until one has seen the signal.
+        eventually(lambda: os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG), f"process {pid} has not stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
     """A new certificate for localhost, with its key in the same file, and a context for clients that trust it."""
     require(shutil.which("openssl"), "the openssl command")

@@ -36,6 +36,7 @@ from .support import (
     eventually,
     exchange,
     free_port,
+    paused,
     require,
 )
 
@@ -358,6 +359,7 @@ class Redis:
     def start(self, *options: str) -> None:
         """Start it, and wait until it answers."""
         self._process = subprocess.Popen([*self._command, *options], stdout=subprocess.PIPE)
+        self.pid = self._process.pid
         assert self._process.stdout
         said = b""
         for line in self._process.stdout:
@@ -370,10 +372,6 @@ class Redis:
         if b"TLS support" in said and not EVERYTHING:
             raise unittest.SkipTest(f"{self._command[0]} was built without TLS")
         raise AssertionError(f"{self._command[0]} did not start: {said.decode()}")
-
-    def send_signal(self, number: int) -> None:
-        """SIGSTOP, SIGCONT."""
-        self._process.send_signal(number)
 
     def kill(self) -> None:
         """End it without warning."""
@@ -925,9 +923,8 @@ class FaultTest(RedisTestCase):
         senders = [self.in_background(trickle, *pair) for pair in zip(clients, sent)]
         for _ in range(2):
             length = self.redis.call("XLEN", self.stream)
-            servers[2].send_signal(signal.SIGSTOP)
-            eventually(lambda length=length: self.redis.call("XLEN", self.stream) > length + 200)  # type: ignore[misc]
-            servers[2].send_signal(signal.SIGCONT)
+            with paused(servers[2].pid):
+                eventually(lambda length=length: self.redis.call("XLEN", self.stream) > length + 200)  # type: ignore[misc]
         self.assert_order(clients, sent)
         for sender in senders:
             sender.join(DEADLINE)
@@ -936,10 +933,9 @@ class FaultTest(RedisTestCase):
         servers = [self.process(), self.process()]
         clients = [self.client(server) for server in servers]
         sent = [numbered(who, 600) for who in range(2)]
-        self.redis.send_signal(signal.SIGSTOP)
-        for pair in zip(clients, sent):
-            say(*pair)
-        self.redis.send_signal(signal.SIGCONT)
+        with paused(self.redis.pid):
+            for pair in zip(clients, sent):
+                say(*pair)
         self.assert_order(clients, sent)
         for server in servers:
             self.assertNotIn("Redis", self.stop(server))
@@ -951,11 +947,10 @@ class FaultTest(RedisTestCase):
                 one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
                 say(one, ["before"])
                 self.assertEqual((one.read(), two.read()), ("before", "before"))
-                self.redis.send_signal(signal.SIGSTOP)
-                say(one, numbered("one", 50))
-                say(two, numbered("two", 50))
-                eventually(lambda: str(logs.output).count("no answer within 0.3 s") == 2)
-                self.redis.send_signal(signal.SIGCONT)
+                with paused(self.redis.pid):
+                    say(one, numbered("one", 50))
+                    say(two, numbered("two", 50))
+                    eventually(lambda: str(logs.output).count("no answer within 0.3 s") == 2)
                 self.assert_order([one, two], [numbered("one", 50), numbered("two", 50)])
                 eventually(lambda: str(logs.output).count("Redis is back") == 2)
             self.assertEqual(len(logs.output), 4)
@@ -966,13 +961,13 @@ class FaultTest(RedisTestCase):
         near, far = map(self.client, servers)
         say(near, ["first"])
         self.assertEqual((near.read(), far.read()), ("first", "first"))
-        servers[1].send_signal(signal.SIGSTOP)
-        say(near, ["second"])  # which it has already asked for
-        self.assertEqual(near.read(), "second")
-        near.send_raw(b"".join(map(frame_of, numbered("m", 100))))
-        self.assertEqual([near.read() for _ in range(100)], numbered("m", 100))
-        self.redis.call("XTRIM", self.stream, "MAXLEN", 30)
-        servers[1].send_signal(signal.SIGCONT)
+        eventually(lambda: b"\r\nblocked_clients:2\r\n" in self.redis.call("INFO", "clients"))
+        with paused(servers[1].pid):
+            say(near, ["second"])  # which both have asked for
+            self.assertEqual(near.read(), "second")
+            near.send_raw(b"".join(map(frame_of, numbered("m", 100))))
+            self.assertEqual([near.read() for _ in range(100)], numbered("m", 100))
+            self.redis.call("XTRIM", self.stream, "MAXLEN", 30)
         self.assertEqual([far.read() for _ in range(31)], ["second", *numbered("m", 30, 70)])
         eventually(lambda: "missed 70 messages" in servers[1].log(), servers[1].log())
         self.assertEqual(servers[0].log(), "")
