@@ -1693,17 +1693,19 @@ def reset(request: socket.socket) -> None:
 # fails, nobody knows which entries arrived, so those without an answer are written once
 # more, and every server passes over the numbers that it has seen. So nothing is lost and
 # nothing comes twice, as long as Redis itself loses nothing. A number that is left out was
-# trimmed or lost.
+# trimmed or lost. A server that the others leave behind adds entries of the kinds "wait",
+# lest they write what it cannot read before it is trimmed, and in the end "go".
 # ======================================================================================
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
 IN_FLIGHT = 1000  # entries of this server that it may have yet to read
-BATCH = 100  # entries written or read at once
+WRITE_MOST, READ_MOST = 100, 300  # entries at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
+WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
 MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
-ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary)")
+ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
 NOT_REDIS = "what answers is not Redis"
 
 
@@ -1831,6 +1833,8 @@ class RedisLink:
         self._last = b""  # id of the last entry read
         self._seen: dict[bytes, int] = {}  # the last number from each server
         self._count = 1  # entries to ask for: about RUN_SIZE bytes
+        self._behind = False  # there were as many: more are waiting
+        self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
 
     # ---- for the server; put() and wait_for_room() from any thread ----
 
@@ -1861,10 +1865,14 @@ class RedisLink:
             self._news.notify_all()
 
     def wait_for_room(self) -> None:
-        """Hold a sender back while too much is on its way."""
-        if self._waiting > QUEUE_SIZE:
+        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too."""
+        if self._fullness() > 1:
             with self._news:
-                self._news.wait_for(lambda: self._waiting <= QUEUE_SIZE // 2 or self._stopped)
+                self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped)
+
+    def _fullness(self) -> float:
+        """From 1 on senders wait."""
+        return max(self._waiting / QUEUE_SIZE, len(self._outbox) / IN_FLIGHT)
 
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
@@ -1919,7 +1927,7 @@ class RedisLink:
         with self._news:
             self._news.wait_for(self._may_write, LISTEN_TIME)  # what does not come back in that time may be lost
             sizes = itertools.accumulate(map(len, self._outbox))
-            fitting = [size for size in itertools.islice(sizes, BATCH) if size <= RUN_SIZE]
+            fitting = [size for size in itertools.islice(sizes, WRITE_MOST) if size <= RUN_SIZE]
             batch = list(itertools.islice(self._outbox, max(len(fitting), 1) if self._last else 0))
         if batch:
             connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
@@ -1932,20 +1940,25 @@ class RedisLink:
     def _may_write(self) -> bool:
         """Whether there is something to write, not too far ahead of what this server reads: that would be trimmed."""
         ahead = self._number - len(self._outbox) - self._returned()
-        return self._stopped or bool(self._outbox and self._last and ahead < IN_FLIGHT)
+        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.copy().values())
+        return self._stopped or bool(self._outbox and self._last and ahead < IN_FLIGHT and go)
 
     def _read(self, connection: RedisConnection) -> None:
         """Deliver what has been added to the stream."""
         if not connection.placed:
             self._find_place(connection)
         self._server.wait_for_room()
-        options = ("COUNT", self._count, "BLOCK", int(LISTEN_TIME * 1000))
+        options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
         command = serialize_command("XREAD", *options, "STREAMS", self._address.stream, self._last)
         entries = parse_entries(connection.call(command)[0])
+        before, self._behind = self._behind, len(entries) == self._count > 1
+        if before or self._behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if self._behind else b"go")
+            connection.call(serialize_command("XADD", self._address.stream, "*", name, ""))
         self._deliver(entries)
         if entries:
             size = sum([len(value) + 1 for _, _, value in entries])
-            self._count = max(1, min(BATCH, RUN_SIZE * len(entries) // size))
+            self._count = max(1, min(READ_MOST, RUN_SIZE * len(entries) // size))
 
     def _find_place(self, connection: RedisConnection) -> None:
         """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
@@ -1968,9 +1981,13 @@ class RedisLink:
             match = ENTRY_NAME.fullmatch(name)
             server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
             before = self._seen.get(server, 0)
-            if not match or int(number) > before:
+            if kind in (b"wait", b"go"):
+                if server != self._name:
+                    self._others_behind[server] = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
+            elif not match:
+                self._server.enqueue(Outgoing(payload.decode(errors="replace")))
+            elif int(number) > before:
                 self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
-            if match and int(number) > before:
                 self._seen[server] = int(number)
                 missed += int(number) - before - 1 if before else 0
             self._last = entry

@@ -624,6 +624,44 @@ class RoomTest(RedisTestCase):
         for server in servers:
             self.assertNotIn("missed", server.log())
 
+    def test_a_server_slower_than_the_others(self) -> None:
+        """It asks them to wait, lest what it has not read be trimmed."""
+        with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
+            servers = [self.serve(redis=self.url) for _ in range(2)]
+            slow = servers[1].link
+            assert slow
+            deliver = slow._deliver
+
+            def deliver_slowly(entries: typing.Sequence[typing.Any]) -> None:
+                time.sleep(len(entries) / 5000)
+                deliver(entries)
+
+            slow._deliver = deliver_slowly  # type: ignore[method-assign]
+            clients = [self.client(server) for server in servers]
+            sent = [numbered("quick", 15_000), numbered("slow", 1000)]
+            for client, messages in zip(clients, sent):
+                self.in_background(client.send_raw, b"".join(map(frame_of, messages)))
+            self.assert_order(clients, sent)
+            names = [fields[0] for _, fields in self.redis.call("XRANGE", self.stream, "-", "+")]
+            self.assertTrue(any(name.endswith(b":wait") for name in names))
+
+    def test_waiting_for_another_server(self) -> None:
+        """Until it says "go", or for a while, since it may be gone."""
+        for times, entries in (
+            ({"WAIT_TIME": 3600, "LISTEN_TIME": 3600}, ("wait", "go")),
+            ({"WAIT_TIME": 0.1}, ("wait",)),
+        ):
+            with unittest.mock.patch.multiple(pywebsock, **times):
+                server = self.serve(redis=self.url)
+                client = self.client(server)
+                for entry in entries:
+                    self.redis.call("XADD", self.stream, "*", f"0123456789abcdef:0:{entry}", "")
+                    if entry == "wait":
+                        eventually(lambda: server.link and server.link._others_behind)  # noqa: B023
+                        client.send("hello")
+                        eventually(lambda: server.link and server.link._outbox)  # noqa: B023
+                self.assertEqual(client.read(), "hello")
+
 
 def frame_of(message: Message) -> bytes:
     """A short text message as a frame, with the key 0."""
