@@ -1237,8 +1237,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         self.messages = 0  # broadcasts carried out
         self.bytes = 0  # of their payloads
         self.windows: tuple[int, ...] = ()  # those in use; replaced, never changed: any thread may read it
-        # For each of them its clients, with what sends to each where nothing is in the way: no backlog, no TLS.
-        self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int] | None]] = {}
+        # For each of them its clients, with their sockets' send() where nothing is in the way: no backlog, no TLS.
+        self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int]]] = {}
         self._history: deque[Outgoing] = deque()  # the last messages
         self._history_size = 0  # bytes of their payloads
         self._parting: set[WebSocketHandler] = set()  # out of the room: the server's Close sent, theirs awaited
@@ -1402,13 +1402,13 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         """Send a run to every client: one buffer for each window, one send for each client."""
         for window in self.windows:
             data = b"".join([message.frame(window) for message in run])
-            rest = []
+            size, rest = len(data), []
             for client, send in self._lines[window].items():
                 try:
-                    sent = send(data, DONT_WAIT) if send else 0
+                    sent = send(data, DONT_WAIT)
                 except OSError:  # it is full, or broken: write() will see
                     sent = 0
-                if sent < len(data):
+                if sent < size:
                     rest.append((client, sent))
             for client, sent in rest:
                 client.write(data, sent)
@@ -1485,14 +1485,14 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _clear_line(self, client: WebSocketHandler) -> None:
         """Nothing is in the way to a client of the room, other than TLS."""
-        self._lines.setdefault(client.window, {})[client] = None if self.tls_context else client.request.send
+        self._lines.setdefault(client.window, {})[client] = send_nothing if self.tls_context else client.request.send
         self.windows = tuple(self._lines)
 
     def watch(self, client: WebSocketHandler) -> None:
         """A client has a backlog now: the housekeeper flushes it when the socket takes more."""
         self._slow.add(client)
         if client in self.clients:
-            self._lines[client.window][client] = None
+            self._lines[client.window][client] = send_nothing
         self._selector.register(client.request, selectors.EVENT_WRITE, client)
         if not DONT_WAIT:
             self._wake_housekeeper()  # epoll and kqueue take a change while they wait, Windows does not
@@ -1661,6 +1661,11 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
 
 Operation = Union[Outgoing, Callable[[], None]]  # a broadcast, or what the holder of the turn calls
+
+
+def send_nothing(data: bytes, flags: int) -> int:
+    """In the place of a socket's send() where data may not go straight to the socket."""
+    return 0
 
 
 def shut(request: socket.socket, how: int) -> None:
