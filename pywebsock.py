@@ -2157,7 +2157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argument_parser().error("--key needs --cert")
     start_logging(options)
     raise_file_limit()
-    threading.stack_size(256 * 1024)  # for all threads: 10,000 clients fit in 2.5 GB of address space
+    threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell in the background has the first one ignored
         signal.signal(number, signal.default_int_handler)
     try:
