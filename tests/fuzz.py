@@ -77,38 +77,10 @@ def try_inflate(data: bytes) -> None:
     assert plain.startswith(other) and len(plain) <= LIMIT
 
 
-def answer(pieces: list[bytes]) -> tuple[typing.Any, ...]:
-    """What a server makes of the head of a request."""
-    parser = pywebsock.RequestParser()
-    request = None
-    try:
-        for piece in pieces:
-            if request:
-                parser.rest += piece
-            else:
-                request = parser.feed(piece)
-        if not request:
-            return ("incomplete",)
-        host = pywebsock.check_host(request)
-        pywebsock.check_origin(request, ())
-        pywebsock.check_origin(request, ("https://example.com",))
-        accept = pywebsock.check_upgrade(request)
-        window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
-        assert bool(window) == bool(extension)
-        return request, bytes(parser.rest), host, accept, extension, request.path
-    except pywebsock.HandshakeError as error:
-        text = pywebsock.printable(str(error))
-        assert text.isascii() and text.isprintable()
-        return error.status, text
-    finally:
-        if request:
-            assert request.path and request.upgrades in (True, False)
-
-
 def try_handshake(data: bytes) -> None:
     """A request, in one piece and in pieces."""
     size, head = data[0] if data else 0, data[1:]
-    whole, pieces = answer([head]), answer(cut(head, size))
+    whole, pieces = support.answer_to_request([head]), support.answer_to_request(cut(head, size))
     assert whole == pieces, (whole, pieces)
 
 

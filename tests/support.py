@@ -283,6 +283,32 @@ def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **c
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
+def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
+    """What the pure parts make of the head of a request that comes in these pieces; nothing of an incomplete one."""
+    parser, request = pywebsock.RequestParser(), None
+    try:
+        for piece in pieces:
+            if request:
+                parser.rest += piece
+            else:
+                request = parser.feed(piece)
+        if not request:
+            return ()
+        host = pywebsock.check_host(request)
+        for listed in ((), ("https://example.com",), ("*",)):
+            pywebsock.check_origin(request, listed)
+        accept = pywebsock.check_upgrade(request)
+        window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+        assert bool(window) == bool(extension)
+        return request, bytes(parser.rest), host, accept, extension, request.path, request.upgrades
+    except pywebsock.HandshakeError as error:
+        text = pywebsock.printable(str(error))
+        assert text.isascii() and text.isprintable()
+        return error.status, text
+    finally:
+        assert request is None or (request.path and request.upgrades in (True, False))
+
+
 class Client:
     """A WebSocket client for tests: it hides nothing and can break every rule."""
 

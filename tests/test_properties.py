@@ -369,34 +369,12 @@ class Handshake(unittest.TestCase):
         )
     )
 
-    def answer(self, pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
-        """What a server makes of the head of a request."""
-        parser, request = pywebsock.RequestParser(), None
-        try:
-            for piece in pieces:
-                if request:
-                    parser.rest += piece
-                else:
-                    request = parser.feed(piece)
-            if not request:
-                return ()
-            pywebsock.check_host(request)
-            for listed in ((), ("https://example.com",), ("*",)):
-                pywebsock.check_origin(request, listed)
-            accept = pywebsock.check_upgrade(request)
-            extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
-            return request, bytes(parser.rest), accept, extension, request.path, request.upgrades
-        except HandshakeError as error:
-            text = pywebsock.printable(str(error))
-            self.assertTrue(text.isascii() and text.isprintable())
-            return error.status, text
-
     @given(st.one_of(st.binary(max_size=300), mutated(REQUESTS)), CUTS)
     def test_any_bytes(self, data: bytes, cuts: tuple[int, ...]) -> None:
         """A request or a HandshakeError; the same in whatever pieces they come."""
-        whole = self.answer([data])
-        self.assertEqual(self.answer(pieces_of(data, cuts)), whole)
-        self.assertEqual(self.answer(data[i : i + 1] for i in range(len(data))), whole)
+        whole = support.answer_to_request([data])
+        self.assertEqual(support.answer_to_request(pieces_of(data, cuts)), whole)
+        self.assertEqual(support.answer_to_request(data[i : i + 1] for i in range(len(data))), whole)
 
     @given(st.one_of(st.text(max_size=100), mutated(st.just(FIELDS.encode())).map(lambda data: data.decode("latin-1"))))
     def test_any_extensions(self, field: str) -> None:
