@@ -1703,7 +1703,7 @@ def reset(request: socket.socket) -> None:
 # ======================================================================================
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-IN_FLIGHT = 1000  # entries of this server that it may have yet to read
+IN_FLIGHT = 1000  # entries of this server that it may have yet to read; with more to write, senders wait
 WRITE_MOST, READ_MOST = 100, 300  # entries at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
@@ -1876,7 +1876,7 @@ class RedisLink:
                 self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped)
 
     def _fullness(self) -> float:
-        """From 1 on senders wait."""
+        """Above 1 senders wait."""
         return max(self._waiting / QUEUE_SIZE, len(self._outbox) / IN_FLIGHT)
 
     def stop(self, seconds: float) -> None:
@@ -1989,12 +1989,11 @@ class RedisLink:
             if kind in (b"wait", b"go"):
                 if server != self._name:
                     self._others_behind[server] = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
-            elif not match:
-                self._server.enqueue(Outgoing(payload.decode(errors="replace")))
-            elif int(number) > before:
+            elif not match or int(number) > before:
                 self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
-                self._seen[server] = int(number)
-                missed += int(number) - before - 1 if before else 0
+                if match:
+                    self._seen[server] = int(number)
+                    missed += int(number) - before - 1 if before else 0
             self._last = entry
         if missed:
             log.warning("missed %d messages that Redis has no longer", missed)
