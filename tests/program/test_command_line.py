@@ -1,0 +1,405 @@
+"""`python pywebsock.py`, as a process: its options, its output, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+import unittest
+
+import pywebsock
+
+from tests.tools.support import DEADLINE, ROOT, Client, Process, certificate, eventually, exchange, masked_frame, request, require
+
+CLOSE = 8
+GOING_AWAY = b"\x03\xe9"
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """A run that is to end by itself: (exit status, standard output, standard error)."""
+    command = [sys.executable, str(ROOT / "pywebsock.py"), *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+class CommandLineTestCase(unittest.TestCase):
+    """Tests with processes; none of them may ever print a traceback."""
+
+    def start(self, *arguments: str, **how: typing.Any) -> Process:
+        """A process that is ended after the test, with status 0 where the test has not ended it."""
+        process = Process(*arguments, **how)
+        self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
+        self.addCleanup(process.stop)
+        return process
+
+    def connect(self, process: Process, **how: typing.Any) -> Client:
+        """A client of it."""
+        client = Client(process.port, **how)
+        self.addCleanup(client.__exit__)
+        return client
+
+
+class Start(CommandLineTestCase):
+    """The first line of output says where it listens."""
+
+    def test_first_line(self) -> None:
+        process = self.start()
+        expected = "pywebsock: listening on http://localhost:{0}/ (ws://localhost:{0}/)" + os.linesep
+        self.assertEqual(process.first_line, expected.format(process.port))
+        self.assertGreater(process.port, 0)
+        client = self.connect(process)
+        client.send("Hello")
+        self.assertEqual(client.read(), "Hello")
+
+    def test_addresses(self) -> None:
+        for host, name in (("localhost", "localhost"), ("0.0.0.0", "localhost"), ("127.0.0.1", "localhost")):
+            with self.subTest(host=host):
+                process = self.start("--host", host)
+                self.assertIn(f"(ws://{name}:{process.port}/)", process.first_line)
+                self.connect(process).socket.close()
+
+    def test_ipv6_and_ipv4(self) -> None:
+        with socket.socket(socket.AF_INET6) if socket.has_ipv6 else contextlib.nullcontext() as probe:
+            try:
+                require(probe, "IPv6")
+                assert probe
+                probe.bind(("::1", 0))
+            except OSError:
+                require(None, "IPv6")
+        process = self.start("--host", "::")
+        client = self.connect(process)
+        with socket.create_connection(("::1", process.port), DEADLINE) as six:
+            six.sendall(request() + masked_frame(1, b"by IPv6"))
+            self.assertEqual(client.read(), "by IPv6")
+        self.assertRegex(process.first_line, r"http://localhost:\d+/")
+
+    def test_tls(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            process = self.start("--cert", path)
+        self.assertIn(f"https://localhost:{process.port}/ (wss://localhost:{process.port}/)", process.first_line)
+        client = self.connect(process, tls=context)
+        client.send("secret")
+        self.assertEqual(client.read(), "secret")
+
+    def test_restart_on_the_same_port_at_once(self) -> None:
+        first = self.start()
+        clients = [self.connect(first) for _ in range(3)]
+        first.send_signal(signal.SIGTERM)
+        for client in clients:
+            self.assertEqual(client.read_frame().payload, GOING_AWAY)
+            client.close(1001)
+            client.socket.close()
+        self.assertEqual(first.wait(), 0)
+        second = self.start("--port", str(first.port))
+        self.assertEqual(second.port, first.port)
+        client = self.connect(second)
+        client.send("again")
+        self.assertEqual(client.read(), "again")
+
+
+class Errors(CommandLineTestCase):
+    """One line on standard error and exit status 1; usage errors 2."""
+
+    def check(self, *arguments: str) -> str:
+        """The line."""
+        status, output, errors = run("--port", "0", *arguments)
+        self.assertEqual((status, output), (1, ""), errors)
+        self.assertRegex(errors, r"\Apywebsock: [^\n]+\n\Z")
+        return errors
+
+    def test_port_taken(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            self.check("--port", str(taken.getsockname()[1]))
+
+    def test_addresses(self) -> None:
+        self.check("--host", "192.0.2.1")  # RFC 5737: nobody's
+        self.check("--host", "no such host")
+        self.check("--host", "name.invalid")
+
+    def test_certificates(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path = pathlib.Path(directory, "bad.pem")
+            self.assertIn("missing.pem", self.check("--cert", str(path.with_name("missing.pem"))))
+            path.write_text("no certificate")
+            self.assertIn("bad.pem", self.check("--cert", str(path)))
+            path.write_text("")
+            self.assertIn("bad.pem", self.check("--cert", str(path)))
+            self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
+
+    def test_usage(self) -> None:
+        for arguments in (
+            ("--port", "65536"),
+            ("--port", "-1"),
+            ("--port", "http"),
+            ("--max-message", "16X"),
+            ("--max-message", "-1"),
+            ("--max-backlog", ""),
+            ("--max-clients", "many"),
+            ("--ping", "-1"),
+            ("--ping", "nan"),
+            ("--history", "1.5"),
+            ("--rate", "fast"),
+            ("--key", "key.pem"),
+            ("--quiet", "--verbose"),
+            ("--nonsense",),
+            ("more",),
+        ):
+            with self.subTest(arguments=arguments), self.assertRaises(SystemExit) as raised, quiet() as errors:
+                pywebsock.main(arguments)
+            self.assertEqual(raised.exception.code, 2)
+            self.assertIn("usage: pywebsock", errors())
+
+    def test_usage_as_a_process(self) -> None:
+        status, output, errors = run("--port", "x")
+        self.assertEqual((status, output), (2, ""))
+        self.assertIn("--port", errors)
+
+
+@contextlib.contextmanager
+def quiet() -> typing.Iterator[typing.Callable[[], str]]:
+    """Keep what argparse prints from the terminal; gives a function that returns it."""
+    captured = io.StringIO()
+    with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
+        yield captured.getvalue
+
+
+class Help(unittest.TestCase):
+    """--help and --version."""
+
+    OPTIONS = (
+        *("host", "port", "origin", "cert", "key", "max-message", "max-backlog", "max-clients", "ping", "history"),
+        *("rate", "stdin", "redis", "no-compression", "quiet", "verbose", "version"),
+    )
+
+    def test_version(self) -> None:
+        self.assertEqual(run("--version"), (0, f"pywebsock {pywebsock.__version__}{os.linesep}", ""))
+
+    def test_help(self) -> None:
+        status, output, errors = run("--help")
+        self.assertEqual((status, errors), (0, ""))
+        for option in self.OPTIONS:
+            self.assertIn(f"--{option}", output)
+
+
+class StandardInput(CommandLineTestCase):
+    """--stdin: `tail -f log | python pywebsock.py --stdin`."""
+
+    def pipe(self, *arguments: str) -> tuple[typing.IO[bytes], Client]:
+        """The standard input of a process, and a client of it."""
+        process = self.start("--stdin", *arguments, stdin=subprocess.PIPE)
+        assert process.stdin
+        return process.stdin, self.connect(process)
+
+    def test_lines(self) -> None:
+        stdin, client = self.pipe("--max-message", "1000")
+        for written, expected in (
+            (b"one\n", ["one"]),
+            (b"two\nthree\n", ["two", "three"]),
+            (b"\n", [""]),
+            (b"with CR\r\n", ["with CR"]),
+            ("κόσμε\n".encode(), ["κόσμε"]),
+            (b"not \xff UTF-8\n", ["not \ufffd UTF-8"]),
+            (b"x" * 1000 + b"\n", ["x" * 1000]),
+            (b"last, without an end", []),
+        ):
+            with self.subTest(written=written[:30]):
+                stdin.write(written)
+                stdin.flush()
+                self.assertEqual([client.read() for _ in expected], expected)
+        stdin.close()
+        self.assertEqual(client.read(), "last, without an end")
+        client.send("and it goes on")
+        self.assertEqual(client.read(), "and it goes on")
+
+    def test_long_lines_are_cut(self) -> None:
+        """Past the message limit a line comes in pieces, and nothing of it is lost."""
+        stdin, client = self.pipe("--max-message", "1000")
+        lines = ["a" * 1001, "b" * 5000, "c" * 300_000, "end"]
+        stdin.write("".join(f"{line}\n" for line in lines).encode())
+        stdin.flush()
+        pieces = [str(client.read())]
+        while pieces[-1] != "end":
+            pieces.append(str(client.read()))
+        self.assertEqual("".join(pieces), "".join(lines))
+        self.assertLessEqual(max(len(piece) for piece in pieces), 1000)
+
+    def test_no_character_is_cut(self) -> None:
+        stdin, client = self.pipe("--max-message", "1000")
+        line = "a" + "\u20ac" * 100_000
+        stdin.write(f"{line}\nend\n".encode())
+        stdin.flush()
+        pieces = [str(client.read())]
+        while pieces[-1] != "end":
+            pieces.append(str(client.read()))
+        self.assertEqual("".join(pieces), line + "end")
+        self.assertLessEqual(max(len(piece.encode()) for piece in pieces), 1000)
+
+    def test_a_long_line_that_does_not_end(self) -> None:
+        stdin, client = self.pipe("--max-message", "1000")
+        stdin.write(b"x" * 300_000)
+        stdin.close()
+        received = 0
+        while received < 300_000:
+            received += len(client.read())
+        self.assertEqual(received, 300_000)
+
+    def test_very_many_lines(self) -> None:
+        stdin, client = self.pipe()
+        stdin.write(b"".join(b"%d\n" % i for i in range(20_000)))
+        stdin.close()
+        self.assertEqual([client.read() for _ in range(20_000)], [str(i) for i in range(20_000)])
+
+
+class Settings(CommandLineTestCase):
+    """Options that are settings of the server."""
+
+    def test_history(self) -> None:
+        process = self.start("--history", "2")
+        first = self.connect(process)
+        for text in ("1", "2", "3"):
+            first.send(text)
+            self.assertEqual(first.read(), text)
+        second = self.connect(process)
+        self.assertEqual([second.read(), second.read()], ["2", "3"])
+
+    def test_rate(self) -> None:
+        client = self.connect(self.start("--rate", "20.5"))
+        start = time.monotonic()
+        client.send_raw(b"".join(masked_frame(1, b"%d" % i) for i in range(40)))
+        self.assertEqual([client.read() for _ in range(40)], [str(i) for i in range(40)])
+        self.assertGreater(time.monotonic() - start, 0.5)
+
+    def test_max_message(self) -> None:
+        client = self.connect(self.start("--max-message", "1K"))
+        client.send("x" * 1024)
+        self.assertEqual(client.read(), "x" * 1024)
+        client.send("x" * 1025)
+        self.assertEqual(client.read_close()[0], 1009)
+
+    def test_max_clients_and_origin(self) -> None:
+        process = self.start("--max-clients", "1", "--origin", "https://a.example", "--origin", "https://b.example")
+        for origin, status in (("https://c.example", 403), ("null", 403)):
+            self.assertEqual(exchange(process.port, request(Origin=origin))[0], status)
+        self.connect(process, Origin="https://b.example")
+        self.assertEqual(exchange(process.port, request(Origin="https://a.example"))[0], 503)
+
+    def test_ping(self) -> None:
+        client = self.connect(self.start("--ping", "0.2"))
+        self.assertEqual(client.read_frame().opcode, 9)
+        self.assertEqual(client.read_all(), b"")
+
+    def test_no_compression(self) -> None:
+        process = self.start("--no-compression")
+        client = self.connect(process, Sec_WebSocket_Extensions="permessage-deflate")
+        self.assertNotIn(b"Extensions", client.response)
+
+
+class Log(CommandLineTestCase):
+    """Lines on standard error."""
+
+    def log_of(self, *arguments: str) -> str:
+        """What is logged about a client that comes and goes, a refused one, and the end."""
+        process = self.start(*arguments)
+        client = self.connect(process)
+        client.close(4000, "goodbye")
+        self.assertEqual(client.read_close()[0], 4000)
+        client.socket.close()
+        self.assertEqual(exchange(process.port, request(Origin="https://example.com"))[0], 403)
+        self.assertEqual(process.stop(), 0)
+        return process.log()
+
+    def test_default(self) -> None:
+        log = self.log_of()
+        for word, count in (("joined", 0), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
+            self.assertEqual(log.count(word), count, word)
+
+    def test_quiet(self) -> None:
+        log = self.log_of("--quiet")
+        for word, count in (("joined", 0), ("left", 0), ("refused: 403", 1), ("stopping", 0)):
+            self.assertEqual(log.count(word), count, word)
+
+    def test_verbose(self) -> None:
+        log = self.log_of("--verbose")
+        for word, count in (("joined", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
+            self.assertEqual(log.count(word), count, word)
+
+    def test_stays_short(self) -> None:
+        """A stranger cannot fill the disk."""
+        process = self.start()
+        for i in range(500):
+            with Client(process.port, handshake=False) as client:
+                client.send_raw((b"garbage\r\n\r\n", request(Origin="http://x"), b"", request() + b"\x81\x00")[i % 4])
+                client.socket.shutdown(socket.SHUT_WR)
+                client.read_all()
+        self.assertEqual(process.stop(), 0)
+        lines = process.log().splitlines()
+        self.assertGreater(len(lines), 3)
+        self.assertLess(len(lines), 150)
+
+
+class Signals(CommandLineTestCase):
+    """Ctrl-C and SIGTERM: 1001 to everybody, exit status 0; a second Ctrl-C stops at once."""
+
+    def test_1001_to_everybody(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number.name):
+                process = self.start()
+                clients = [self.connect(process) for _ in range(3)]
+                clients[0].send("last words")
+                self.assertEqual(clients[0].read(), "last words")
+                process.send_signal(number)
+                for client in clients[1:]:
+                    self.assertEqual(client.read(), "last words")
+                for client in clients:
+                    frame = client.read_frame()
+                    self.assertEqual((frame.opcode, frame.payload), (CLOSE, GOING_AWAY))
+                    client.close(1001)
+                    client.socket.close()
+                self.assertEqual(process.wait(4), 0)  # less than the close timeout
+
+    def test_clients_that_do_not_answer(self) -> None:
+        """They are waited for, but not for longer than the close timeout."""
+        changed = "pywebsock.BroadcastServer.close_timeout = 0.3; sys.exit(pywebsock.main(sys.argv[2:]))"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pywebsock; {changed}"
+        process = self.start(python=("-c", code))
+        self.connect(process)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(4), 0)
+
+    def test_second_interrupt(self) -> None:
+        process = self.start()
+        client = self.connect(process)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(client.read_frame().payload, GOING_AWAY)  # which is not answered
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(4), 130)
+
+    def test_with_standard_input_open(self) -> None:
+        process = self.start("--stdin", stdin=subprocess.PIPE)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(4), 0)
+
+    def test_while_messages_flow(self) -> None:
+        process = self.start("--quiet")
+        client = self.connect(process)
+        client.send_raw(masked_frame(1, b"x" * 100) * 1000)
+        self.assertEqual(client.read(), "x" * 100)
+        process.send_signal(signal.SIGTERM)
+        frame = client.read_frame()
+        while frame.opcode != CLOSE:
+            frame = client.read_frame()
+        self.assertEqual(frame.payload, GOING_AWAY)
+        client.socket.close()
+        self.assertEqual(process.wait(4), 0)
+        eventually(lambda: not process.log())

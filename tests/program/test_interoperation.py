@@ -1,0 +1,475 @@
+"""The clients that people use, talking to the server as it starts by default.
+
+Between client and server stands a tap that passes on every byte and keeps it: what was
+compressed, fragmented and closed is read off the wire (RFC 6455 5.2), not asked of the clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import pathlib
+import queue
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import typing
+import unittest
+
+from tests.tools.browser import chromium
+from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, package, require
+
+Message = typing.Union[str, bytes]
+Conversation = typing.Sequence[typing.Sequence[Message]]  # a message is one piece, or its fragments
+T = typing.TypeVar("T")
+
+NOISE = random.Random(6455).randbytes(1 << 20)
+CONVERSATION: Conversation = [
+    ["Hello"],
+    ["Grüße, 世界, 🦆"],
+    [""],
+    [b""],
+    [bytes(range(256))],
+    ["seventy thousand bytes" * 3182],  # 70 KB, which is a frame with a 64-bit length
+    [NOISE[:70_000]],  # nothing to compress here
+    ["é" * (1 << 19)],  # 1 MiB, the limit of some clients
+    [NOISE],
+    ["fragments ", "with Grü", "ße and 🦆", "."],
+    [b"\x00\xff" * 35_000, b"", NOISE[:1000]],
+]
+
+
+def whole(pieces: typing.Sequence[Message]) -> Message:
+    """A message, put together."""
+    empty: typing.Any = pieces[0][:0]
+    return typing.cast(Message, empty.join(pieces))
+
+
+class Report(typing.NamedTuple):
+    """What a client has to say."""
+
+    echoes: list[Message]
+    code: int  # of the Close frame that it received
+
+
+# ---- the tap ----
+
+
+class Recording:
+    """One connection through the tap: the bytes of either direction."""
+
+    def __init__(self) -> None:
+        self.sent = bytearray()
+        self.received = bytearray()
+
+
+class Tap:
+    """Listens on a port of its own, passes everything on to a server and back, and keeps it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._recordings: list[Recording] = []
+        self.url = f"ws://localhost:{self._listener.getsockname()[1]}/"
+        self._start(self._accept)
+
+    def _start(self, target: typing.Callable[..., None], *args: typing.Any) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # closed: nobody else comes
+            server = socket.create_connection(("127.0.0.1", self._port), DEADLINE)
+            recording = Recording()
+            self._sockets += [client, server]
+            self._recordings.append(recording)
+            self._start(self._pump, client, server, recording.sent)
+            self._start(self._pump, server, client, recording.received)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, record: bytearray) -> None:
+        source.settimeout(3 * DEADLINE)
+        try:
+            while data := source.recv(65536):
+                record += data
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # one side has gone; the recording says how far it came
+
+    def recording(self) -> Recording:
+        """The one connection that there was, after its end."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(DEADLINE)
+        (recording,) = self._recordings
+        return recording
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._sockets):
+            each.close()
+
+
+def frames(data: bytearray, *, masked: bool) -> list[Frame]:
+    """The frames after a handshake. All are masked, or none is (RFC 6455 5.1)."""
+    position = data.index(b"\r\n\r\n") + 4
+    found = []
+    while position < len(data):
+        first, second = data[position : position + 2]
+        if second & 0x80 != masked << 7:
+            raise AssertionError("a frame is masked that must not be, or not masked that must be")
+        extended = {126: 2, 127: 8}.get(second & 0x7F, 0)
+        start = position + 2 + extended
+        length = int.from_bytes(data[position + 2 : start], "big") if extended else second & 0x7F
+        key = data[start : start + 4] if masked else bytes(4)
+        start += 4 * masked
+        payload = bytes(data[start : start + length])
+        if len(payload) < length:
+            raise AssertionError("the connection ended within a frame")
+        if masked and first & 0x0F == 8:
+            payload = bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+        found.append(Frame(first >= 128, bool(first & 0x40), first & 0x0F, payload))
+        position = start + length
+    return found
+
+
+def within(deadline: float, function: typing.Callable[[], T]) -> T:
+    """What a function returns or raises, which it must do in time. Clients have no common idea of deadlines."""
+    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((function(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=deadline)
+    except queue.Empty:
+        raise AssertionError(f"not within {deadline} s") from None
+    if error:
+        raise error
+    return typing.cast(T, result)
+
+
+# ---- what is common to all clients ----
+
+Converse = typing.Callable[[str, bool], Report]  # with the URL, and whether to offer compression
+
+
+class Interoperation(unittest.TestCase):
+    """A server in a process of its own, with the settings that it has by default."""
+
+    server: typing.ClassVar[Process]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Process()
+        cls.addClassCleanup(cls.server.stop)
+
+    def check(
+        self,
+        converse: Converse,
+        *,
+        offers: typing.Sequence[bool] = (True, False),
+        compresses: bool = True,
+        fragments: bool = False,
+    ) -> None:
+        """Have a client hold the conversation, with and without an offer of compression.
+
+        `compresses` says that it compresses what it sends, where it may; `fragments`, that it can send fragments.
+        """
+        for offer in offers:
+            with self.subTest(compression=offer), Tap(self.server.port) as tap, Client(self.server.port) as bystander:
+                report = within(6 * DEADLINE, lambda offer=offer, tap=tap: converse(tap.url, offer))  # type: ignore[misc]
+                self.check_messages("its echoes", report.echoes)
+                self.check_messages("the bystander's", [bystander.read() for _ in CONVERSATION])
+                self.assertEqual(report.code, 1000)
+                self.check_wire(tap.recording(), offer, compresses=compresses, fragments=fragments)
+        self.assertEqual(self.server.log().count("Traceback"), 0)
+
+    def check_messages(self, whose: str, messages: list[Message]) -> None:
+        """A list is compared message by message: a difference of megabytes helps nobody."""
+        for i, pieces in enumerate(CONVERSATION):
+            self.assertTrue(messages[i] == whole(pieces), f"{whose}: message {i} is {messages[i][:80]!r}")
+        self.assertEqual(len(messages), len(CONVERSATION), whose)
+
+    def check_wire(self, recording: Recording, offer: bool, *, compresses: bool, fragments: bool) -> None:
+        """What really happened, from the bytes of both directions."""
+        sent, received = frames(recording.sent, masked=True), frames(recording.received, masked=False)
+        request, _, _ = recording.sent.partition(b"\r\n\r\n")
+        response, _, _ = recording.received.partition(b"\r\n\r\n")
+        self.assertEqual(b"permessage-deflate" in request, offer, "the client's offer")
+        self.assertEqual(b"permessage-deflate" in response, offer, "the server's answer")
+        self.assertEqual(any(frame.rsv1 for frame in sent), offer and compresses, "the client compresses")
+        self.assertEqual(any(frame.rsv1 for frame in received), offer, "the server compresses")
+        # All but the noise compresses well, and the server compresses everything that is worth it.
+        pieces = [piece.encode() if isinstance(piece, str) else piece for pieces in CONVERSATION for piece in pieces]
+        size, noise = sum(map(len, pieces)), sum(len(piece) for piece in pieces if piece in NOISE)
+        self.assertTrue(len(recording.received) < 1.1 * noise if offer else len(recording.received) > size)
+        if compresses and offer:
+            self.assertLess(len(recording.sent), 1.1 * noise)
+        if fragments:
+            self.assertTrue(any(not frame.fin and frame.opcode == 1 for frame in sent), "fragments of text")
+            self.assertTrue(any(not frame.fin and frame.opcode == 2 for frame in sent), "fragments of binary")
+        for direction in (sent, received):  # 5.5.1: the Close is the last frame
+            self.assertEqual([frame.payload[:2] for frame in direction if frame.opcode == 8], [struct.pack("!H", 1000)])
+            self.assertEqual(direction[-1].opcode, 8)
+
+
+# ---- Python ----
+
+
+class Python(Interoperation):
+    """Packages for Python."""
+
+    def converse_asyncio(self, module: str) -> Converse:
+        """With websockets, or a package with the same interface."""
+        connect = package(module).connect
+
+        async def converse(url: str, compress: bool) -> Report:
+            echoes = []
+            async with connect(url, compression="deflate" if compress else None) as connection:
+                for pieces in CONVERSATION:
+                    await connection.send(pieces if len(pieces) > 1 else pieces[0])
+                    echoes.append(await connection.recv())
+            return Report(echoes, connection.close_code)
+
+        return lambda url, compress: asyncio.run(converse(url, compress))
+
+    def test_websockets_asyncio(self) -> None:
+        self.check(self.converse_asyncio("websockets.asyncio.client"), fragments=True)
+
+    def test_picows_websockets(self) -> None:
+        self.check(self.converse_asyncio("picows.websockets.asyncio.client"), fragments=True)
+
+    def test_websockets_sync(self) -> None:
+        connect = package("websockets.sync.client").connect
+
+        def converse(url: str, compress: bool) -> Report:
+            echoes = []
+            with connect(url, compression="deflate" if compress else None) as connection:
+                for pieces in CONVERSATION:
+                    connection.send(pieces if len(pieces) > 1 else pieces[0])
+                    echoes.append(connection.recv())
+            return Report(echoes, connection.close_code)
+
+        self.check(converse, fragments=True)
+
+    def test_aiohttp(self) -> None:
+        aiohttp = package("aiohttp")
+
+        async def converse(url: str, compress: bool) -> Report:
+            echoes = []
+            async with aiohttp.ClientSession() as session:
+                async with session.ws_connect(url, compress=15 if compress else 0) as connection:
+                    for pieces in CONVERSATION:
+                        message = whole(pieces)
+                        await (connection.send_str if isinstance(message, str) else connection.send_bytes)(message)
+                        echoes.append((await connection.receive()).data)
+                return Report(echoes, connection.close_code)
+
+        self.check(lambda url, compress: asyncio.run(converse(url, compress)))
+
+    def test_websocket_client(self) -> None:
+        websocket = package("websocket")
+
+        def converse(url: str, _: bool) -> Report:
+            echoes: list[Message] = []
+            connection = websocket.create_connection(url, DEADLINE)
+            for pieces in CONVERSATION:
+                opcode = 1 if isinstance(pieces[0], str) else 2
+                for i, piece in enumerate(pieces):
+                    fin = i == len(pieces) - 1
+                    data = piece.encode() if isinstance(piece, str) else piece
+                    connection.send_frame(websocket.ABNF.create_frame(data, 0 if i else opcode, fin))
+                opcode, data = connection.recv_data()
+                echoes.append(data.decode() if opcode == 1 else data)
+            connection.send_close(1000, b"done")
+            close = connection.recv_frame()
+            connection.shutdown()
+            return Report(echoes, int.from_bytes(close.data[:2], "big"))
+
+        self.check(converse, offers=(False,), fragments=True)
+
+    def test_picows(self) -> None:
+        picows = package("picows")
+
+        class Listener(picows.WSListener):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                self.messages: asyncio.Queue[Message] = asyncio.Queue()
+
+            def on_ws_frame(self, _: typing.Any, frame: typing.Any) -> None:
+                payload = frame.get_payload_as_bytes()
+                if frame.msg_type in (picows.WSMsgType.TEXT, picows.WSMsgType.BINARY):
+                    self.messages.put_nowait(payload.decode() if frame.msg_type == picows.WSMsgType.TEXT else payload)
+
+        async def converse(url: str) -> Report:
+            echoes = []
+            transport, listener = await picows.ws_connect(Listener, url)
+            for pieces in CONVERSATION:
+                kind = picows.WSMsgType.TEXT if isinstance(pieces[0], str) else picows.WSMsgType.BINARY
+                for i, piece in enumerate(pieces):
+                    data = piece.encode() if isinstance(piece, str) else piece
+                    transport.send(picows.WSMsgType.CONTINUATION if i else kind, data, fin=i == len(pieces) - 1)
+                echoes.append(await listener.messages.get())
+            transport.send_close(picows.WSCloseCode.OK, b"done")
+            await transport.wait_disconnected()
+            return Report(echoes, transport.close_handshake.recv.code.value)
+
+        self.check(lambda url, _: asyncio.run(converse(url)), offers=(False,), fragments=True)
+
+
+# ---- curl ----
+
+
+class Curl(Interoperation):
+    """The library, through its binding in Python, and the program."""
+
+    def test_library(self) -> None:
+        curl = package("curl_cffi")
+        text, binary = curl.CurlWsFlag.TEXT, curl.CurlWsFlag.BINARY
+
+        def converse(url: str, _: bool) -> Report:
+            echoes: list[Message] = []
+            connection = curl.WebSocket(autoclose=False)
+            connection.connect(url)
+            for pieces in CONVERSATION:
+                message = whole(pieces)
+                kind = text if isinstance(message, str) else binary
+                # Its send() sends nothing at all where a message is empty.
+                connection.send(message, kind) if message else connection.curl.ws_send(b"", kind)
+                data, flags = connection.recv()
+                echoes.append(data.decode() if flags & text else data)
+            connection.send(struct.pack("!H", 1000) + b"done", curl.CurlWsFlag.CLOSE)
+            data, _ = connection.recv()
+            connection.terminate()
+            return Report(echoes, int.from_bytes(data[:2], "big"))
+
+        self.check(converse, offers=(False,))
+
+    def test_program_posts(self) -> None:
+        program = shutil.which("curl")
+        require(program, "curl")
+        url = f"http://localhost:{self.server.port}"
+        with Client(self.server.port) as client:
+            for data, content in (("deploy done, 世界", None), (NOISE[:70_000], "application/octet-stream")):
+                kind = ["--header", f"Content-Type: {content}"] if content else []
+                command = [str(program), "--silent", "--show-error", "--fail", *kind, "--data-binary", "@-", url]
+                body = data.encode() if isinstance(data, str) else data
+                subprocess.run(command, input=body, check=True, timeout=DEADLINE, stdout=subprocess.DEVNULL)
+                self.assertEqual(client.read(), data)
+
+
+# ---- JavaScript ----
+
+
+def encode(piece: Message) -> dict[str, str]:
+    """A piece of a message as tests/tools/interop/converse.mjs takes it."""
+    return {"text": piece} if isinstance(piece, str) else {"base64": base64.b64encode(piece).decode()}
+
+
+def report(result: typing.Any) -> Report:
+    """What converse.mjs returns."""
+    if "error" in result:
+        raise AssertionError(result["error"])
+    echoes = [echo["text"] if "text" in echo else base64.b64decode(echo["base64"]) for echo in result["echoes"]]
+    if not result["wasClean"]:
+        raise AssertionError(f"not a clean close: {result['code']}")
+    return Report(echoes, result["code"])
+
+
+ENCODED = [[encode(piece) for piece in pieces] for pieces in CONVERSATION]
+SCRIPTS = ROOT / "tests" / "tools" / "interop"
+
+
+class JavaScript(Interoperation):
+    """Runtimes and packages for JavaScript; what npm installs is in $PYWEBSOCK_NODE_MODULES, or one of $NODE_PATH."""
+
+    def installed(self, name: str) -> pathlib.Path:
+        """A file that npm has installed."""
+        folders = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
+        found = [path for path in (pathlib.Path(folder, name) for folder in folders if folder) if path.exists()]
+        require(found, f"npm's {name}")
+        return found[0].resolve()
+
+    def node(self) -> str:
+        """The program."""
+        program = shutil.which("node")
+        require(program, "node")
+        return str(program)
+
+    def run_client(self, *command: str) -> Report:
+        """A run of client.mjs."""
+        with tempfile.TemporaryFile() as file:
+            file.write(json.dumps(ENCODED).encode())
+            file.seek(0)
+            done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
+        if done.returncode:
+            raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
+        return report(json.loads(done.stdout))
+
+    def client(self, *runtime: str) -> Converse:
+        """A runtime with its own WebSocket."""
+        script = str(SCRIPTS / "client.mjs")
+        return lambda url, compress: self.run_client(*runtime, script, url, "own" if compress else "plain")
+
+    def test_ws(self) -> None:
+        command = [self.node(), str(SCRIPTS / "client.mjs")]
+        folder = str(self.installed("ws").parent)
+        self.check(
+            lambda url, compress: self.run_client(*command, url, "ws" if compress else "ws-plain", folder),
+            fragments=True,
+        )
+
+    def test_node(self) -> None:
+        node = self.node()
+        version = subprocess.run([node, "--version"], capture_output=True, check=True, timeout=DEADLINE).stdout
+        major = int(version.decode().lstrip("v").split(".")[0])
+        require(major >= 20, "node 20 or later")
+        option = ["--experimental-websocket"] if major < 22 else []
+        self.check(self.client(node, *option), offers=(True,), compresses=False)
+
+    def test_bun(self) -> None:
+        self.check(self.client(str(self.installed("@oven/bun-linux-x64/bin/bun"))))
+
+    def test_deno(self) -> None:
+        deno = str(self.installed("@deno/linux-x64-glibc/deno"))
+        self.check(self.client(deno, "run", "--quiet", "--no-config", "--allow-net", "--allow-read"), offers=(False,))
+
+    def test_chromium(self) -> None:
+        # From a page on the disk; what has no address at all, Chromium keeps away from localhost.
+        module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
+        script = """
+            const [module, url, conversation, done] = arguments;
+            import(module).then(({ converse, standard }) => converse(() => standard(new WebSocket(url)), conversation))
+                .then(done, error => done({ error: String(error) }));
+        """
+
+        def converse(url: str, _: bool) -> Report:
+            with chromium() as browser:
+                browser.get((SCRIPTS / "converse.mjs").as_uri())
+                result = browser.execute_async_script(script, module, url, ENCODED)
+                return report(result)
+
+        self.check(converse, offers=(True,))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,446 @@
+"""permessage-deflate (RFC 7692): offers, and messages compressed each by itself."""
+
+from __future__ import annotations
+
+import random
+import unittest
+import zlib
+
+import pywebsock
+from pywebsock import HandshakeError, Inflater, ProtocolError
+from tests.tools.support import growth, peak_memory
+
+ANSWER = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+LIMIT = 1 << 20
+TAIL = b"\x00\x00\xff\xff"
+
+
+def inflate(*pieces: bytes, limit: int = LIMIT) -> bytes:
+    """The message in these fragments."""
+    inflater, plain = Inflater(), b""
+    for i, piece in enumerate(pieces, 1):
+        plain += inflater.inflate(piece, i == len(pieces), limit - len(plain))
+    return plain
+
+
+def inflate_with(window: int, payload: bytes) -> bytes:
+    """What a client with a window of so many bits makes of it; in one piece zlib would not need its window."""
+    inflater = zlib.decompressobj(wbits=-window)
+    return b"".join(inflater.decompress(bytes((byte,))) for byte in payload + TAIL)
+
+
+def bomb(size: int) -> bytes:
+    """A thousandth of `size`, which inflates to so many zeros; made quickly."""
+    compressor = zlib.compressobj(wbits=-15)
+    mebibyte = compressor.compress(bytes(1 << 20)) + compressor.flush(zlib.Z_FULL_FLUSH)
+    return mebibyte * (size >> 20)
+
+
+class Extensions(unittest.TestCase):
+    """parse_extensions: the syntax (RFC 6455 9.1)."""
+
+    def test_well_formed(self) -> None:
+        for field, offers in (
+            ("a", [("a", [])]),
+            ("a,b", [("a", []), ("b", [])]),
+            ("a; b", [("a", [("b", None)])]),
+            ("a;b=1;c", [("a", [("b", "1"), ("c", None)])]),
+            ('a;b="1"', [("a", [("b", "1")])]),
+            ('a ; b = "1" \t; c = 2 , d', [("a", [("b", "1"), ("c", "2")]), ("d", [])]),
+            ("  a\t", [("a", [])]),
+            ("a;b;b", [("a", [("b", None), ("b", None)])]),
+            ("!#$%&'*+-.^_`|~;0=9", [("!#$%&'*+-.^_`|~", [("0", "9")])]),
+        ):
+            with self.subTest(field):
+                self.assertEqual(pywebsock.parse_extensions(field), offers)
+
+    def test_empty_elements(self) -> None:
+        """A list may have them, such as where an empty header field is joined with another (RFC 9110 5.6.1.2)."""
+        for field in ("a,", ",a", ", a", "a ,\t, ", ",,a"):
+            with self.subTest(field):
+                self.assertEqual(pywebsock.parse_extensions(field), [("a", [])])
+
+    def test_malformed(self) -> None:
+        for field in (
+            *(";", "a;", ";a", "a; ;b", "a;=1", "=1", "a=1", "a;b=", "a;b=1=2", "a b", "a;b c"),
+            *('a;b="', 'a;b=""', 'a;b="1', 'a;b="1\t"'),
+            *('a;b="1 2"', 'a;b="1"2', 'a;b=1"2"', 'a;b="1;2"', "a/b", "a;(b)", "a\n", "a\n,b", "\x00", "é"),
+            *("a;b=é", "a\x0b", "a\xa0", "a;b=1\x00", '"a"', "a;'b'=\"", "a@b", "a:b", "a?", "[a]", "{a}", "a\\b"),
+        ):
+            with self.subTest(field):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.parse_extensions(field)
+                self.assertEqual(caught.exception.status, 400)
+
+    def test_in_linear_time(self) -> None:
+        """Whatever stands there, up to 32 KiB."""
+        units = (
+            " ",
+            ";",
+            '"',
+            ",",
+            "a",
+            "=",
+            "a;",
+            "a,",
+            "a ",
+            "a=",
+            'a;b="',
+            "a;b=1;",
+            "a; b=1, ",
+            '\\"',
+            "\t",
+            "a;b =",
+            "é",
+        )
+        for start in ("", "a", "a;b", "a;b=", 'a;b="'):
+            for unit in units:
+
+                def parse(size: int, start: str = start, unit: str = unit) -> None:
+                    try:
+                        pywebsock.negotiate_deflate(start + unit * (size // len(unit)) + "\x00")
+                    except HandshakeError:
+                        pass
+
+                with self.subTest(start=start, unit=unit):
+                    self.assertLess(growth(parse, 8 << 10), 9)
+
+
+class Offers(unittest.TestCase):
+    """negotiate_deflate (RFC 7692 5, 7.1)."""
+
+    def test_accepted(self) -> None:
+        for field, window in (
+            ("", 15),
+            ("; client_max_window_bits", 15),
+            ("; server_no_context_takeover", 15),
+            ("; client_no_context_takeover", 15),
+            ("; client_no_context_takeover; server_no_context_takeover; client_max_window_bits", 15),
+            *((f"; client_max_window_bits={bits}", 15) for bits in range(8, 16)),
+            *((f"; server_max_window_bits={bits}", bits) for bits in range(9, 15)),
+            *((f'; server_max_window_bits="{bits}"', bits) for bits in range(9, 15)),
+            ('; client_max_window_bits="8";server_max_window_bits="9"', 9),
+            (" ;\tserver_max_window_bits = 12 ; client_max_window_bits", 12),
+        ):
+            with self.subTest(field):
+                limit = f"; server_max_window_bits={window}" if window < 15 else ""
+                self.assertEqual(pywebsock.negotiate_deflate(f"permessage-deflate{field}"), (window, ANSWER + limit))
+
+    def test_window_of_15_bits(self) -> None:
+        """Accepted, like any other, with the same parameter in the answer (7.1.2.1): there are clients that insist."""
+        for field in ("server_max_window_bits=15", 'client_max_window_bits; server_max_window_bits="15"'):
+            with self.subTest(field):
+                expected = 15, f"{ANSWER}; server_max_window_bits=15"
+                self.assertEqual(pywebsock.negotiate_deflate(f"permessage-deflate; {field}"), expected)
+
+    def test_declined(self) -> None:
+        values = (
+            "0",
+            "1",
+            "7",
+            "16",
+            "17",
+            "99",
+            "08",
+            "09",
+            "010",
+            "-9",
+            "9.0",
+            "1e1",
+            "ten",
+            "+10",
+            "0x9",
+            "1_0",
+            "150",
+        )
+        for field in (
+            *("x-webkit-deflate-frame", "permessage-bzip2", "permessage-deflate2", "PERMESSAGE-DEFLATE", "foo; bar=1"),
+            *(f"permessage-deflate; client_max_window_bits={value}" for value in values),
+            *(f"permessage-deflate; server_max_window_bits={value}" for value in (*values, "8", '"8"')),
+            "permessage-deflate; server_max_window_bits",  # 7.1.2.1: in an offer it has a value
+            "permessage-deflate; server_no_context_takeover=1",
+            'permessage-deflate; server_no_context_takeover="true"',
+            "permessage-deflate; client_no_context_takeover=0",
+            "permessage-deflate; unknown",
+            "permessage-deflate; server_max_window_bits=10; mem_level=9",
+            "permessage-deflate; Server_Max_Window_Bits=10",
+            *(
+                f"permessage-deflate; {name}; {name}"
+                for name in ("server_no_context_takeover", "client_no_context_takeover", "client_max_window_bits")
+            ),
+            "permessage-deflate; server_max_window_bits=10; server_max_window_bits=10",
+            "permessage-deflate; server_max_window_bits=10; client_max_window_bits; server_max_window_bits=11",
+        ):
+            with self.subTest(field):
+                self.assertEqual(pywebsock.negotiate_deflate(field), (0, ""))
+
+    def test_no_offer(self) -> None:
+        self.assertEqual(pywebsock.negotiate_deflate(""), (0, ""))
+
+    def test_fallback(self) -> None:
+        """The first offer that is acceptable (5.1), however many header fields they stood in."""
+        ten = 10, f"{ANSWER}; server_max_window_bits=10"
+        for field, expected in (
+            ("permessage-deflate, permessage-deflate; server_max_window_bits=10", (15, ANSWER)),
+            ("permessage-deflate; server_max_window_bits=10, permessage-deflate", ten),
+            ("permessage-deflate; server_max_window_bits=8, permessage-deflate", (15, ANSWER)),
+            ("permessage-deflate; unknown=1,permessage-deflate;server_max_window_bits=10", ten),
+            ("foo, bar; baz=2, permessage-deflate; server_max_window_bits=10", ten),
+            ("permessage-deflate; client_max_window_bits; client_max_window_bits, permessage-deflate", (15, ANSWER)),
+        ):
+            with self.subTest(field):
+                self.assertEqual(pywebsock.negotiate_deflate(field), expected)
+                head = "".join(f"Sec-WebSocket-Extensions: {offer}\r\n" for offer in field.split(","))
+                request = pywebsock.RequestParser().feed(f"GET / HTTP/1.1\r\n{head}\r\n".encode())
+                assert request
+                self.assertEqual(pywebsock.negotiate_deflate(request.headers["sec-websocket-extensions"]), expected)
+
+    def test_malformed(self) -> None:
+        """It fails the whole, even beside a good offer (RFC 6455 9.1)."""
+        for field in (
+            "permessage-deflate;",
+            "permessage-deflate, a=1",
+            'permessage-deflate; server_max_window_bits="10',
+        ):
+            with self.subTest(field):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.negotiate_deflate(field)
+                self.assertEqual(caught.exception.status, 400)
+
+
+class Inflating(unittest.TestCase):
+    """Inflater (7.2.2)."""
+
+    def assert_fails(self, code: int, *pieces: bytes, limit: int = LIMIT) -> None:
+        """The fragments are refused with this code."""
+        with self.assertRaises(ProtocolError) as caught:
+            inflate(*pieces, limit=limit)
+        self.assertEqual(caught.exception.code, code)
+
+    def test_examples(self) -> None:
+        """RFC 7692 7.2.3, at every split."""
+        for what, data in (
+            ("7.2.3.1: one block", "f2 48 cd c9 c9 07 00"),
+            ("7.2.3.3: a block without compression", "00 05 00 fa ff 48 65 6c 6c 6f 00"),
+            ("7.2.3.4: BFINAL", "f3 48 cd c9 c9 07 00 00"),
+            ("7.2.3.5: two blocks", "f2 48 05 00 00 00 ff ff ca c9 c9 07 00"),
+        ):
+            payload = bytes.fromhex(data)
+            for cut in range(len(payload) + 1):
+                with self.subTest(what, cut=cut):
+                    self.assertEqual(inflate(payload[:cut], payload[cut:]), b"Hello")
+            with self.subTest(what, cut="everywhere"):
+                self.assertEqual(inflate(*(payload[i : i + 1] for i in range(len(payload))), b""), b"Hello")
+
+    def test_shared_window(self) -> None:
+        """7.2.3.2 refers to the message before, which client_no_context_takeover forbids."""
+        self.assert_fails(1007, bytes.fromhex("f2 00 11 00 00"))
+
+    def test_empty_fragment(self) -> None:
+        """7.2.3.6: one byte that is nothing, as the last fragment or the only one."""
+        hello = bytes.fromhex("f2 48 cd c9 c9 07 00")
+        self.assertEqual(inflate(hello + TAIL, b"\x00"), b"Hello")
+        for pieces in ((b"\x00",), (b"\x02\x00",), (b"", b"\x00"), (b"", b"\x00", b"")):
+            with self.subTest(pieces):
+                self.assertEqual(inflate(*pieces), b"")
+                self.assertEqual(inflate(*pieces, limit=0), b"")
+
+    def test_no_block(self) -> None:
+        """No byte at all is not what an empty message is compressed to."""
+        for pieces in ((b"",), (b"", b"")):
+            self.assert_fails(1007, *pieces)
+
+    def test_every_window(self) -> None:
+        data = random.Random(1).randbytes(700) * 100
+        for bits in range(9, 16):
+            compressor = zlib.compressobj(wbits=-bits)
+            payload = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+            with self.subTest(bits=bits):
+                self.assertEqual(inflate(payload[:-4]), data)
+
+    def test_strategies_and_levels(self) -> None:
+        data = b"compressible, compressible, compressible; " * 50 + random.Random(2).randbytes(500)
+        for level in range(10):
+            for strategy in range(5):
+                compressor = zlib.compressobj(level, wbits=-15, strategy=strategy)
+                payload = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+                with self.subTest(level=level, strategy=strategy):
+                    self.assertEqual(inflate(payload[:-4]), data)
+
+    def test_final_block(self) -> None:
+        """Where zlib has finished, an empty block must follow (7.2.3.4)."""
+        compressor = zlib.compressobj(wbits=-15)
+        final = compressor.compress(b"some text " * 20) + compressor.flush()
+        for pieces in ((final + b"\x00",), (final, b"\x00"), (final, b"", b"\x00", b"")):
+            with self.subTest(pieces):
+                self.assertEqual(inflate(*pieces), b"some text " * 20)
+        for pieces in ((final,), (final, b""), (final[:9], final[9:])):
+            with self.subTest(pieces):
+                self.assert_fails(1007, *pieces)
+
+    def test_blocks_after_a_final_block(self) -> None:
+        """7.2.1: blocks with BFINAL may stand anywhere."""
+        hello = bytes.fromhex("f3 48 cd c9 c9 07 00")
+        for stream in (
+            hello + hello + b"\x00",
+            hello + bytes.fromhex("f2 48 cd c9 c9 07 00"),
+            hello + hello + b"\x01\x00\x00\xff\xff\x00",
+            bytes.fromhex("f2 48 cd c9 c9 07 00") + TAIL + hello + b"\x00",
+        ):
+            for cut in range(len(stream) + 1):
+                with self.subTest(stream, cut=cut):
+                    self.assertEqual(inflate(stream[:cut], stream[cut:]), b"HelloHello")
+
+    def test_limit_after_a_final_block(self) -> None:
+        stream = bytes.fromhex("f3 48 cd c9 c9 07 00") * 3 + b"\x00"
+        self.assertEqual(inflate(stream, limit=15), b"HelloHelloHello")
+        for limit in range(15):
+            self.assert_fails(1009, stream, limit=limit)
+
+    def test_rubbish_after_a_final_block(self) -> None:
+        hello = bytes.fromhex("f3 48 cd c9 c9 07 00")
+        for rest in (b"\xff" * 3, b"rubbish", b"\x00" * 100, b"\x00\x01"):
+            for pieces in ((hello + rest,), (hello, rest), (hello + rest, b""), (hello, *(bytes((b,)) for b in rest))):
+                with self.subTest(pieces):
+                    self.assert_fails(1007, *pieces)
+
+    def test_too_many_final_blocks(self) -> None:
+        """Nobody means a hundred thousand of them."""
+        empty = b"\x03\x00"
+        self.assertEqual(inflate(empty * 100 + b"\x00"), b"")
+        self.assert_fails(1007, empty * 100_000 + b"\x00")
+        self.assert_fails(1007, *[empty * 100] * 1000, b"\x00")
+
+    def test_final_blocks_in_linear_time(self) -> None:
+        """However many of them, in one piece and in many: each makes zlib begin again."""
+
+        def one_piece(size: int) -> None:
+            try:
+                inflate(b"\x03\x00" * size)
+            except ProtocolError:
+                pass
+
+        def pieces(size: int) -> None:
+            try:
+                inflate(*[b"\x03\x00"] * size)
+            except ProtocolError:
+                pass
+
+        for act in (one_piece, pieces):
+            with self.subTest(act.__name__):
+                self.assertLess(growth(act, 8000), 9)
+
+    def test_corrupt(self) -> None:
+        for data in ("ff", "07", "06", "00 01 00 00 00 41", "ed fd ff ff ff ff ff ff ff ff"):
+            with self.subTest(data):
+                self.assert_fails(1007, bytes.fromhex(data))
+                self.assert_fails(1007, *(bytes((byte,)) for byte in bytes.fromhex(data)))
+
+    def test_cut_off(self) -> None:
+        """A message that ends within a block is not taken for a shorter one."""
+        payload = pywebsock.deflate(b"one, two, three, four, five, six, seven, eight, nine, ten", 15)
+        taken = []
+        for end in range(1, len(payload) - 1):
+            try:
+                taken.append(inflate(payload[:end]))
+            except ProtocolError as error:
+                self.assertEqual(error.code, 1007)
+        self.assertEqual(taken, [])
+        for block in ("00 ff 00 00 ff 48 65 6c 6c 6f", "f2 48 cd c9 c9 07 00 ff", "ec"):  # which need much more
+            with self.subTest(block):
+                self.assert_fails(1007, bytes.fromhex(block))
+
+    def test_limit(self) -> None:
+        """Exact, in one piece and in many."""
+        for size in (1, 2, 100, 1000, 70_000):
+            payload = pywebsock.deflate(b"a" * size, 15)
+            for pieces in ((payload,), tuple(bytes((byte,)) for byte in payload)):
+                with self.subTest(size=size, pieces=len(pieces)):
+                    self.assertEqual(inflate(*pieces, limit=size), b"a" * size)
+                    self.assert_fails(1009, *pieces, limit=size - 1)
+
+    def test_bomb(self) -> None:
+        """1 GiB of zeros takes no more memory than a message may have, and one reading of it."""
+        payload = bomb(1 << 30)
+        for limit in (0, 1 << 10, 1 << 20):
+            for fin in (True, False):
+                with self.subTest(limit=limit, fin=fin):
+
+                    def explode(limit: int = limit, fin: bool = fin) -> None:
+                        with self.assertRaises(ProtocolError) as caught:
+                            Inflater().inflate(payload, fin, limit)
+                        self.assertEqual(caught.exception.code, 1009)
+
+                    # What zlib has not looked at is kept once, and what it gave is copied once.
+                    self.assertLess(peak_memory(explode), 2 * len(payload) + 2 * limit + (1 << 17))
+
+    def test_bomb_in_pieces(self) -> None:
+        """The same as a socket brings it."""
+        payload = bomb(1 << 30)
+        reader = pywebsock.MessageReader(1 << 20, compressed=True)
+        head = b"\xc2\xff" + len(payload).to_bytes(8, "big") + bytes(4)
+
+        def explode() -> None:
+            with self.assertRaises(ProtocolError) as caught:
+                for i in range(0, len(payload), 1 << 16):
+                    list(reader.feed((b"" if i else head) + payload[i : i + (1 << 16)]))
+            self.assertEqual(caught.exception.code, 1009)
+
+        self.assertLess(peak_memory(explode), 4 << 20)
+
+    def test_much_of_nothing(self) -> None:
+        """Megabytes of empty blocks inflate to nothing and are not kept."""
+        inflater, blocks = Inflater(), b"\x00\x00\x00\xff\xff" * 13_000
+
+        def feed() -> None:
+            for _ in range(100):
+                self.assertEqual(inflater.inflate(blocks, False, 10), b"")
+
+        self.assertLess(peak_memory(feed), 1 << 18)
+
+
+class Deflating(unittest.TestCase):
+    """deflate (7.2.1)."""
+
+    # Repeats at distances that the larger windows reach and the smaller do not.
+    FAR = b"".join(random.Random(3).randbytes(600 << i) * 2 for i in range(6))
+
+    def test_example(self) -> None:
+        """RFC 7692 7.2.3.1."""
+        self.assertEqual(pywebsock.deflate(b"Hello", 15), bytes.fromhex("f2 48 cd c9 c9 07 00"))
+
+    def test_round_trip(self) -> None:
+        for payload in (
+            b"",
+            b"x",
+            b"x" * 100_000,
+            bytes(range(256)) * 10,
+            random.Random(4).randbytes(100_000),
+            self.FAR,
+        ):
+            for window in range(9, 16):
+                with self.subTest(length=len(payload), window=window):
+                    self.assertEqual(inflate(pywebsock.deflate(payload, window)), payload)
+
+    def test_every_window(self) -> None:
+        """The client that inflates has the window that was agreed upon, and no larger one."""
+        for window in range(9, 16):
+            with self.subTest(window=window):
+                self.assertEqual(inflate_with(window, pywebsock.deflate(self.FAR, window)), self.FAR)
+        for window in range(9, 15):
+            with self.subTest(window=window), self.assertRaises(zlib.error):  # else the test above would prove nothing
+                inflate_with(window, pywebsock.deflate(self.FAR, window + 1))
+
+    def test_by_itself(self) -> None:
+        """Messages do not refer to each other."""
+        self.assertEqual(pywebsock.deflate(b"Hello" * 9, 15), pywebsock.deflate(b"Hello" * 9, 15))
+
+    def test_tail_is_left_out(self) -> None:
+        for size in range(0, 5000, 97):
+            payload = pywebsock.deflate(b"text" * size, 12)
+            self.assertFalse(payload.endswith(TAIL))
+            self.assertEqual(zlib.decompress(payload + TAIL + b"\x03\x00", wbits=-15), b"text" * size)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,638 @@
+"""The opening handshake (RFC 6455 4): requests, their checks, origins, responses."""
+
+from __future__ import annotations
+
+import base64
+import random
+import unittest
+
+import pywebsock
+from pywebsock import MAX_FIELDS, MAX_HEAD, MAX_LINE, HandshakeError, Request, RequestParser
+from tests.tools.support import ACCEPT, KEY, growth, peak_memory, request
+
+START = b"GET / HTTP/1.1\r\n"
+
+
+def outcome(*pieces: bytes) -> tuple[object, bytes]:
+    """What a parser makes of these pieces: (a request, an HTTP status or None, what follows the head)."""
+    parser, result, after = RequestParser(), None, b""
+    try:
+        for piece in pieces:
+            if result:
+                after += piece
+            else:
+                result = parser.feed(piece)
+    except HandshakeError as error:
+        return int(error.status), b""
+    return result, bytes(parser.rest) + after if result else b""
+
+
+def parse(data: bytes) -> Request:
+    """A request that is complete."""
+    parsed = RequestParser().feed(data)
+    assert parsed
+    return parsed
+
+
+def in_bytes(data: bytes) -> tuple[object, bytes]:
+    """What a parser makes of bytes that come one by one, up to the end of the head."""
+    parser, end = RequestParser(), 0
+    try:
+        while end < len(data):
+            end += 1
+            parsed = parser.feed(data[end - 1 : end])
+            if parsed:
+                return parsed, bytes(parser.rest) + data[end:]
+    except HandshakeError as error:
+        return int(error.status), b""
+    return None, b""
+
+
+def headers(**fields: str) -> Request:
+    """A request with these header fields, by their name with _ for -."""
+    return Request("GET", "/", (1, 1), {name.replace("_", "-").lower(): value for name, value in fields.items()})
+
+
+class Requests(unittest.TestCase):
+    """RequestParser: the head of a request (RFC 9112 2 to 5)."""
+
+    GOOD: tuple[tuple[str, bytes, Request, bytes], ...] = (
+        ("no fields", b"GET / HTTP/1.1\r\n\r\n", Request("GET", "/", (1, 1), {}), b""),
+        ("another method", b"OPTIONS * HTTP/1.0\r\n\r\n", Request("OPTIONS", "*", (1, 0), {}), b""),
+        ("a strange method", b"M-SEARCH /a?b=%20 HTTP/1.9\r\n\r\n", Request("M-SEARCH", "/a?b=%20", (1, 9), {}), b""),
+        ("what follows", b"GET / HTTP/1.1\r\n\r\n\r\n\x00more", Request("GET", "/", (1, 1), {}), b"\r\n\x00more"),
+        ("names in any case", START + b"hOsT: A\r\n\r\n", Request("GET", "/", (1, 1), {"host": "A"}), b""),
+        ("no space", START + b"a:b\r\n\r\n", Request("GET", "/", (1, 1), {"a": "b"}), b""),
+        ("much space", START + b"a: \t b c \t\r\n\r\n", Request("GET", "/", (1, 1), {"a": "b c"}), b""),
+        (
+            "no value",
+            START + b"a:\r\nb: \r\nc:\t \r\n\r\n",
+            Request("GET", "/", (1, 1), {"a": "", "b": "", "c": ""}),
+            b"",
+        ),
+        ("colons", START + b"a: b:c: d\r\n\r\n", Request("GET", "/", (1, 1), {"a": "b:c: d"}), b""),
+        (
+            "repeated",
+            START + b"a: 1\r\nb: 2\r\nA: 3\r\na:\r\n\r\n",
+            Request("GET", "/", (1, 1), {"a": "1, 3, ", "b": "2"}),
+            b"",
+        ),
+        ("bytes above 127", START + b"a: \xe9\xff\r\n\r\n", Request("GET", "/", (1, 1), {"a": "\xe9\xff"}), b""),
+        (
+            "every token",
+            START + b"!#$%&'*+-.^_`|~09azAZ: x\r\n\r\n",
+            Request("GET", "/", (1, 1), {"!#$%&'*+-.^_`|~09azaz": "x"}),
+            b"",
+        ),
+    )
+    WRONG: tuple[tuple[str, bytes, int], ...] = (
+        ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        ("a WebSocket frame", b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58", 400),
+        ("zeros", b"\x00\x00\x00\x00", 400),
+        ("an empty line", b"\r\n", 400),
+        ("a line feed", b"\n", 400),
+        ("a space", b" GET / HTTP/1.1\r\n", 400),
+        ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n", 400),
+        ("no version", b"GET /\r\n", 400),
+        ("no target", b"GET HTTP/1.1\r\n", 400),
+        ("an empty target", b"GET  HTTP/1.1\r\n", 400),
+        ("two spaces", b"GET  / HTTP/1.1\r\n", 400),
+        ("a space at the end", b"GET / HTTP/1.1 \r\n", 400),
+        ("a space in the target", b"GET /a b HTTP/1.1\r\n", 400),
+        ("tabs", b"GET\t/\tHTTP/1.1\r\n", 400),
+        ("a control character", b"GET /\x1b[2J HTTP/1.1\r\n", 400),
+        ("a DEL", b"GET /\x7f HTTP/1.1\r\n", 400),
+        ("a target that is not ASCII", b"GET /\xe9 HTTP/1.1\r\n", 400),
+        ("a method that is not ASCII", b"G\xe9T / HTTP/1.1\r\n", 400),
+        ("a separator in the method", b"G(T / HTTP/1.1\r\n", 400),
+        ("http", b"GET / http/1.1\r\n", 400),
+        ("another protocol", b"GET / ICAP/1.0\r\n", 400),
+        ("HTTP/1", b"GET / HTTP/1\r\n", 400),
+        ("HTTP/1.10", b"GET / HTTP/1.10\r\n", 400),
+        ("HTTP/01.1", b"GET / HTTP/01.1\r\n", 400),
+        ("HTTP/0.9", b"GET / HTTP/0.9\r\n", 505),
+        ("HTTP/2.0", b"GET / HTTP/2.0\r\n", 505),
+        ("the preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+        ("a line that ends in LF", b"GET / HTTP/1.1\n", 400),
+        ("a field that ends in LF", START + b"a: b\n", 400),
+        ("a head that ends in LF", START + b"\n", 400),
+        ("CR CR LF", START + b"a: b\r\r\n", 400),
+        ("CR within a line", START + b"a: b\rc: d\r\n", 400),
+        ("no colon", START + b"a\r\n", 400),
+        ("no name", START + b": a\r\n", 400),
+        ("a space before the colon", START + b"a : b\r\n", 400),
+        ("a space before the name", START + b" a: b\r\n", 400),
+        ("a field that is folded", START + b"a: b\r\n c\r\n", 400),
+        ("a separator in a name", START + b"a(b: c\r\n", 400),
+        ("a name that is not ASCII", START + b"\xe9: c\r\n", 400),
+        ("spaces alone", START + b"  \r\n", 400),
+        *(
+            (f"{code:#04x} in a value", START + b"a: b" + bytes((code,)) + b"c\r\n", 400)
+            for code in range(32)
+            if code not in b"\t\n"
+        ),
+        ("DEL in a value", START + b"a: b\x7fc\r\n", 400),
+        ("NUL alone", START + b"\x00\r\n", 400),
+    )
+
+    def test_good(self) -> None:
+        """At every split, and one byte at a time."""
+        for what, data, expected, rest in self.GOOD:
+            for cut in range(len(data) + 1):
+                with self.subTest(what, cut=cut):
+                    self.assertEqual(outcome(data[:cut], data[cut:]), (expected, rest))
+            with self.subTest(what, cut="everywhere"):
+                self.assertEqual(in_bytes(data), (expected, rest))
+
+    def test_wrong(self) -> None:
+        """At every split, one byte at a time, and whatever else comes with it."""
+        for what, data, status in self.WRONG:
+            for cut in range(len(data) + 1):
+                with self.subTest(what, cut=cut):
+                    self.assertEqual(outcome(data[:cut], data[cut:]), (status, b""))
+            with self.subTest(what, cut="everywhere"):
+                self.assertEqual(in_bytes(data), (status, b""))
+            with self.subTest(what, cut="nowhere"):
+                self.assertEqual(outcome(data + b"b: c\r\n\r\nrest"), (status, b""))
+
+    def test_incomplete(self) -> None:
+        """Nothing, up to the last byte."""
+        data = request()
+        for end in range(len(data)):
+            self.assertEqual(outcome(data[:end]), (None, b""))
+        self.assertEqual(outcome(b"", b"", b""), (None, b""))
+
+    def test_what_is_not_http_is_seen_at_once(self) -> None:
+        for code in range(256):
+            letter = bytes((code,)).isalpha()
+            self.assertEqual(outcome(bytes((code,))), (None if letter else 400, b""), code)
+
+    def test_a_browser(self) -> None:
+        data = (
+            b"GET /chat?room=1 HTTP/1.1\r\nHost: localhost:4545\r\nConnection: keep-alive, Upgrade\r\n"
+            b"Pragma: no-cache\r\nUpgrade: websocket\r\nOrigin: file://\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: " + KEY.encode() + b"\r\n"
+            b"Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n\r\n"
+        )
+        browser = parse(data)
+        self.assertEqual((browser.method, browser.target, browser.version), ("GET", "/chat?room=1", (1, 1)))
+        self.assertEqual(browser.headers["sec-websocket-extensions"], "permessage-deflate; client_max_window_bits")
+        self.assertEqual(pywebsock.check_upgrade(browser), ACCEPT)
+
+
+class Limits(unittest.TestCase):
+    """How long a request may be, exactly."""
+
+    def assert_limit(self, good: bytes, bad: bytes, status: int) -> None:
+        """One is taken, and the other not, however they come."""
+        for data, expected in ((good, None), (bad, status)):
+            end = len(data)
+            for cut in (0, 1, 20, end // 2, *range(end - 5, end)):
+                with self.subTest(length=end, cut=cut):
+                    result, _ = outcome(data[:cut], data[cut:])
+                    self.assertEqual(result if isinstance(result, int) else None, expected)
+            result, _ = in_bytes(data)
+            self.assertEqual(result if isinstance(result, int) else None, expected)
+
+    def test_request_line(self) -> None:
+        def line(size: int) -> bytes:  # bytes before the line feed
+            return b"GET /" + b"a" * (size - 15) + b" HTTP/1.1\r\n"
+
+        self.assertEqual(len(line(MAX_LINE)), MAX_LINE + 1)
+        self.assert_limit(line(MAX_LINE), line(MAX_LINE + 1), 414)
+        self.assert_limit(b"G" * MAX_LINE, b"G" * (MAX_LINE + 1), 414)
+
+    def test_field(self) -> None:
+        def field(size: int) -> bytes:
+            return b"a:" + b"b" * (size - 3) + b"\r\n"
+
+        self.assert_limit(START + field(MAX_LINE), START + field(MAX_LINE + 1), 431)
+        self.assert_limit(START + b"a" * MAX_LINE, START + b"a" * (MAX_LINE + 1), 431)
+
+    def test_number_of_fields(self) -> None:
+        for field in (b"a:b\r\n", b"a:\r\n"):
+            good = START + field * MAX_FIELDS + b"\r\n"
+            self.assert_limit(good, START + field * (MAX_FIELDS + 1) + b"\r\n", 431)
+
+    def test_head(self) -> None:
+        """All of it, with the empty line."""
+
+        def head(size: int) -> bytes:
+            fields, rest = divmod(size - len(START) - 2, 1000)
+            self.assertGreater(rest, 5)
+            return START + (b"a:" + b"b" * 996 + b"\r\n") * fields + b"c:" + b"d" * (rest - 4) + b"\r\n\r\n"
+
+        self.assertEqual(len(head(MAX_HEAD)), MAX_HEAD)
+        self.assert_limit(head(MAX_HEAD), head(MAX_HEAD + 1), 431)
+
+    def test_what_follows_is_not_limited(self) -> None:
+        for size in (MAX_LINE + 1, MAX_HEAD + 1, 1 << 17):
+            body = b"x" * size
+            self.assertEqual(outcome(START + b"\r\n" + body)[1], body)
+            self.assertEqual(outcome(START, b"\r\n" + body)[1], body)
+
+    def test_errors_come_early(self) -> None:
+        """Before the line that is too long has ended, and however much comes at once."""
+        self.assertEqual(outcome(b"G" * (1 << 20)), (414, b""))
+        self.assertEqual(outcome(START + b"a" * (1 << 20)), (431, b""))
+        self.assertEqual(outcome(START + b"a:b\r\n" * (1 << 16)), (431, b""))
+
+    def test_memory(self) -> None:
+        """No more than the limits, whatever comes."""
+
+        def feed() -> None:
+            parser = RequestParser()
+            with self.assertRaises(HandshakeError):
+                for _ in range(1 << 20):
+                    parser.feed(b"GET")
+
+        self.assertLess(peak_memory(feed), 1 << 17)
+
+    def test_in_linear_time(self) -> None:
+        """Lines of all kinds, up to 8 KiB."""
+        for start, end in (
+            (b"", b"\x00\r\n"),
+            (b"GET ", b"\x00\r\n"),
+            (b"GET / HTTP/1.1", b"\r\n"),
+            (START, b"\x00\r\n"),
+            (START + b"a", b"\x00\r\n"),
+            (START + b"a:", b"\x00\r\n"),
+            (START + b"a:", b"\r\n\r\n"),
+            (START + b"a:b", b"\r\n\r\n"),
+        ):
+            for unit in (b" ", b"\t", b"a", b":", b",", b" a", b"a ", b"\xe9", b": "):
+
+                def feed(size: int, start: bytes = start, end: bytes = end, unit: bytes = unit) -> None:
+                    outcome(start + unit * ((size - 30) // len(unit)) + end)
+
+                with self.subTest(start=start, unit=unit, end=end):
+                    self.assertLess(growth(feed, MAX_LINE // 4), 9)
+
+    def test_values_in_linear_time(self) -> None:
+        """The checks that follow, with up to 32 KiB in a field."""
+        for unit in (" ", ",", "a", "a,", "a, ", ":", "[", "0", ".", "/", "\t", "=", "A", "%"):
+
+            def check(size: int, unit: str = unit) -> None:
+                value = unit * (size // len(unit)) + "\x00"
+                for name in ("host", "origin", "upgrade", "connection", "sec-websocket-key", "sec-websocket-version"):
+                    fields = {
+                        "host": "localhost",
+                        "upgrade": "websocket",
+                        "connection": "upgrade",
+                        "origin": "http://a",
+                    }
+                    asked = Request("GET", f"http://{value}", (1, 1), {**fields, name: value})
+                    for act in (
+                        pywebsock.check_host,
+                        pywebsock.check_upgrade,
+                        lambda asked: pywebsock.check_origin(asked, ["http://b"]),
+                        lambda asked: (asked.path, asked.upgrades),
+                    ):
+                        try:
+                            act(asked)
+                        except HandshakeError:
+                            pass
+
+            with self.subTest(unit):
+                self.assertLess(growth(check, MAX_HEAD // 4), 9)
+
+
+class RequestValues(unittest.TestCase):
+    """What can be asked of a Request."""
+
+    def test_path(self) -> None:
+        for target, path in (
+            ("/", "/"),
+            ("/?a", "/"),
+            ("/a/b?c=d?e", "/a/b"),
+            ("/a//b", "/a//b"),
+            ("//a/b", "//a/b"),
+            ("http://localhost:4545/a?b", "/a"),
+            ("HTTPS://localhost/a", "/a"),
+            ("http://localhost", "/"),
+            ("http://localhost?a", "/"),
+            ("http://[::1]:4545/status", "/status"),
+            ("/http://a/b", "/http://a/b"),
+            ("*", "*"),
+        ):
+            with self.subTest(target):
+                self.assertEqual(Request("GET", target, (1, 1), {}).path, path)
+
+    def test_tokens(self) -> None:
+        for value, tokens in (
+            ("Upgrade", ["upgrade"]),
+            ("keep-alive, Upgrade", ["keep-alive", "upgrade"]),
+            ("a,b ,\tc", ["a", "b", "c"]),
+        ):
+            with self.subTest(value):
+                self.assertEqual(headers(Connection=value).tokens("connection"), tokens)
+        self.assertNotIn("upgrade", headers().tokens("connection"))
+
+    def test_upgrades(self) -> None:
+        """It asks for a WebSocket even where it does so badly."""
+        for asked, upgrades in (
+            (headers(Upgrade="websocket"), True),
+            (headers(Upgrade="WebSocket"), True),
+            (headers(Upgrade="foo, websocket"), True),
+            (headers(Sec_WebSocket_Key="bad"), True),
+            (headers(Upgrade="h2c"), False),
+            (headers(), False),
+        ):
+            with self.subTest(asked.headers):
+                self.assertEqual(asked.upgrades, upgrades)
+
+
+class Upgrade(unittest.TestCase):
+    """check_upgrade (4.2.1), for requests as they come over the wire."""
+
+    def test_good(self) -> None:
+        for what, data in (
+            ("plain", request()),
+            ("Upgrade in any case", request(Upgrade="WebSocket", Connection="UPGRADE")),
+            ("lists", request(Upgrade="h2c, websocket", Connection="keep-alive, Upgrade, foo")),
+            ("lists with nothing in them", request(Upgrade=",websocket,", Connection=", ,Upgrade\t,")),
+            ("two fields", request(Connection="keep-alive\r\nConnection: Upgrade")),
+            ("any target", request(target="/any/where?at=all")),
+            ("a later version of HTTP", request(version="1.2")),
+            ("more fields", request(Origin="null", Sec_WebSocket_Protocol="chat", Cookie="a=b")),
+        ):
+            with self.subTest(what):
+                self.assertEqual(pywebsock.check_upgrade(parse(data)), ACCEPT)
+
+    def test_wrong(self) -> None:
+        for what, data, status, fields in (
+            *(
+                (method, request(method=method), 405, (("Allow", "GET"),))
+                for method in ("POST", "HEAD", "get", "CONNECT")
+            ),
+            ("HTTP/1.0", request(version="1.0"), 400, ()),
+            ("no Upgrade", request(Upgrade=None), 400, ()),
+            ("another Upgrade", request(Upgrade="h2c"), 400, ()),
+            ("nearly websocket", request(Upgrade="websocket2"), 400, ()),
+            ("websocket with a version", request(Upgrade="websocket/13"), 400, ()),
+            ("no Connection", request(Connection=None), 400, ()),
+            ("another Connection", request(Connection="keep-alive"), 400, ()),
+            ("nearly upgrade", request(Connection="keep-alive upgrade"), 400, ()),
+            *(
+                (f"version {version}", request(Sec_WebSocket_Version=version), 426, (("Sec-WebSocket-Version", "13"),))
+                for version in (None, "", "8", "0", "12", "14", "130", "013", "13.0", "13, 13", "13, 8", "+13", "x")
+            ),
+            ("no key", request(Sec_WebSocket_Key=None), 400, ()),
+            ("two keys", request(Sec_WebSocket_Key=f"{KEY}\r\nSec-WebSocket-Key: {KEY}"), 400, ()),
+        ):
+            with self.subTest(what):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_upgrade(parse(data))
+                self.assertEqual((caught.exception.status, caught.exception.fields), (status, fields))
+                self.assertTrue(str(caught.exception))
+
+
+class AcceptKey(unittest.TestCase):
+    """accept_key (4.2.2)."""
+
+    def test_example(self) -> None:
+        """RFC 6455 1.3."""
+        self.assertEqual(pywebsock.accept_key("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+
+    def test_any_nonce(self) -> None:
+        rng, seen = random.Random(7), set()
+        for nonce in (bytes(16), b"\xff" * 16, *(rng.randbytes(16) for _ in range(100))):
+            accept = pywebsock.accept_key(base64.b64encode(nonce).decode())
+            self.assertEqual(len(base64.b64decode(accept)), 20)
+            seen.add(accept)
+        self.assertEqual(len(seen), 102)
+
+    def test_wrong(self) -> None:
+        for key in (
+            *("", "x", "=", "====", "=" * 24, "A" * 24, "A" * 22, "A" * 22 + "=", "A" * 22 + "===", "A" * 21 + "==="),
+            *(base64.b64encode(bytes(size)).decode() for size in (0, 1, 12, 15, 17, 18, 24, 32, 1000)),
+            *(KEY[:-1], KEY + "=", KEY[:-2], "=" + KEY[:-1], f" {KEY}", f"{KEY} ", f"{KEY}\n", f"{KEY}, {KEY}"),
+            *("A" * 10 + " " + "A" * 11 + "==", "A" * 10 + "-" + "A" * 11 + "==", "A" * 10 + "_" + "A" * 11 + "=="),
+            *("A" * 10 + "==" + "A" * 12, "A" * 20 + "=A==", "é" * 22 + "==", "\x00" * 22 + "==", "A" * 21 + "é=="),
+        ):
+            with self.subTest(key):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.accept_key(key)
+                self.assertEqual(caught.exception.status, 400)
+
+
+class Host(unittest.TestCase):
+    """check_host (RFC 9112 3.2)."""
+
+    def test_good(self) -> None:
+        for host in (
+            *("localhost", "localhost:4545", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:4545", "example.com"),
+            *("EXAMPLE.com:1", "a-b.c_d.example", "xn--bcher-kva.example", "localhost:", "a~b"),
+        ):
+            with self.subTest(host):
+                self.assertEqual(pywebsock.check_host(headers(Host=host)), host)
+
+    def test_wrong(self) -> None:
+        for host in (
+            *("", " ", "a b", "a, b", "a,b", "localhost:x", "localhost:123456", "localhost:4545:1", "http://a", "a/b"),
+            *(
+                "a@b",
+                "user@localhost",
+                "[::1",
+                "::1",
+                "[localhost]",
+                "[]",
+                ":4545",
+                "a?b",
+                "a#b",
+                "é",
+                "a\\b",
+                "<a>",
+                "a;b",
+            ),
+        ):
+            with self.subTest(host):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_host(headers(Host=host))
+                self.assertEqual(caught.exception.status, 400)
+
+    def test_missing(self) -> None:
+        """HTTP/1.1 demands it, HTTP/1.0 does not."""
+        with self.assertRaises(HandshakeError) as caught:
+            pywebsock.check_host(headers())
+        self.assertEqual(caught.exception.status, 400)
+        self.assertEqual(pywebsock.check_host(Request("GET", "/", (1, 0), {})), "")
+        with self.assertRaises(HandshakeError):
+            pywebsock.check_host(Request("GET", "/", (1, 0), {"host": "a b"}))
+
+
+class Origin(unittest.TestCase):
+    """check_origin (10.2): which pages may connect."""
+
+    HERE = "localhost:4545"
+    # Origin, Host, what is listed; the first ones may, the others may not.
+    MAY: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
+        (None, HERE, ()),
+        (None, HERE, ("https://example.com",)),
+        ("null", HERE, ()),
+        ("file://", HERE, ()),
+        ("FILE://", HERE, ()),
+        ("http://localhost:4545", HERE, ()),
+        ("https://localhost:4545", HERE, ()),
+        ("http://LOCALHOST:4545", HERE, ()),
+        ("http://localhost:4545", "LocalHost:4545", ()),
+        ("http://localhost", "localhost", ()),
+        ("http://127.0.0.1:4545", "127.0.0.1:4545", ()),
+        ("http://192.168.1.2:4545", "192.168.1.2:4545", ()),
+        ("http://[::1]:4545", "[::1]:4545", ()),
+        ("https://[2001:db8::1]", "[2001:db8::1]", ()),
+        ("http://localhost:4545", HERE, ("https://example.com",)),
+        ("https://example.com", HERE, ("https://example.com",)),
+        ("https://example.com", HERE, ("https://example.com/",)),
+        ("https://example.com", HERE, ("HTTPS://Example.com",)),
+        ("https://example.com", HERE, ("http://a", "https://example.com")),
+        ("https://example.com", "example.com", ("https://example.com",)),
+        ("null", HERE, ("null",)),
+        ("file://", HERE, ("file://",)),
+        ("https://anything.example", HERE, ("*",)),
+        ("null", HERE, ("*",)),
+        ("", HERE, ("*",)),
+    )
+    MAY_NOT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+        ("https://evil.example", HERE, ()),
+        ("https://evil.example", HERE, ("https://example.com",)),
+        ("", HERE, ()),
+        ("NaN", HERE, ()),
+        ("*", HERE, ()),
+        ("null", HERE, ("https://example.com",)),
+        ("file://", HERE, ("https://example.com",)),
+        ("null, null", HERE, ()),
+        ("null, https://evil.example", HERE, ()),
+        ("http://localhost:4545, https://evil.example", HERE, ()),
+        # another port, another scheme, nearly the same
+        ("http://localhost:4546", HERE, ()),
+        ("http://localhost", HERE, ()),
+        ("ws://localhost:4545", HERE, ()),
+        ("http://localhost:4545.evil.example", HERE, ()),
+        ("http://evil.example/localhost:4545", HERE, ()),
+        ("http://evil@localhost:4545", HERE, ()),
+        ("http://127.0.0.1:4545", HERE, ()),
+        ("localhost:4545", HERE, ()),
+        ("chrome-extension://abc", HERE, ()),
+        ("file://evil.example", HERE, ()),
+        # DNS rebinding: a name that points here
+        ("http://evil.example:4545", "evil.example:4545", ()),
+        ("http://localhost.evil.example", "localhost.evil.example", ()),
+        ("http://127.0.0.1.evil.example", "127.0.0.1.evil.example", ()),
+        ("http://127.1", "127.1", ()),
+        ("http://2130706433", "2130706433", ()),
+        ("http://a.localhost:4545", "a.localhost:4545", ()),
+        # nearly what is listed
+        ("http://example.com", HERE, ("https://example.com",)),
+        ("https://example.com:8443", HERE, ("https://example.com",)),
+        ("https://www.example.com", HERE, ("https://example.com",)),
+        ("https://example.com.evil.example", HERE, ("https://example.com",)),
+        ("https://evilexample.com", HERE, ("https://example.com",)),
+        ("https://exampleXcom", HERE, ("https://example.com",)),
+    )
+
+    def test_may(self) -> None:
+        for origin, host, listed in self.MAY:
+            with self.subTest(origin=origin, host=host, listed=listed):
+                asked = headers(Host=host) if origin is None else headers(Host=host, Origin=origin)
+                pywebsock.check_origin(asked, listed)
+
+    def test_may_not(self) -> None:
+        for origin, host, listed in self.MAY_NOT:
+            with self.subTest(origin=origin, host=host, listed=listed):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_origin(headers(Host=host, Origin=origin), listed)
+                self.assertEqual(caught.exception.status, 403)
+
+    def test_the_error_helps(self) -> None:
+        """It says which option would let the page in, and is safe to print."""
+        with self.assertRaises(HandshakeError) as caught:
+            pywebsock.check_origin(headers(Host="localhost", Origin="https://example.com"), ())
+        self.assertIn("--origin https://example.com", str(caught.exception))
+        with self.assertRaises(HandshakeError) as caught:
+            pywebsock.check_origin(headers(Host="localhost", Origin="\x1b[2J\xe9"), ())
+        self.assertTrue(str(caught.exception).isascii() and str(caught.exception).isprintable())
+
+    def test_needs_a_host(self) -> None:
+        """A page is not let in where it is not known whose page it is."""
+        for host in ("", "a b", "a, b"):
+            with self.assertRaises(HandshakeError):
+                pywebsock.check_origin(headers(Host=host, Origin="http://localhost"), ())
+
+
+class Responses(unittest.TestCase):
+    """serialize_response, http_response (RFC 9112 4)."""
+
+    def test_upgrade(self) -> None:
+        fields = (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", ACCEPT))
+        expected = f"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {ACCEPT}\r\n\r\n"
+        response = pywebsock.serialize_response(101, fields)
+        self.assertEqual(response, b"HTTP/1.1 101 Switching Protocols\r\n" + expected.encode())
+
+    def test_every_status(self) -> None:
+        """Those that are used have a phrase."""
+        for status in (101, 200, 202, 400, 403, 404, 405, 408, 411, 413, 414, 426, 431, 500, 503, 505):
+            response = pywebsock.serialize_response(status, ())
+            self.assertRegex(response.decode(), rf"^HTTP/1\.1 {status} [A-Z][A-Za-z -]+\r\n\r\n$")
+
+    def test_http(self) -> None:
+        response = pywebsock.http_response(200, "text/plain; charset=utf-8", "é".encode(), ("Allow", "GET"))
+        head, _, body = response.partition(b"\r\n\r\n")
+        start, *lines = head.decode("ascii").split("\r\n")
+        fields = dict(line.split(": ", 1) for line in lines)
+        self.assertEqual((start, body), ("HTTP/1.1 200 OK", b"\xc3\xa9"))
+        for name, value in (
+            ("Content-Type", "text/plain; charset=utf-8"),
+            ("Content-Length", "2"),
+            ("Connection", "close"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Allow", "GET"),
+        ):
+            self.assertEqual(fields[name], value)
+
+    def test_head(self) -> None:
+        """The same without the body."""
+        full = pywebsock.http_response(404, "text/plain", b"body")
+        self.assertEqual(pywebsock.http_response(404, "text/plain", b"body", head=True) + b"body", full)
+
+
+class Printable(unittest.TestCase):
+    """printable: text from the network, for a log."""
+
+    def test_printable(self) -> None:
+        for text, expected in (
+            ("", ""),
+            ("https://example.com", "https://example.com"),
+            ("a\r\nb\x00\x1b[2J\x7f", r"a\r\nb\x00\x1b[2J\x7f"),
+            ("é€𝄞\u202e", r"\xe9\u20ac\U0001d11e\u202e"),
+            ("\\", "\\\\"),
+            ("\udcff\x80\x9b", r"\udcff\x80\x9b"),
+        ):
+            with self.subTest(text):
+                self.assertEqual(pywebsock.printable(text), expected)
+
+    def test_every_byte(self) -> None:
+        for code in range(256):
+            text = pywebsock.printable(chr(code))
+            self.assertTrue(text.isascii() and text.isprintable(), code)
+
+    def test_cut(self) -> None:
+        self.assertEqual(pywebsock.printable("a" * 300), "a" * 200)
+        self.assertEqual(pywebsock.printable("abc", 2), "ab")
+        self.assertLessEqual(len(pywebsock.printable("\x00" * 1000)), 1000)
+
+
+class Errors(unittest.TestCase):
+    """HandshakeError and ProtocolError."""
+
+    def test_values(self) -> None:
+        error = HandshakeError(426, "why", ("Sec-WebSocket-Version", "13"))
+        self.assertEqual((error.status, error.status.phrase), (426, "Upgrade Required"))
+        self.assertEqual((str(error), error.fields), ("why", (("Sec-WebSocket-Version", "13"),)))
+        self.assertEqual(HandshakeError(400, "why").fields, ())
+        wrong = pywebsock.ProtocolError(pywebsock.CloseCode.MESSAGE_TOO_BIG, "why")
+        self.assertEqual((wrong.code, str(wrong)), (1009, "why"))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,367 @@
+"""How fast this server is beside others, on your machine: `python -m tests.tools.benchmark`.
+
+It starts this server and whichever others it finds (packages of this Python: websockets, picows, aiohttp,
+websocket-server; node with ws, which $NODE_PATH or $PYWEBSOCK_NODE_MODULES leads to; bun), one after the other, in
+rounds, so that a drift of the machine hits all alike. Each broadcasts what a client sends to all clients, the sender
+among them. Senders have so many messages in flight and send the next when they get one of theirs back. Figures are
+medians of the rounds; ratios are taken within each round.
+
+The load (tests/tools/benchmark_load.py) runs in processes of its own, on other processors than the server where the system
+allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of their
+processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at least.
+`its code` is the part that was the load's own Python instead of the kernel's: no load could save more. `(bare loop)`,
+where there is a C compiler, is recv(2) and send(2) and nothing more: where one sends at a time, none can be faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+
+from tests.tools import load, support
+from tests.tools.peers import JOINING, OURS, Server, ending, in_c, on_javascript, on_python, pinned, serving
+
+DEADLINE = 60.0  # seconds for a run, besides its measuring
+BUSY = 0.9  # the load is taken for the limit from here on
+BAR = 16  # characters
+MANY = 50  # clients, for memory to be told from noise
+
+Round = dict[str, typing.Any]  # the figures of one server in one scenario
+
+
+class Scenario(typing.NamedTuple):
+    """How many send how much."""
+
+    clients: int
+    senders: int
+    window: int  # messages in flight, for each sender
+
+
+SCENARIOS = {
+    "pair": Scenario(2, 1, 1),
+    "fan100": Scenario(100, 1, 1),
+    "chat100": Scenario(100, 100, 1),
+    "burst100": Scenario(100, 100, 16),
+}
+
+
+# ---- what it depends on ----
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
+def cores() -> tuple[list[int], list[int]]:
+    """Where the server runs, and where the load; empty where they cannot be told to."""
+    usable = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    return (usable[:1], usable[1:4]) if len(usable) > 1 else ([], [])
+
+
+def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) -> dict[str, typing.Any]:
+    """What the figures depend on."""
+    server, loads = cores()
+    apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, loads))}" if server else "not pinned"
+    runs = len(servers) * len(options.scenarios) * options.rounds
+    minutes = runs * (options.seconds + warming(options.seconds) + 1) / 60
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processors": f"{os.cpu_count()} of {processor()}; {apart}",
+        "servers": {server.name: server.version for server in servers},
+        "messages": "2 KB of JSON, permessage-deflate" if options.compressed else "64 bytes, not compressed",
+        "rounds": f"{options.rounds} of {options.seconds:g} s, about {minutes:.0f} minutes in all",
+    }
+
+
+# ---- one run ----
+
+
+def warming(seconds: float) -> float:
+    """How long to run before measuring so long."""
+    return min(1.0, seconds / 2)
+
+
+def resident(pid: int) -> float:
+    """KiB of a process in memory; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return load.memory(pid) * 1e6 / 1024
+    return 0.0
+
+
+def spent(pid: int) -> float:
+    """Seconds of processor time that a process has used; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return load.cpu(pid)
+    return 0.0
+
+
+class Loads:
+    """The processes of the load, to which one speaks in lines."""
+
+    def __init__(self, stack: contextlib.ExitStack, settings: dict[str, typing.Any], deadline: float) -> None:
+        where = cores()[1]
+        number = min(max(len(where), 1), settings["clients"])
+        self._processes = []
+        for first in range(number):
+            arguments = json.dumps({**settings, "first": first, "step": number})
+            command = [sys.executable, "-m", "tests.tools.benchmark_load", arguments]
+            with pinned(where[first : first + 1]):
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=support.ROOT
+                )
+            stack.enter_context(ending(process, deadline))
+            self._processes.append(process)
+
+    def say(self, line: str) -> None:
+        """To all."""
+        for process in self._processes:
+            assert process.stdin
+            print(line, file=process.stdin, flush=True)
+
+    def hear(self) -> list[str]:
+        """A line of each."""
+        lines = [process.stdout.readline() for process in self._processes if process.stdout]
+        for line in lines:
+            if not line or line.startswith("error"):
+                raise RuntimeError(f"the load has ended early: {line.strip()}")
+        return lines
+
+
+def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> Round:
+    """One run of a server, with clients that come and go."""
+    settings = {**scenario._asdict(), "compressed": options.compressed, "seconds": options.seconds}
+    settings["warm"] = warming(options.seconds)
+    deadline = DEADLINE + 2 * options.seconds
+    with serving(server, cores()[0], deadline, options.compressed) as (pid, port), contextlib.ExitStack() as stack:
+        memory = [resident(pid)]
+        loads = Loads(stack, {**settings, "port": port}, deadline)
+        loads.hear()  # ready
+        time.sleep(JOINING)
+        memory.append(resident(pid))
+        start, used = time.monotonic(), spent(pid)
+        loads.say("go")
+        total = sum(int(line.split()[1]) for line in loads.hear())
+        server_busy = (spent(pid) - used) / (time.monotonic() - start)
+        loads.say(f"total {total}")
+        found = [json.loads(line) for line in loads.hear()]
+        memory.append(resident(pid))
+        loads.say("end")
+    idle, busy = ((each - memory[0]) / scenario.clients for each in memory[1:])
+    own = {"kib_a_client": idle, "kib_a_client_busy": busy, "server": server_busy}
+    return {**figures(found, total * scenario.clients), **own}
+
+
+def figures(found: list[dict[str, typing.Any]], deliveries: int) -> Round:
+    """What the processes of the load have found, taken together."""
+    delays = sorted(delay for each in found for delay in each["delays"])
+    orders = {order for each in found for order in each["orders"]}
+    return {
+        "deliveries_per_s": sum(each["deliveries_per_s"] for each in found),
+        "p50_ms": delays[len(delays) // 2] / 1000 if delays else 0.0,
+        "p99_ms": delays[len(delays) * 99 // 100] / 1000 if delays else 0.0,
+        "lost": deliveries - sum(each["delivered"] for each in found),
+        "bytes_a_message": statistics.median(each["bytes_a_message"] for each in found),
+        "order": "same" if len(orders) == 1 and not any(each["gaps"] for each in found) else "differs",
+        "load": max(each["busy"] for each in found),
+        "load_code": max(each["own"] for each in found),
+        "failures": [failure for each in found for failure in each["failures"]],
+    }
+
+
+# ---- all runs, and what they show ----
+
+
+def run_rounds(
+    servers: typing.Sequence[Server], scenario: Scenario, options: argparse.Namespace, say: typing.Callable[[str], None]
+) -> dict[str, list[Round]]:
+    """The rounds of one scenario, by server; a server that fails has {"error": ...} there."""
+    rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
+    for number in range(options.rounds):
+        for server in servers:
+            say(f"round {number + 1} of {options.rounds}: {server.name}")
+            try:
+                rounds[server.name].append(measure(server, scenario, options))
+            except (OSError, RuntimeError, ValueError) as error:
+                rounds[server.name].append({"error": str(error)})
+    return rounds
+
+
+def summary(rounds: list[Round], ours: list[Round]) -> Round:
+    """Medians of a server's rounds, its worst, and how many times as fast as it this server is."""
+    good = [each for each in rounds if "error" not in each]
+    if not good:
+        return {"error": rounds[0]["error"]}
+    names = (
+        "deliveries_per_s",
+        "p50_ms",
+        "p99_ms",
+        "kib_a_client",
+        "kib_a_client_busy",
+        "server",
+        "load",
+        "load_code",
+        "bytes_a_message",
+    )
+    medians: Round = {name: round(statistics.median(each[name] for each in good), 3) for name in names}
+    pairs = [(own.get("deliveries_per_s"), each.get("deliveries_per_s")) for own, each in zip(ours, rounds)]
+    ratios = [own / each for own, each in pairs if own and each]
+    medians["ours_to_this"] = round(statistics.median(ratios), 3) if ratios else None
+    medians["lost"] = sum(each["lost"] for each in good)
+    medians["order"] = "same" if all(each["order"] == "same" for each in good) else "differs"
+    medians["failures"] = [each["error"] for each in rounds if "error" in each]
+    medians["failures"] += [failure for each in good for failure in each["failures"]]
+    medians["rounds"] = rounds
+    return medians
+
+
+def bar(part: float) -> str:
+    """A bar of up to BAR characters."""
+    eighths = round(part * BAR * 8)
+    drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    try:
+        drawn.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        drawn = "#" * round(part * BAR)
+    return f"{drawn:{BAR}}"
+
+
+WIDTHS = {  # of the columns; with a minus where they begin at the left
+    "": -16,
+    "deliveries/s": 13,
+    " ": -BAR,
+    "ours/this": 9,
+    "p50 ms": 7,
+    "p99 ms": 7,
+    "KiB/client": 10,
+    "lost": 4,
+    "order": -7,
+    "server": 6,
+    "load": 4,
+    "its code": 8,
+}
+
+
+def line(cells: typing.Iterable[object]) -> str:
+    """A line of a table."""
+    return " ".join(f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(cells, WIDTHS.values()))
+
+
+def row(server: str, each: Round, most: float, clients: int) -> str:
+    """The line of a server."""
+    limited = each["load"] >= BUSY > each["server"]
+    return line(
+        (
+            server,
+            (">= " if limited else "") + f"{each['deliveries_per_s']:,.0f}",
+            bar(each["deliveries_per_s"] / most if most else 0.0),
+            "" if server == OURS or not each["ours_to_this"] else f"{each['ours_to_this']:.2f}",
+            f"{each['p50_ms']:.2f}",
+            f"{each['p99_ms']:.2f}",
+            f"{each['kib_a_client']:.0f}" if clients >= MANY else "",
+            each["lost"],
+            each["order"],
+            *(f"{each[name]:.0%}" for name in ("server", "load", "load_code", "bytes_a_message")),
+        )
+    )
+
+
+def show(name: str, found: dict[str, Round]) -> None:
+    """The table of a scenario, the fastest first."""
+    clients, senders, window = SCENARIOS[name]
+    print(f"\n{name}: {clients} clients, {senders} sending, {window} in flight for each sender")
+    print(line(WIDTHS))
+    most = max(each.get("deliveries_per_s", 0.0) for each in found.values())
+    for server, each in sorted(found.items(), key=lambda item: -item[1].get("deliveries_per_s", 0.0)):
+        print(line((server, each["error"])) if "error" in each else row(server, each, most, clients))
+        for failure in sorted(set(each.get("failures", ()))):
+            print(line(("", failure)))
+
+
+EXPLANATION = """
+deliveries/s: messages that clients have got, all together; ours/this: how many times as fast this server is.
+p50, p99: from sending to getting. KiB/client: by which the server grew when the clients had joined, before messages.
+lost, order: whether each client got every message, and all in one order. server, load: parts of a processor that they
+used; its code: the load's own, without the kernel. With >= the load was the limit: the server does at least this."""
+
+
+def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.benchmark", description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--scenarios", default=",".join(SCENARIOS), help="of %(default)s; all without this")
+    add("--servers", default="", help=f"such as {OURS},bun; all that are found without this")
+    add("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="rounds (%(default)s)")
+    add("--seconds", type=float, default=2.0, help="that each run measures, up to 10 (%(default)s)")
+    add("--compressed", action="store_true", help="2 KB of JSON with permessage-deflate, instead of 64 bytes")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    options.scenarios = options.scenarios.split(",")
+    if not set(options.scenarios) <= set(SCENARIOS):
+        parser.error(f"the scenarios are {', '.join(SCENARIOS)}")
+    if not 0 < options.seconds <= 10:  # there is no answer to pings, which come after 20 seconds
+        parser.error("--seconds must be up to 10")
+    return options
+
+
+def main(argv: typing.Sequence[str] | None = None) -> int:
+    """Measure, and show it."""
+    options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
+    with tempfile.TemporaryDirectory() as folder:
+        found = [*on_python(), *on_javascript(), *in_c(folder)]
+        servers = [each for each in found if each.deflates or not options.compressed]
+        servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
+        if not servers:
+            sys.exit("there is no such server")
+        measure_all(servers, options)
+    return 0
+
+
+def measure_all(servers: typing.Sequence[Server], options: argparse.Namespace) -> None:
+    """Measure these servers, and print what was found."""
+    result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "scenarios": {}}
+    if not options.json:
+        for name, value in result["conditions"].items():
+            print(
+                f"{name:11}",
+                value if isinstance(value, str) else "; ".join(" ".join(item).strip() for item in value.items()),
+            )
+    for name in options.scenarios:
+
+        def say(what: str, name: str = name) -> None:
+            if sys.stderr.isatty():
+                print(f"\r\033[K{name}, {what}" if what else "\r\033[K", end="", file=sys.stderr, flush=True)
+
+        rounds = run_rounds(servers, SCENARIOS[name], options, say)
+        say("")
+        result["scenarios"][name] = {server: summary(each, rounds.get(OURS, [])) for server, each in rounds.items()}
+        if not options.json:
+            show(name, result["scenarios"][name])
+            sys.stdout.flush()
+    print(json.dumps(result, indent=2) if options.json else EXPLANATION)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

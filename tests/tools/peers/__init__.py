@@ -1,0 +1,143 @@
+"""For the benchmark: broadcast servers of a few lines each, and how to find and start them and this one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import typing
+
+import pywebsock
+from tests.tools import support
+
+HERE = pathlib.Path(__file__).resolve().parent
+OURS = "pywebsock"
+BARE = "(bare loop)"
+JOINING = 0.2  # seconds; some servers add a client only after its handshake
+
+
+class Server(typing.NamedTuple):
+    """One to be measured."""
+
+    name: str
+    version: str
+    command: typing.Sequence[str]  # {port} is to be replaced
+    deflates: bool = True
+
+
+def on_python() -> typing.Iterator[Server]:
+    """This server and those on packages of this Python."""
+    script = str(HERE / "servers.py")
+    ours = [sys.executable, str(support.ROOT / "pywebsock.py"), "--port", "{port}", "--quiet"]
+    yield Server(OURS, pywebsock.__version__, ours)
+    for package, deflates in (("websockets", True), ("picows", False), ("aiohttp", True), ("websocket-server", False)):
+        module = package.replace("-", "_")
+        if importlib.util.find_spec(module):
+            version = importlib.metadata.version(package)
+            if package == "picows" and importlib.util.find_spec("uvloop"):
+                version += ", uvloop " + importlib.metadata.version("uvloop")
+            yield Server(package, version, [sys.executable, script, module, "{port}"], deflates)
+
+
+def on_javascript() -> typing.Iterator[Server]:
+    """Those on runtimes for JavaScript."""
+    names = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
+    folders = [pathlib.Path(name) for name in names if name]
+    node = shutil.which("node")
+    packages = [folder for folder in folders if (folder / "ws" / "package.json").exists()]
+    if node and packages:
+        version = json.loads((packages[0] / "ws" / "package.json").read_text())["version"]
+        command = [node, str(HERE / "node.mjs"), "{port}", str(packages[0])]
+        yield Server("ws", f"{version}, node {said_by(node)}", command)
+    buns = [str(path) for folder in folders for path in folder.glob("@oven/bun-*/bin/bun")]
+    bun = shutil.which("bun") or (buns or [""])[0]
+    if bun:
+        yield Server("bun", said_by(bun), [bun, str(HERE / "bun.mjs"), "{port}"])
+
+
+def in_c(folder: str) -> typing.Iterator[Server]:
+    """A loop of recv(2) and send(2), where there is a compiler; the program goes to this folder."""
+    compiler = shutil.which("cc")
+    if compiler and sys.platform == "linux":
+        program = os.path.join(folder, "loop")
+        command = [compiler, "-O3", "-o", program, str(HERE / "loop.c")]
+        subprocess.run(command, timeout=support.DEADLINE, check=True)
+        yield Server(BARE, "", [program, "{port}"])
+
+
+def said_by(program: str) -> str:
+    """The version that a program says it has."""
+    output = subprocess.run(
+        [program, "--version"], capture_output=True, text=True, timeout=support.DEADLINE, check=True
+    )
+    return output.stdout.strip().lstrip("v")
+
+
+@contextlib.contextmanager
+def pinned(where: typing.Sequence[int]) -> typing.Iterator[None]:
+    """What is started here runs on these processors alone."""
+    if sys.platform != "linux" or not where:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, where)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Iterator[None]:
+    """Whatever happens, the process ends, and after the deadline by force, so that nobody waits for it forever."""
+    watchdog = threading.Timer(deadline, process.kill)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+@contextlib.contextmanager
+def serving(
+    server: Server, where: typing.Sequence[int], deadline: float, compressed: bool
+) -> typing.Iterator[tuple[int, int]]:
+    """A server that accepts connections: its process's number and port."""
+    port = support.free_port()
+    command = [part.replace("{port}", str(port)) for part in server.command]
+    if compressed and server.name != OURS:  # which compresses for whoever asks
+        command.append("deflate")
+    with tempfile.TemporaryFile() as log:
+        with pinned(where):
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        with ending(process, deadline):
+            end = time.monotonic() + support.DEADLINE
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise RuntimeError(f"{server.name} did not start: {log.read()[-500:].decode(errors='replace')}")
+                time.sleep(0.02)
+            time.sleep(JOINING)
+            yield process.pid, port

@@ -1,0 +1,462 @@
+"""What the tests share: servers in this process and in others, and a client that can do wrong.
+
+Every wait has a deadline, every port is free, everything that is started is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import ssl
+import statistics
+import struct
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import typing
+import unittest
+import zlib
+
+import pywebsock
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEADLINE = 10.0  # seconds that a test waits for anything
+EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is missing fails instead of being skipped
+KEY = "dGhlIHNhbXBsZSBub25jZQ=="
+ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
+
+logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
+
+
+def require(present: object, what: str) -> None:
+    """Skip the test where something is missing, or fail it where everything has been asked for."""
+    if not present:
+        if EVERYTHING:
+            raise AssertionError(f"{what} is missing")
+        raise unittest.SkipTest(f"{what} is missing")
+
+
+def package(name: str) -> typing.Any:
+    """A module that does not come with Python; see `require`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return require(None, f"the package {name.partition('.')[0]}")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
+    """Wait until a condition holds that nothing announces, such as a counter of another thread."""
+    end = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {deadline} s: {what or condition}")
+        time.sleep(0.005)
+
+
+def growth(act: typing.Callable[[int], object], size: int) -> float:
+    """How many times the CPU time of `act(size)` goes to `act(4 * size)`: 4 where it is linear, 16 where quadratic."""
+    times: dict[int, list[float]] = {size: [], 4 * size: []}
+    for _ in range(9):
+        for each, spent in times.items():
+            start = time.thread_time()
+            act(each)
+            spent.append(time.thread_time() - start)
+    return statistics.median(times[4 * size]) / max(statistics.median(times[size]), 1e-6)
+
+
+def peak_memory(act: typing.Callable[[], object]) -> int:
+    """The most bytes that `act` holds at any time."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+class Recorder(pywebsock.BroadcastServer):
+    """A server that writes down what its hooks are told."""
+
+    def __init__(self, *args: typing.Any, **settings: typing.Any) -> None:
+        self.heard: list[tuple[typing.Any, ...]] = []
+        self._news = threading.Condition()
+        super().__init__(*args, **settings)
+
+    def _tell(self, *what: typing.Any) -> None:
+        with self._news:
+            self.heard.append(what)
+            self._news.notify_all()
+
+    def wait_for(self, *what: typing.Any) -> None:
+        """Wait until a hook has been told exactly this."""
+        with self._news:
+            if not self._news.wait_for(lambda: what in self.heard, DEADLINE):
+                raise AssertionError(f"{what} not in {self.heard}")
+
+    def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+        self._tell("open", client.path)
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        self._tell("message", message)
+        super().on_message(client, message)
+
+    def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
+        self._tell("close", code, reason)
+
+
+S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
+
+
+@typing.overload
+def running(**settings: typing.Any) -> contextlib.AbstractContextManager[Recorder]: ...
+@typing.overload
+def running(kind: type[S], **settings: typing.Any) -> contextlib.AbstractContextManager[S]: ...
+@contextlib.contextmanager
+def running(kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Iterator[typing.Any]:
+    """A server in this process, on a free port: `with running(rate=5) as server`."""
+    server = kind(("127.0.0.1", 0), **settings)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join(DEADLINE)
+        server.server_close()
+
+
+class Process:
+    """`python pywebsock.py` in a process of its own, on a free port; its log is in `log()`."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        stdin: typing.Any = subprocess.DEVNULL,
+        python: typing.Sequence[str] = (),
+        program: typing.Sequence[str] = (),  # another than `python pywebsock.py`
+    ) -> None:
+        program = program or [sys.executable, *python, str(ROOT / "pywebsock.py")]
+        command = [*program, "--port", "0", *arguments]
+        self._process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._log: list[bytes] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        assert self._process.stdout
+        self.first_line = self._process.stdout.readline().decode()
+        self.stdin = self._process.stdin
+        self.pid = self._process.pid
+        if ":" not in self.first_line:
+            self.wait()
+            raise AssertionError(f"did not start: {self.first_line}{self.log()}")
+        self.port = int(self.first_line.split("/")[2].rpartition(":")[2])
+
+    def _read_log(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            self._log.append(line)
+
+    def log(self) -> str:
+        """What it has written to standard error so far."""
+        return b"".join(self._log).decode()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, such as SIGTERM."""
+        self._process.send_signal(number)
+
+    def wait(self, deadline: float = DEADLINE) -> int:
+        """Its exit status; killed, with an error, where it does not end in time."""
+        try:
+            return self._process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise AssertionError(f"did not end within {deadline} s") from None
+        finally:
+            self._reader.join(DEADLINE)
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+                if stream:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+    def stop(self) -> int:
+        """End it as a user does; its exit status."""
+        if self._process.poll() is None:
+            self.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> typing.Iterator[None]:
+    """Stop a child process with all its threads, and let it go on at the end."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # Some of its threads run on until one has seen the signal.
+        eventually(lambda: os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG), f"process {pid} has not stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
+    """A new certificate for localhost, with its key in the same file, and a context for clients that trust it."""
+    require(shutil.which("openssl"), "the openssl command")
+    path = os.path.join(directory, "localhost.pem")
+    command = "openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN=localhost"
+    extensions = "-addext subjectAltName=DNS:localhost,IP:127.0.0.1"
+    made = subprocess.run(
+        [*command.split(), *extensions.split(), "-keyout", "-", "-out", "-"], check=True, capture_output=True
+    )
+    pathlib.Path(path).write_bytes(made.stdout)
+    return path, ssl.create_default_context(cafile=path)
+
+
+class Frame(typing.NamedTuple):
+    """A frame from the server."""
+
+    fin: bool
+    rsv1: bool
+    opcode: int
+    payload: bytes
+
+
+def masked_frame(
+    opcode: int,
+    payload: bytes = b"",
+    *,
+    fin: bool = True,
+    rsv: int = 0,
+    key: bytes = b"\x37\xfa\x21\x3d",
+    length: int = -1,
+) -> bytes:
+    """A frame from a client (RFC 6455 5.2); `rsv` is 4 for RSV1; `length` claims another length."""
+    size = len(payload) if length < 0 else length
+    first = fin << 7 | rsv << 4 | opcode
+    if size < 126:
+        head = struct.pack("!BB", first, 0x80 | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", first, 0x80 | 126, size)
+    else:
+        head = struct.pack("!BBQ", first, 0x80 | 127, size)
+    # An implementation of its own, slow and plain, to compare with.
+    return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+
+
+def compress(payload: bytes) -> bytes:
+    """A compressed message, as any client would have it (RFC 7692 7.2.1)."""
+    compressor = zlib.compressobj(wbits=-15)
+    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **changes: str | None) -> bytes:
+    """An opening handshake; fields by their name with _ for -, None to leave one out."""
+    fields: dict[str, str | None] = {
+        "Host": "localhost:4545",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec_WebSocket_Key": KEY,
+        "Sec_WebSocket_Version": "13",
+    }
+    fields.update(changes)
+    lines = [f"{method} {target} HTTP/{version}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
+    """What the pure parts make of the head of a request that comes in these pieces; nothing of an incomplete one."""
+    parser, request = pywebsock.RequestParser(), None
+    try:
+        for piece in pieces:
+            if request:
+                parser.rest += piece
+            else:
+                request = parser.feed(piece)
+        if not request:
+            return ()
+        host = pywebsock.check_host(request)
+        for listed in ((), ("https://example.com",), ("*",)):
+            pywebsock.check_origin(request, listed)
+        accept = pywebsock.check_upgrade(request)
+        window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+        assert bool(window) == bool(extension)
+        return request, bytes(parser.rest), host, accept, extension, request.path, request.upgrades
+    except pywebsock.HandshakeError as error:
+        text = pywebsock.printable(str(error))
+        assert text.isascii() and text.isprintable()
+        return error.status, text
+    finally:
+        assert request is None or (request.path and request.upgrades in (True, False))
+
+
+class Client:
+    """A WebSocket client for tests: it hides nothing and can break every rule."""
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        handshake: bool = True,
+        small: bool = False,
+        **fields: typing.Any,
+    ) -> None:
+        self.socket: socket.socket = socket.socket()
+        if small:  # a receive buffer that is soon full
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(DEADLINE)
+        self._buffer = b""
+        self.response = b""
+        try:
+            self.socket.connect(("127.0.0.1", port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls:
+                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+            if handshake:
+                self.send_raw(request(**fields))
+                self.response = self.read_head()
+                assert self.response.startswith(b"HTTP/1.1 101 "), self.response
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    # ---- sending ----
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.socket.sendall(data)
+
+    def send(self, message: str | bytes) -> None:
+        """Send a message in one frame."""
+        if isinstance(message, str):
+            self.frame(1, message.encode())
+        else:
+            self.frame(2, message)
+
+    def frame(self, opcode: int, payload: bytes = b"", **how: typing.Any) -> None:
+        """Send a frame; see `masked_frame`."""
+        self.send_raw(masked_frame(opcode, payload, **how))
+
+    def close(self, code: int | None = 1000, reason: str = "") -> None:
+        """Send a Close frame."""
+        self.frame(8, b"" if code is None else struct.pack("!H", code) + reason.encode())
+
+    # ---- receiving; each raises TimeoutError or EOFError ----
+
+    def _need(self, size: int) -> None:
+        while len(self._buffer) < size:
+            data = self.socket.recv(65536)
+            if not data:
+                raise EOFError(f"the connection ended with {self._buffer[:200]!r}")
+            self._buffer += data
+
+    def _take(self, size: int) -> bytes:
+        self._need(size)
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        return taken
+
+    def read_head(self) -> bytes:
+        """The head of an HTTP response."""
+        while b"\r\n\r\n" not in self._buffer:
+            self._need(len(self._buffer) + 1)
+        return self._take(self._buffer.index(b"\r\n\r\n") + 4)
+
+    def read_all(self) -> bytes:
+        """Everything up to the end of the connection."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                self._need(len(self._buffer) + 1)
+        return self._take(len(self._buffer))
+
+    def read_frame(self) -> Frame:
+        """The next frame, which the server must not have masked."""
+        first, second = self._take(2)
+        length = second
+        if second == 126:
+            length = struct.unpack("!H", self._take(2))[0]
+            assert length >= 126, "not the shortest encoding"
+        elif second == 127:
+            length = struct.unpack("!Q", self._take(8))[0]
+            assert length >= 1 << 16, "not the shortest encoding"
+        assert second < 128, "a frame from the server is masked"
+        assert not first & 0x30, "RSV2 or RSV3 is set"
+        return Frame(first >= 128, bool(first & 0x40), first & 0x0F, self._take(length))
+
+    def read(self) -> str | bytes:
+        """The next message, which must be in one frame; pings and pongs are passed over."""
+        frame = self.read_frame()
+        while frame.opcode in (9, 10):
+            frame = self.read_frame()
+        assert frame.fin and frame.opcode in (1, 2), f"not a message: {frame}"
+        payload = frame.payload
+        if frame.rsv1:
+            payload = zlib.decompressobj(-15).decompress(payload + b"\0\0\xff\xff")
+        return payload.decode() if frame.opcode == 1 else payload
+
+    def read_close(self) -> tuple[int, str]:
+        """The code (1005 for none) and reason of the Close frame that must come next, and the end after it."""
+        frame = self.read_frame()
+        assert frame.fin and frame.opcode == 8, f"not a Close: {frame}"
+        rest = self.read_all()
+        assert not rest, f"something after the Close: {rest[:100]!r}"
+        if not frame.payload:
+            return 1005, ""
+        return struct.unpack("!H", frame.payload[:2])[0], frame.payload[2:].decode()
+
+
+def exchange(port: int, data: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes and read the HTTP response to its end: (status, fields, body)."""
+    with Client(port, handshake=False, tls=tls) as client:
+        client.send_raw(data)
+        response = client.read_all()
+    head, _, body = response.partition(b"\r\n\r\n")
+    start, *lines = head.decode("latin-1").split("\r\n")
+    fields = dict(line.lower().split(": ", 1) for line in lines)
+    return int(start.split(" ")[1]), fields, body
+
+
+class ServerTestCase(unittest.TestCase):
+    """Tests of running servers: what they start is ended after each of them, clients first."""
+
+    @typing.overload
+    def serve(self, **settings: typing.Any) -> Recorder: ...
+    @typing.overload
+    def serve(self, kind: type[S], **settings: typing.Any) -> S: ...
+
+    def serve(self, kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Any:
+        """A server in this process; see `running`."""
+        context = running(kind, **settings)
+        self.addCleanup(context.__exit__, None, None, None)
+        return context.__enter__()
+
+    def connect(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> Client:
+        """A client of it; see `Client`."""
+        client = Client(server.server_address[1], **how)
+        self.addCleanup(client.__exit__)
+        return client
