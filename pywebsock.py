@@ -757,12 +757,13 @@ class TLS:
                 if not self.established:
                     self._object.do_handshake()
                     self.established = True
-                while True:
-                    plain.append(self._object.read(READ_SIZE))
+                while piece := self._object.read(READ_SIZE):
+                    plain.append(piece)
+                return b"".join(plain) or None  # their close_notify: read() gives b"", again and again
             except ssl.SSLWantReadError:
                 return b"".join(plain)
-            except ssl.SSLZeroReturnError:  # their close_notify
-                return b"".join(plain) or None
+            except ssl.SSLZeroReturnError:  # the same within the TLS handshake
+                return None
 
     def encrypt(self, plain: bytes) -> bytes:
         """The records for some plaintext, and whatever else TLS has to say. Raises ssl.SSLError."""

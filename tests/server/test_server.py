@@ -1005,6 +1005,36 @@ class TLS(ServerTestCase):
         self.assertEqual([record.exc_info for record in logged.records], [None])
 
 
+class TLSEnds(unittest.TestCase):
+    """Every way in which a peer may end TLS, or half of it (RFC 8446 6.1), at every point of a connection."""
+
+    def test_nobody_else_notices(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.maximum_version = version
+                for first in (b"", request(), request(method="POST", Upgrade=None, Content_Length="9") + b"half"):
+                    with self.subTest(version=version.name, first=first[:4]), Process("--cert", path) as server:
+                        self.end_of_tls(server, context, first)
+
+    def end_of_tls(self, server: Process, context: ssl.SSLContext, first: bytes) -> None:
+        with Client(server.port, tls=context) as witness, Client(server.port, tls=context, handshake=False) as client:
+            client.send_raw(first)
+            if first.startswith(b"GET"):
+                client.read_head()
+            assert isinstance(client.socket, ssl.SSLSocket)
+            with contextlib.suppress(OSError):
+                client.socket.unwrap()  # sends close_notify, and waits for theirs
+            before = load.cpu(server.pid)
+            for _ in range(20):  # the room is alive, and nobody is busy with the connection
+                witness.send("Hello")
+                self.assertEqual(witness.read(), "Hello")
+                time.sleep(0.02)
+            self.assertLess(load.cpu(server.pid) - before, 0.3)
+        self.assertEqual(server.stop(), 0)
+
+
 class Exhaustion(ServerTestCase):
     """Trap 4: where the process has no more file descriptors or threads, others are not disturbed."""
 
