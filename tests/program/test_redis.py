@@ -24,7 +24,7 @@ import unittest
 import unittest.mock
 
 import pywebsock
-
+from tests.tools.faults import paused
 from tests.tools.support import (
     DEADLINE,
     EVERYTHING,
@@ -36,7 +36,6 @@ from tests.tools.support import (
     eventually,
     exchange,
     free_port,
-    paused,
     require,
 )
 

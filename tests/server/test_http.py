@@ -7,7 +7,6 @@ import json
 import unittest.mock
 
 import pywebsock
-
 from tests.tools.support import ROOT, ServerTestCase, eventually, exchange, request
 
 PAGE = "pywebsock.html"

@@ -8,7 +8,6 @@ import typing
 
 import pywebsock
 from pywebsock import BroadcastServer, CloseCode, WebSocketHandler
-
 from tests.tools.support import DEADLINE, Client, ServerTestCase, eventually
 
 

@@ -1,7 +1,7 @@
 """Many clients in one thread, and what the kernel says about a server: tools of the tests that try to break it.
 
-`python -m tests.tools.load HOST PORT` is one client in a process of its own, to be stopped or cut off: it says `open`, then
-answers pings until the end.
+`python -m tests.tools.load HOST PORT` is one client in a process of its own, to be stopped or cut off: it says `open`,
+then answers pings until the end.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Every wait has a deadline, every port is free, everything that is started is end
 
 from __future__ import annotations
 
+import atexit
+import collections
 import contextlib
 import importlib
 import logging
@@ -20,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 import typing
 import unittest
 import zlib
@@ -29,19 +30,46 @@ import pywebsock
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEADLINE = 10.0  # seconds that a test waits for anything
+MISSING = " is missing"  # what reasons to skip end with
 EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is missing fails instead of being skipped
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
+CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, RFC 6455 11.8
+DEFLATE = "permessage-deflate"
 
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
+
+
+_skipped: collections.Counter[str] = collections.Counter()  # why, and how often
+
+
+def _add_skip(
+    result: unittest.TestResult, test: unittest.TestCase, reason: str, add: typing.Any = unittest.TestResult.addSkip
+) -> None:
+    _skipped[reason] += 1
+    add(result, test, reason)
+
+
+def _say_what_was_skipped() -> None:
+    """One line at the end; without it, a run that skips half of the tests looks like one that passes them."""
+    if _skipped:
+        missing = sorted(reason[: -len(MISSING)] for reason in _skipped if reason.endswith(MISSING))
+        reasons = sorted(reason for reason in _skipped if not reason.endswith(MISSING))
+        reasons += [f"missing: {', '.join(missing)}"] if missing else []
+        how = "To run them: pip install --group dev, then PYWEBSOCK_TESTS=everything (see README)."
+        print(f"skipped {sum(_skipped.values())} tests ({'; '.join(reasons)}). {how}", file=sys.stderr)
+
+
+unittest.TestResult.addSkip = _add_skip  # type: ignore[method-assign, assignment]
+atexit.register(_say_what_was_skipped)
 
 
 def require(present: object, what: str) -> None:
     """Skip the test where something is missing, or fail it where everything has been asked for."""
     if not present:
         if EVERYTHING:
-            raise AssertionError(f"{what} is missing")
-        raise unittest.SkipTest(f"{what} is missing")
+            raise AssertionError(what + MISSING)
+        raise unittest.SkipTest(what + MISSING)
 
 
 def package(name: str) -> typing.Any:
@@ -68,6 +96,16 @@ def eventually(condition: typing.Callable[[], object], what: str = "", deadline:
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.Iterator[threading.Thread]:
+    """Another thread that calls something; it must have ended when the block is left, or soon after."""
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    yield thread
+    thread.join(DEADLINE)
+    assert not thread.is_alive(), f"{call} did not return"
+
+
 def growth(act: typing.Callable[[int], object], size: int) -> float:
     """How many times the CPU time of `act(size)` goes to `act(4 * size)`: 4 where it is linear, 16 where quadratic."""
     times: dict[int, list[float]] = {size: [], 4 * size: []}
@@ -81,10 +119,11 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
 
 def peak_memory(act: typing.Callable[[], object]) -> int:
     """The most bytes that `act` holds at any time."""
+    tracemalloc = package("tracemalloc")  # not in PyPy
     tracemalloc.start()
     try:
         act()
-        return tracemalloc.get_traced_memory()[1]
+        return int(tracemalloc.get_traced_memory()[1])
     finally:
         tracemalloc.stop()
 
@@ -206,18 +245,6 @@ class Process:
         self.stop()
 
 
-@contextlib.contextmanager
-def paused(pid: int) -> typing.Iterator[None]:
-    """Stop a child process with all its threads, and let it go on at the end."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        # Some of its threads run on until one has seen the signal.
-        eventually(lambda: os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG), f"process {pid} has not stopped")
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
     """A new certificate for localhost, with its key in the same file, and a context for clients that trust it."""
     require(shutil.which("openssl"), "the openssl command")
@@ -260,6 +287,12 @@ def masked_frame(
         head = struct.pack("!BBQ", first, 0x80 | 127, size)
     # An implementation of its own, slow and plain, to compare with.
     return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+
+
+def pieces(opcode: int, *payloads: bytes) -> bytes:
+    """A message in as many frames as there are payloads (RFC 6455 5.4)."""
+    last = len(payloads) - 1
+    return b"".join(masked_frame(CONT if i else opcode, payload, fin=i == last) for i, payload in enumerate(payloads))
 
 
 def compress(payload: bytes) -> bytes:

@@ -1,0 +1,178 @@
+"""The opening handshake over real sockets (RFC 6455 4.2)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+
+from tests.tools.support import (
+    ACCEPT,
+    KEY,
+    PING,
+    PONG,
+    TEXT,
+    Frame,
+    ServerTestCase,
+    eventually,
+    exchange,
+    masked_frame,
+    request,
+)
+
+
+class OpeningHandshake(ServerTestCase):
+    """RFC 6455 4.2: which request gets which status."""
+
+    ACCEPTED = (
+        request(),
+        request(target="/any/path?with=query"),
+        request(target="http://localhost:4545/absolute"),
+        request(Upgrade="WebSocket"),
+        request(Upgrade="h2c, websocket"),
+        request(Connection="keep-alive, Upgrade"),
+        request(Connection="upgrade"),
+        request(Host="127.0.0.1"),
+        request(Host="[::1]:80"),
+        request(Host="example.com"),
+        request(Sec_WebSocket_Protocol="chat", Sec_WebSocket_Extensions="x-unknown; y=1"),
+        request(X_Text="caf\xe9"),
+        request(X_Long="x" * 8000),
+        request(**{f"X_{i}": "x" for i in range(95)}),
+        request().replace(b"Host: ", b"hOST:").replace(b"Sec-WebSocket-Key: ", b"sec-websocket-key: \t "),
+    )
+
+    REFUSED = (
+        (400, "no Connection", request(Connection=None)),
+        (400, "wrong Connection", request(Connection="keep-alive")),
+        (400, "no Upgrade", request(Upgrade=None)),
+        (400, "wrong Upgrade", request(Upgrade="websockets")),
+        (400, "no key", request(Sec_WebSocket_Key=None)),
+        (400, "empty key", request(Sec_WebSocket_Key="")),
+        (400, "key of 15 bytes", request(Sec_WebSocket_Key="AAAAAAAAAAAAAAAAAAAA")),
+        (400, "key of 17 bytes", request(Sec_WebSocket_Key="AAAAAAAAAAAAAAAAAAAAAAA=")),
+        (400, "key not in base64", request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ!==")),
+        (400, "key not in ASCII", request(Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZ\xe9==")),
+        (400, "two keys", request(Sec_WebSocket_Key=f"{KEY}\r\nSec-WebSocket-Key: {KEY}")),
+        (400, "no Host", request(Host=None)),
+        (400, "empty Host", request(Host="")),
+        (400, "two Hosts", request(Host="localhost\r\nHost: localhost")),
+        (400, "malformed Host", request(Host="local host")),
+        (400, "Host with a path", request(Host="localhost/x")),
+        (400, "Host with a user", request(Host="user@localhost")),
+        (400, "HTTP/1.0", request(version="1.0")),
+        (400, "extensions malformed", request(Sec_WebSocket_Extensions=";;")),
+        (400, "lines that end in LF", request().replace(b"\r\n", b"\n")),
+        (400, "CR alone", request(X_Field="a\rb")),
+        (400, "NUL", request(X_Field="a\0b")),
+        (400, "a folded line", request(X_Field="a\r\n b")),
+        (400, "a space before the colon", request().replace(b"Host:", b"Host :")),
+        (400, "a line without a colon", request().replace(b"Host: ", b"Host ")),
+        (400, "no target", request().replace(b"GET / ", b"GET ")),
+        (400, "two spaces", request().replace(b"GET / ", b"GET  / ")),
+        (400, "no version", request().replace(b" HTTP/1.1", b"")),
+        (400, "lower case", request().replace(b"HTTP/", b"http/")),
+        (400, "an empty line first", b"\r\n" + request()),
+        (400, "garbage", b"garbage\r\n\r\n"),
+        (400, "bytes", bytes(range(256))),
+        (400, "a frame at once", masked_frame(TEXT, b"hello")),
+        (405, "POST", request(method="POST")),
+        (405, "get", request(method="get")),
+        (414, "a long target", request(target="/" + "x" * 8192)),
+        (414, "a request line that does not end", b"GET /" + b"x" * 8192),
+        (426, "version 8", request(Sec_WebSocket_Version="8")),
+        (426, "version 14", request(Sec_WebSocket_Version="14")),
+        (426, "no version", request(Sec_WebSocket_Version=None)),
+        (431, "a long field", request(X_Long="x" * 8192)),
+        (431, "a field that does not end", request()[:-2] + b"X: " + b"x" * 8192),
+        (431, "too many fields", request(**{f"X_{i}": "x" for i in range(96)})),
+        (431, "too many bytes", request(**{f"X_{i}": "x" * 8000 for i in range(5)})),
+        (505, "HTTP/2", request(version="2.0")),
+        (505, "HTTP/0.9", request(version="0.9")),
+    )
+
+    def test_accepted(self) -> None:
+        server = self.serve()
+        for data in self.ACCEPTED:
+            with self.subTest(data=data[:300]):
+                client = self.connect(server, handshake=False)
+                client.send_raw(data)
+                start, *lines = client.read_head().decode().split("\r\n")
+                self.assertEqual(start, "HTTP/1.1 101 Switching Protocols")
+                fields = dict(line.split(": ", 1) for line in lines if line)
+                expected = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": ACCEPT}
+                self.assertEqual(fields, expected)
+                client.frame(PING, b"?")
+                self.assertEqual(client.read_frame(), Frame(True, False, PONG, b"?"))
+
+    def test_refused(self) -> None:
+        server = self.serve()
+        required = {405: ("allow", "get"), 426: ("sec-websocket-version", "13")}
+        for status, what, data in self.REFUSED:
+            with self.subTest(what, status=status), self.assertLogs("pywebsock", "WARNING") as logged:
+                got, fields, body = exchange(server.server_address[1], data)
+                self.assertEqual((got, fields["connection"]), (status, "close"))
+                self.assertEqual(fields["content-length"], str(len(body)))
+                name, value = required.get(status, ("connection", "close"))
+                self.assertEqual(fields[name], value)
+                self.assertEqual(len(logged.records), 1)
+                self.assertIsNone(logged.records[0].exc_info)
+                self.assertNotIn("\n", logged.records[0].getMessage())
+        self.assertEqual(server.heard, [])
+
+    def test_byte_by_byte_with_a_frame_behind(self) -> None:
+        client = self.connect(self.serve(), handshake=False)
+        for byte in request() + masked_frame(TEXT, b"early"):
+            client.send_raw(bytes([byte]))
+        client.read_head()
+        self.assertEqual(client.read(), "early")
+
+    def test_frames_in_the_segment_of_the_request(self) -> None:
+        client = self.connect(self.serve(), handshake=False)
+        client.send_raw(request() + masked_frame(TEXT, b"early") + masked_frame(PING)[:3])
+        client.read_head()
+        self.assertEqual(client.read(), "early")
+        client.send_raw(masked_frame(PING)[3:])
+        self.assertEqual(client.read_frame(), Frame(True, False, PONG, b""))
+
+    def test_408_too_slow(self) -> None:
+        """The time is for the whole head, not for each read."""
+        server = self.serve(handshake_timeout=0.5)
+        silent, dripping = self.connect(server, handshake=False), self.connect(server, handshake=False)
+        with contextlib.suppress(ConnectionError):  # it is closed in the midst
+            dripping.socket.settimeout(0.05)
+            for byte in request(X_Long="x" * 1000):
+                dripping.send_raw(bytes([byte]))
+                with contextlib.suppress(socket.timeout):
+                    self.assertTrue(dripping.read_head().startswith(b"HTTP/1.1 408 "))
+                    break
+            else:
+                self.fail("it waited for all")
+        self.assertTrue(silent.read_all().startswith(b"HTTP/1.1 408 "))
+
+    def test_503_no_seat(self) -> None:
+        server = self.serve(max_clients=1)
+        self.connect(server)
+        self.assertEqual(exchange(server.server_address[1], request())[0], 503)
+
+    def test_no_request_at_all(self) -> None:
+        """A port scan: nothing worth a warning, and nobody is disturbed."""
+        server = self.serve()
+        with self.assertLogs("pywebsock", "DEBUG") as logged:
+            for data in (b"", b"G", request()[:-2]):
+                client = self.connect(server, handshake=False)
+                client.send_raw(data)
+                client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.read_all(), b"")
+            eventually(lambda: len(logged.records) == 3)
+        self.assertEqual({record.levelname for record in logged.records}, {"INFO"})
+        self.assertEqual([record.exc_info for record in logged.records], [None] * 3)
+
+    def test_tls_on_a_plain_port(self) -> None:
+        server = self.serve()
+        context = ssl.create_default_context()
+        with self.assertLogs("pywebsock", "INFO") as logged:
+            with self.assertRaises((ssl.SSLError, ConnectionError)):
+                self.connect(server, tls=context)
+            eventually(lambda: logged.records)
+        self.assertEqual([record.exc_info for record in logged.records], [None])

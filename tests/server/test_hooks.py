@@ -1,0 +1,216 @@
+"""Hooks, and what they and any other thread may call."""
+
+from __future__ import annotations
+
+import threading
+
+import pywebsock
+from tests.tools.support import (
+    CLOSE,
+    DEADLINE,
+    TEXT,
+    Frame,
+    Recorder,
+    ServerTestCase,
+    eventually,
+    in_thread,
+    masked_frame,
+    request,
+)
+
+
+class Hooks(ServerTestCase):
+    """An exception in a hook is logged with its traceback and closes that client with 1011; nobody else notices."""
+
+    class Server(Recorder):
+        """Fails where a client's path or message says so."""
+
+        def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+            if client.path == "/open":
+                self.broadcast("good")
+                raise LookupError("in on_open")
+
+        def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+            if message == "fail":
+                raise LookupError("in on_message")
+            super().on_message(client, message)
+
+        def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
+            super().on_close(client, code, reason)
+            if client.path == "/close":
+                raise LookupError("in on_close")
+
+    def check(self, data: bytes, code: int, what: str) -> None:
+        """What a client sends gets it this code and the log a traceback; another client gets the good message alone."""
+        server = self.serve(self.Server)
+        witness, client = self.connect(server), self.connect(server, handshake=False)
+        with self.assertLogs("pywebsock", "ERROR") as logged:
+            client.send_raw(data)
+            client.read_head()
+            self.assertEqual(client.read(), "good")
+            self.assertEqual(client.read_close()[0], code)
+            eventually(lambda: logged.records)
+        self.assertEqual(len(logged.records), 1)
+        self.assertIn(f"LookupError: {what}", logged.output[0])
+        server.wait_for("close", code, "" if code == 1000 else "internal error")
+        witness.send("all is well")
+        self.assertEqual(witness.read(), "good")
+        self.assertEqual(witness.read_frame(), Frame(True, False, TEXT, b"all is well"))
+
+    def test_on_open(self) -> None:
+        self.check(request(target="/open") + masked_frame(TEXT, b"never"), 1011, "in on_open")
+
+    def test_on_message(self) -> None:
+        texts = b"".join(masked_frame(TEXT, text) for text in (b"good", b"fail", b"never"))
+        self.check(request() + texts, 1011, "in on_message")
+
+    def test_on_close(self) -> None:
+        close = masked_frame(CLOSE, b"\x03\xe8")
+        self.check(request(target="/close") + masked_frame(TEXT, b"good") + close, 1000, "in on_close")
+
+    def test_each_in_its_own_thread(self) -> None:
+        """A hook may take its time: only its client waits."""
+        go_on = threading.Event()
+
+        class Server(Recorder):
+            """Waits where a message says so."""
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                if message == "wait":
+                    go_on.wait(DEADLINE)
+                super().on_message(client, message)
+
+        server = self.serve(Server)
+        a, b = self.connect(server), self.connect(server)
+        a.send_raw(masked_frame(TEXT, b"before") + masked_frame(TEXT, b"wait"))
+        for i in range(10):
+            b.send(str(i))
+        messages = [b.read() for _ in range(10)]
+        while messages[-1] != "9":
+            messages.append(b.read())
+        self.assertNotIn("wait", messages)
+        go_on.set()
+        while messages[-1] != "wait":
+            messages.append(b.read())
+        self.assertEqual(sorted(map(str, messages)), [*map(str, range(10)), "before", "wait"])
+
+    def test_order_of_hooks(self) -> None:
+        server = self.serve()
+        client = self.connect(server, handshake=False)
+        client.send_raw(request(target="/p?q") + masked_frame(TEXT, b"x") + masked_frame(CLOSE, b"\x0f\xa0bye"))
+        client.read_all()
+        expected = [("open", "/p?q"), ("message", "x"), ("close", 4000, "bye")]
+        server.wait_for(*expected[-1])
+        self.assertEqual(server.heard, expected)
+
+    def test_a_hook_may_call_everything(self) -> None:
+        class Server(Recorder):
+            """Answers, tells all, and ends it."""
+
+            def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+                client.send("welcome")
+                self.broadcast("somebody came")
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                client.send(b"to you")
+                self.broadcast("to all")
+                client.close(4000, "enough")
+
+            def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
+                client.send("nobody hears this")
+                client.close()
+                self.broadcast(f"somebody left: {code}")
+
+        server = self.serve(Server)
+        a = self.connect(server)
+        self.assertEqual([a.read(), a.read()], ["welcome", "somebody came"])
+        b = self.connect(server)
+        self.assertEqual([b.read(), b.read()], ["welcome", "somebody came"])
+        b.send("x")
+        self.assertEqual([b.read(), b.read()], [b"to you", "to all"])
+        self.assertEqual(b.read_frame().payload[2:], b"enough")
+        b.close(4000)
+        self.assertEqual(b.read_all(), b"")
+        self.assertEqual([a.read() for _ in range(3)], ["somebody came", "to all", "somebody left: 4000"])
+
+
+class AnyThread(ServerTestCase):
+    """broadcast, send and close check what they are given where they are called."""
+
+    def setUp(self) -> None:
+        self.server = self.serve()
+        self.client = self.connect(self.server)
+        (self.handler,) = self.server.clients
+
+    def tearDown(self) -> None:
+        """Whatever was refused, nothing of it was sent, and all goes on."""
+        self.server.broadcast("end")
+        self.assertEqual(self.client.read(), "end")
+
+    def test_messages(self) -> None:
+        for message in ("text", "", b"bytes", b"", bytearray(b"array"), memoryview(b"view")):
+            with self.subTest(message=message):
+                expected = message if isinstance(message, str) else bytes(message)
+                self.server.broadcast(message)  # type: ignore[arg-type]
+                self.handler.send(message)  # type: ignore[arg-type]
+                self.assertEqual([self.client.read(), self.client.read()], [expected] * 2)
+
+    def test_what_was_sent_may_be_changed(self) -> None:
+        changing = bytearray(b"before")
+        with self.server._turn:
+            self.server.broadcast(changing)  # type: ignore[arg-type]
+            changing[:] = b"after!"
+        self.server.broadcast("next")
+        self.assertEqual([self.client.read(), self.client.read()], [b"before", "next"])
+
+    def test_type_error(self) -> None:
+        for message in (None, 1, ["x"], object()):
+            with self.subTest(message=message):
+                with self.assertRaises(TypeError):
+                    self.server.broadcast(message)  # type: ignore[arg-type]
+                with self.assertRaises(TypeError):
+                    self.handler.send(message)  # type: ignore[arg-type]
+
+    def test_value_error(self) -> None:
+        for code in (-1, 0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65536):
+            with self.subTest(code=code), self.assertRaises(ValueError):
+                self.handler.close(code)
+        lone = "\ud800"  # half of a surrogate pair: no UTF-8 for it
+        with self.assertRaises(ValueError):
+            self.server.broadcast(lone)
+        with self.assertRaises(ValueError):
+            self.handler.send(lone)
+
+    def test_value_error_for_a_reason(self) -> None:
+        with self.assertRaises(ValueError):
+            self.handler.close(1000, "\ud800")
+
+    def test_long_reason_is_cut(self) -> None:
+        """A Close frame has 125 bytes at most, and never half a character."""
+        for reason, expected in (
+            ("x" * 200, "x" * 123),
+            ("\u20ac" * 100, "\u20ac" * 41),
+            ("x\u20ac" * 50, "x\u20ac" * 30 + "x"),
+        ):
+            client = self.connect(self.server)
+            (handler,) = self.server.clients - {self.handler}
+            handler.close(4000, reason)
+            frame = client.read_frame()
+            self.assertEqual(frame.payload[2:].decode(), expected)
+            client.close(4000)
+            self.assertEqual(client.read_all(), b"")
+            eventually(lambda: len(self.server.clients) == 1)
+
+    def test_to_a_client_that_has_gone(self) -> None:
+        client = self.connect(self.server)
+        (handler,) = self.server.clients - {self.handler}
+        client.close()
+        client.read_close()
+        handler.send("nobody hears this")
+        handler.close()
+
+    def test_large_broadcast(self) -> None:
+        """The limit is for what clients send; a large message does not wait for ever in the queue."""
+        message = bytes(range(256)) * 4 * 1024 * 6  # 6 MiB
+        with in_thread(self.server.broadcast, message):
+            self.assertEqual(self.client.read(), message)

@@ -1,0 +1,129 @@
+"""Ping, Pong, and what the server learns from them (RFC 6455 5.5.2, 5.5.3)."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+from tests.tools import faults
+from tests.tools.support import (
+    PING,
+    PONG,
+    TEXT,
+    Frame,
+    ServerTestCase,
+    eventually,
+    in_thread,
+    masked_frame,
+)
+
+
+class Ping(ServerTestCase):
+    """RFC 6455 5.5.2: a Ping is answered, and nobody else's business."""
+
+    def test_payload_comes_back(self) -> None:
+        client = self.connect(self.serve())
+        for payload in (b"", b"x", b"\xff\x00", bytes(125)):
+            with self.subTest(payload=payload):
+                client.frame(PING, payload)
+                self.assertEqual(client.read_frame(), Frame(True, False, PONG, payload))
+
+    def test_in_order_with_messages(self) -> None:
+        client = self.connect(self.serve())
+        client.send_raw(masked_frame(TEXT, b"1") + masked_frame(PING, b"2") + masked_frame(TEXT, b"3"))
+        frames = [client.read_frame() for _ in range(3)]
+        self.assertEqual([(frame.opcode, frame.payload) for frame in frames], [(1, b"1"), (10, b"2"), (1, b"3")])
+
+    def test_not_broadcast(self) -> None:
+        server = self.serve()
+        a, b = self.connect(server), self.connect(server)
+        a.send_raw(masked_frame(PING, b"ping") + masked_frame(PONG, b"pong") + masked_frame(TEXT, b"text"))
+        self.assertEqual(b.read_frame(), Frame(True, False, TEXT, b"text"))
+
+
+class Pong(ServerTestCase):
+    """RFC 6455 5.5.3."""
+
+    def test_unsolicited_is_ignored(self) -> None:
+        client = self.connect(self.serve())
+        for payload in (b"", b"x", bytes(125)):
+            client.frame(PONG, payload)
+        client.send("still here")
+        self.assertEqual(client.read_frame(), Frame(True, False, TEXT, b"still here"))
+
+    def test_newest_is_enough_for_a_client_that_does_not_read(self) -> None:
+        """Where pongs would have to wait, the newest is kept: pings cannot fill the memory."""
+        server = self.serve()
+        faults.small_buffers(server)
+        reader, sleeper = self.connect(server), self.connect(server, small=True)
+        for _ in range(4):
+            server.broadcast(bytes(250_000))  # far more than both buffers: it has a backlog
+        pings = 5000
+        sleeper.send_raw(b"".join(masked_frame(PING, b"%d" % i) for i in range(pings)))
+        sleeper.send("awake")
+        self.assertEqual([reader.read() for _ in range(5)], [bytes(250_000)] * 4 + ["awake"])
+        frames = [sleeper.read_frame()]
+        while frames[-1].opcode != PONG:
+            frames.append(sleeper.read_frame())
+        self.assertEqual([len(frame.payload) for frame in frames[:-1]], [250_000] * 4 + [5])
+        self.assertEqual(frames[-1].payload, b"%d" % (pings - 1))
+        sleeper.send("that was all")
+        self.assertEqual(sleeper.read_frame(), Frame(True, False, TEXT, b"that was all"))
+
+
+class Keepalive(ServerTestCase):
+    """RFC 6455 5.5.2: a Ping finds out who is still there."""
+
+    def test_ping_and_pong(self) -> None:
+        server = self.serve(ping_interval=0.05, ping_timeout=60)
+        client = self.connect(server)
+        for _ in range(5):
+            frame = client.read_frame()
+            self.assertEqual(frame.opcode, PING)
+            client.frame(PONG, frame.payload)
+        self.assertEqual(len(server.clients), 1)
+
+    def test_dropped_after_more_silence(self) -> None:
+        server = self.serve(ping_interval=0.1, ping_timeout=0.2)
+        client = self.connect(server)
+        self.assertEqual(client.read_frame().opcode, PING)
+        self.assertEqual(client.read_all(), b"")
+        eventually(lambda: [heard[:2] for heard in server.heard] == [("open", "/"), ("close", 1006)])
+        self.assertEqual(len(server.clients), 0)
+
+    def test_one_ping_is_enough(self) -> None:
+        server = self.serve(ping_interval=0.1, ping_timeout=0.5)
+        client = self.connect(server)
+        self.assertEqual(client.read_all(), b"\x89\x00")
+
+    def test_a_client_that_only_listens_is_pinged(self) -> None:
+        """Broadcasts that go out are no sign of life."""
+        server = self.serve(ping_interval=0.2, ping_timeout=60)
+        client = self.connect(server)
+        enough = threading.Event()
+
+        def chatter() -> None:
+            while not enough.wait(0.01):
+                server.broadcast("chatter")
+
+        with in_thread(chatter):
+            try:
+                while client.read_frame().opcode != PING:
+                    pass
+            finally:
+                enough.set()
+
+    def test_a_stuck_client_is_removed(self) -> None:
+        """No Ping can reach it, but its silence is heard."""
+        server = self.serve(ping_interval=0.2, ping_timeout=0.2, send_timeout=3600)
+        faults.small_buffers(server)
+        self.connect(server, small=True)
+        for _ in range(10):
+            server.broadcast(bytes(10_000))
+        eventually(lambda: not server.clients)
+
+    def test_none(self) -> None:
+        client = self.connect(self.serve(ping_interval=0))
+        client.socket.settimeout(0.3)
+        with self.assertRaises(socket.timeout):
+            client.read_frame()

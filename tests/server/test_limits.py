@@ -1,0 +1,79 @@
+"""Limits: messages a second of one client, and clients at once."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+from tests.tools.support import (
+    CLOSE,
+    TEXT,
+    Client,
+    ServerTestCase,
+    eventually,
+    exchange,
+    masked_frame,
+    request,
+)
+
+
+class Rate(ServerTestCase):
+    """A client that sends too fast is made to wait."""
+
+    def test_waits_and_loses_nothing(self) -> None:
+        server = self.serve(rate=40)
+        sender, other = self.connect(server), self.connect(server)
+        start = time.monotonic()
+        sender.send_raw(b"".join(masked_frame(TEXT, b"%d" % i) for i in range(80)))
+        other.send("not held up")
+        messages = [sender.read() for _ in range(81)]
+        self.assertGreater(time.monotonic() - start, 0.7)  # a second's worth may come at once
+        self.assertLess(messages.index("not held up"), 79)
+        messages.remove("not held up")
+        self.assertEqual(messages, [str(i) for i in range(80)])
+
+    def test_enough(self) -> None:
+        """Who stays below the rate notices nothing."""
+        client = self.connect(self.serve(rate=1000))
+        start = time.monotonic()
+        for i in range(20):
+            client.send(str(i))
+            self.assertEqual(client.read(), str(i))
+        self.assertLess(time.monotonic() - start, 5)
+
+
+def visit(port: int, data: bytes = b"") -> bool:
+    """Open a WebSocket, send something, and leave: whether it was opened."""
+    with Client(port, handshake=False) as client:
+        client.send_raw(request() + data)
+        return client.read_head().startswith(b"HTTP/1.1 101 ")
+
+
+class MaxClients(ServerTestCase):
+    """Seats are limited; a seat is free again when its client has gone."""
+
+    def test_full_and_free_again(self) -> None:
+        server = self.serve(max_clients=2)
+        port = server.server_address[1]
+        first = self.connect(server)
+        self.connect(server)
+        for _ in range(3):
+            self.assertEqual(exchange(port, request())[0], 503)
+        self.assertEqual(exchange(port, request(Upgrade=None, Sec_WebSocket_Key=None))[0], 200)
+        first.socket.close()
+        eventually(lambda: visit(port))
+
+    def test_every_way_to_leave_frees_the_seat(self) -> None:
+        port = self.serve(max_clients=1).server_address[1]
+        half = masked_frame(TEXT, b"Hello")[:-1]
+        for data in (b"", masked_frame(CLOSE), b"\x81\x00", masked_frame(TEXT, b"\xff"), half):
+            for _ in range(2):
+                with self.subTest(data=data):
+                    eventually(functools.partial(visit, port, data))
+
+    def test_refused_handshakes_take_no_seat(self) -> None:
+        server = self.serve(max_clients=1)
+        for _ in range(3):
+            self.assertEqual(exchange(server.server_address[1], request(Origin="http://example.com"))[0], 403)
+            self.assertEqual(exchange(server.server_address[1], request(Sec_WebSocket_Key="?"))[0], 400)
+        self.connect(server)

@@ -1,0 +1,224 @@
+"""One order of messages for all, for those who join, and for those who send too much."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import typing
+
+import pywebsock
+from tests.tools import faults
+from tests.tools.support import (
+    BINARY,
+    DEFLATE,
+    TEXT,
+    Client,
+    Recorder,
+    ServerTestCase,
+    eventually,
+    in_thread,
+    masked_frame,
+)
+
+
+class OneOrder(ServerTestCase):
+    """Every client sees the same messages in the same order."""
+
+    SENDERS, MESSAGES = 4, 250
+
+    def check(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> None:
+        """Several clients send at once, some threads of the program too; all clients must see one sequence."""
+        clients = [self.connect(server, **how) for _ in range(self.SENDERS + 3)]
+        with contextlib.ExitStack() as stack:
+            for name, client in enumerate(clients[: self.SENDERS]):
+                frames = [masked_frame(TEXT, b"%d %d" % (name, i)) for i in range(self.MESSAGES)]
+                for start in range(0, self.MESSAGES, 50):  # a few segments each
+                    stack.enter_context(in_thread(client.send_raw, b"".join(frames[start : start + 50]))).join()
+            stack.enter_context(in_thread(self._broadcast, server))
+        seen = [[client.read() for _ in range((self.SENDERS + 1) * self.MESSAGES)] for client in clients]
+        for other in seen[1:]:
+            self.assertEqual(other, seen[0])
+        by_sender: dict[str, list[int]] = collections.defaultdict(list)
+        for message in seen[0]:
+            sender, number = str(message).split()
+            by_sender[sender].append(int(number))
+        self.assertEqual(len(by_sender), self.SENDERS + 1)
+        for sender, numbers in by_sender.items():
+            self.assertEqual(numbers, list(range(self.MESSAGES)), sender)
+
+    def _broadcast(self, server: pywebsock.BroadcastServer) -> None:
+        for i in range(self.MESSAGES):
+            server.broadcast(f"program {i}")
+
+    def test_one_order(self) -> None:
+        self.check(self.serve())
+
+    def test_one_order_where_all_are_slow(self) -> None:
+        server = self.serve()
+        faults.small_buffers(server)
+        self.check(server, small=True)
+
+    def test_messages_to_one_client_are_in_the_order(self) -> None:
+        server = self.serve()
+        one = self.connect(server)
+        (handler,) = server.clients
+        other = self.connect(server)
+        for i in range(50):
+            server.broadcast(f"all {i}")
+            handler.send(b"you %d" % i)
+        server.broadcast("end")
+        expected: list[str | bytes] = []
+        for i in range(50):
+            expected += [f"all {i}", b"you %d" % i]
+        self.assertEqual([one.read() for _ in range(101)], [*expected, "end"])
+        self.assertEqual([other.read() for _ in range(51)], [f"all {i}" for i in range(50)] + ["end"])
+
+
+class Joining(ServerTestCase):
+    """A client has every message after its 101, and none twice."""
+
+    def test_everything_after_the_101(self) -> None:
+        server = self.serve()
+        for i in range(100):
+            client = self.connect(server)
+            server.broadcast(str(i))
+            self.assertEqual(client.read(), str(i))
+
+    def check_under_load(self, history: int, **how: typing.Any) -> None:
+        """Clients that join while numbers are broadcast see all numbers from one on."""
+        server = self.serve(history=history)
+        begun, last = [0], [1 << 60]
+
+        def count() -> None:
+            while begun[0] < last[0]:
+                begun[0] += 1
+                server.broadcast(str(begun[0]))
+
+        clients: list[tuple[Client, int]] = []
+        with in_thread(count):
+            try:
+                for _ in range(30):
+                    client = self.connect(server, **how)
+                    clients.append((client, begun[0]))
+            finally:
+                last[0] = begun[0] + 150
+        for client, begun_at_101 in clients:
+            numbers = [int(client.read()) for _ in range(100)]
+            self.assertLessEqual(numbers[0], begun_at_101 + 1)
+            self.assertEqual(numbers, list(range(numbers[0], numbers[0] + 100)))
+
+    def test_under_load(self) -> None:
+        self.check_under_load(history=0)
+
+    def test_under_load_with_history(self) -> None:
+        self.check_under_load(history=20)
+
+    def test_under_load_with_compression(self) -> None:
+        self.check_under_load(history=20, Sec_WebSocket_Extensions=DEFLATE)
+
+    def test_history(self) -> None:
+        """The last messages, oldest first, then what follows."""
+        server = self.serve(history=3)
+        first = self.connect(server)
+        for message in ("1", b"2", "3" * 5000, "4"):
+            first.send(message)
+            first.read()
+        for how in ({}, {"Sec_WebSocket_Extensions": DEFLATE}):
+            late = self.connect(server, **how)
+            self.assertEqual([late.read() for _ in range(3)], [b"2", "3" * 5000, "4"])
+        server.broadcast("5")
+        self.assertEqual(late.read(), "5")
+
+    def test_history_is_compressed_by_who_joins(self) -> None:
+        """Not in the turn, in which it would hold up everybody."""
+        server = self.serve(history=1)
+        server.broadcast("x" * 5000)
+        with contextlib.ExitStack() as stack, server._turn:
+            stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
+            eventually(lambda: server._queue)
+            self.assertEqual(list(server._history[0]._deflated), [15])
+
+    def test_no_history(self) -> None:
+        server = self.serve()
+        server.broadcast("before")
+        late = self.connect(server)
+        server.broadcast("after")
+        self.assertEqual(late.read(), "after")
+
+    def test_messages_to_one_client_are_no_history(self) -> None:
+        server = self.serve(history=9)
+        self.connect(server)
+        (handler,) = server.clients
+        handler.send("secret")
+        server.broadcast("news")
+        self.assertEqual(self.connect(server).read(), "news")
+
+
+class HeldBack(ServerTestCase):
+    """Senders wait where too much is queued; the memory stays bounded and nothing is lost."""
+
+    class Server(Recorder):
+        """Notes how much is queued whenever something comes."""
+
+        peak = 0
+
+        def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+            pywebsock.BroadcastServer.on_message(self, client, message)
+            self.peak = max(self.peak, self._queued)
+
+    def test_senders(self) -> None:
+        server = self.serve(self.Server)
+        senders = [self.connect(server) for _ in range(3)]
+        message = bytes(40_000)
+        flood = masked_frame(BINARY, message) * 250  # 10 MB each
+        with contextlib.ExitStack() as stack:
+            with server._turn:  # nothing is carried out meanwhile
+                for sender in senders:
+                    stack.enter_context(in_thread(sender.send_raw, flood))
+                eventually(lambda: server._queued > pywebsock.QUEUE_SIZE)
+            server.take_turn()
+            for sender in senders:
+                stack.enter_context(in_thread(self.check_all, sender, message, 250 * 3))
+        self.assertGreater(server.peak, pywebsock.QUEUE_SIZE)
+        self.assertLess(server.peak, pywebsock.QUEUE_SIZE + 3 * (pywebsock.READ_SIZE + 2 * len(message)))
+        eventually(lambda: server._queued == 0)
+
+    def test_tiny_messages(self) -> None:
+        """Many that come at once are not all put in the queue at once."""
+        server = self.serve(self.Server)
+        client = self.connect(server)
+        count = 50_000
+        with contextlib.ExitStack() as stack:
+            with server._turn:
+                stack.enter_context(in_thread(client.send_raw, masked_frame(BINARY, b"") * count))
+                eventually(lambda: len(server._queue) > pywebsock.MANY_FRAMES // 2)
+            self.check_all(client, b"", count)
+        self.assertLess(server.peak, 2 * pywebsock.MANY_FRAMES * (pywebsock.OVERHEAD + 2))
+
+    def check_all(self, client: Client, message: bytes, count: int) -> None:
+        """Read so many times this message."""
+        frame = pywebsock.serialize_frame(BINARY, message)
+        received = bytearray()
+        while len(received) < len(frame) * count:
+            received += client.socket.recv(1 << 20)
+        self.assertEqual(received, frame * count)
+
+    def test_broadcast(self) -> None:
+        server = self.serve()
+        client = self.connect(server)
+        done: list[int] = []
+
+        def broadcast() -> None:
+            for i in range(200):
+                server.broadcast(bytes(100_000))
+                done.append(i)
+
+        with contextlib.ExitStack() as stack:
+            with server._turn:
+                stack.enter_context(in_thread(broadcast))
+                eventually(lambda: server._queued > pywebsock.QUEUE_SIZE)
+                self.assertLess(len(done), 200)
+            server.take_turn()
+            for _ in range(200):
+                self.assertEqual(client.read(), bytes(100_000))
+        self.assertEqual(done, list(range(200)))

@@ -1,0 +1,117 @@
+"""A client that reads slowly, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from tests.tools import faults
+from tests.tools.support import (
+    CLOSE,
+    PING,
+    PONG,
+    Client,
+    ServerTestCase,
+    eventually,
+)
+
+
+def read_to_the_end(client: Client) -> list[str | bytes]:
+    """All messages that still come, however the connection ends."""
+    messages: list[str | bytes] = []
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            messages.append(client.read())
+    return messages
+
+
+class SlowClients(ServerTestCase):
+    """One client that stops reading never holds up another."""
+
+    def test_gets_everything_later(self) -> None:
+        server = self.serve()
+        faults.small_buffers(server)
+        quick, slow = self.connect(server), self.connect(server, small=True)
+        messages = [bytes([i]) * 20_000 for i in range(100)]
+        for message in messages:
+            server.broadcast(message)
+            self.assertEqual(quick.read(), message)
+        self.assertEqual([slow.read() for _ in messages], messages)
+        server.broadcast("next")  # and it is quick again
+        self.assertEqual([quick.read(), slow.read()], ["next"] * 2)
+
+    def test_dropped_alone_beyond_the_backlog(self) -> None:
+        server = self.serve(max_backlog=100_000)
+        faults.small_buffers(server)
+        quick, stuck = self.connect(server), self.connect(server, small=True)
+        quick.frame(PING)  # see that both are there
+        self.assertEqual(quick.read_frame().opcode, PONG)
+        for i in range(40):
+            server.broadcast(b"%5d" % i * 2000)
+            self.assertEqual(quick.read(), b"%5d" % i * 2000)
+        eventually(lambda: len(server.clients) == 1)
+        self.assertLess(len(read_to_the_end(stuck)), 40)
+        eventually(lambda: [heard[:2] for heard in server.heard if heard[0] == "close"] == [("close", 1006)])
+        quick.send("all is well")
+        self.assertEqual(quick.read(), "all is well")
+
+    def test_dropped_when_nothing_moves(self) -> None:
+        server = self.serve(send_timeout=0.3, ping_interval=0)
+        faults.small_buffers(server)
+        quick, stuck = self.connect(server), self.connect(server, small=True)
+        for _ in range(10):
+            server.broadcast(bytes(10_000))
+        self.assertEqual([quick.read() for _ in range(10)], [bytes(10_000)] * 10)
+        eventually(lambda: len(server.clients) == 1)
+        self.assertLess(len(read_to_the_end(stuck)), 10)
+
+    def test_not_dropped_while_it_moves(self) -> None:
+        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets."""
+        server = self.serve(send_timeout=1, ping_interval=0.5, ping_timeout=0.5)
+        faults.small_buffers(server)
+        slow = self.connect(server, small=True)
+        for _ in range(10):
+            server.broadcast(bytes(10_000))
+        received = 0
+        end = time.monotonic() + 2.5  # longer than all timeouts
+        while time.monotonic() < end:
+            received += len(slow.socket.recv(2000))
+            time.sleep(0.05)
+        self.assertLess(received, 101_000)
+        self.assertEqual(len(server.clients), 1)
+
+    def test_a_stuck_client_delays_nobody(self) -> None:
+        """With many stuck clients the others still get each message at once, and in the order."""
+        server = self.serve()
+        faults.small_buffers(server)
+        for _ in range(10):
+            self.connect(server, small=True)
+        a, b = self.connect(server), self.connect(server)
+        for i in range(100):
+            a.send(str(i) * 1000)
+            self.assertEqual([a.read(), b.read()], [str(i) * 1000] * 2)
+
+    def test_close_comes_after_the_backlog(self) -> None:
+        server = self.serve()
+        faults.small_buffers(server)
+        slow = self.connect(server, small=True)
+        (handler,) = server.clients
+        for _ in range(20):
+            server.broadcast(bytes(10_000))
+        handler.close(4000, "that was all")
+        self.assertEqual([slow.read() for _ in range(20)], [bytes(10_000)] * 20)
+        frame = slow.read_frame()
+        self.assertEqual((frame.opcode, frame.payload[2:]), (CLOSE, b"that was all"))
+        slow.close(4000)
+        self.assertEqual(slow.read_all(), b"")
+
+    def test_a_slow_client_closes(self) -> None:
+        """What it has not read comes before the answer to its Close."""
+        server = self.serve()
+        faults.small_buffers(server)
+        slow = self.connect(server, small=True)
+        for _ in range(20):
+            server.broadcast(bytes(10_000))
+        slow.close(4000)
+        self.assertEqual([slow.read() for _ in range(20)], [bytes(10_000)] * 20)
+        self.assertEqual(slow.read_close(), (4000, ""))

@@ -1,0 +1,161 @@
+"""wss:// and https://."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ssl
+import tempfile
+import time
+import typing
+import unittest
+import unittest.mock
+
+from tests.tools import faults, load
+from tests.tools.support import (
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    Client,
+    Frame,
+    Process,
+    Recorder,
+    ServerTestCase,
+    certificate,
+    eventually,
+    exchange,
+    in_thread,
+    masked_frame,
+    request,
+)
+
+
+class TLS(ServerTestCase):
+    """wss:// and https://, on the same port."""
+
+    server_context: ssl.SSLContext
+    context: ssl.SSLContext
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        directory = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(directory.cleanup)
+        path, cls.context = certificate(directory.name)
+        cls.server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.server_context.load_cert_chain(path)
+
+    def secure(self, **settings: typing.Any) -> Recorder:
+        """A server with the certificate."""
+        return self.serve(Recorder, tls_context=self.server_context, **settings)
+
+    def client(self, server: Recorder, **how: typing.Any) -> Client:
+        """A client that trusts it."""
+        return self.connect(server, tls=self.context, **how)
+
+    def test_both_versions(self) -> None:
+        server = self.secure()
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.minimum_version = context.maximum_version = version
+            with self.subTest(version=version.name):
+                client = self.connect(server, tls=context)
+                for message in ("Hello", b"", bytes(300_000)):
+                    client.send(message)
+                    self.assertEqual(client.read(), message)
+                client.frame(PING, b"?")
+                self.assertEqual(client.read_frame(), Frame(True, False, PONG, b"?"))
+                client.close(4000)
+                self.assertEqual(client.read_close(), (4000, ""))  # and a proper end: read_close() wants one
+
+    def test_one_order(self) -> None:
+        """Everybody writes to everybody: reading and writing meet on one TLS object."""
+        server = self.secure()
+        clients = [self.client(server) for _ in range(4)]
+        with contextlib.ExitStack() as stack:
+            for name, client in enumerate(clients):
+                frames = b"".join(masked_frame(TEXT, b"%d %d" % (name, i)) for i in range(200))
+                stack.enter_context(in_thread(client.send_raw, frames))
+        seen = [[client.read() for _ in range(4 * 200)] for client in clients]
+        self.assertEqual(seen, [seen[0]] * 4)
+
+    def test_http(self) -> None:
+        port = self.secure().server_address[1]
+        for target, expected in (("/", 200), ("/status", 200), ("/nothing", 404)):
+            data = request(target=target, Upgrade=None, Sec_WebSocket_Key=None)
+            status, fields, body = exchange(port, data, tls=self.context)
+            self.assertEqual((status, fields["content-length"]), (expected, str(len(body))))
+
+    def test_slow_client(self) -> None:
+        server = self.secure()
+        faults.small_buffers(server)
+        quick, slow = self.client(server), self.client(server, small=True)
+        messages = [bytes([i]) * 20_000 for i in range(50)]
+        for message in messages:
+            server.broadcast(message)
+            self.assertEqual(quick.read(), message)
+        self.assertEqual([slow.read() for _ in messages], messages)
+
+    def test_the_end(self) -> None:
+        server = self.secure()
+        client = self.client(server)
+        with in_thread(server.server_close):
+            self.assertEqual(client.read_frame(), Frame(True, False, CLOSE, b"\x03\xe9"))
+            client.close(1001)
+            self.assertEqual(client.read_all(), b"")
+            client.socket.close()
+
+    def test_strangers(self) -> None:
+        """No TLS, half of it, or silence: one line in the log, no traceback, nobody disturbed."""
+        server = self.secure(handshake_timeout=0.3)
+        witness = self.client(server)
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+        for data in (b"", request(), b"garbage\r\n\r\n", hello, bytes(1000)):
+            with self.subTest(data=data[:20]), self.assertLogs("pywebsock", "INFO") as logged:
+                client = self.connect(server, handshake=False)
+                client.send_raw(data)
+                client.read_all()
+                client.socket.close()
+                eventually(functools.partial(getattr, logged, "records"))
+                self.assertEqual([record.exc_info for record in logged.records], [None])
+        witness.send("all is well")
+        self.assertEqual(witness.read(), "all is well")
+
+    def test_a_client_that_does_not_trust_it(self) -> None:
+        server = self.secure()
+        with self.assertLogs("pywebsock", "INFO") as logged:
+            with self.assertRaises(ssl.SSLError):
+                self.connect(server, tls=ssl.create_default_context())
+            eventually(lambda: logged.records)
+        self.assertEqual([record.exc_info for record in logged.records], [None])
+
+
+class TLSEnds(unittest.TestCase):
+    """Every way in which a peer may end TLS, or half of it (RFC 8446 6.1), at every point of a connection."""
+
+    def test_nobody_else_notices(self) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                context.maximum_version = version
+                for first in (b"", request(), request(method="POST", Upgrade=None, Content_Length="9") + b"half"):
+                    with self.subTest(version=version.name, first=first[:4]), Process("--cert", path) as server:
+                        self.end_of_tls(server, context, first)
+
+    def end_of_tls(self, server: Process, context: ssl.SSLContext, first: bytes) -> None:
+        with Client(server.port, tls=context) as witness, Client(server.port, tls=context, handshake=False) as client:
+            client.send_raw(first)
+            if first.startswith(b"GET"):
+                client.read_head()
+            assert isinstance(client.socket, ssl.SSLSocket)
+            with contextlib.suppress(OSError):
+                client.socket.unwrap()  # sends close_notify, and waits for theirs
+            before = load.cpu(server.pid)
+            for _ in range(20):  # the room is alive, and nobody is busy with the connection
+                witness.send("Hello")
+                self.assertEqual(witness.read(), "Hello")
+                time.sleep(0.02)
+            self.assertLess(load.cpu(server.pid) - before, 0.3)
+        self.assertEqual(server.stop(), 0)

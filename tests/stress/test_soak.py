@@ -1,0 +1,36 @@
+"""Mixed traffic: nothing may be left behind."""
+
+from __future__ import annotations
+
+import os
+
+import pywebsock
+from tests.tools import load, soak, support
+from tests.tools.stress import StressTestCase, certificate, go_on
+
+
+class Soak(StressTestCase):
+    """Everything at once; the long form is `python -m tests.tools.soak 600`."""
+
+    def test_soak(self) -> None:
+        cert, context = certificate()
+        seconds = float(os.environ.get("PYWEBSOCK_SOAK", "30"))
+        with soak.plain_memory():
+            servers = self.serve("--ping", "2"), self.serve("--cert", cert)
+        self.report(soak.soak(*servers, context, seconds))
+
+    def test_sanity(self) -> None:
+        """The same with python -X dev -W error: nothing is left open, no exception gets lost."""
+        cert, context = certificate()
+        dev = ("-X", "dev", "-W", "error")
+        with soak.plain_memory():
+            servers = self.serve(python=dev), self.serve("--cert", cert, python=dev)
+        self.report(soak.soak(*servers, context, 8))
+
+    def test_nothing_is_left_in_this_process(self) -> None:
+        before = load.threads(os.getpid()), load.files(os.getpid())
+        for _ in range(3):
+            with support.running(pywebsock.BroadcastServer) as server, load.Load(server.server_address[1]) as clients:
+                senders = [load.Sender(peer, i, 64, at_once=1) for i, peer in enumerate(clients.join(30))]
+                clients.run_for(0.5, go_on(senders))
+        support.eventually(lambda: (load.threads(os.getpid()), load.files(os.getpid())) == before)

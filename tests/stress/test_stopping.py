@@ -1,0 +1,93 @@
+"""Signals at the worst moment."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from tests.tools import load, support
+from tests.tools.stress import GOING_AWAY, QUIET, StressTestCase, certificate
+
+
+class Stop(StressTestCase):
+    """Stopping at the worst moment."""
+
+    def check(self, number: int, *, stuck: int, tls: bool = False) -> None:
+        """Under full load, with stuck clients and some that are just joining."""
+        cert, context = certificate() if tls else ("", None)
+        server = self.serve(*QUIET, "--max-backlog", "1G", *(("--cert", cert) if tls else ()))
+        clients = self.loaded(server, context)
+        senders = [load.Sender(peer, i, 2000, at_once=8) for i, peer in enumerate(clients.join(20, tls=tls))]
+        for sender in senders:
+            sender.go_on()
+        joining: list[tuple[load.Peer, load.Stream]] = []
+
+        def join() -> None:
+            """Also answer a Close."""
+            waiting = sum(not peer.open for peer, _ in joining if not peer.ended)
+            for _ in range(0 if len(joining) > 3000 else 10 - waiting):
+                peer, stream = clients.start(tls=tls), load.Stream(2000)
+                peer.take = stream.take
+                joining.append((peer, stream))
+            for peer, stream in [(sender.peer, sender.stream) for sender in senders] + joining:
+                if stream.close and not answered.get(peer):
+                    answered[peer] = True
+                    peer.send(load.frame(b"\x03\xe9", 8))
+            for peer, stream in joining[:-40]:
+                if not answered.get(peer) and stream.messages > 20:
+                    peer.reset()
+
+        answered: dict[load.Peer, bool] = {}
+        clients.run_for(1.2, join)
+        for peer in clients.join(stuck, small=True, tls=tls):
+            peer.stop_reading()
+        clients.run_for(0.3, join)
+        server.send_signal(number)
+        start = time.monotonic()
+        clients.run(lambda: all(sender.peer.ended for sender in senders), 8, join)
+        everybody = time.monotonic() - start
+        clients.run(lambda: all(peer.ended for peer, _ in joining), 8)
+        status = server.wait()
+        seconds = time.monotonic() - start
+        self.report(f"{len(joining)} joined; the last Close after {everybody:.2f} s, the end after {seconds:.2f} s")
+        self.assertEqual(status, 0, server.log())
+        self.assertLess(seconds, 6.5 if stuck else 3)
+        self.assertGreater(seconds, 4.5 if stuck else 0)  # it was stuck indeed
+        self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
+        self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "not all got all that was queued")
+        missed = [
+            peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != GOING_AWAY
+        ]
+        self.assertEqual([(peer.ended, peer.received) for peer in missed], [])
+        again = self.serve("--port", str(server.port))  # at once
+        self.assertEqual(again.port, server.port)
+
+    def test_term(self) -> None:
+        self.check(signal.SIGTERM, stuck=0)
+
+    def test_interrupt_with_stuck_clients(self) -> None:
+        self.check(signal.SIGINT, stuck=3)
+
+    def test_term_with_tls(self) -> None:
+        self.check(signal.SIGTERM, stuck=1, tls=True)
+
+    def test_second_interrupt(self) -> None:
+        """Does not wait for anybody."""
+        server = support.Process(*QUIET)
+        clients = self.loaded(server)
+        clients.join(20)
+        server.send_signal(signal.SIGINT)
+        support.eventually(lambda: "stopping" in server.log(), "it does not say that it stops")
+        start = time.monotonic()
+        server.send_signal(signal.SIGINT)
+        status = server.wait()
+        seconds = time.monotonic() - start
+        self.report(f"the end after {seconds:.2f} s, status {status}")
+        self.assertNotIn("Traceback", server.log())
+        self.assertLess(seconds, 1)
+
+    def test_at_once_after_the_start(self) -> None:
+        for _ in range(20):
+            server = support.Process()
+            server.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wait(), 0, server.log())
