@@ -8,7 +8,7 @@ from tests.tools import load
 from tests.tools.stress import QUIET, StressTestCase, go_on
 
 
-class Limit(StressTestCase):
+class Limits(StressTestCase):
     """--rate, --max-clients and --history under load."""
 
     def test_rate(self) -> None:

@@ -6,7 +6,7 @@ from tests.tools import load
 from tests.tools.stress import QUIET, StressTestCase, certificate, go_on
 
 
-class SlowClient(StressTestCase):
+class SlowClients(StressTestCase):
     """One that does not read holds up nobody."""
 
     def check_stuck(self, number: int, megabytes: float, seconds: float, *, tls: bool = False, code: str = "") -> None:

@@ -9,7 +9,7 @@ from tests.tools import load, support
 from tests.tools.stress import GOING_AWAY, QUIET, StressTestCase, certificate
 
 
-class Stop(StressTestCase):
+class Stopping(StressTestCase):
     """Stopping at the worst moment."""
 
     def check(self, number: int, *, stuck: int, tls: bool = False) -> None:

@@ -15,7 +15,7 @@ from tests.tools import load, support
 from tests.tools.stress import QUIET, StressTestCase, go_on, quantiles
 
 
-class Stranger(StressTestCase):
+class Strangers(StressTestCase):
     """What comes from the open internet."""
 
     def attack(

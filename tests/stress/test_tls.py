@@ -12,7 +12,7 @@ from tests.tools import load, support
 from tests.tools.stress import QUIET, StressTestCase, certificate, go_on, quantiles
 
 
-class Secure(StressTestCase):
+class TLS(StressTestCase):
     """wss://."""
 
     def test_both_directions_at_once(self) -> None:

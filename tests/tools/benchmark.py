@@ -7,10 +7,11 @@ among them. Senders have so many messages in flight and send the next when they 
 medians of the rounds; ratios are taken within each round.
 
 The load (tests/tools/benchmark_load.py) runs in processes of its own, on other processors than the server where the
-system allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of their
-processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at least.
-`its code` is the part that was the load's own Python instead of the kernel's: no load could save more. `(bare loop)`,
-where there is a C compiler, is recv(2) and send(2) and nothing more: where one sends at a time, none can be faster.
+system allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of
+their processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at
+least. `its code` is the part that was the load's own Python instead of the kernel's: no load could save more.
+`(bare loop)`, where there is a C compiler, is recv(2) and send(2) and nothing more: where one sends at a time, none can
+be faster.
 """
 
 from __future__ import annotations

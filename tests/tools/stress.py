@@ -39,7 +39,7 @@ def quantiles(delays: typing.Sequence[float]) -> str:
     return f"{len(ordered)} echoes, p50 {middle * 1e3:.1f} ms, p99 {tail * 1e3:.1f} ms, max {ordered[-1] * 1e3:.1f} ms"
 
 
-@unittest.skipUnless(support.EVERYTHING, "takes minutes: PYWEBSOCK_TESTS=everything")
+@unittest.skipUnless(support.EVERYTHING, "what takes minutes")
 class StressTestCase(unittest.TestCase):
     """A server in a process of its own, and many clients in this one."""
 

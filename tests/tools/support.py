@@ -53,11 +53,12 @@ def _add_skip(
 def _say_what_was_skipped() -> None:
     """One line at the end; without it, a run that skips half of the tests looks like one that passes them."""
     if _skipped:
-        missing = sorted(reason[: -len(MISSING)] for reason in _skipped if reason.endswith(MISSING))
-        reasons = sorted(reason for reason in _skipped if not reason.endswith(MISSING))
-        reasons += [f"missing: {', '.join(missing)}"] if missing else []
-        how = "To run them: pip install --group dev, then PYWEBSOCK_TESTS=everything (see README)."
-        print(f"skipped {sum(_skipped.values())} tests ({'; '.join(reasons)}). {how}", file=sys.stderr)
+        whats = (reason.replace("the package ", "").partition(MISSING) for reason in _skipped)
+        missing = sorted(what for what, is_missing, _ in whats if is_missing)
+        reasons = sorted(reason for reason in _skipped if MISSING not in reason)
+        reasons += [f"no {', '.join(missing)}"] if missing else []
+        how = "To run them: pip install --group dev; PYWEBSOCK_TESTS=everything python -m unittest (see README)"
+        print(f"skipped {sum(_skipped.values())} tests: {'; '.join(reasons)}. {how}", file=sys.stderr)
 
 
 unittest.TestResult.addSkip = _add_skip  # type: ignore[method-assign, assignment]

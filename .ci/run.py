@@ -1,0 +1,223 @@
+"""Every test there is, from a clean checkout, as root on Debian 12 with Python, pyenv, node and npm.
+
+Whatever it needs it installs; what does not come from Debian goes to a folder that is gone afterwards. First comes the
+command of the README. Steps that do not disturb each other run side by side. The last line is `N passed, N failed`, and
+the exit status 0 where nothing failed. Who interrupts it ends all that it has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEBIAN = (
+    *("chromium", "chromium-driver", "curl", "firefox-esr", "fonts-inter", "fonts-noto-color-emoji", "gcc", "iproute2"),
+    *("nginx", "openssl", "redis-server", "webkit2gtk-driver", "xvfb"),
+)
+NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc")
+CODE = ("pywebsock.py", "tests", ".ci/run.py")
+UNITTEST = ("-m", "unittest")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LONGEST = 1200.0  # seconds that a step may take
+TIDY_UP = 5.0  # seconds that what is ended has before it is killed
+
+# Exits with 0 in a Python that is worth a run: CPython, new enough, and not this one.
+OTHER = """import platform, sys
+sys.exit(sys.version_info < (3, 9) or platform.python_implementation() != "CPython" or sys.version == sys.argv[1])"""
+
+
+def say(text: str) -> None:
+    """Print what is to be seen now."""
+    print(text, end="", flush=True)
+
+
+class Step:
+    """A command, what it prints, and how many of its tests pass and fail."""
+
+    def __init__(self, name: str, *command: object, strict: bool = False, more: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.command = [str(part) for part in command]
+        self.passed = self.failed = 0
+        self.seconds = 0.0
+        self._strict = strict  # a skipped test fails
+        self._environment = {**os.environ, **(more or {})}
+        self._lines: list[str] = []
+
+    def start(self) -> None:
+        """Start it; it ends by itself, or with `end`."""
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(
+            self.command,
+            cwd=ROOT,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # its children can be ended with it
+        )
+
+    def follow(self, *, alone: bool) -> None:
+        """Show at once what it prints, or, where it is not alone, all of it at the end; then count."""
+        head = f"\n==== {self.name}: {' '.join(self.command)}\n"
+        say(head if alone else "")
+        watch = threading.Timer(LONGEST, self.end)
+        watch.start()
+        for line in self._process.stdout or ():
+            self._lines.append(line)
+            say(line if alone else "")
+        watch.cancel()
+        status = self._process.wait()
+        self._count(status)
+        self.seconds = time.monotonic() - self._start
+        tail = f"---- {self.name}: {self.passed} passed, {self.failed} failed, {self.seconds:.0f} s, status {status}\n"
+        say(tail if alone else head + "".join(self._lines) + tail)
+
+    def _count(self, status: int) -> None:
+        """Tests, where unittest has said how many, and else the step itself."""
+        text = "".join(self._lines)
+        ran = re.findall(r"^Ran (\d+) tests? in ", text, re.MULTILINE)
+        ends = ", ".join(re.findall(r"^(?:OK|FAILED) \((.*)\)$", text, re.MULTILINE))  # failures=1, skipped=2
+        counts = {name: int(count) for name, count in re.findall(r"(\w[\w ]*)=(\d+)", ends)}
+        bad = sum(counts.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
+        skipped = counts.get("skipped", 0)
+        self.passed = max(0, sum(map(int, ran)) - bad - skipped) if ran else int(status == 0)
+        self.failed = max(bad + self._strict * skipped, int(status != 0))
+
+    def end(self) -> None:
+        """End its processes."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self._process.pid, number)
+                self._process.wait(TIDY_UP)
+
+
+class Run:
+    """All steps, and those that run now."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._steps: list[Step] = []
+        self._running: list[Step] = []
+
+    def __enter__(self) -> Run:
+        for number in SIGNALS:
+            signal.signal(number, self._interrupt)
+        return self
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    def __exit__(self, *_: object) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # no second one interrupts the end
+        for step in self._running:
+            step.end()
+
+    def side_by_side(self, *steps: Step) -> None:
+        """Run these at the same time, and go on in any case when all have ended."""
+        say(f"\n==== {time.monotonic() - self._start:.0f} s: {', '.join(step.name for step in steps)}\n")
+        for step in steps:
+            step.start()
+            self._steps.append(step)
+            self._running.append(step)
+        how = {"alone": len(steps) == 1}
+        threads = [threading.Thread(target=step.follow, kwargs=how, daemon=True) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._running.clear()
+
+    def report(self) -> int:
+        """Print the times and the sums; the exit status."""
+        say("\n")
+        for step in self._steps:
+            say(f"{step.seconds:6.0f} s {step.passed:5} passed {step.failed:3} failed  {step.name}\n")
+        passed, failed = sum(step.passed for step in self._steps), sum(step.failed for step in self._steps)
+        say(f"{time.monotonic() - self._start:6.0f} s in all\n{passed} passed, {failed} failed\n")
+        return int(failed > 0)
+
+
+def other_pythons() -> list[Step]:
+    """The tests of the README with every other CPython from 3.9 on that pyenv has."""
+    if not shutil.which("pyenv"):
+        return []
+    root = subprocess.run(["pyenv", "root"], check=True, capture_output=True, text=True).stdout.strip()
+    pythons = sorted(pathlib.Path(root).glob("versions/*/bin/python"))
+    good = [each for each in pythons if subprocess.run([each, "-c", OTHER, sys.version], check=False).returncode == 0]
+    return [Step(each.parts[-3], each, *UNITTEST) for each in good]
+
+
+def shell(name: str, *commands: str, **more: str) -> Step:
+    """Commands, up to the first that fails."""
+    return Step(name, "bash", "-c", " && ".join(commands), more=more)
+
+
+def debian(name: str, *options: str) -> Step:
+    """Packages that are missing. In runlevel 1 no service is started: the tests start their own."""
+    query = ["dpkg-query", "-Wf", "${Package} ${db:Status-Status}\n", *DEBIAN]
+    there = subprocess.run(query, check=False, capture_output=True, text=True).stdout.splitlines()
+    missing = [package for package in DEBIAN if f"{package} installed" not in there]
+    install = f"apt-get install -qq -y --no-install-recommends {' '.join((*options, *missing))} >/dev/null"
+    commands = ("apt-get update -qq", install) if missing else ("true",)
+    return shell(name, *commands, RUNLEVEL="1", DEBIAN_FRONTEND="noninteractive")
+
+
+def run_all(run: Run, folder: str) -> None:
+    """Every step there is."""
+    run.side_by_side(Step("README", "python", *UNITTEST))
+
+    # The network is busy meanwhile; nothing that these tests look for appears before they end.
+    python, others = f"{folder}/venv/bin/python", other_pythons()
+    pip = f"{python} -m pip install -qq --no-compile"
+    packages = shell("packages", f"python -m venv {folder}/venv", f"{pip} 'pip>=25.1'", f"{pip} --group dev")
+    npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
+    run.side_by_side(*others[:2], debian("download", "--download-only"))
+    run.side_by_side(*others[2:4], packages, Step("node", *npm, *NODE))
+    for i in range(4, len(others), 2):
+        run.side_by_side(*others[i : i + 2])
+
+    run.side_by_side(
+        debian("debian"),
+        Step("lint", python, "-m", "ruff", "check", *CODE),
+        Step("format", python, "-m", "ruff", "format", "--check", *CODE),
+        Step("types", python, "-m", "mypy", "--strict", *CODE),
+    )
+    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
+    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
+    run.side_by_side(
+        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
+        Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey),
+    )
+    everything = {
+        "PYWEBSOCK_TESTS": "everything",
+        "PYWEBSOCK_NODE_MODULES": f"{folder}/node/node_modules",
+        "PYWEBSOCK_WSTEST": f"{folder}/autobahn/wst/bin/wstest",
+    }
+    run.side_by_side(Step("everything", python, *UNITTEST, strict=True, more=everything))
+
+
+def main() -> int:
+    """Run all; the exit status."""
+    with tempfile.TemporaryDirectory(prefix="pywebsock-ci.") as folder, Run() as run:
+        os.environ.update(RUFF_CACHE_DIR=f"{folder}/ruff", MYPY_CACHE_DIR=f"{folder}/mypy", PYTHONDONTWRITEBYTECODE="1")
+        say(f"Python {platform.python_version()}, {os.cpu_count()} processors\n")
+        run_all(run, folder)
+        return run.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
