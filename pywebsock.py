@@ -119,7 +119,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, Union
 
-__all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Opcode", "ProtocolError", "WebSocketHandler", "main"]
+__all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
 __version__ = "1.0.0"
 
 log = logging.getLogger("pywebsock")
@@ -167,11 +167,7 @@ class CloseCode(enum.IntEnum):
 CODES_ON_THE_WIRE = frozenset(CloseCode) - {1005, 1006, 1015} | frozenset(range(3000, 5000))
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
-OPCODES = frozenset(map(int, Opcode))
-MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
-
-# Limits of a request; RequestParser says what happens above them. Bytes, fields, bytes.
-MAX_LINE, MAX_FIELDS, MAX_HEAD = 8 * 1024, 100, 32 * 1024
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a word in a header field (RFC 9110 5.6.2)
 
 READ_SIZE = 256 * 1024  # bytes asked of a socket at once
 RUN_SIZE = 1024 * 1024  # bytes of consecutive broadcasts sent as one
@@ -189,12 +185,19 @@ PATIENCE = 0.25  # seconds in which a quick reader takes a quarter of its backlo
 
 
 class HandshakeError(Exception):
-    """The request cannot be served: carries the HTTP status and further header fields."""
+    """The request is refused: carries the HTTP status, and more header fields for the response.
+
+    A hook may raise it: HandshakeError(401, "no token", ("WWW-Authenticate", "Bearer")). The
+    peer and the log see the message. Raises ValueError for what is no status from 300 on, or
+    no header field in ASCII (RFC 9110 15, 5.5).
+    """
 
     def __init__(self, status: int, message: str, *fields: tuple[str, str]) -> None:
         super().__init__(message)
         self.status = http.HTTPStatus(status)
         self.fields = fields
+        if status < 300 or not all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields):
+            raise ValueError(f"{status} {fields} cannot refuse a request")
 
 
 class ProtocolError(Exception):
@@ -208,6 +211,9 @@ class ProtocolError(Exception):
 # ======================================================================================
 # Base framing (RFC 6455 5)
 # ======================================================================================
+
+OPCODES = frozenset(map(int, Opcode))
+MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
 
 # A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
@@ -236,52 +242,37 @@ def serialize_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
     return struct.pack("!BBQ", first, 127, length) + payload
 
 
-class FrameParser:
-    """Cuts the bytes that a client sends into frames, checked and unmasked (5.2)."""
+def parse_frames(pieces: Iterable[bytes]) -> Iterator[tuple[bool, bool, int, Octets, int]]:
+    """Cut the bytes that a client sends, as they arrive, into frames, checked and unmasked (5.2).
 
-    def __init__(self) -> None:
-        self._rest = b""  # of a header, or of a control frame, that has not arrived whole
-        self._left = 0  # bytes of the current data frame's payload still to come
-        self._fin = False  # of the current data frame
-        self._key = b""  # masking key, turned to where the current data frame's payload goes on
-
-    def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
-        """Yield (fin, rsv1, opcode, payload, left) for all that `data` brings.
-
-        A data frame is not waited for: what has arrived of its payload is given like a
-        fragment, without fin; what arrives later follows as continuations. `left` is the
-        number of bytes that its header still promises. Control frames come whole.
-        Raises ProtocolError, after everything that was good before.
-        """
-        data, self._rest = self._rest + data if self._rest else data, b""
-        position, end = 0, len(data)
-        if self._left:
-            position = min(self._left, end)
-            yield self._piece(False, CONT, data[:position])
-        while position < end:
-            header = parse_header(data, position)
-            if header is None:
-                self._rest = data[position:]
-                return
+    Yields (fin, rsv1, opcode, payload, left). A data frame is not waited for: what has
+    arrived of its payload is given like a fragment, without fin; what arrives later follows
+    as continuations. `left` is the number of bytes that its header still promises. Control
+    frames come whole. Raises ProtocolError, after everything that was good before.
+    """
+    data, position = b"", 0
+    fin, length, key, left = False, 0, b"", 0  # of the frame that is arriving
+    for piece in pieces:
+        data, position = data[position:] + piece, 0
+        if left:
+            turn = (length - left) % 4  # where its payload goes on in the key
+            position = min(left, len(data))
+            left -= position
+            yield fin and not left, False, CONT, apply_mask(data[:position], key[turn:] + key[:turn]), left
+        while position < len(data) and (header := parse_header(data, position)):
             first, length, key, start = header
             fin, rsv1, opcode = first >= 0x80, first & 0x40 != 0, first & 0x0F
-            position = start + length
-            if position <= end:
+            if start + length <= len(data):
+                position = start + length
                 yield fin, rsv1, opcode, apply_mask(data[start:position], key), 0
             elif opcode >= 8:  # control frames are short: wait for the whole
-                self._rest = data[start - 6 :]
-                return
+                break
             else:
-                self._fin, self._left, self._key = fin, length, key
-                yield self._piece(rsv1, opcode, data[start:])
-
-    def _piece(self, rsv1: bool, opcode: int, masked: bytes) -> tuple[bool, bool, int, Octets, int]:
-        """Unmask what has arrived of a data frame, and remember where its key goes on."""
-        self._left -= len(masked)
-        payload = apply_mask(masked, self._key)
-        turn = len(masked) % 4
-        self._key = self._key[turn:] + self._key[:turn]
-        return self._fin and not self._left, rsv1, opcode, payload, self._left
+                position = len(data)
+                left = start + length - position
+                yield False, rsv1, opcode, apply_mask(data[start:], key), left
+        data, position = data[position:], 0
+        del piece  # a client that is silent now must not hold the memory of what it sent
 
 
 def parse_header(data: bytes, position: int) -> tuple[int, int, bytes, int] | None:
@@ -337,7 +328,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
 def decode_text(payload: Octets) -> str:
     """UTF-8 (8.1). Raises ProtocolError."""
     try:
-        return str(payload, "utf-8")
+        return payload.decode()  # on PyPy, str(payload, "utf-8") lets surrogates through
     except UnicodeDecodeError:
         raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
@@ -356,8 +347,9 @@ DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plai
 SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
 FINAL_BLOCK = b"\x03\x00"  # an empty one: zlib takes it for the end only where all before it is whole
 MAX_FINALS = 1000  # in one message
+INFLATE_SIZE = 64 * 1024  # bytes
+INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
 
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 5.6.2
 PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|\Z)')
 NOTHING = re.compile(r"[ \t,]*")  # a list may have empty elements (RFC 9110 5.6.1)
 
@@ -388,14 +380,14 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]
 def negotiate_deflate(field: str) -> tuple[int, str]:
     """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1)."""
     for name, parameters in parse_extensions(field) if field else ():
-        window = accept_offer(parameters) if name == "permessage-deflate" else 0
+        window = negotiate_window(parameters) if name == "permessage-deflate" else 0
         if window:
             limit = f"; server_max_window_bits={window}" if "server_max_window_bits" in dict(parameters) else ""
             return window, f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
     return 0, ""
 
 
-def accept_offer(parameters: Sequence[tuple[str, str | None]]) -> int:
+def negotiate_window(parameters: Sequence[tuple[str, str | None]]) -> int:
     """The window for what the server sends, in bits; 0 declines the offer (RFC 7692 7.1)."""
     values = dict(parameters)
     if len(values) < len(parameters):  # 7.1: a parameter stands at most once
@@ -420,32 +412,31 @@ def deflate(payload: bytes, window: int) -> bytes:
 
 
 class Inflater:
-    """Decompresses one message as its fragments come, never beyond the limit (7.2.2)."""
+    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2)."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=-15)
         self._finals = 0  # blocks with BFINAL so far; they may stand anywhere (7.2.1), zlib ends at each
 
-    def inflate(self, data: Octets, fin: bool, limit: int) -> bytes:
-        """The plain bytes that `data` gives, at most `limit`. Raises ProtocolError."""
-        plain, whole = b"", False
+    def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
+        """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
+        whole = False
         if fin:
             data += SYNC_TAIL + FINAL_BLOCK
         while data:
             try:
-                plain += self._zlib.decompress(data, limit + 1 - len(plain))
+                plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
-            if len(plain) > limit:
-                raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "a message inflates beyond the limit")
-            data, whole = self._zlib.unused_data, self._zlib.eof
+            data, whole = self._zlib.unconsumed_tail, self._zlib.eof
             if whole:
+                data = self._zlib.unused_data
                 self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
             if self._finals > MAX_FINALS:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
+            yield plain
         if fin and not whole:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block")
-        return plain
 
 
 # ======================================================================================
@@ -454,25 +445,35 @@ class Inflater:
 
 
 class MessageReader:
-    """Puts fragments together and gives whole messages and control frames."""
+    """Puts fragments together and gives whole messages and control frames.
 
-    def __init__(self, max_message: int, compressed: bool = False) -> None:
+    - frames: how many have come, or pieces of them; whoever counts them sets it to 0
+    - size: bytes kept for a message that is not finished
+
+    `charge` is called with every change of `size`, of at most INFLATE_SIZE or a piece at once,
+    and may raise ProtocolError. At the end of a connection `size` is still charged.
+    """
+
+    def __init__(
+        self, max_message: int, compressed: bool = False, charge: Callable[[int], object] = lambda change: None
+    ) -> None:
+        self.frames = 0
+        self.size = 0
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
-        self.frames = 0  # that the last data brought, or pieces of them
-        self._frames = FrameParser()
+        self._charge = charge
         self._opcode = 0  # of the message whose fragments are coming; 0 between messages
         self._payload = bytearray()  # one buffer: a list of a million empty fragments would not be small
         self._inflater: Inflater | None = None
         self._utf8 = codecs.getincrementaldecoder("utf-8")()  # finds wrong bytes as they come
 
-    def feed(self, data: bytes) -> Iterator[tuple[int, Any]]:
-        """Yield (opcode, payload) for every text (str), binary, Close, Ping and Pong (bytes) that `data` completes.
+    def read(self, pieces: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+        """Yield (opcode, payload) for every text (str), binary, Close, Ping and Pong (bytes) in what arrives.
 
-        Raises ProtocolError as soon as the bytes allow, after everything that was good before.
+        Each as soon as it is complete: the next piece is asked for after that. Raises
+        ProtocolError as soon as the bytes allow, after everything that was good before.
         """
-        self.frames = 0
-        for fin, rsv1, opcode, payload, left in self._frames.feed(data):
+        for fin, rsv1, opcode, payload, left in parse_frames(pieces):
             self.frames += 1
             if opcode >= 8:  # 5.4: control frames may stand between fragments
                 if rsv1:
@@ -484,7 +485,9 @@ class MessageReader:
                 self._begin_or_continue(opcode, rsv1)
                 self._append(fin, payload, left)
                 if fin:
-                    yield self._finish()
+                    yield self._opcode, self._finish()
+                    self._count()
+            del payload  # as in parse_frames()
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
         if opcode and self._opcode:
@@ -496,35 +499,46 @@ class MessageReader:
         if opcode:
             self._opcode = opcode
             self._inflater = Inflater() if rsv1 else None
+            self._count()
 
     def _append(self, fin: bool, payload: Octets, left: int) -> None:
-        room = self._max_message - len(self._payload)
-        most = room
+        pieces: Iterable[Octets] = (payload,)
         if self._inflater:  # what counts is its output; but nobody needs that much for it
-            most = self._max_message + self._max_message // 8 + 64
-        if len(payload) + left > most:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
-        if self._inflater:
-            payload = self._inflater.inflate(payload, fin, room)
-        if self._opcode == TEXT:
-            self._check_utf8(payload, fin)
-        self._payload += payload
+            self._check_size(len(payload) + left - self._max_message // 8 - 64)
+            pieces, left = self._inflater.inflate(payload, fin), 0
+        for plain in pieces:
+            self._check_size(len(self._payload) + len(plain) + left)
+            if self._opcode == TEXT:
+                self._check_utf8(plain)
+            self._payload += plain
+            self._count()
 
-    def _check_utf8(self, payload: Octets, fin: bool) -> None:
+    def _check_size(self, size: int) -> None:
+        if size > self._max_message:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
+
+    def _check_utf8(self, payload: Octets) -> None:
         if payload.isascii() and not self._utf8.getstate()[0]:
             return  # it is the decoder's answer, too, but ten times faster
         try:
-            self._utf8.decode(payload, fin)
+            self._utf8.decode(payload)
             rest, _ = self._utf8.getstate()
             if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate: Python waits for its third byte
                 rest.decode()
         except UnicodeDecodeError:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
-    def _finish(self) -> tuple[int, Message]:
-        opcode, payload = self._opcode, self._payload
+    def _finish(self) -> Message:
+        text, payload = self._opcode == TEXT, self._payload
         self._opcode, self._payload, self._inflater = 0, bytearray(), None
-        return opcode, payload.decode() if opcode == TEXT else bytes(payload)
+        self._utf8.reset()
+        return decode_text(payload) if text else bytes(payload)
+
+    def _count(self) -> None:
+        change = len(self._payload) + (INFLATER_SIZE if self._inflater else 0) - self.size
+        if change:
+            self.size += change
+            self._charge(change)
 
 
 class Outgoing:
@@ -533,11 +547,13 @@ class Outgoing:
     __slots__ = ("_deflated", "opcode", "plain", "size")
 
     def __init__(self, message: Message) -> None:
-        """Raises TypeError for anything but str and what is like bytes."""
+        """Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
         if isinstance(message, str):
             self.opcode, payload = TEXT, message.encode()
+        elif isinstance(message, (bytes, bytearray, memoryview)):
+            self.opcode, payload = BINARY, bytes(message)
         else:
-            self.opcode, payload = BINARY, message if type(message) is bytes else bytes(memoryview(message))
+            raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
         self.size = len(payload)  # bytes
         self.plain = serialize_frame(self.opcode, payload)
         self._deflated: dict[int, bytes] = {}  # by window
@@ -563,9 +579,13 @@ class Outgoing:
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
+MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # of any head; a good one ends in CR LF CR LF
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
+ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}")
 
 
 class Request(NamedTuple):
@@ -583,72 +603,70 @@ class Request(NamedTuple):
     @property
     def path(self) -> str:
         """The target without its query, or without what precedes the path in absolute form (RFC 9112 3.2)."""
-        return re.sub(r"^https?://[^/?]*", "", self.target.partition("?")[0], flags=re.IGNORECASE) or "/"
+        return ABSOLUTE_FORM.sub("", self.target.partition("?")[0], 1) or "/"
 
     @property
     def upgrades(self) -> bool:
         """Whether it asks for a WebSocket, however badly."""
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
 
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the body comes only after a response of 100 (RFC 9110 10.1.1)."""
+        return self.version >= (1, 1) and "100-continue" in self.tokens("expect")
 
-class RequestParser:
-    """Parses the head of a request, line by line as it comes: errors are found at once."""
 
-    def __init__(self) -> None:
-        self.rest = b""  # what has not been parsed; in the end what follows the head
-        self._size = 0  # bytes of the lines so far
-        self._fields = 0
-        self._request: Request | None = None  # once the request line is there; its headers fill up
+def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
+    """The request whose head arrives in these pieces, and what has arrived after the head. Raises HandshakeError."""
+    head, end = bytearray(), None
+    for piece in pieces:
+        seen = max(0, len(head) - 3)
+        head += piece if head else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
+        if head and not head[:1].isalpha():
+            raise HandshakeError(400, "that is not HTTP")  # TLS on a plain port, say
+        end = HEAD_END.search(head, seen)
+        if end or len(head) > MAX_HEAD:
+            break
+    size = end.end() if end else len(head)
+    lines = head[: end.start() if end else size].decode("latin-1").split("\r\n")
+    if len(lines[0]) > MAX_LINE:
+        raise HandshakeError(414, f"the request line is longer than {MAX_LINE} bytes")
+    if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_LINE or size > MAX_HEAD:
+        limits = f"{MAX_FIELDS} header fields, {MAX_HEAD} bytes of them, or {MAX_LINE} bytes in one"
+        raise HandshakeError(431, f"there are more than {limits}")
+    if not end or end[0] != b"\r\n\r\n":
+        raise HandshakeError(400, "the request is incomplete, or a line does not end in CR LF")
+    return parse_head(lines), bytes(head[size:])
 
-    def feed(self, data: bytes) -> Request | None:
-        """The request, once `data` completes its head; before that None. Raises HandshakeError."""
-        self.rest += data
-        while True:
-            line, newline, rest = self.rest.partition(b"\n")
-            size = self._size + len(line) + len(newline)
-            if line and not self._request and not line[:1].isalpha():
-                raise HandshakeError(400, "that is not HTTP")  # TLS on a plain port, say
-            if len(line) > MAX_LINE:
-                raise HandshakeError(431 if self._request else 414, f"a line is longer than {MAX_LINE} bytes")
-            if self._fields > MAX_FIELDS or size > MAX_HEAD:
-                raise HandshakeError(431, f"there are more than {MAX_FIELDS} header fields or {MAX_HEAD} bytes of them")
-            if not newline:
-                return None
-            self.rest, self._size = rest, size
-            if not line.endswith(b"\r"):
-                raise HandshakeError(400, "a line does not end in CR LF")
-            if line == b"\r" and self._request:
-                return self._request
-            self._parse_line(line[:-1].decode("latin-1"))
 
-    def _parse_line(self, line: str) -> None:
-        if not self._request:
-            self._request = parse_request_line(line)
-            return
+def parse_head(lines: Sequence[str]) -> Request:
+    """The request in these lines (RFC 9112 3, 5). Raises HandshakeError."""
+    start = REQUEST_LINE.fullmatch(lines[0])
+    if not start:
+        raise HandshakeError(400, "the request line is malformed")
+    if start[3] != "1":
+        raise HandshakeError(505, "the protocol is not HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
         match = FIELD_LINE.fullmatch(line)
         if not match:
             raise HandshakeError(400, "a header field is malformed")
-        self._fields += 1
-        headers, name, value = self._request.headers, match[1].lower(), match[2].strip(" \t")
+        name, value = match[1].lower(), match[2].strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-
-
-def parse_request_line(line: str) -> Request:
-    """A request without headers (RFC 9112 3). Raises HandshakeError."""
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise HandshakeError(400, "the request line is malformed")
-    if match[3] != "1":
-        raise HandshakeError(505, "the protocol is not HTTP/1.1")
-    return Request(match[1], match[2], (1, int(match[4])), {})
+    return Request(start[1], start[2], (1, int(start[4])), headers)
 
 
 def check_host(request: Request) -> str:
-    """The Host field, which HTTP/1.1 demands (RFC 9112 3.2). Raises HandshakeError."""
-    host = request.headers.get("host", "")
+    """The host that is asked: the Host field, which HTTP/1.1 demands, or in absolute form that of the target.
+
+    RFC 9112 3.2. Raises HandshakeError.
+    """
+    host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
     if not HOST.fullmatch(host) and (host or request.version >= (1, 1)):
         raise HandshakeError(400, "the Host header field is missing or malformed")
-    return host
+    if absolute and not HOST.fullmatch(absolute[1]):
+        raise HandshakeError(400, "the host in the target is malformed")
+    return absolute[1] if absolute else host
 
 
 def check_origin(request: Request, origins: Sequence[str]) -> None:
@@ -656,17 +674,29 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
 
     A browser says which page asks. Programs say nothing and may enter; so may a page that
     came from this very server by the name of localhost or an address (any other name
-    could have been made to point here: DNS rebinding), and what is listed in `origins`.
-    With nothing listed, so may a page opened from disk, which calls itself null or file://.
+    could have been made to point here: DNS rebinding), and what is listed in `origins`,
+    as parse_origin() gives it. With nothing listed, so may a page opened from disk, which
+    calls itself null or file://.
     """
-    origin = request.headers.get("origin")
-    allowed = [listed.lower().rstrip("/") for listed in origins] or ["null", "file:"]
-    if origin is None or "*" in allowed or origin.lower().rstrip("/") in allowed:
+    origin, allowed = request.headers.get("origin", "").lower(), origins or ("null", "file://")
+    if "origin" not in request.headers or "*" in allowed or origin in allowed:
         return
     host = check_host(request).lower()
-    if origin.lower() in (f"http://{host}", f"https://{host}") and is_address(host):
+    if origin in (f"http://{host}", f"https://{host}") and is_address(host):
         return
-    raise HandshakeError(403, f"origin {printable(origin)} may not connect (--origin {printable(origin)} allows it)")
+    name = printable(request.headers["origin"])
+    raise HandshakeError(403, f'origin {name} may not connect (--origin {name} or origins=["{name}"] allows it)')
+
+
+def parse_origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError."""
+    origin = text.lower()
+    if origin in ("*", "null", "file://"):
+        return origin
+    origin = origin.removesuffix("/")
+    if not ORIGIN.fullmatch(origin):
+        raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")
+    return re.sub("^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)
 
 
 def is_address(host: str) -> bool:
@@ -689,12 +719,13 @@ def check_upgrade(request: Request) -> str:
     if "upgrade" not in request.tokens("connection"):
         raise HandshakeError(400, "the Connection header field does not say Upgrade")
     if request.headers.get("sec-websocket-version") != "13":
-        raise HandshakeError(426, "the WebSocket version is not 13", ("Sec-WebSocket-Version", "13"))
-    return accept_key(request.headers.get("sec-websocket-key", ""))
+        fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
+        raise HandshakeError(426, "the WebSocket version is not 13", *fields)
+    return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
-def accept_key(key: str) -> str:
-    """Proof that the server has understood the handshake (4.2.2, item 5.4). Raises HandshakeError."""
+def compute_accept(key: str) -> str:
+    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
     try:
         nonce = base64.b64decode(key, validate=True)
     except (binascii.Error, ValueError):
@@ -702,6 +733,30 @@ def accept_key(key: str) -> str:
     if len(nonce) != 16 or len(key) != 24:
         raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
+
+
+def body_length(request: Request, max_message: int) -> int:
+    """The number of bytes of a request's body, which is to be one message (RFC 9112 6). Raises HandshakeError."""
+    field = request.headers.get("content-length", "")
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        raise HandshakeError(415, "the body is the message: send no form")  # curl -F
+    if "transfer-encoding" in request.headers or not field:
+        raise HandshakeError(411, "the body needs a Content-Length")
+    if not re.fullmatch("[0-9]{1,18}", field):
+        raise HandshakeError(400, "Content-Length is malformed")
+    if int(field) > max_message:
+        raise HandshakeError(413, f"a message has at most {max_message} bytes")
+    return int(field)
+
+
+def decode_body(request: Request, body: bytes) -> Message:
+    """The message in the body of a request: text where it is UTF-8 and does not say that it is binary."""
+    if request.headers.get("content-type", "").lower().startswith("application/octet-stream"):
+        return body
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return body
 
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
@@ -719,7 +774,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
-        ("Connection", "close"),
+        ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     return serialize_response(status, (*standard, *fields), b"" if head else body)
 
@@ -858,13 +913,11 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Serve the connection from its first byte to its last."""
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            parser, request = RequestParser(), None
-            while not request:
-                request = parser.feed(self._read_in_time())
+            request, rest = parse_request(iter(self._read_in_time, None))
             if request.upgrades:
-                self._serve_websocket(request, parser.rest)
+                self._serve_websocket(request, rest)
             else:
-                self._part(self._answer(request, parser.rest))
+                self._part(self._answer(request, rest))
         except HandshakeError as error:
             log.warning("%s refused: %d, %s", self.address, error.status, error)
             body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
@@ -959,25 +1012,33 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def _converse(self, data: bytes) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
-        server = self.server
-        reader = MessageReader(server.max_message, bool(self.window))
-        while True:
-            try:
-                for opcode, payload in reader.feed(data):
-                    if opcode == CLOSE:
-                        return bytes(payload)
-                    self._take(opcode, payload)
-                    if reader.frames > MANY_FRAMES:  # lest they all lie in the queue
-                        reader.frames = 0
-                        server.take_turn(wait=True)
-                        server.hold_back()
-            finally:
-                self._answer_pings()
-            server.take_turn(wait=reader.frames > MANY_FRAMES)
-            server.hold_back()
+        reader = MessageReader(self.server.max_message, bool(self.window))
+        try:
+            for opcode, payload in reader.read(self._pieces(data, reader)):
+                if opcode == CLOSE:
+                    return bytes(payload)
+                self._take(opcode, payload)
+                if reader.frames > MANY_FRAMES:  # lest they all lie in the queue
+                    reader.frames = 0
+                    self.server.take_turn(wait=True)
+                    self.server.hold_back()
+                del payload  # a client that is silent now must not hold its memory
+        finally:
+            self._answer_pings()
+        return None
+
+    def _pieces(self, data: bytes, reader: MessageReader) -> Iterator[bytes]:
+        """The bytes that this client sends, as they come: what has come is handled before more is waited for."""
+        more = True
+        while more:
+            reader.frames = 0
+            yield data
+            data = b""
+            self._answer_pings()
+            self.server.take_turn(wait=reader.frames > MANY_FRAMES)
+            self.server.hold_back()
             data = self._wait_for_bytes()
-            if not data:
-                return None
+            more = bool(data)
 
     def _take(self, opcode: int, payload: Any) -> None:
         """Hand on one message, or note a Ping. Nothing counts after the server's Close (5.5.1) or the end."""
@@ -1133,28 +1194,16 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         return http_response(200, "text/html; charset=utf-8", page, head=head)
 
     def _read_body(self, request: Request, body: bytes) -> Message:
-        """The body of a POST: text where it is UTF-8 and does not say that it is binary."""
-        field = request.headers.get("content-length", "")
-        if "transfer-encoding" in request.headers or not field:
-            raise HandshakeError(411, "the body needs a Content-Length")
-        if not re.fullmatch("[0-9]{1,18}", field):
-            raise HandshakeError(400, "Content-Length is malformed")
-        length = int(field)
-        if length > self.server.max_message:
-            raise HandshakeError(413, f"a message has at most {self.server.max_message} bytes")
-        if "100-continue" in request.tokens("expect"):
+        """The body of a POST."""
+        length = body_length(request, self.server.max_message)
+        if request.expects_continue:
             proceed = serialize_response(100, ())
             self._send_in_time(self._tls.encrypt(proceed) if self._tls else proceed)
         self._deadline += length / READ_SIZE  # a body of some size may take its time, but not for ever
         pieces = bytearray(body)
         while len(pieces) < length:
             pieces += self._read_in_time()
-        message = bytes(pieces[:length])
-        try:
-            binary = request.headers.get("content-type", "").lower().startswith("application/octet-stream")
-            return message if binary else message.decode()
-        except UnicodeDecodeError:
-            return message
+        return decode_body(request, bytes(pieces[:length]))
 
 
 # ======================================================================================
