@@ -17,7 +17,18 @@ import unittest
 
 import pywebsock
 
-from tests.tools.support import DEADLINE, ROOT, Client, Process, certificate, eventually, exchange, masked_frame, request, require
+from tests.tools.support import (
+    DEADLINE,
+    ROOT,
+    Client,
+    Process,
+    certificate,
+    eventually,
+    exchange,
+    masked_frame,
+    request,
+    require,
+)
 
 CLOSE = 8
 GOING_AWAY = b"\x03\xe9"

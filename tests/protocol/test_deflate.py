@@ -7,20 +7,30 @@ import unittest
 import zlib
 
 import pywebsock
-from pywebsock import HandshakeError, Inflater, ProtocolError
-from tests.tools.support import growth, peak_memory
+from pywebsock import INFLATE_SIZE, HandshakeError, Inflater, MessageReader, ProtocolError
+from tests.tools.support import compress, growth, masked_frame, peak_memory
 
 ANSWER = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-LIMIT = 1 << 20
 TAIL = b"\x00\x00\xff\xff"
 
 
-def inflate(*pieces: bytes, limit: int = LIMIT) -> bytes:
+def inflate(*pieces: bytes) -> bytes:
     """The message in these fragments."""
     inflater, plain = Inflater(), b""
     for i, piece in enumerate(pieces, 1):
-        plain += inflater.inflate(piece, i == len(pieces), limit - len(plain))
+        plain += b"".join(inflater.inflate(piece, i == len(pieces)))
     return plain
+
+
+def read(*pieces: bytes, limit: int) -> bytes:
+    """The same by a reader, which has a limit."""
+    last = len(pieces) - 1
+    stream = b"".join(
+        masked_frame(0 if i else 2, fin=i == last, rsv=0 if i else 4, key=bytes(4), length=len(piece)) + piece
+        for i, piece in enumerate(pieces)
+    )
+    ((_, message),) = MessageReader(limit, compressed=True).read([stream])
+    return bytes(message)
 
 
 def inflate_with(window: int, payload: bytes) -> bytes:
@@ -191,8 +201,7 @@ class Offers(unittest.TestCase):
             with self.subTest(field):
                 self.assertEqual(pywebsock.negotiate_deflate(field), expected)
                 head = "".join(f"Sec-WebSocket-Extensions: {offer}\r\n" for offer in field.split(","))
-                request = pywebsock.RequestParser().feed(f"GET / HTTP/1.1\r\n{head}\r\n".encode())
-                assert request
+                request, _ = pywebsock.parse_request([f"GET / HTTP/1.1\r\n{head}\r\n".encode()])
                 self.assertEqual(pywebsock.negotiate_deflate(request.headers["sec-websocket-extensions"]), expected)
 
     def test_malformed(self) -> None:
@@ -211,10 +220,10 @@ class Offers(unittest.TestCase):
 class Inflating(unittest.TestCase):
     """Inflater (7.2.2)."""
 
-    def assert_fails(self, code: int, *pieces: bytes, limit: int = LIMIT) -> None:
+    def assert_fails(self, code: int, *pieces: bytes, limit: int | None = None) -> None:
         """The fragments are refused with this code."""
         with self.assertRaises(ProtocolError) as caught:
-            inflate(*pieces, limit=limit)
+            inflate(*pieces) if limit is None else read(*pieces, limit=limit)
         self.assertEqual(caught.exception.code, code)
 
     def test_examples(self) -> None:
@@ -243,7 +252,7 @@ class Inflating(unittest.TestCase):
         for pieces in ((b"\x00",), (b"\x02\x00",), (b"", b"\x00"), (b"", b"\x00", b"")):
             with self.subTest(pieces):
                 self.assertEqual(inflate(*pieces), b"")
-                self.assertEqual(inflate(*pieces, limit=0), b"")
+                self.assertEqual(read(*pieces, limit=0), b"")
 
     def test_no_block(self) -> None:
         """No byte at all is not what an empty message is compressed to."""
@@ -293,7 +302,7 @@ class Inflating(unittest.TestCase):
 
     def test_limit_after_a_final_block(self) -> None:
         stream = bytes.fromhex("f3 48 cd c9 c9 07 00") * 3 + b"\x00"
-        self.assertEqual(inflate(stream, limit=15), b"HelloHelloHello")
+        self.assertEqual(read(stream, limit=15), b"HelloHelloHello")
         for limit in range(15):
             self.assert_fails(1009, stream, limit=limit)
 
@@ -356,34 +365,52 @@ class Inflating(unittest.TestCase):
             payload = pywebsock.deflate(b"a" * size, 15)
             for pieces in ((payload,), tuple(bytes((byte,)) for byte in payload)):
                 with self.subTest(size=size, pieces=len(pieces)):
-                    self.assertEqual(inflate(*pieces, limit=size), b"a" * size)
+                    self.assertEqual(read(*pieces, limit=size), b"a" * size)
                     self.assert_fails(1009, *pieces, limit=size - 1)
 
     def test_bomb(self) -> None:
-        """1 GiB of zeros takes no more memory than a message may have, and one reading of it."""
+        """1 GiB of zeros takes no more memory than a message may have, and a few readings of it."""
         payload = bomb(1 << 30)
-        for limit in (0, 1 << 10, 1 << 20):
+        for limit in (1 << 20, 1 << 22):
+            stream = masked_frame(2, rsv=4, key=bytes(4), length=len(payload)) + payload
+
+            def explode(limit: int = limit, stream: bytes = stream) -> None:
+                with self.assertRaises(ProtocolError) as caught:
+                    list(MessageReader(limit, compressed=True).read([stream]))
+                self.assertEqual(caught.exception.code, 1009)
+
+            with self.subTest(limit=limit):
+                self.assertLess(peak_memory(explode), 4 * len(stream) + 1.3 * limit + (1 << 17))
+
+    def test_pieces_of_bounded_size(self) -> None:
+        """Whatever comes in one fragment; and nothing is left behind in zlib where a piece is just full."""
+        for size in (*range(INFLATE_SIZE - 300, INFLATE_SIZE + 301, 7), 3 * INFLATE_SIZE, 10 * INFLATE_SIZE + 1):
+            data = random.Random(size).randbytes(3) * size
             for fin in (True, False):
-                with self.subTest(limit=limit, fin=fin):
+                zipped = compress(data[:size])
+                plain = list(Inflater().inflate(zipped if fin else zipped + TAIL, fin))
+                with self.subTest(size=size, fin=fin):
+                    self.assertLessEqual(max(map(len, plain)), INFLATE_SIZE)
+                    self.assertEqual(b"".join(plain), data[:size])
 
-                    def explode(limit: int = limit, fin: bool = fin) -> None:
-                        with self.assertRaises(ProtocolError) as caught:
-                            Inflater().inflate(payload, fin, limit)
-                        self.assertEqual(caught.exception.code, 1009)
+    def test_pieces_in_linear_time(self) -> None:
+        """Each step gives back the input that zlib has not taken yet."""
 
-                    # What zlib has not looked at is kept once, and what it gave is copied once.
-                    self.assertLess(peak_memory(explode), 2 * len(payload) + 2 * limit + (1 << 17))
+        def inflate_much(size: int) -> None:
+            list(Inflater().inflate(bomb(size << 20), False))
+
+        self.assertLess(growth(inflate_much, 16), 9)
 
     def test_bomb_in_pieces(self) -> None:
         """The same as a socket brings it."""
         payload = bomb(1 << 30)
-        reader = pywebsock.MessageReader(1 << 20, compressed=True)
+        reader = MessageReader(1 << 20, compressed=True)
         head = b"\xc2\xff" + len(payload).to_bytes(8, "big") + bytes(4)
 
         def explode() -> None:
             with self.assertRaises(ProtocolError) as caught:
-                for i in range(0, len(payload), 1 << 16):
-                    list(reader.feed((b"" if i else head) + payload[i : i + (1 << 16)]))
+                pieces = (payload[i : i + (1 << 16)] for i in range(0, len(payload), 1 << 16))
+                list(reader.read((head, *pieces)))
             self.assertEqual(caught.exception.code, 1009)
 
         self.assertLess(peak_memory(explode), 4 << 20)
@@ -394,7 +421,7 @@ class Inflating(unittest.TestCase):
 
         def feed() -> None:
             for _ in range(100):
-                self.assertEqual(inflater.inflate(blocks, False, 10), b"")
+                self.assertEqual(b"".join(inflater.inflate(blocks, False)), b"")
 
         self.assertLess(peak_memory(feed), 1 << 18)
 

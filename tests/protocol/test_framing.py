@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import struct
+import typing
 import unittest
 
 import pywebsock
-from pywebsock import CloseCode, FrameParser, Opcode, ProtocolError
-from tests.tools.support import masked_frame, peak_memory
+from pywebsock import CloseCode, Opcode, ProtocolError, parse_frames
+from tests.tools.support import brought, masked_frame, peak_memory
 
 # RFC 6455 5.7.
 HELLO = bytes((0x81, 0x05, 0x48, 0x65, 0x6C, 0x6C, 0x6F))
@@ -23,19 +24,16 @@ class Assembly:
     """The frames that a parser gives, put together again from the pieces of each."""
 
     def __init__(self) -> None:
-        self.parser = FrameParser()
         self.frames: list[Whole] = []
         self.code: int | None = None  # of the error, where there was one
         self._pieces: list[bytes] = []
         self._start = (False, 0)  # rsv1 and opcode of the frame that these pieces belong to
         self._promised = 0  # bytes of payload still to come
 
-    def feed(self, data: bytes) -> None:
+    def read(self, pieces: typing.Iterable[bytes]) -> None:
         """Parse, up to the first error."""
-        if self.code is not None:
-            return
         try:
-            for fin, rsv1, opcode, payload, left in self.parser.feed(data):
+            for fin, rsv1, opcode, payload, left in parse_frames(pieces):
                 self._add(fin, rsv1, opcode, bytes(payload), left)
         except ProtocolError as error:
             self.code = error.code
@@ -58,8 +56,7 @@ class Assembly:
 def parse(*pieces: bytes) -> tuple[list[Whole], int | None]:
     """The frames in some bytes that come in these pieces, and the code of the error that ends them."""
     assembly = Assembly()
-    for piece in pieces:
-        assembly.feed(piece)
+    assembly.read(pieces)
     return assembly.frames, assembly.code
 
 
@@ -143,7 +140,7 @@ class FrameOut(unittest.TestCase):
 
 
 class FrameIn(unittest.TestCase):
-    """FrameParser (5.2)."""
+    """parse_frames (5.2)."""
 
     KEY = b"\x01\x23\x45\x67"
 
@@ -227,19 +224,17 @@ class FrameIn(unittest.TestCase):
 
     def test_does_not_wait_for_a_payload(self) -> None:
         """What has come of a data frame is given at once, and how much is still to come."""
-        parser = FrameParser()
         frame = masked_frame(2, b"0123456789", key=self.KEY)
-        self.assertEqual(list(parser.feed(frame[:5])), [])
-        self.assertEqual(list(parser.feed(frame[5:6])), [(False, False, 2, b"", 10)])
-        self.assertEqual(list(parser.feed(frame[6:9])), [(False, False, 0, b"012", 7)])
-        self.assertEqual(list(parser.feed(frame[9:])), [(True, False, 0, b"3456789", 0)])
+        self.assertEqual(
+            brought(parse_frames, frame[:5], frame[5:6], frame[6:9], frame[9:]),
+            [[], [(False, False, 2, b"", 10)], [(False, False, 0, b"012", 7)], [(True, False, 0, b"3456789", 0)]],
+        )
 
     def test_waits_for_a_control_frame(self) -> None:
-        parser = FrameParser()
         frame = masked_frame(9, b"x" * 125)
-        for i in range(len(frame) - 1):
-            self.assertEqual(list(parser.feed(frame[i : i + 1])), [])
-        self.assertEqual(list(parser.feed(frame[-1:])), [(True, False, 9, b"x" * 125, 0)])
+        *before, last = brought(parse_frames, *(frame[i : i + 1] for i in range(len(frame))))
+        self.assertEqual(before, [[]] * (len(frame) - 1))
+        self.assertEqual(last, [(True, False, 9, b"x" * 125, 0)])
 
     def test_wrong(self) -> None:
         """At every split, as soon as the header is there, and after all that was good."""
@@ -271,15 +266,13 @@ class FrameIn(unittest.TestCase):
     def test_promises_take_no_memory(self) -> None:
         """A header alone, of the longest frame there can be."""
         stream = masked_frame(2, b"abc", length=(1 << 63) - 1)
-        self.assertEqual(list(FrameParser().feed(stream)), [(False, False, 2, b"abc", (1 << 63) - 4)])
-        parser = FrameParser()
+        self.assertEqual(list(parse_frames([stream])), [(False, False, 2, b"abc", (1 << 63) - 4)])
 
-        def feed() -> None:
-            for piece in (masked_frame(2, b"", length=BIG), *[bytes(1 << 16)] * 256):
-                for _ in parser.feed(piece):
-                    pass
+        def read() -> None:
+            for _ in parse_frames((masked_frame(2, b"", length=BIG), *[bytes(1 << 16)] * 256)):
+                pass
 
-        self.assertLess(peak_memory(feed), 1 << 20)
+        self.assertLess(peak_memory(read), 1 << 20)
 
     def test_nothing_comes_of_nothing(self) -> None:
         self.assertEqual(parse(b"", b""), ([], None))

@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
+import typing
 import unittest
 
 import pywebsock
-from pywebsock import MAX_FIELDS, MAX_HEAD, MAX_LINE, HandshakeError, Request, RequestParser
+from pywebsock import MAX_FIELDS, MAX_HEAD, MAX_LINE, HandshakeError, Request, parse_request
 from tests.tools.support import ACCEPT, KEY, growth, peak_memory, request
 
 START = b"GET / HTTP/1.1\r\n"
 
 
-def outcome(*pieces: bytes) -> tuple[object, bytes]:
-    """What a parser makes of these pieces: (a request, an HTTP status or None, what follows the head)."""
-    parser, result, after = RequestParser(), None, b""
+class MoreIsWaitedForError(Exception):
+    """The pieces are not enough."""
+
+
+def outcome(*pieces: bytes) -> tuple[Request | int | None, bytes]:
+    """What comes of these pieces: (a request, an HTTP status, or None where more is waited for; what follows)."""
+
+    def arriving() -> typing.Iterator[bytes]:
+        yield from pieces
+        raise MoreIsWaitedForError
+
+    stream = arriving()
     try:
-        for piece in pieces:
-            if result:
-                after += piece
-            else:
-                result = parser.feed(piece)
+        parsed, rest = parse_request(stream)
     except HandshakeError as error:
         return int(error.status), b""
-    return result, bytes(parser.rest) + after if result else b""
+    except MoreIsWaitedForError:
+        return None, b""
+    try:
+        for piece in stream:
+            rest += piece
+    except MoreIsWaitedForError:
+        pass
+    return parsed, rest
 
 
 def parse(data: bytes) -> Request:
     """A request that is complete."""
-    parsed = RequestParser().feed(data)
-    assert parsed
-    return parsed
+    return parse_request([data])[0]
 
 
-def in_bytes(data: bytes) -> tuple[object, bytes]:
-    """What a parser makes of bytes that come one by one, up to the end of the head."""
-    parser, end = RequestParser(), 0
-    try:
-        while end < len(data):
-            end += 1
-            parsed = parser.feed(data[end - 1 : end])
-            if parsed:
-                return parsed, bytes(parser.rest) + data[end:]
-    except HandshakeError as error:
-        return int(error.status), b""
-    return None, b""
+def in_bytes(data: bytes) -> tuple[Request | int | None, bytes]:
+    """What comes of bytes one by one."""
+    return outcome(*(data[i : i + 1] for i in range(len(data))))
 
 
 def headers(**fields: str) -> Request:
@@ -54,7 +57,7 @@ def headers(**fields: str) -> Request:
 
 
 class Requests(unittest.TestCase):
-    """RequestParser: the head of a request (RFC 9112 2 to 5)."""
+    """parse_request: the head of a request (RFC 9112 2 to 5)."""
 
     GOOD: tuple[tuple[str, bytes, Request, bytes], ...] = (
         ("no fields", b"GET / HTTP/1.1\r\n\r\n", Request("GET", "/", (1, 1), {}), b""),
@@ -77,6 +80,8 @@ class Requests(unittest.TestCase):
             Request("GET", "/", (1, 1), {"a": "1, 3, ", "b": "2"}),
             b"",
         ),
+        ("an empty line first", b"\r\n" + START + b"\r\n", Request("GET", "/", (1, 1), {}), b""),
+        ("a few of them", b"\r\n" * 9 + START + b"a: b\r\n\r\n\r\n", Request("GET", "/", (1, 1), {"a": "b"}), b"\r\n"),
         ("bytes above 127", START + b"a: \xe9\xff\r\n\r\n", Request("GET", "/", (1, 1), {"a": "\xe9\xff"}), b""),
         (
             "every token",
@@ -86,11 +91,10 @@ class Requests(unittest.TestCase):
         ),
     )
     WRONG: tuple[tuple[str, bytes, int], ...] = (
+        ("TLS after an empty line", b"\r\n\x16\x03\x01", 400),
         ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
         ("a WebSocket frame", b"\x81\x85\x37\xfa\x21\x3d\x7f\x9f\x4d\x51\x58", 400),
         ("zeros", b"\x00\x00\x00\x00", 400),
-        ("an empty line", b"\r\n", 400),
-        ("a line feed", b"\n", 400),
         ("a space", b" GET / HTTP/1.1\r\n", 400),
         ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n", 400),
         ("no version", b"GET /\r\n", 400),
@@ -146,14 +150,22 @@ class Requests(unittest.TestCase):
 
     def test_wrong(self) -> None:
         """At every split, one byte at a time, and whatever else comes with it."""
-        for what, data, status in self.WRONG:
+        for what, start, status in self.WRONG:
+            data = start + b"\r\n\r\n"
             for cut in range(len(data) + 1):
                 with self.subTest(what, cut=cut):
                     self.assertEqual(outcome(data[:cut], data[cut:]), (status, b""))
             with self.subTest(what, cut="everywhere"):
                 self.assertEqual(in_bytes(data), (status, b""))
             with self.subTest(what, cut="nowhere"):
-                self.assertEqual(outcome(data + b"b: c\r\n\r\nrest"), (status, b""))
+                self.assertEqual(outcome(start + b"b: c\r\n\r\nrest"), (status, b""))
+
+    def test_wrong_ends_of_lines(self) -> None:
+        """They are refused without waiting for the right ones, which `printf ... | nc` will not send."""
+        for data in (b"GET / HTTP/1.1\n\n", b"GET / HTTP/1.1\r\n\n", b"GET / HTTP/1.1\n\r\n", START + b"a: b\n\n"):
+            for cut in range(len(data) + 1):
+                with self.subTest(data, cut=cut):
+                    self.assertEqual(outcome(data[:cut], data[cut:])[0], 400)
 
     def test_incomplete(self) -> None:
         """Nothing, up to the last byte."""
@@ -161,11 +173,15 @@ class Requests(unittest.TestCase):
         for end in range(len(data)):
             self.assertEqual(outcome(data[:end]), (None, b""))
         self.assertEqual(outcome(b"", b"", b""), (None, b""))
+        with self.assertRaises(HandshakeError) as caught:
+            parse_request([data[:-1]])
+        self.assertEqual(caught.exception.status, 400)
+        self.assertIn("incomplete", str(caught.exception))
 
     def test_what_is_not_http_is_seen_at_once(self) -> None:
         for code in range(256):
-            letter = bytes((code,)).isalpha()
-            self.assertEqual(outcome(bytes((code,))), (None if letter else 400, b""), code)
+            waits = bytes((code,)).isalpha() or code in b"\r\n"
+            self.assertEqual(outcome(bytes((code,))), (None if waits else 400, b""), code)
 
     def test_a_browser(self) -> None:
         data = (
@@ -187,27 +203,26 @@ class Limits(unittest.TestCase):
         """One is taken, and the other not, however they come."""
         for data, expected in ((good, None), (bad, status)):
             end = len(data)
-            for cut in (0, 1, 20, end // 2, *range(end - 5, end)):
-                with self.subTest(length=end, cut=cut):
-                    result, _ = outcome(data[:cut], data[cut:])
+            for pieces in ([data[:cut], data[cut:]] for cut in (0, 1, 20, end // 2, *range(end - 5, end))):
+                with self.subTest(length=end, cut=len(pieces[0])):
+                    result, _ = outcome(*pieces)
                     self.assertEqual(result if isinstance(result, int) else None, expected)
             result, _ = in_bytes(data)
             self.assertEqual(result if isinstance(result, int) else None, expected)
 
     def test_request_line(self) -> None:
         def line(size: int) -> bytes:  # bytes before the line feed
-            return b"GET /" + b"a" * (size - 15) + b" HTTP/1.1\r\n"
+            return b"GET /" + b"a" * (size - 14) + b" HTTP/1.1\r\n\r\n"
 
-        self.assertEqual(len(line(MAX_LINE)), MAX_LINE + 1)
+        self.assertEqual(len(line(MAX_LINE)), MAX_LINE + 4)
         self.assert_limit(line(MAX_LINE), line(MAX_LINE + 1), 414)
-        self.assert_limit(b"G" * MAX_LINE, b"G" * (MAX_LINE + 1), 414)
+        self.assert_limit(b"G" * MAX_HEAD, b"G" * (MAX_HEAD + 1), 414)
 
     def test_field(self) -> None:
         def field(size: int) -> bytes:
-            return b"a:" + b"b" * (size - 3) + b"\r\n"
+            return b"a:" + b"b" * (size - 2) + b"\r\n\r\n"
 
         self.assert_limit(START + field(MAX_LINE), START + field(MAX_LINE + 1), 431)
-        self.assert_limit(START + b"a" * MAX_LINE, START + b"a" * (MAX_LINE + 1), 431)
 
     def test_number_of_fields(self) -> None:
         for field in (b"a:b\r\n", b"a:\r\n"):
@@ -232,21 +247,21 @@ class Limits(unittest.TestCase):
             self.assertEqual(outcome(START, b"\r\n" + body)[1], body)
 
     def test_errors_come_early(self) -> None:
-        """Before the line that is too long has ended, and however much comes at once."""
+        """Before the head that is too long has ended, and however much comes at once."""
         self.assertEqual(outcome(b"G" * (1 << 20)), (414, b""))
         self.assertEqual(outcome(START + b"a" * (1 << 20)), (431, b""))
         self.assertEqual(outcome(START + b"a:b\r\n" * (1 << 16)), (431, b""))
+        self.assertEqual(outcome(START + b"a:b\r\n" * (1 << 13), b"\r\n"), (431, b""))
 
     def test_memory(self) -> None:
         """No more than the limits, whatever comes."""
 
         def feed() -> None:
-            parser = RequestParser()
-            with self.assertRaises(HandshakeError):
-                for _ in range(1 << 20):
-                    parser.feed(b"GET")
+            for piece in (b"GET", START, b"\r\n"):
+                with self.assertRaises(HandshakeError):
+                    parse_request(itertools.repeat(piece, 1 << 17))
 
-        self.assertLess(peak_memory(feed), 1 << 17)
+        self.assertLess(peak_memory(feed), 1 << 18)
 
     def test_in_linear_time(self) -> None:
         """Lines of all kinds, up to 8 KiB."""
@@ -267,6 +282,16 @@ class Limits(unittest.TestCase):
 
                 with self.subTest(start=start, unit=unit, end=end):
                     self.assertLess(growth(feed, MAX_LINE // 4), 9)
+
+    def test_pieces_in_linear_time(self) -> None:
+        """Byte by byte, up to 32 KiB."""
+        for unit in (b"a", b"a:b\r\n", b"\r", b"\n", b"\r\n"):
+
+            def feed(size: int, unit: bytes = unit) -> None:
+                in_bytes(unit * (size // len(unit)))
+
+            with self.subTest(unit):
+                self.assertLess(growth(feed, MAX_HEAD // 4), 9)
 
     def test_values_in_linear_time(self) -> None:
         """The checks that follow, with up to 32 KiB in a field."""
@@ -318,6 +343,19 @@ class RequestValues(unittest.TestCase):
             with self.subTest(target):
                 self.assertEqual(Request("GET", target, (1, 1), {}).path, path)
 
+    def test_expects_continue(self) -> None:
+        """RFC 9110 10.1.1: not from HTTP/1.0, where nobody knows what 100 means."""
+        for version, value, expected in (
+            ((1, 1), "100-continue", True),
+            ((1, 2), "100-Continue", True),
+            ((1, 0), "100-continue", False),
+            ((1, 1), "200-ok", False),
+        ):
+            with self.subTest(version=version, value=value):
+                asked = Request("POST", "/", version, {"expect": value})
+                self.assertEqual(asked.expects_continue, expected)
+        self.assertFalse(headers().expects_continue)
+
     def test_tokens(self) -> None:
         for value, tokens in (
             ("Upgrade", ["upgrade"]),
@@ -344,6 +382,8 @@ class RequestValues(unittest.TestCase):
 
 class Upgrade(unittest.TestCase):
     """check_upgrade (4.2.1), for requests as they come over the wire."""
+
+    UPGRADE_REQUIRED = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # 4.2.2, item 4; RFC 9110 15.5.22
 
     def test_good(self) -> None:
         for what, data in (
@@ -374,7 +414,7 @@ class Upgrade(unittest.TestCase):
             ("another Connection", request(Connection="keep-alive"), 400, ()),
             ("nearly upgrade", request(Connection="keep-alive upgrade"), 400, ()),
             *(
-                (f"version {version}", request(Sec_WebSocket_Version=version), 426, (("Sec-WebSocket-Version", "13"),))
+                (f"version {version}", request(Sec_WebSocket_Version=version), 426, self.UPGRADE_REQUIRED)
                 for version in (None, "", "8", "0", "12", "14", "130", "013", "13.0", "13, 13", "13, 8", "+13", "x")
             ),
             ("no key", request(Sec_WebSocket_Key=None), 400, ()),
@@ -388,16 +428,16 @@ class Upgrade(unittest.TestCase):
 
 
 class AcceptKey(unittest.TestCase):
-    """accept_key (4.2.2)."""
+    """compute_accept (4.2.2)."""
 
     def test_example(self) -> None:
         """RFC 6455 1.3."""
-        self.assertEqual(pywebsock.accept_key("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        self.assertEqual(pywebsock.compute_accept("dGhlIHNhbXBsZSBub25jZQ=="), "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
 
     def test_any_nonce(self) -> None:
         rng, seen = random.Random(7), set()
         for nonce in (bytes(16), b"\xff" * 16, *(rng.randbytes(16) for _ in range(100))):
-            accept = pywebsock.accept_key(base64.b64encode(nonce).decode())
+            accept = pywebsock.compute_accept(base64.b64encode(nonce).decode())
             self.assertEqual(len(base64.b64decode(accept)), 20)
             seen.add(accept)
         self.assertEqual(len(seen), 102)
@@ -412,7 +452,7 @@ class AcceptKey(unittest.TestCase):
         ):
             with self.subTest(key):
                 with self.assertRaises(HandshakeError) as caught:
-                    pywebsock.accept_key(key)
+                    pywebsock.compute_accept(key)
                 self.assertEqual(caught.exception.status, 400)
 
 
@@ -460,6 +500,29 @@ class Host(unittest.TestCase):
         with self.assertRaises(HandshakeError):
             pywebsock.check_host(Request("GET", "/", (1, 0), {"host": "a b"}))
 
+    def test_absolute_form(self) -> None:
+        """The target's host counts (RFC 9112 3.2.2), and the field must be there all the same."""
+        for target, host in (
+            ("http://localhost:4545/a?b", "localhost:4545"),
+            ("HTTPS://[::1]", "[::1]"),
+            ("http://127.0.0.1?a", "127.0.0.1"),
+            ("/http://localhost", "example.com"),
+        ):
+            with self.subTest(target):
+                self.assertEqual(pywebsock.check_host(Request("GET", target, (1, 1), {"host": "example.com"})), host)
+        for target, fields in (
+            ("http://", {"host": "localhost"}),
+            ("http:///a", {"host": "localhost"}),
+            ("http://user@localhost/", {"host": "localhost"}),
+            ("http://a:b:c/", {"host": "localhost"}),
+            ("http://localhost/", {}),
+            ("http://localhost/", {"host": "a b"}),
+        ):
+            with self.subTest(target, fields=fields):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_host(Request("GET", target, (1, 1), fields))
+                self.assertEqual(caught.exception.status, 400)
+
 
 class Origin(unittest.TestCase):
     """check_origin (10.2): which pages may connect."""
@@ -483,8 +546,7 @@ class Origin(unittest.TestCase):
         ("https://[2001:db8::1]", "[2001:db8::1]", ()),
         ("http://localhost:4545", HERE, ("https://example.com",)),
         ("https://example.com", HERE, ("https://example.com",)),
-        ("https://example.com", HERE, ("https://example.com/",)),
-        ("https://example.com", HERE, ("HTTPS://Example.com",)),
+        ("HTTPS://Example.com", HERE, ("https://example.com",)),
         ("https://example.com", HERE, ("http://a", "https://example.com")),
         ("https://example.com", "example.com", ("https://example.com",)),
         ("null", HERE, ("null",)),
@@ -544,11 +606,75 @@ class Origin(unittest.TestCase):
                     pywebsock.check_origin(headers(Host=host, Origin=origin), listed)
                 self.assertEqual(caught.exception.status, 403)
 
+    def test_absolute_form(self) -> None:
+        """What is asked for is the host of the target, not that of the Host field (RFC 9112 3.2.2)."""
+        here, there = "http://localhost:4545", "http://evil.example"
+        for target, host, origin, may in (
+            (f"{here}/", "evil.example", here, True),
+            (f"{here}/", "127.0.0.1", "http://127.0.0.1", False),
+            (f"{there}/", "localhost:4545", here, False),
+            (f"{there}/", "localhost:4545", there, False),
+        ):
+            with self.subTest(target=target, host=host, origin=origin):
+                asked = Request("GET", target, (1, 1), {"host": host, "origin": origin})
+                if may:
+                    pywebsock.check_origin(asked, ())
+                else:
+                    with self.assertRaises(HandshakeError) as caught:
+                        pywebsock.check_origin(asked, ())
+                    self.assertEqual(caught.exception.status, 403)
+
+    def test_parse(self) -> None:
+        """An origin as somebody writes it becomes what a browser sends."""
+        for text, origin in (
+            ("https://example.com", "https://example.com"),
+            ("HTTPS://Example.COM", "https://example.com"),
+            ("https://example.com/", "https://example.com"),
+            ("https://example.com:443", "https://example.com"),
+            ("http://example.com:80/", "http://example.com"),
+            ("http://example.com:443", "http://example.com:443"),
+            ("https://example.com:80", "https://example.com:80"),
+            ("http://localhost:8080", "http://localhost:8080"),
+            ("http://[::1]:80", "http://[::1]"),
+            ("chrome-extension://abcdefgh", "chrome-extension://abcdefgh"),
+            ("capacitor://localhost", "capacitor://localhost"),
+            *((word, word) for word in ("*", "null", "file://")),
+            ("NULL", "null"),
+        ):
+            with self.subTest(text):
+                self.assertEqual(pywebsock.parse_origin(text), origin)
+                self.assertEqual(pywebsock.parse_origin(origin), origin)
+                if origin != "*":
+                    pywebsock.check_origin(headers(Host=self.HERE, Origin=origin), [origin])
+
+    def test_parse_wrong(self) -> None:
+        """What no browser ever sends is an error where it is written, in one line."""
+        for text in (
+            *(
+                "",
+                "example.com",
+                "localhost:4545",
+                "//example.com",
+                "https://",
+                "https:///",
+                "https://a/b",
+                "https://a//",
+            ),
+            *("https://a?b", "https://a#b", "https://a b", "https://user@a", "https://a:x", "https://*.example.com"),
+            *("ws://localhost", "wss://example.com", "https://a,https://b", "https://b\xfccher.example", "file:", "**"),
+            *("https://example.com\n", " https://example.com", "1http://a", "http:/a"),
+        ):
+            with self.subTest(text):
+                with self.assertRaises(ValueError) as caught:
+                    pywebsock.parse_origin(text)
+                self.assertRegex(str(caught.exception), r"^[ -~]+$")
+
     def test_the_error_helps(self) -> None:
-        """It says which option would let the page in, and is safe to print."""
+        """It says what would let the page in, of the command line and of a program, and is safe to print."""
         with self.assertRaises(HandshakeError) as caught:
             pywebsock.check_origin(headers(Host="localhost", Origin="https://example.com"), ())
         self.assertIn("--origin https://example.com", str(caught.exception))
+        self.assertIn('origins=["https://example.com"]', str(caught.exception))
         with self.assertRaises(HandshakeError) as caught:
             pywebsock.check_origin(headers(Host="localhost", Origin="\x1b[2J\xe9"), ())
         self.assertTrue(str(caught.exception).isascii() and str(caught.exception).isprintable())
@@ -558,6 +684,52 @@ class Origin(unittest.TestCase):
         for host in ("", "a b", "a, b"):
             with self.assertRaises(HandshakeError):
                 pywebsock.check_origin(headers(Host=host, Origin="http://localhost"), ())
+
+
+class Bodies(unittest.TestCase):
+    """body_length, decode_body (RFC 9112 6): a message by POST."""
+
+    def test_length(self) -> None:
+        for value, length in (("0", 0), ("1", 1), ("100", 100), ("0000000000000000", 0), ("000000000000000099", 99)):
+            with self.subTest(value):
+                self.assertEqual(pywebsock.body_length(headers(Content_Length=value), 100), length)
+
+    def test_wrong(self) -> None:
+        for status, fields in (
+            (411, {}),
+            (411, {"Content_Length": ""}),
+            (411, {"Transfer_Encoding": "chunked"}),
+            (411, {"Transfer_Encoding": "chunked", "Content_Length": "5"}),
+            (413, {"Content_Length": "101"}),
+            (413, {"Content_Length": "9" * 18}),
+            *(
+                (400, {"Content_Length": value})
+                for value in ("-1", "+1", "1, 1", "1e3", "0x1", "\xb2", "9" * 19, "a", "1.0")
+            ),
+            (415, {"Content_Length": "5", "Content_Type": "multipart/form-data; boundary=x"}),
+            (415, {"Content_Length": "999", "Content_Type": "Multipart/Mixed"}),
+            (415, {"Transfer_Encoding": "chunked", "Content_Type": "multipart/form-data; boundary=x"}),
+        ):
+            with self.subTest(fields):
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.body_length(headers(**fields), 100)
+                self.assertEqual(caught.exception.status, status)
+
+    def test_message(self) -> None:
+        """Text where it is UTF-8 and does not say that it is binary."""
+        for body, kind, message in (
+            (b"", "", ""),
+            ("é".encode(), "", "é"),
+            ("é".encode(), "text/plain; charset=latin-1", "é"),
+            (b"a=b", "application/x-www-form-urlencoded", "a=b"),
+            (b"\xff", "text/plain", b"\xff"),
+            (b"\xed\xa0\x80", "", b"\xed\xa0\x80"),
+            (b"a", "application/octet-stream", b"a"),
+            (b"a", "Application/Octet-Stream; x=y", b"a"),
+            (b"", "application/octet-stream", b""),
+        ):
+            with self.subTest(body, kind=kind):
+                self.assertEqual(pywebsock.decode_body(headers(Content_Type=kind), body), message)
 
 
 class Responses(unittest.TestCase):
@@ -571,7 +743,7 @@ class Responses(unittest.TestCase):
 
     def test_every_status(self) -> None:
         """Those that are used have a phrase."""
-        for status in (101, 200, 202, 400, 403, 404, 405, 408, 411, 413, 414, 426, 431, 500, 503, 505):
+        for status in (101, 200, 202, 400, 403, 404, 405, 408, 411, 413, 414, 415, 426, 431, 500, 503, 505):
             response = pywebsock.serialize_response(status, ())
             self.assertRegex(response.decode(), rf"^HTTP/1\.1 {status} [A-Z][A-Za-z -]+\r\n\r\n$")
 
@@ -589,6 +761,11 @@ class Responses(unittest.TestCase):
             ("Allow", "GET"),
         ):
             self.assertEqual(fields[name], value)
+
+    def test_upgrade_required(self) -> None:
+        """Upgrade stands in Connection, too (RFC 9110 7.8)."""
+        response = pywebsock.http_response(426, "text/plain", b"", ("Upgrade", "websocket"))
+        self.assertIn(b"\r\nConnection: close, Upgrade\r\n", response)
 
     def test_head(self) -> None:
         """The same without the body."""
@@ -630,6 +807,21 @@ class Errors(unittest.TestCase):
         self.assertEqual((error.status, error.status.phrase), (426, "Upgrade Required"))
         self.assertEqual((str(error), error.fields), ("why", (("Sec-WebSocket-Version", "13"),)))
         self.assertEqual(HandshakeError(400, "why").fields, ())
+        self.assertEqual(HandshakeError(401, "who?", ("WWW-Authenticate", 'Bearer realm="a"')).status, 401)
+
+    def test_wrong_values(self) -> None:
+        """They are found where they are written, and never reach a response."""
+        wrong: tuple[tuple[object, tuple[tuple[str, str], ...]], ...] = (
+            *((status, ()) for status in (0, 99, 100, 101, 200, 299, 418000, 600, -1, "401", "x", None, b"")),
+            *((401, (field,)) for field in (("a b", "c"), ("", "c"), ("a:", "c"), ("a\r\nb", "c"), ("\xe9", "c"))),
+            *((401, (("A", value),)) for value in ("b\r\nC: d", "b\nc", "\r", "\x00", "\x1b[2J", "\xe9", "\u20ac")),
+            (401, (("A", "b"), ("C", "d\r\n"))),
+        )
+        for value, fields in wrong:
+            with self.subTest(value, fields=fields), self.assertRaises(ValueError):
+                HandshakeError(typing.cast(int, value), "why", *fields)
+
+    def test_protocol_error(self) -> None:
         wrong = pywebsock.ProtocolError(pywebsock.CloseCode.MESSAGE_TOO_BIG, "why")
         self.assertEqual((wrong.code, str(wrong)), (1009, "why"))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import random
+import typing
 import unittest
 import zlib
 
 import pywebsock
 from pywebsock import MessageReader, Opcode, Outgoing, ProtocolError
-from tests.tools.support import compress, growth, masked_frame, peak_memory
+from tests.tools.support import compress, growth, masked_frame, package, peak_memory
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 LIMIT = 1 << 16
@@ -35,9 +37,8 @@ def read(
     """What a reader hears in these pieces, and the code of the error that ends it."""
     reader, heard = MessageReader(limit, compressed), []
     try:
-        for piece in pieces:
-            for opcode, message in reader.feed(piece):
-                heard.append((int(opcode), message))
+        for opcode, message in reader.read(pieces):
+            heard.append((int(opcode), message))
     except ProtocolError as error:
         return heard, error.code
     return heard, None
@@ -158,20 +159,20 @@ class Fragments(unittest.TestCase):
 
     def test_a_million_empty(self) -> None:
         """They take no memory."""
-        reader, piece = MessageReader(LIMIT), masked_frame(CONT, fin=False) * 10_000
-        self.assertEqual(list(reader.feed(masked_frame(BINARY, b"a", fin=False))), [])
+        piece = masked_frame(CONT, fin=False) * 10_000
 
-        def feed() -> None:
-            for _ in range(10):
-                for _ in reader.feed(piece):
-                    self.fail("a message?")
+        def arriving(times: int) -> typing.Iterator[bytes]:
+            yield masked_frame(BINARY, b"a", fin=False)
+            for _ in range(times):
+                yield piece
+            yield masked_frame(CONT, b"b")
 
-        peak = peak_memory(feed)
+        def read(times: int) -> None:
+            self.assertEqual(list(MessageReader(LIMIT).read(arriving(times))), [(BINARY, b"ab")])
+
+        peak = peak_memory(lambda: read(10))
         self.assertLess(peak, 1 << 16)
-        for _ in range(9):
-            feed()
-        self.assertLess(peak_memory(feed), peak + 1000)
-        self.assertEqual(list(reader.feed(masked_frame(CONT, b"b"))), [(BINARY, b"ab")])
+        self.assertLess(peak_memory(lambda: read(100)), peak + 1000)
 
     def test_in_linear_time(self) -> None:
         """A message in many fragments, a frame in many pieces, and many messages in one piece."""
@@ -486,8 +487,112 @@ class Compressed(unittest.TestCase):
             self.assertEqual(read(*frames, compressed=True), ([(BINARY, payload)], None))
 
 
+class Size(unittest.TestCase):
+    """What a reader keeps of a message that is not finished, and charges."""
+
+    def kept(self, *pieces: bytes, limit: int = LIMIT) -> list[int]:
+        """`size` after each piece, which must be the sum of what has been charged, and in the end."""
+        charged: list[int] = []
+        sizes: list[int] = []
+        reader = MessageReader(limit, True, charged.append)
+
+        def arriving() -> typing.Iterator[bytes]:
+            for piece in pieces:
+                yield piece
+                sizes.append(reader.size)
+                self.assertEqual(sum(charged), reader.size)
+
+        for _ in reader.read(arriving()):
+            pass
+        self.assertNotIn(0, charged)
+        return sizes
+
+    def test_whole_messages(self) -> None:
+        """They are not kept, however many."""
+        stream = masked_frame(TEXT, b"abc") * 9 + masked_frame(PING, b"p") + masked_frame(BINARY, b"")
+        self.assertEqual(self.kept(stream, stream), [0, 0])
+
+    def test_pieces(self) -> None:
+        whole = frame(BINARY, b"x" * 100)
+        self.assertEqual(self.kept(whole[:3], whole[3:10], whole[10:50], whole[50:], whole), [0, 4, 44, 0, 0])
+
+    def test_fragments(self) -> None:
+        """Control frames between them are not counted."""
+        first, middle, last = fragments(TEXT, b"abc", b"", b"de")
+        self.assertEqual(self.kept(first, masked_frame(PING, b"p"), middle, last[:-1], last[-1:]), [3, 3, 3, 4, 0])
+
+    def test_compressed(self) -> None:
+        """With what zlib takes, from the header on: a thousand headers are not free."""
+        window, zipped = pywebsock.INFLATER_SIZE, compress(b"x" * 50_000)
+        first, last = fragments(BINARY, zipped[:-5], zipped[-5:], rsv=4)
+        header, *after = self.kept(first[:6], first[6:], last, first + last)
+        self.assertEqual((header, after[1:]), (window, [0, 0]))
+        self.assertGreater(after[0], window + 40_000)
+
+    def test_charged_in_steps(self) -> None:
+        """Whoever is charged can stop it at any time; then no more memory has been taken."""
+        limit, wanted = 64 << 20, 1 << 20
+        zipped = compress(bytes(limit))
+        reader: MessageReader
+
+        def refuse(change: int) -> None:
+            self.assertLessEqual(change, pywebsock.INFLATE_SIZE + pywebsock.INFLATER_SIZE)
+            if reader.size > wanted:
+                raise ProtocolError(pywebsock.CloseCode.MESSAGE_TOO_BIG, "no more")
+
+        reader = MessageReader(limit, True, refuse)
+
+        def read_all() -> None:
+            with self.assertRaisesRegex(ProtocolError, "no more"):
+                list(reader.read([frame(BINARY, zipped, rsv=4)]))
+
+        self.assertLess(peak_memory(read_all), 2 * wanted + 4 * len(zipped))
+        self.assertLess(reader.size, wanted + 2 * pywebsock.INFLATE_SIZE)
+
+    def test_while_it_waits(self) -> None:
+        """What was read and what came of it is gone: a thousand silent clients hold no thousand old messages."""
+        large = b"x" * (1 << 20)
+        held: list[int] = []
+
+        def arriving() -> typing.Iterator[bytes]:
+            tracemalloc = package("tracemalloc")
+            for pieces in (
+                (frame(BINARY, large),),
+                (frame(TEXT, large),),
+                (frame(BINARY, large)[:-9], frame(BINARY, large)[-9:]),
+                (frame(TEXT, large[:9], fin=False), frame(CONT, large)),
+                (frame(BINARY, compress(large), rsv=4),),
+                (frame(BINARY, b"x") * 99 + masked_frame(PING, b"p")[:-1], masked_frame(PING, b"p")[-1:]),
+            ):
+                tracemalloc.start()
+                yield from pieces
+                held.append(tracemalloc.get_traced_memory()[0])
+                tracemalloc.stop()
+
+        collections.deque(MessageReader(1 << 21, True).read(arriving()), maxlen=0)
+        self.assertEqual(len(held), 6)
+        self.assertLess(max(held), 1 << 14)
+
+
 class Out(unittest.TestCase):
     """Outgoing: the frames of a message to clients."""
+
+    def test_kinds(self) -> None:
+        """Bytes of any kind are binary; what is neither str nor bytes is said by name."""
+        for message in (b"ab", bytearray(b"ab"), memoryview(b"xaby")[1:3]):
+            self.assertEqual(Outgoing(typing.cast(bytes, message)).frame(0), b"\x82\x02ab")
+        for wrong, name in (({"a": 1}, "dict"), (None, "NoneType"), (7, "int"), (["a"], "list")):
+            with self.subTest(name), self.assertRaisesRegex(TypeError, f"^a message is str or bytes, not {name}$"):
+                Outgoing(typing.cast(str, wrong))
+        with self.assertRaises(ValueError):
+            Outgoing("\ud800")
+
+    def test_bytes_are_copied(self) -> None:
+        """Whatever somebody does with a bytearray afterwards."""
+        changing = bytearray(b"ab")
+        outgoing = Outgoing(typing.cast(bytes, changing))
+        changing[:] = b"xyz"
+        self.assertEqual(outgoing.frame(0), b"\x82\x02ab")
 
     def test_plain(self) -> None:
         for message, expected in (

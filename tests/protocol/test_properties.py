@@ -119,12 +119,11 @@ def read(pieces: typing.Iterable[bytes], compressed: bool = True) -> tuple[Heard
     reader = MessageReader(LIMIT, compressed)
     heard: Heard = []
     try:
-        for piece in pieces:
-            for opcode, message in reader.feed(piece):
-                if opcode == Opcode.CLOSE:
-                    assert isinstance(message, bytes)
-                    return [*heard, (8, pywebsock.parse_close(message))], None
-                heard.append((int(opcode), message))
+        for opcode, message in reader.read(pieces):
+            if opcode == Opcode.CLOSE:
+                assert isinstance(message, bytes)
+                return [*heard, (8, pywebsock.parse_close(message))], None
+            heard.append((int(opcode), message))
     except ProtocolError as error:
         return heard, int(error.code)
     return heard, None
@@ -227,7 +226,7 @@ class Messages(unittest.TestCase):
         stream = b"".join(step.frames() for step in sent)
         reader, sizes = MessageReader(limit, compressed=True), [len(step.payload) for step in sent if step.opcode < 8]
         try:
-            list(reader.feed(stream))
+            list(reader.read([stream]))
             self.assertLessEqual(max(sizes, default=0), limit)
         except ProtocolError as error:
             self.assertEqual(error.code, 1009)
@@ -296,16 +295,16 @@ class Deflate(unittest.TestCase):
         inflater, plain = Inflater(), b""
         pieces = pieces_of(pywebsock.deflate(payload, window), cuts)
         for i, piece in enumerate(pieces, 1):
-            plain += inflater.inflate(piece, i == len(pieces), len(payload) - len(plain))
+            plain += b"".join(inflater.inflate(piece, i == len(pieces)))
         self.assertEqual(plain, payload)
 
     @given(st.one_of(st.binary(max_size=200), mutated(DATA.map(lambda data: pywebsock.deflate(data, 15)))))
     def test_any_bytes(self, data: bytes) -> None:
         """What is taken is what zlib makes of it."""
         try:
-            plain = Inflater().inflate(data, True, LIMIT)
+            plain = b"".join(Inflater().inflate(data, True))
         except ProtocolError as error:
-            self.assertIn(error.code, (1002, 1007, 1009))
+            self.assertEqual(error.code, 1007)
         else:
             raw = zlib.decompressobj(wbits=-15)
             self.assertTrue(plain.startswith(raw.decompress(data + b"\0\0\xff\xff")))
@@ -395,7 +394,7 @@ class Handshake(unittest.TestCase):
             lambda: pywebsock.check_host(request),
             lambda: pywebsock.check_origin(request, listed),
             lambda: pywebsock.check_upgrade(request),
-            lambda: pywebsock.accept_key(value),
+            lambda: pywebsock.compute_accept(value),
         ):
             try:
                 check()

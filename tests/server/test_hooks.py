@@ -26,7 +26,7 @@ class Hooks(ServerTestCase):
         """Fails where a client's path or message says so."""
 
         def on_open(self, client: pywebsock.WebSocketHandler) -> None:
-            if client.path == "/open":
+            if client.target == "/open":
                 self.broadcast("good")
                 raise LookupError("in on_open")
 
@@ -37,7 +37,7 @@ class Hooks(ServerTestCase):
 
         def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
             super().on_close(client, code, reason)
-            if client.path == "/close":
+            if client.target == "/close":
                 raise LookupError("in on_close")
 
     def check(self, data: bytes, code: int, what: str) -> None:
@@ -157,7 +157,7 @@ class AnyThread(ServerTestCase):
 
     def test_what_was_sent_may_be_changed(self) -> None:
         changing = bytearray(b"before")
-        with self.server._turn:
+        with self.server._turn._lock:
             self.server.broadcast(changing)  # type: ignore[arg-type]
             changing[:] = b"after!"
         self.server.broadcast("next")

@@ -95,7 +95,7 @@ class Settings(ServerTestCase):
 
     def test_keyword(self) -> None:
         server = self.make(max_message=1, rate=2.5, origins=["*"], history=3)
-        self.assertEqual((server.max_message, server.rate, server.origins, server.history), (1, 2.5, ["*"], 3))
+        self.assertEqual((server.max_message, server.rate, server.origins, server.history), (1, 2.5, ("*",), 3))
         self.assertEqual(BroadcastServer.max_message, 16 * 1024 * 1024)
 
     def test_unknown(self) -> None:
@@ -148,7 +148,7 @@ class Clients(ServerTestCase):
 
         client = self.connect(self.serve(Server), X_Token="caf\xe9", User_Agent="  test ")
         eventually(lambda: known)
-        self.assertEqual(known[0].path, "/")
+        self.assertEqual(known[0].target, "/")
         self.assertEqual(known[0].address, address(client))
         self.assertEqual(known[0].headers["x-token"], "caf\xe9")
         self.assertEqual(known[0].headers["user-agent"], "test")
@@ -162,7 +162,7 @@ class Clients(ServerTestCase):
 
             def on_message(self, client: WebSocketHandler, message: pywebsock.Message) -> None:
                 for other in tuple(self.clients):
-                    if other.path == client.path:
+                    if other.target == client.target:
                         other.send(message)
 
         server = self.serve(Rooms)

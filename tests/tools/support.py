@@ -149,7 +149,7 @@ class Recorder(pywebsock.BroadcastServer):
                 raise AssertionError(f"{what} not in {self.heard}")
 
     def on_open(self, client: pywebsock.WebSocketHandler) -> None:
-        self._tell("open", client.path)
+        self._tell("open", client.target)
 
     def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
         self._tell("message", message)
@@ -160,6 +160,7 @@ class Recorder(pywebsock.BroadcastServer):
 
 
 S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
+T = typing.TypeVar("T")
 
 
 @typing.overload
@@ -317,24 +318,36 @@ def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **c
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
-    """What the pure parts make of the head of a request that comes in these pieces; nothing of an incomplete one."""
-    parser, request = pywebsock.RequestParser(), None
-    try:
+def brought(parse: typing.Callable[[typing.Iterator[bytes]], typing.Iterable[T]], *pieces: bytes) -> list[list[T]]:
+    """What a parser that takes pieces as they arrive gives after each of them, before it asks for the next."""
+    lists: list[list[T]] = []
+
+    def arriving() -> typing.Iterator[bytes]:
         for piece in pieces:
-            if request:
-                parser.rest += piece
-            else:
-                request = parser.feed(piece)
-        if not request:
-            return ()
+            lists.append([])
+            yield piece
+
+    for each in parse(arriving()):
+        lists[-1].append(each)
+    return lists
+
+
+def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
+    """What the pure parts make of the head of a request that comes in these pieces."""
+    arriving = iter(pieces)
+    request = None
+    try:
+        request, rest = pywebsock.parse_request(arriving)
+        rest += b"".join(arriving)
         host = pywebsock.check_host(request)
-        for listed in ((), ("https://example.com",), ("*",)):
+        for listed in ((), ("https://example.com",), ("null",), ("*",)):
             pywebsock.check_origin(request, listed)
         accept = pywebsock.check_upgrade(request)
         window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
         assert bool(window) == bool(extension)
-        return request, bytes(parser.rest), host, accept, extension, request.path, request.upgrades
+        length = pywebsock.body_length(request, 1000) if "content-length" in request.headers else 0
+        message = pywebsock.decode_body(request, rest[:length])
+        return request, rest, message, request.expects_continue, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
         text = pywebsock.printable(str(error))
         assert text.isascii() and text.isprintable()
