@@ -94,7 +94,7 @@ class Step:
         bad = sum(counts.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
         skipped = counts.get("skipped", 0)
         self.passed = max(0, sum(map(int, ran)) - bad - skipped) if ran else int(status == 0)
-        self.failed = max(bad + self._strict * skipped, int(status != 0))
+        self.failed = max(bad + self._strict * skipped, int(status != 0 or not self.passed))
 
     def end(self) -> None:
         """End its processes."""
@@ -185,29 +185,33 @@ def run_all(run: Run, folder: str) -> None:
     pip = f"{python} -m pip install -qq --no-compile"
     packages = shell("packages", f"python -m venv {folder}/venv", f"{pip} 'pip>=25.1'", f"{pip} --group dev")
     npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
-    run.side_by_side(*others[:2], debian("download", "--download-only"))
-    run.side_by_side(*others[2:4], packages, Step("node", *npm, *NODE))
+    run.side_by_side(*others[:2], packages)
+    run.side_by_side(*others[2:4], Step("node", *npm, *NODE), debian("download", "--download-only"))
     for i in range(4, len(others), 2):
         run.side_by_side(*others[i : i + 2])
 
     run.side_by_side(
         debian("debian"),
+        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
         Step("lint", python, "-m", "ruff", "check", *CODE),
         Step("format", python, "-m", "ruff", "format", "--check", *CODE),
         Step("types", python, "-m", "mypy", "--strict", *CODE),
-    )
-    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
-    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
-    run.side_by_side(
-        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
-        Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey),
     )
     everything = {
         "PYWEBSOCK_TESTS": "everything",
         "PYWEBSOCK_NODE_MODULES": f"{folder}/node/node_modules",
         "PYWEBSOCK_WSTEST": f"{folder}/autobahn/wst/bin/wstest",
     }
-    run.side_by_side(Step("everything", python, *UNITTEST, strict=True, more=everything))
+    steps = {
+        each.name: Step(each.name, python, *UNITTEST, "discover", "-t", ".", "-s", each, strict=True, more=everything)
+        for each in sorted({path.parent for path in ROOT.glob("tests/**/test_*.py")})
+    }
+    stress = steps.pop("stress")
+    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
+    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
+    steps["valkey"] = Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey)
+    run.side_by_side(*steps.values())
+    run.side_by_side(stress)
 
 
 def main() -> int:
