@@ -971,7 +971,7 @@ class TLS:
 # Outbox: what one connection's socket has yet to take
 # ======================================================================================
 
-READ_SIZE = 256 * 1024  # bytes asked of a socket at once, or given to it
+SEND_SIZE = 64 * 1024  # bytes of many pieces given to a socket at once
 SENDS_AT_ONCE = 16  # to one slow client, before others have the turn
 QUICK_TIME = 0.25  # seconds in which a quick client takes QUICK_SIZE
 QUICK_SIZE = 4 * 1024 * 1024  # bytes
@@ -1035,7 +1035,7 @@ class Outbox:
         pieces = [memoryview(first)[self._sent :]]
         size = len(pieces[0])
         for piece in itertools.islice(self._pieces, 1, None):
-            if size > READ_SIZE:
+            if size > SEND_SIZE:
                 break
             pieces.append(memoryview(piece))
             size += len(piece)
@@ -1120,13 +1120,15 @@ class Turn:
         self._lock = threading.Lock()  # whoever has it holds the turn
         self._queue: deque[tuple[Any, int]] = deque()  # operations, with the bytes that each counts for
         self._holder = 0  # the thread that has the lock
-        self._promised = False  # the successor is to have it next
+        self._successor = 0  # the thread that waits for it
+        self.promised = False  # the successor is to have it next
         self._retired = False  # there is no successor any more
         self._looks = 0  # that the successor has yet to make; 0 while it sleeps
+        self._errors: deque[Exception] = deque()  # of operations, to be logged by whoever held the turn
 
         self._tally = threading.Lock()  # guards the next three; held for a few instructions
         self._size = 0  # bytes in the queue
-        self._held = False  # senders wait for a client that is behind
+        self.held = False  # senders wait for a client that is behind
         self._space = threading.Event()  # set while senders may go on
         self._space.set()
 
@@ -1147,16 +1149,18 @@ class Turn:
         A client that floods the server with tiny frames waits: parsing them would take the
         interpreter from the holder, at each of its sends.
         """
-        if wait and self._holder != threading.get_ident():
+        if wait:
             with self._lock:
                 self._carry_out()
-        while self._queue and not self._promised:
+        while self._queue and not self.promised:
             if not self._lock.acquire(blocking=False):
                 return
             try:
                 self._carry_out()
             finally:
                 self._lock.release()
+        while self._errors:  # not in the turn: who reads the log may wait for it
+            log.error("an operation failed", exc_info=self._errors.popleft())
 
     def soon(self) -> None:
         """Let what was put wait for more to come; the successor sees to it in a moment if nobody else does."""
@@ -1171,7 +1175,7 @@ class Turn:
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is queued, or a client is behind; whether that has an end."""
-        if self._space.is_set() or self._holder == threading.get_ident():
+        if threading.get_ident() in (self._holder, self._successor):  # for whom others wait
             return True
         return self._space.wait(timeout)
 
@@ -1189,13 +1193,13 @@ class Turn:
         finally:  # also where Ctrl-C has struck the main thread in here
             self._holder = 0
             if self._queue and not self._retired:
-                self._promised = True
+                self.promised = True
                 self._wake()
 
     def _carry_out_next(self) -> None:
         """Carry out the next operation; where that is a message, with those right behind it."""
         operation, size = self._queue.popleft()
-        held = self._held
+        held = self.held
         try:
             if callable(operation):
                 operation()
@@ -1206,21 +1210,19 @@ class Turn:
                 run.append(operation)
                 size += more
             held = self._deliver(run)
-        except MemoryError:  # the rest of the queue is not to blame
-            log.warning("something was lost: out of memory")
-        except Exception:
-            log.exception("an operation failed")
+        except Exception as error:  # the rest of the queue is not to blame
+            self._errors.append(error)
         finally:
             self._settle(size, held)
 
     def _settle(self, size: int, held: bool) -> None:
         """Take so many bytes off the tally, and tell the senders what they may do."""
-        if held and not self._held:
+        if held and not self.held:
             self._wake()  # the successor looks after the one who is behind
         with self._tally:
             self._size -= size
-            self._held = held and not self._retired
-            if self._held:
+            self.held = held and not self._retired
+            if self.held:
                 self._space.clear()
             elif self._size <= QUEUE_SIZE // 2 and not self._space.is_set():
                 self._space.set()
@@ -1232,15 +1234,16 @@ class Turn:
 
         The work says whether senders should wait a moment longer.
         """
-        self._promised = True
-        with self._lock:
-            self._promised = False
-            try:
-                self._holder = threading.get_ident()
-                self._settle(0, work())
-            finally:
-                self._carry_out()
-        self.run()
+        self.promised, self._successor = True, threading.get_ident()
+        try:
+            with self._lock:
+                self.promised, self._holder = False, self._successor
+                try:
+                    self._settle(0, work())
+                finally:
+                    self._carry_out()
+        finally:
+            self.run()
 
     def look(self) -> bool:
         """Carry out what has waited for a moment. Whether to come again after the next one."""
@@ -1251,19 +1254,9 @@ class Turn:
                 self.run()
         return self._looks > 0
 
-    @property
-    def is_promised(self) -> bool:
-        """Whether the successor is to take over now."""
-        return self._promised
-
-    @property
-    def is_held(self) -> bool:
-        """Whether senders wait for a client that is behind."""
-        return self._held
-
     def retire(self) -> None:
         """There is no successor from now on, and senders wait no more."""
-        self._retired, self._promised = True, False
+        self._retired, self.promised = True, False
         self._settle(0, False)
         self.run()
 
@@ -1272,6 +1265,7 @@ class Turn:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once
 MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 
 
@@ -1338,7 +1332,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._pinged_at = math.inf  # when the Ping was sent that is unanswered
         self._late = False  # its request took too long
         self._lost = ""  # why it was given up
-        server._connections[self.request] = server._local.client = self
+        server._connections.handlers[self.request] = server._local.client = self
 
     # ---- for hooks and other threads ----
 
@@ -1462,7 +1456,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         finally:
             server._free_seat(self)
         reason = self._lost or reason
-        self._end(last)
+        server._perform(server._room.close, self, last, bool(last))
         log.info("%s left: %d %s", self.address, code, printable(reason))
         try:
             server.on_close(self, code, reason)
@@ -1564,12 +1558,15 @@ class Room:
     called. Sockets are sent on, shut down and closed here alone.
     """
 
-    def __init__(self, server: BroadcastServer, wake: Callable[[], None]) -> None:
+    def __init__(self, server: BroadcastServer) -> None:
         self._history_length, self._history_limit = server.history, server.max_backlog // 2  # messages, bytes
         self._close_timeout = server.close_timeout
-        self._wake = wake  # the housekeeper
         self.now = 0.0  # seconds on the housekeeper's clock, which stands while the process does
         self.selector = selectors.DefaultSelector()  # of the slow clients; the housekeeper waits in it
+        self._alarm, self._ring = socket.socketpair()  # wakes it
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        self.selector.register(self._alarm, selectors.EVENT_READ)
         self.slow: set[WebSocketHandler] = set()  # connections that have something in their outbox
         self.messages = self.bytes = self.dropped = 0  # for the status; payload bytes of broadcasts
         self.closing = False  # whoever joins now gets 1001
@@ -1579,7 +1576,19 @@ class Room:
         self._history: deque[Outgoing] = deque()
         self._history_size = 0  # bytes of payload
 
-    # ---- for any thread: these look, and change nothing ----
+    # ---- for any thread: these change nothing ----
+
+    def wake(self) -> None:
+        """Wake the housekeeper."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            self._ring.send(b"!")
+
+    def wait_for_slow(self, seconds: float) -> list[WebSocketHandler]:
+        """For the housekeeper: wait until slow clients can be sent more, or something else is to be done."""
+        ready = [key.data for key, _ in self.selector.select(seconds)]
+        if None in ready:
+            self._alarm.recv(4096)
+        return [client for client in ready if client]
 
     def compress(self, message: Outgoing) -> None:
         """Compress a message for all who are here, so that it need not be done in the turn."""
@@ -1677,7 +1686,7 @@ class Room:
             self.slow.add(client)
             self.selector.register(client.request, selectors.EVENT_WRITE, client)
             if not DONT_WAIT:
-                self._wake()  # epoll and kqueue take a change while they wait, Windows does not
+                self.wake()  # epoll and kqueue take a change while they wait, Windows does not
         else:
             self.slow.remove(client)
             self.selector.unregister(client.request)
@@ -1724,6 +1733,12 @@ class Room:
         client._outbox.clear()
         client._unheard, client._state = True, State.CLOSED
 
+    def stop(self) -> None:
+        """Nobody waits for slow clients any more: those that are left are stuck in a hook."""
+        self.slow.clear()
+        for thing in (self.selector, self._alarm, self._ring):
+            thing.close()
+
     def _leave_lines(self, client: WebSocketHandler) -> None:
         line = self._lines.get(client._window, {})
         if line.pop(client, None) and not line:
@@ -1750,11 +1765,183 @@ def reset(connection: socket.socket) -> None:
 
 
 # ======================================================================================
+# Housekeeping
+# ======================================================================================
+
+SPARE_DESCRIPTORS = 32  # of files, for the program itself
+SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
+
+
+class Connections:
+    """Those that are accepted and not closed, clients or not. Threads add, the turn removes."""
+
+    def __init__(self, max_clients: int) -> None:
+        most = max_clients + max_clients // 10 + SPARE_CONNECTIONS
+        self._most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
+        self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
+        self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
+        self._fewer = threading.Event()  # one has gone since this was cleared
+        self._switch_interval = sys.getswitchinterval()
+
+    def add(self, request: socket.socket, now: float) -> None:
+        """One has been accepted."""
+        self.handlers[request], self.strangers[request] = None, now
+        self._adapt_switch_interval()
+
+    def remove(self, request: socket.socket) -> WebSocketHandler | None:
+        """One is about to be closed."""
+        self.strangers.pop(request, None)
+        handler = self.handlers.pop(request, None)
+        self._adapt_switch_interval()
+        if not self._fewer.is_set():
+            self._fewer.set()
+        return handler
+
+    def _adapt_switch_interval(self) -> None:
+        """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
+
+        With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
+        The price: a hook that computes without a pause keeps all others waiting for as long.
+        """
+        sys.setswitchinterval(max(self._switch_interval, min(1.0, len(self.handlers) / 5000)))
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether one has to go before another is accepted."""
+        return len(self.handlers) >= self._most
+
+    def pop_stranger(self, now: float) -> list[socket.socket]:
+        """The oldest that is no client, if it had time to become one."""
+        for stranger, since in self.strangers.copy().items():
+            if now - since > 1:
+                del self.strangers[stranger]
+                return [stranger]
+            break
+        return []
+
+    def wait_for_fewer(self, shortage: str) -> bool:
+        """Wait a moment until one more could be accepted."""
+        log.warning("cannot accept for now: %s", shortage)
+        return self.wait_for(min(len(self.handlers), self._most) - 1, time.monotonic() + 0.5)
+
+    def wait_for(self, number: int, end: float) -> bool:
+        """Wait until there are no more than so many, or until some time on the clock."""
+        while len(self.handlers) > number and time.monotonic() < end:
+            self._fewer.clear()
+            if len(self.handlers) > number:
+                self._fewer.wait(0.1)  # in slices: a signal may come
+        return len(self.handlers) <= number
+
+
+def raise_file_limit() -> int:
+    """Let the process have as many open files as it may: one for each connection. How many."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return sys.maxsize
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else files
+
+
+class Housekeeper(threading.Thread):
+    """The thread that flushes slow clients, pings silent ones, minds every deadline, and succeeds in the turn.
+
+    Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
+    suspended laptop): so nobody is dropped for a silence that nobody could hear.
+    """
+
+    def __init__(self, settings: BroadcastServer, room: Room, turn: Turn, connections: Connections) -> None:
+        super().__init__(name="housekeeper", daemon=True)
+        self._settings = settings
+        self._room, self._turn, self._connections = room, turn, connections
+        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout", "handshake_timeout"
+        set_to = [float(getattr(settings, timeout)) for timeout in timeouts]
+        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two rounds
+        self._next_round = 0.0
+        self._before = time.monotonic()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """What the thread does."""
+        while not self._ended.is_set():
+            try:
+                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else self._interval
+                ready = self._room.wait_for_slow(pause)
+                due = self._advance_clock()
+                if ready or due or self._turn.promised or self._turn.held:
+                    self._turn.take_over(functools.partial(self._work, ready, due))
+            except Exception:
+                log.exception("an error in housekeeping")
+                self._ended.wait(self._interval)
+
+    def stop(self) -> None:
+        """End the thread. Nobody succeeds in the turn any more."""
+        self._ended.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self._room.wake()
+            self.join()
+        self._turn.retire()
+        self._room.stop()
+
+    def _advance_clock(self) -> bool:
+        """Whether it is time for a round."""
+        now = time.monotonic()
+        passed, self._before = now - self._before, now
+        if passed > 3 * self._interval:  # the process stood: its threads first hear what has come meanwhile
+            self._next_round = self._room.now + self._interval
+        self._room.now += min(passed, self._interval)
+        if self._room.now < self._next_round:
+            return False
+        self._next_round = self._room.now + self._interval
+        return True
+
+    def _work(self, ready: Iterable[WebSocketHandler], due: bool) -> bool:
+        """In the turn: send more to those who can take it; once in a while look at everybody."""
+        for client in ready:
+            self._room.flush(client)
+        if due:
+            for handler in self._connections.handlers.copy().values():
+                if handler:
+                    self._look_after(handler, self._room.now)
+        return self._room.should_wait()
+
+    def _look_after(self, client: WebSocketHandler, now: float) -> None:
+        """Every deadline of a connection."""
+        outbox, state = client._outbox, client._state
+        if state is State.OPEN:
+            if outbox.size and now - outbox.moved > self._settings.send_timeout:
+                self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
+            elif self._settings.ping_interval:
+                self._keep_alive(client, now)
+        elif now <= client._deadline:
+            pass
+        elif state is State.CLOSING or client._late:
+            self._room.drop(client, "it did not end the connection in time")
+        elif state is State.CONNECTING and client._quiet_since <= now:
+            client._late, client._deadline = True, now + self._settings.close_timeout
+            shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
+
+    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
+        outbox = client._outbox
+        silence = now - max(client._quiet_since, outbox.moved if outbox.size else 0.0)
+        if silence <= self._settings.ping_interval:
+            client._pinged_at = math.inf
+        elif client._pinged_at < math.inf:
+            if now - client._pinged_at > self._settings.ping_timeout:
+                self._room.drop(client, f"it was silent for {silence:.0f} s")
+        elif not outbox.size:
+            client._pinged_at = now
+            self._room.write(client, [serialize_frame(PING, b"")])
+
+
+# ======================================================================================
 # Server
 # ======================================================================================
 
-SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-SPARE_DESCRIPTORS = 32  # of files, that no connection gets
 MARK = re.compile("[?&]mark=([0-9a-f]{1,32})(?:&|$)")
 
 
@@ -1844,31 +2031,21 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         try:
             super().__init__(server_address, RequestHandlerClass, bind_and_activate)
         except BaseException:
-            self._end_housekeeping()
+            self._housekeeper.stop()
             raise
 
     def _prepare(self) -> None:
         self._started = time.time()
-        self._alarm, self._ring = socket.socketpair()  # wakes the housekeeper
-        self._room = Room(self, self._wake_housekeeper)
-        self._turn = Turn(self._room.deliver, self._wake_housekeeper)
+        self._room = Room(self)
+        self._turn = Turn(self._room.deliver, self._room.wake)
+        self._connections = Connections(self.max_clients)
+        self._housekeeper = Housekeeper(self, self._room, self._turn, self._connections)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose thread this is
         self._seats = threading.Lock()  # guards the next one
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
-
-        # Connections that are accepted and not closed, oldest first, each with its handler once its
-        # thread has begun. Threads add, the turn removes.
-        self._connections: dict[socket.socket, WebSocketHandler | None] = {}
-        self._strangers: dict[socket.socket, float] = {}  # those that are no clients yet, and since when
-        self._most = self._most_connections()
-        self._fewer = threading.Event()  # one has gone since this was cleared
-        self._switch_interval = sys.getswitchinterval()
-
-        self._ended = False  # the housekeeper is to stop
-        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
 
@@ -1927,7 +2104,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             "messages": self._room.messages,
             "bytes": self._room.bytes,
             "uptime": round(time.time() - self._started, 3),
-            "connections": len(self._connections),
+            "connections": len(self._connections.handlers),
             "refused": self._refused,
             "dropped": self._room.dropped,
             "slow": len(self._room.slow),
@@ -1970,7 +2147,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             if len(self._clients) >= self.max_clients:
                 raise HandshakeError(503, f"there are {self.max_clients} clients already")
             self._clients.add(client)
-        self._strangers.pop(client.request, None)
+        self._connections.strangers.pop(client.request, None)
 
     def _free_seat(self, client: WebSocketHandler) -> None:
         with self._seats:
@@ -1983,95 +2160,14 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         transport: Any = TLS(request, self.tls_context) if self.tls_context else request
         return transport
 
-    # ---- the housekeeper ----
+    # ---- connections, as socketserver has it ----
 
     def server_activate(self) -> None:
         """Called by the constructor: listen."""
         if self._link:
             self._link.start()
         super().server_activate()
-        self._room.selector.register(self._alarm, selectors.EVENT_READ)
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
         self._housekeeper.start()
-
-    def _keep_house(self) -> None:
-        """The housekeeper's thread: flush slow clients, ping silent ones, drop dead ones, succeed in the turn."""
-        limits = (self.ping_interval, self.ping_timeout, self.send_timeout, self.close_timeout, self.handshake_timeout)
-        interval = min(1.0, *[limit / 4 for limit in limits if limit > 0])
-        before, next_look = time.monotonic(), 0.0
-        while not self._ended:
-            try:
-                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.is_held else interval
-                ready = [key.data for key, _ in self._room.selector.select(pause)]
-                if None in ready:
-                    self._alarm.recv(4096)
-                now = time.monotonic()
-                if now - before > 3 * interval:  # the process stood still: first let others hear what came meanwhile
-                    next_look = self._room.now + interval
-                self._room.now += min(now - before, interval)
-                before = now
-                look = self._room.now >= next_look
-                if look:
-                    next_look = self._room.now + interval
-                if look or ready or self._turn.is_promised or self._turn.is_held:
-                    self._turn.take_over(functools.partial(self._work, ready, look))
-            except Exception:
-                log.exception("an error in housekeeping")
-                self._fewer.wait(interval)
-
-    def _work(self, ready: Iterable[WebSocketHandler | None], look: bool) -> bool:
-        """The housekeeper's work, in the turn."""
-        for client in ready:
-            if client:
-                self._room.flush(client)
-        for client in tuple(self._connections.copy().values()) if look else ():
-            if client:
-                self._look_after(client, self._room.now)
-        return self._room.should_wait()
-
-    def _look_after(self, client: WebSocketHandler, now: float) -> None:
-        """Every deadline of a connection, in the turn."""
-        outbox, state = client._outbox, client._state
-        if state is State.OPEN:
-            if outbox.size and now - outbox.moved > self.send_timeout:
-                self._room.drop(client, f"it took nothing for {self.send_timeout:g} s")
-            elif self.ping_interval:
-                self._keep_alive(client, now)
-        elif state is State.CLOSING or client._late:
-            if now > client._deadline:
-                self._room.drop(client, "it did not end the connection in time")
-        elif state is State.CONNECTING and now > client._deadline and client._quiet_since <= now:
-            client._late, client._deadline = True, now + self.close_timeout
-            shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
-
-    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        silence = now - max(client._quiet_since, client._outbox.moved if client._outbox.size else 0.0)
-        if silence <= self.ping_interval:
-            client._pinged_at = math.inf
-        elif client._pinged_at < math.inf:
-            if now - client._pinged_at > self.ping_timeout:
-                self._room.drop(client, f"it was silent for {silence:.0f} s")
-        elif not client._outbox.size:
-            client._pinged_at = now
-            self._room.write(client, [serialize_frame(PING, b"")])
-
-    def _wake_housekeeper(self) -> None:
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
-
-    def _end_housekeeping(self) -> None:
-        self._ended = True
-        if self._housekeeper.is_alive():
-            self._wake_housekeeper()
-            self._housekeeper.join()
-        self._room.slow.clear()  # of those whose threads are still stuck in a hook
-        self._turn.retire()
-        for thing in (self._room.selector, self._alarm, self._ring):
-            thing.close()
-
-    # ---- connections, as socketserver has it ----
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
@@ -2079,61 +2175,27 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
-    def _most_connections(self) -> int:
-        """How many there may be at once; some file descriptors are left for the program itself."""
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
-        return max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
-
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
         try:
-            if len(self._connections) >= self._most:
-                self._make_way()
+            if self._connections.are_too_many:
+                self._perform(self._reset, *self._connections.pop_stranger(self._room.now))
+                if not self._connections.wait_for_fewer("too many connections"):
+                    raise BlockingIOError
             return super().get_request()
-        except MemoryError:
-            self._wait_for_fewer("out of memory")
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._wait_for_fewer(str(error.strerror))
-            raise
-        raise OSError("not now")
-
-    def _make_way(self) -> None:
-        """Wait until there is one connection less. Raises OSError where none goes."""
-        request, since = next(iter(self._strangers.copy().items()), (None, math.inf))
-        if self._room.now - since > 1:  # others shake hands at this very moment
-            self._perform(self._shed, request)
-        if not self._wait_for_fewer(f"there are {self._most} connections"):
-            raise OSError("not now")
-
-    def _shed(self, request: socket.socket) -> None:
-        """Operation: end a connection that is no client."""
-        if self._strangers.pop(request, None) is not None:
-            reset(request)
-
-    def _wait_for_fewer(self, shortage: str) -> bool:
-        """Wait a moment for a connection to go."""
-        log.warning("cannot accept for now: %s", shortage)
-        self._fewer.clear()
-        return self._fewer.wait(0.5)
+        except (OSError, MemoryError) as error:
+            if getattr(error, "errno", errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._connections.wait_for_fewer(str(error) or "out of memory")
+            raise OSError("not now") from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
-        self._connections[request], self._strangers[request] = None, self._room.now
-        self._adapt_switch_interval()
+        self._connections.add(request, self._room.now)
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:  # there can be no more threads
-            self._wait_for_fewer(str(error))
+            self._connections.wait_for_fewer(str(error))
             self.shutdown_request(request)
-
-    def _adapt_switch_interval(self) -> None:
-        """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
-
-        With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
-        The price: a hook that computes without a pause keeps all others waiting for as long.
-        """
-        sys.setswitchinterval(max(self._switch_interval, min(1.0, len(self._connections) / 5000)))
 
     def shutdown_request(self, request: Any) -> None:
         """Called by socketserver when a connection's thread has done: close it, in the turn like all else."""
@@ -2141,14 +2203,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _leave(self, request: socket.socket) -> None:
         """Operation: nobody sends to it any more, so its file descriptor may go."""
-        self._strangers.pop(request, None)
-        client = self._connections.pop(request, None)
+        client = self._connections.remove(request)
         if client:
             self._room.forget(client)
         super().shutdown_request(request)
-        self._adapt_switch_interval()
-        if not self._fewer.is_set():
-            self._fewer.set()
+
+    def _reset(self, *requests: socket.socket) -> None:
+        """Operation: give connections up, where they have not ended; their threads wake up."""
+        for request in requests:
+            if request in self._connections.handlers:
+                reset(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection's thread has failed: that is an error of this program."""
@@ -2168,47 +2232,20 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if self._link:
             self._link.stop(self.close_timeout / 2)
         self._perform(self._say_goodbye)
-        if not self._wait_for_none(end):
-            self._perform(self._reset_all)
-            self._wait_for_none(time.monotonic() + 0.5)
-        self._end_housekeeping()
-
-    def _wait_for_none(self, end: float) -> bool:
-        """Wait until there are no connections, but for the one whose thread this is."""
         own = 1 if getattr(self._local, "client", None) else 0
-        while len(self._connections) > own and time.monotonic() < end:
-            self._fewer.clear()
-            if len(self._connections) > own:
-                self._fewer.wait(min(0.1, max(0.0, end - time.monotonic())))  # in slices: a signal may come
-        return len(self._connections) <= own
+        if not self._connections.wait_for(own, end):
+            self._perform(self._reset, *self._connections.handlers.copy())
+            self._connections.wait_for(own, time.monotonic() + 0.5)
+        self._housekeeper.stop()
 
     def _say_goodbye(self) -> None:
         """Operation: 1001 for everybody, and for those who are just joining."""
         self._room.closing = True
-        for request, client in self._connections.copy().items():
+        for request, client in self._connections.handlers.copy().items():
             if client and client._state is State.OPEN:
                 self._room.close(client, serialize_close(CloseCode.GOING_AWAY))
             elif not client or client._state is State.CONNECTING:
                 shut(request, socket.SHUT_RD)  # whoever has not said what it wants will not be heard
-
-    def _reset_all(self) -> None:
-        """Operation: give up those that have not ended."""
-        for request in self._connections.copy():
-            reset(request)
-
-
-def raise_file_limit() -> int:
-    """Let the process have as many open files as it may: one for each connection. How many."""
-    try:
-        import resource  # not on Windows
-
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return files if files != resource.RLIM_INFINITY else sys.maxsize
-    except ImportError:
-        return sys.maxsize
 
 
 def plural(number: int, noun: str) -> str:
