@@ -22,18 +22,11 @@ class CrowdTest(siege.SiegeTestCase):
         self.watch(besieged, f"{number} joined", worst)
         return besieged, crowd
 
-    def leave(self, besieged: siege.Siege, what: str, worst: float) -> None:
-        """The crowd is leaving: until it has gone, and a moment longer."""
-        support.eventually(besieged.is_back, deadline=90)
-        self.watch(besieged, what, worst)
-        self.relax(besieged)
-        self.stop(besieged)
-
     def test_resets(self) -> None:
         """A proxy restarts."""
         besieged, crowd = self.enter(5000, 0.5)
         crowd.reset()
-        self.leave(besieged, "5,000 resets", 0.5)
+        self.withstand(besieged, "5,000 resets", 0.5, within=90)
 
     def test_closes(self) -> None:
         """Everybody says goodbye."""
@@ -42,13 +35,13 @@ class CrowdTest(siege.SiegeTestCase):
         ends = crowd.ends()
         self.assertEqual(dict(ends), {siege.GOING_AWAY: 5000})
         crowd.reset()
-        self.leave(besieged, "5,000 Close frames", 0.5)
+        self.withstand(besieged, "5,000 Close frames", 0.5, within=90)
 
     def test_resets_of_a_full_room(self) -> None:
         """Nearly as many as --max-clients allows."""
         besieged, crowd = self.enter(9900, 1.0)
         crowd.reset()
-        self.leave(besieged, "9,900 resets", 1.0)
+        self.withstand(besieged, "9,900 resets", 1.0, within=90)
 
     def test_silence(self) -> None:
         """Connections that say nothing, whose ten seconds end together."""
@@ -59,4 +52,4 @@ class CrowdTest(siege.SiegeTestCase):
         time.sleep(8)  # of the ten that they have
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
-        self.leave(besieged, "5,000 that said nothing", 0.5)
+        self.withstand(besieged, "5,000 that said nothing", 0.5, within=90)

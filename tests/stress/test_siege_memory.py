@@ -39,11 +39,9 @@ class UnfinishedTest(siege.SiegeTestCase):
         """The attackers have sent all that they will, or were turned away; they stay as long as they may."""
         clients.run_for(3)
         held = len(clients.peers)
-        self.watch(besieged, f"{what}: {held} of {number} are still there")
         support.Client(besieged.port).__exit__()  # others still get in
         clients.__exit__()
-        self.relax(besieged)
-        self.stop(besieged)
+        self.withstand(besieged, f"{what}: {held} of {number} were still there")
 
     def test_compressed_fragments(self) -> None:
         besieged = self.besiege()
@@ -100,10 +98,8 @@ class StuckTest(siege.SiegeTestCase):
         payload = support.compress(bytes(BOMB))
         sender.send(support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload)
         clients.run_for(3)
-        self.watch(besieged, "16 MiB for 100 that do not read, over TLS")
         clients.__exit__()
-        self.relax(besieged)
-        self.stop(besieged)
+        self.withstand(besieged, "16 MiB for 100 that do not read, over TLS")
 
     def test_history(self) -> None:
         """Ten a second join and do not read what they get first."""
@@ -117,10 +113,8 @@ class StuckTest(siege.SiegeTestCase):
         for _ in range(80):
             clients.start(small=True).stop_reading()
             clients.run_for(0.1)
-        self.watch(besieged, "80 joiners who do not read 16 MB of history")
         clients.__exit__()
-        self.relax(besieged)
-        self.stop(besieged)
+        self.withstand(besieged, "80 joiners who do not read 16 MB of history")
 
     def push(self, besieged: siege.Siege, size: int, pace: float) -> siege.Pusher:
         """A client of it that sends so many bytes a second."""
@@ -139,12 +133,10 @@ class StuckTest(siege.SiegeTestCase):
             clients.join(1, small=True)[0].stop_reading()
             clients.run_for(0.2)
         rate = pusher.rate()
-        self.watch(besieged, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
-        self.assertGreater(rate, 150, "MB a second of who sends 200")
         clients.__exit__()
         pusher.end()
-        self.relax(besieged)
-        self.stop(besieged)
+        self.withstand(besieged, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
+        self.assertGreater(rate, 150, "MB a second of who sends 200")
 
     def test_slow_reader_with_a_short_backlog(self) -> None:
         """What counts as quick must not follow from --max-backlog."""

@@ -324,16 +324,13 @@ def certificate() -> tuple[str, ssl.SSLContext]:
     return support.certificate(folder)
 
 
-class Siege:
-    """A server in a process of its own, its witness, and the figures from before the attack."""
+class Gauge:
+    """What a server had before an attack, to compare with."""
 
-    def __init__(self, server: support.Process, tls: str = "") -> None:
-        self.server, self.pid, self.port = server, server.pid, server.port
-        self.witness = Witness(server.port, tls)
-        support.eventually(lambda: self.witness.figures().count, "the witness hears nothing")
-        self.threads, self.files = load.threads(self.pid), load.files(self.pid)
-        self.memory, self.cpu = load.memory(self.pid), load.cpu(self.pid)
-        self.start = time.monotonic()
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.threads, self.files = load.threads(pid), load.files(pid)
+        self.memory, self.cpu, self.start = load.memory(pid), load.cpu(pid), time.monotonic()
 
     @property
     def growth(self) -> float:
@@ -343,6 +340,28 @@ class Siege:
     def is_back(self) -> bool:
         """Whether threads and descriptors are where they were."""
         return load.threads(self.pid) <= self.threads and load.files(self.pid) <= self.files
+
+    def relax(self, deadline: float, seconds: float = 0.5) -> None:
+        """Threads, descriptors and processor must be back where they were; for how long to watch the last."""
+        try:
+            support.eventually(self.is_back, deadline=deadline)
+        except AssertionError:
+            now = f"{load.threads(self.pid)} threads and {load.files(self.pid)} descriptors"
+            message = f"{now} after {deadline:g} s, {self.threads} and {self.files} before"
+            raise AssertionError(message) from None
+        used = processor(self.pid, seconds)
+        if used > 0.3:
+            raise AssertionError(f"{100 * used:.0f} % of a processor is used when nobody does anything")
+
+
+class Siege(Gauge):
+    """A server in a process of its own and its witness."""
+
+    def __init__(self, server: support.Process, tls: str = "") -> None:
+        self.server, self.port = server, server.port
+        self.witness = Witness(server.port, tls)
+        support.eventually(lambda: self.witness.figures().count, "the witness hears nothing")
+        super().__init__(server.pid)
 
     def log(self) -> str:
         """What the server has logged so far."""
@@ -354,14 +373,18 @@ class SiegeTestCase(unittest.TestCase):
 
     def besiege(self, *arguments: str, tls: bool = False, code: str = "", **how: typing.Any) -> Siege:
         """A server with its default settings and these arguments, and its witness; `code` is run before it starts."""
-        if code:
-            how["python"] = ["-c", CHANGED.format(root=str(support.ROOT), code=code)]
-        path = certificate()[0] if tls else ""
-        server = support.Process(*arguments, *(("--cert", path) if tls else ()), **how)
-        self.addCleanup(self._kill, server)
-        siege = Siege(server, path)
+        server = self.serve(*arguments, tls=tls, code=code, **how)
+        siege = Siege(server, certificate()[0] if tls else "")
         self.addCleanup(siege.witness.end)
         return siege
+
+    def serve(self, *arguments: str, tls: bool = False, code: str = "", **how: typing.Any) -> support.Process:
+        """The same without a witness."""
+        if code:
+            how["python"] = ["-c", CHANGED.format(root=str(support.ROOT), code=code)]
+        server = support.Process(*arguments, *(("--cert", certificate()[0]) if tls else ()), **how)
+        self.addCleanup(self._kill, server)
+        return server
 
     def _kill(self, server: support.Process) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -392,19 +415,13 @@ class SiegeTestCase(unittest.TestCase):
         self.assertLess(seen.worst, worst, f"{what}: seconds of an honest client's worst echo")
         self.assertLess(siege.growth, growth, f"{what}: MB more than before")
 
-    def relax(self, siege: Siege, deadline: float = 3 * support.DEADLINE) -> None:
-        """Threads, descriptors and processor must be back where they were before the attack."""
-        start = time.monotonic()
+    def withstand(self, siege: Siege, what: str, worst: float = 0.5, growth: float = 500.0, within: float = 30) -> None:
+        """The attack is over: all must be as before, so many seconds later, and have been well meanwhile. It stops."""
         try:
-            support.eventually(siege.is_back, deadline=deadline)
-        except AssertionError:
-            now = f"{load.threads(siege.pid)} threads and {load.files(siege.pid)} descriptors"
-            self.fail(f"{now} after {deadline:g} s, {siege.threads} and {siege.files} before")
-        back = time.monotonic() - start
-        used = processor(siege.pid, 0.5)
-        seen = siege.witness.figures()
-        self.report(f"back after {back:.1f} s, {100 * used:.0f} % of a processor, worst echo {seen.worst:.3f} s")
-        self.assertLess(used, 0.3, "the part of a processor that is used when nobody does anything")
+            siege.relax(within)
+        finally:
+            self.watch(siege, what, worst, growth)
+        self.stop(siege)
 
     def stop(self, siege: Siege, *crowds: Crowd, number: int = signal.SIGTERM) -> None:
         """A signal ends it with 0 in time, and the witness and the crowds get 1001."""
@@ -422,7 +439,8 @@ class SiegeTestCase(unittest.TestCase):
 
     def report(self, text: str) -> None:
         """Print a figure."""
-        print(f"    {self.id().rpartition('tests.stress.')[2]}: {text}", file=sys.stderr, flush=True)
+        if ASKED:
+            print(f"    {self.id().rpartition('tests.stress.')[2]}: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
