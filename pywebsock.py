@@ -1181,10 +1181,10 @@ class Turn:
 
     # ---- the holder ----
 
-    def _carry_out(self) -> None:
-        """Carry out what is queued, for TURN_TIME."""
+    def _carry_out(self, seconds: float = TURN_TIME) -> None:
+        """Carry out what is queued, for some time."""
         self._holder = threading.get_ident()
-        until = time.monotonic() + TURN_TIME
+        until = time.monotonic() + seconds
         try:
             while self._queue:
                 self._carry_out_next()
@@ -1241,7 +1241,7 @@ class Turn:
                 try:
                     self._settle(0, work())
                 finally:
-                    self._carry_out()
+                    self._carry_out(10 * TURN_TIME)
         finally:
             self.run()
 
@@ -1372,7 +1372,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._refuse(error)
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
-        while self._wait_for_bytes():
+        while not self._lost and self._wait_for_bytes():
             pass  # until the peer ends TCP, too
 
     def _read_in_time(self) -> bytes:
@@ -1627,16 +1627,21 @@ class Room:
 
     def _fan_out(self, data: bytes, line: dict[WebSocketHandler, Callable[[bytes, int], int]]) -> None:
         """Send the same bytes to many: one send for each. This loop is where the time goes."""
-        size, rest = len(data), []
+        size, rest, broken = len(data), [], []
         for client, send in line.items():
             try:
                 sent = send(data, DONT_WAIT)
-            except OSError:  # it is full, or broken: write() will see
+            except BlockingIOError:
                 sent = 0
+            except OSError as error:
+                broken.append((client, error))
+                continue
             if sent < size:
                 rest.append((client, sent))
         for client, sent in rest:
             self.write(client, [data], sent)
+        for client, error in broken:
+            self._fail(client, error)
 
     def _remember(self, messages: list[Outgoing]) -> None:
         """Keep the last messages for those who join, but no more than they can be given."""
@@ -1671,9 +1676,16 @@ class Room:
         try:
             act(*arguments)
         except (OSError, MemoryError) as error:
-            self.drop(client, str(error) or "out of memory")
+            self._fail(client, error)
         else:
             self._watch(client, client._outbox.size > 0)
+
+    def _fail(self, client: WebSocketHandler, error: Exception) -> None:
+        if isinstance(error, (BrokenPipeError, ConnectionResetError)):  # its own thread gets to know by itself
+            client._lost = client._lost or str(error)
+            self.forget(client)
+        else:
+            self.drop(client, str(error) or "out of memory")
 
     def _watch(self, client: WebSocketHandler, slow: bool) -> None:
         """Let the housekeeper look after a connection that has something in its outbox, or no longer."""
@@ -1786,24 +1798,24 @@ class Connections:
     def add(self, request: socket.socket, now: float) -> None:
         """One has been accepted."""
         self.handlers[request], self.strangers[request] = None, now
-        self._adapt_switch_interval()
+        if len(self.handlers) % 16 == 0:
+            self.adapt_switch_interval()
 
     def remove(self, request: socket.socket) -> WebSocketHandler | None:
         """One is about to be closed."""
         self.strangers.pop(request, None)
         handler = self.handlers.pop(request, None)
-        self._adapt_switch_interval()
         if not self._fewer.is_set():
             self._fewer.set()
         return handler
 
-    def _adapt_switch_interval(self) -> None:
+    def adapt_switch_interval(self) -> None:
         """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
 
         With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
         The price: a hook that computes without a pause keeps all others waiting for as long.
         """
-        sys.setswitchinterval(max(self._switch_interval, min(1.0, len(self.handlers) / 5000)))
+        sys.setswitchinterval(max(self._switch_interval, len(self.handlers) / 2000))
 
     @property
     def are_too_many(self) -> bool:
@@ -1903,6 +1915,7 @@ class Housekeeper(threading.Thread):
         for client in ready:
             self._room.flush(client)
         if due:
+            self._connections.adapt_switch_interval()
             for handler in self._connections.handlers.copy().values():
                 if handler:
                     self._look_after(handler, self._room.now)
@@ -2206,7 +2219,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         client = self._connections.remove(request)
         if client:
             self._room.forget(client)
-        super().shutdown_request(request)
+        self.close_request(request)
 
     def _reset(self, *requests: socket.socket) -> None:
         """Operation: give connections up, where they have not ended; their threads wake up."""
