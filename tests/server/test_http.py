@@ -258,7 +258,7 @@ ORIGINS = (
     (LISTED, "localhost:4545", "https://example.com", True),
     (LISTED, "anything", "https://example.com", True),
     (LISTED, "localhost:4545", "HTTPS://Example.com", True),
-    (LISTED, "localhost:4545", "http://[2001:db8::1]:80", True),
+    (LISTED, "localhost:4545", "http://[2001:db8::1]", True),
     (("https://example.com/",), "localhost:4545", "https://example.com", True),
     (LISTED, "localhost:4545", "http://example.com", False),
     (LISTED, "localhost:4545", "https://example.com:8443", False),
