@@ -879,7 +879,7 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         good, kind = value is default or isinstance(value, expected), f"of the type {expected.__name__}"
     if not good:
         raise ValueError(f"{name} must be {kind}, not {value!r}")
-    return [parse_origin(origin) for origin in value] if name == "origins" else value
+    return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
 
 
 def network_address(bound: str) -> str | None:
@@ -2195,16 +2195,27 @@ def is_final(error: OSError) -> bool:
 # ======================================================================================
 
 
+OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+
+
 class Program(BroadcastServer):
     """The server of the command line: a signal ends it between two connections, not in the middle of something."""
 
     signalled = False
+
+    def catch_signals(self) -> None:
+        """From now on signals end the program in good order. The main thread."""
+        for number in (signal.SIGINT, *OTHER_SIGNALS):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         """A signal has come. After the first one only Ctrl-C changes anything: it stops at once."""
         if self.signalled and number == signal.SIGINT:
             os._exit(130)
         self.signalled = True
+        for other in OTHER_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
@@ -2247,6 +2258,7 @@ def argument_parser() -> argparse.ArgumentParser:
     about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
     kind = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
     parser = argparse.ArgumentParser(prog="pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
     add("--port", type=int, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
@@ -2272,7 +2284,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="log only what needs attention")
     add("--verbose", action="store_true", help="log every client that joins, too")
     add("--trace", action="store_true", help="show every handshake and every frame, taken apart")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser
 
 
@@ -2288,10 +2299,11 @@ def create_server(options: argparse.Namespace) -> Program:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where
             files = " and ".join(filter(None, (options.cert, options.key)))
-            raise OSError(f"{files}: {error.strerror}") from None
+            what = "no certificate and key in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+            raise OSError(f"{files}: {what}") from None
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    ping_timeout = options.ping_interval
-    return Program((options.host, options.port), tls_context=context, ping_timeout=ping_timeout, **settings)
+    settings.update(tls_context=context, ping_timeout=options.ping_interval)
+    return Program((options.host, options.port), **settings)
 
 
 def locations(server: BroadcastServer, host: str) -> str:
@@ -2365,8 +2377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OverflowError) as error:
         parser.error(str(error))
     with server:
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), server.stop)
+        server.catch_signals()
         print(locations(server, options.host), flush=True)
         if options.stdin:
             threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
