@@ -2201,7 +2201,7 @@ OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # W
 class Program(BroadcastServer):
     """The server of the command line: a signal ends it between two connections, not in the middle of something."""
 
-    signalled = False
+    signals: tuple[int, ...] = ()  # that have come
 
     def catch_signals(self) -> None:
         """From now on signals end the program in good order. The main thread."""
@@ -2210,16 +2210,16 @@ class Program(BroadcastServer):
                 signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """A signal has come. After the first one only Ctrl-C changes anything: it stops at once."""
-        if self.signalled and number == signal.SIGINT:
+        """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        if number == signal.SIGINT and number in self.signals:
             os._exit(130)
-        self.signalled = True
+        self.signals = (*self.signals, number)
         for other in OTHER_SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
-        if self.signalled:
+        if self.signals:
             raise KeyboardInterrupt
 
     def server_bind(self) -> None:

@@ -124,7 +124,7 @@ class NetworkAddress(unittest.TestCase):
                 def getsockname(self, ways: dict[socket.AddressFamily, str] = ways) -> object:
                     return (ways[socket.AddressFamily(self.family)], 40000)
 
-            with self.subTest(bound, ways=ways), unittest.mock.patch.object(pywebsock.socket, "socket", Probe):
+            with self.subTest(bound, ways=ways), unittest.mock.patch("pywebsock.socket.socket", Probe):
                 self.assertEqual(pywebsock.network_address(bound), expected)
 
     def test_here(self) -> None:
@@ -142,11 +142,11 @@ class Flood(unittest.TestCase):
 
     def setUp(self) -> None:
         self.now = 1000.0
-        clock = unittest.mock.patch.object(pywebsock.time, "monotonic", lambda: self.now)
-        lines = unittest.mock.patch.object(pywebsock, "log_lines", {})
-        for each in (clock, lines):
-            each.start()
-            self.addCleanup(each.stop)
+        clock = unittest.mock.patch("pywebsock.time.monotonic", lambda: self.now)
+        clock.start()
+        self.addCleanup(clock.stop)
+        pywebsock.log_lines.clear()
+        self.addCleanup(pywebsock.log_lines.clear)
 
     def log(self, place: int, message: str = "%s refused", *arguments: object) -> str | None:
         """The line that is logged from this place, if it is."""
