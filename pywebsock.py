@@ -119,7 +119,7 @@ import urllib.parse
 import zlib
 from _thread import start_new_thread
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, Union
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
@@ -612,7 +612,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}")
+ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:)")
 
 
 class Request(NamedTuple):
@@ -876,6 +876,178 @@ def take_post(client: WebSocketHandler, request: Request, body: bytes) -> None:
 
 
 # ======================================================================================
+# Trace (RFC 6455 5.2, drawn as it passes)
+# ======================================================================================
+
+LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters that are shown of them
+trace_log = logging.getLogger("pywebsock.trace")
+
+
+class Trace:
+    """Logs what passes on a connection: its opening handshake line by line, each frame taken apart.
+
+    received(data) and sent(data) take the plain bytes of a direction, in whatever pieces.
+    It only looks, and shows what breaks the protocol as it is.
+    """
+
+    def __init__(self, name: str) -> None:
+        ways = self._follow(f"{name} in "), self._follow(f"{name} out")
+        for way in ways:
+            next(way)  # up to where it waits for bytes
+        self.received, self.sent = ways[0].send, ways[1].send
+
+    def _follow(self, name: str) -> Generator[None, bytes, None]:
+        data, skip = b"", 0
+        while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
+            data += yield
+        head, _, data = data.partition(b"\r\n\r\n")
+        for line in head.decode("latin-1").split("\r\n"):
+            trace_log.info("%s %s", name, printable(line))
+        while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
+            data = yield
+        while True:
+            frame = describe_frame(data[skip : skip + 14 + LOOK_AT])
+            if frame:
+                trace_log.info("%s %s", name, frame[0])
+                skip += frame[1]
+            else:
+                data, skip = data[skip:] + (yield), max(0, skip - len(data))
+
+
+class Traced:
+    """The recv, send and shutdown of a socket, or of TLS, under the eyes of a Trace."""
+
+    def __init__(self, transport: Any, name: str) -> None:
+        self._transport, self._trace = transport, Trace(name)
+        self.shutdown = transport.shutdown
+
+    def recv(self, size: int) -> bytes:
+        """As a socket's."""
+        data = bytes(self._transport.recv(size))
+        self._trace.received(data)
+        return data
+
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
+        """As a socket's."""
+        sent = int(self._transport.send(data, flags))
+        self._trace.sent(bytes(data[:sent]))
+        return sent
+
+
+def describe_frame(data: bytes) -> tuple[str, int] | None:
+    """A line about the frame at the beginning of `data`, and its length in bytes; None where more are needed."""
+    if len(data) < 2:
+        return None
+    first, second, opcode = data[0], data[1], data[0] & 0x0F
+    extended = {126: 2, 127: 8}.get(second & 0x7F, 0)
+    start = 2 + extended + (4 if second & 0x80 else 0)
+    length = int.from_bytes(data[2 : 2 + extended], "big") if extended else second & 0x7F
+    payload, key = data[start : start + min(length, LOOK_AT)], data[2 + extended : start]
+    if len(data) < start + min(length, LOOK_AT):
+        return None
+    name = Opcode(opcode).name if opcode in OPCODES else "?"
+    size = f"len={length} ({f'7+{8 * extended}' if extended else 7} bits)"
+    fields = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+    mask = f"key={key.hex()}" if key else ""
+    text = describe_payload(first, bytes(apply_mask(payload, key or bytes(4))))
+    return f"{fields} {mask:12} {payload[:4].hex():8} {text}".rstrip(), start + length
+
+
+def describe_payload(first: int, payload: bytes) -> str:
+    """The beginning of a payload; with its close code, or inflated, where the frame's first byte says so."""
+    what = ""
+    if first & 0x0F == CLOSE and payload:
+        code, payload = int.from_bytes(payload[:2], "big"), payload[2:]
+        what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
+    elif first & 0x40:
+        try:
+            what, payload = "inflated ", zlib.decompressobj(wbits=-15).decompress(payload, SHOW + 1)
+        except zlib.error:
+            what = "not deflate "
+    text = payload.decode("latin-1" if first & 0x0F == BINARY else "utf-8", "replace")
+    size = max(size for size in range(SHOW + 1) if len(printable(text, size)) <= SHOW)
+    return what + (f'"{printable(text, size)}"' if text else "") + "..." * (len(text) > size)
+
+
+# ======================================================================================
+# Settings and the log
+# ======================================================================================
+
+
+def check_setting(name: str, value: Any, default: Any) -> Any:
+    """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
+    least = int(name == "max_clients")
+    if isinstance(default, bool):
+        good, kind = isinstance(value, bool), "True or False"
+    elif isinstance(default, (int, float)):
+        whole = isinstance(default, int)
+        good = type(value) in ((int,) if whole else (int, float)) and least <= value < float("inf")
+        kind = f"a {'whole ' * whole}number from {least} on"
+    elif name == "origins":
+        good, kind = isinstance(value, (list, tuple)), 'a list such as ["https://example.com"]'
+    else:  # tls_context, redis
+        expected = str if name == "redis" else ssl.SSLContext
+        good, kind = value is default or isinstance(value, expected), f"of the type {expected.__name__}"
+    if not good:
+        raise ValueError(f"{name} must be {kind}, not {value!r}")
+    return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
+
+
+def network_address(bound: str) -> str | None:
+    """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    address = ipaddress.ip_address(bound)
+    if not address.is_unspecified:
+        return None if address.is_loopback else bound
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))[: address.version // 3]:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
+                return str(probe.getsockname()[0])
+        except OSError:
+            pass  # there is no network, or none of this kind
+    return None
+
+
+class Settings:
+    """What keyword arguments set for one server, and a subclass for all of its own."""
+
+    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
+    max_clients = 10_000  # above it: 503
+    origins: Sequence[str] = ()  # see check_origin(); "*" for any
+    read_only = False  # clients may not send: Close 1008, and 403 for a POST
+    compression = True  # permessage-deflate, where a client offers it
+    history = 0  # messages that a new client gets first, with at most half of max_backlog
+    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
+    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
+    ping_timeout = 20.0  # seconds of silence after it: dropped
+    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
+    send_timeout = 30.0  # seconds for which what waits for a client may not move
+    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
+    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
+    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
+    trace = False  # log every handshake and every frame
+
+
+MOST_LINES, LINES_TIME = 20, 10.0  # from one place of this module in so many seconds
+log_lines: dict[int, list[float]] = {}  # by their place: [end of the time, lines in it]
+
+
+def is_no_flood(record: logging.LogRecord) -> bool:
+    """Whether to log a line: a stranger cannot fill the disk. The first one of a new time says what was left out."""
+    now, place = time.monotonic(), log_lines.setdefault(record.lineno, [0.0, 0])
+    if now >= place[0]:
+        if place[1] > MOST_LINES:
+            record.msg = f"{record.msg} ({place[1] - MOST_LINES:.0f} more like this were left out)"
+        place[:] = now + LINES_TIME, 0
+    place[1] += 1
+    return place[1] <= MOST_LINES
+
+
+log.addFilter(is_no_flood)
+
+
+# ======================================================================================
 # TLS (RFC 8446)
 # ======================================================================================
 
@@ -994,10 +1166,10 @@ class Outbox:
         self._ending = False  # nothing will follow
 
         # Whether senders should give it a moment: a client that takes QUICK_SIZE in QUICK_TIME,
-        # or did so until just now. One that has just joined has shown nothing yet.
-        self._quick_until = 0.0
-        self._quick_size = 0  # bytes taken since then
+        # or whose socket has taken all until just now. One that has just joined has shown nothing yet.
         self._joined = time.monotonic()
+        self._quick_until = 0.0
+        self._quick_size = 0  # bytes taken since it last was
 
     def write(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
         """Send what the socket takes at once of what follows the first `sent` bytes; the rest waits."""
@@ -1010,7 +1182,9 @@ class Outbox:
             self._pieces.append(piece)
             self.size += len(piece)
         if empty:
-            self._quick_size, self._quick_until = 0, time.monotonic() + QUICK_TIME
+            start = time.monotonic()
+            self._quick_until = start + QUICK_TIME if start > self._joined + 4 * QUICK_TIME else 0.0
+            self._quick_size = 0
             self.flush(now)
 
     def flush(self, now: float) -> None:
@@ -1052,8 +1226,7 @@ class Outbox:
             self._quick_size, self._quick_until = 0, time.monotonic() + QUICK_TIME
 
     def _is_quick(self) -> bool:
-        now = time.monotonic()
-        return now < self._quick_until and now > self._joined + 4 * QUICK_TIME
+        return time.monotonic() < self._quick_until
 
     def is_quick_but_behind(self) -> bool:
         """Whether senders should wait for it, a moment at most at a time."""
@@ -1640,8 +1813,8 @@ class Room:
                 rest.append((client, sent))
         for client, sent in rest:
             self.write(client, [data], sent)
-        for client, error in broken:
-            self._fail(client, error)
+        for client, why in broken:
+            self._fail(client, why)
 
     def _remember(self, messages: list[Outgoing]) -> None:
         """Keep the last messages for those who join, but no more than they can be given."""
@@ -1977,7 +2150,7 @@ class Pace:
         return True
 
 
-class BroadcastServer(socketserver.ThreadingTCPServer):
+class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     """Sends each message that a client sends to all clients, in one order for all.
 
     Methods for the caller, besides those of socketserver:
@@ -1993,27 +2166,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     - admit(client), on_open(client), on_message(client, message), on_post(client, message),
       on_close(client, code, reason)
 
-    Settings are the class attributes that follow; keyword arguments set them for one server.
+    Settings are the attributes of the class Settings; keyword arguments set them for one server.
     """
-
-    # ---- settings: bytes, seconds, numbers ----
-
-    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
-    max_clients = 10_000  # above it: 503
-    origins: Sequence[str] = ()  # see check_origin(); "*" for any
-    read_only = False  # clients may not send: Close 1008, and 403 for a POST
-    compression = True  # permessage-deflate, where a client offers it
-    history = 0  # messages that a new client gets first, with at most half of max_backlog
-    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
-    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
-    ping_timeout = 20.0  # seconds of silence after it: dropped
-    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
-    send_timeout = 30.0  # seconds for which what waits for a client may not move
-    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
-    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
-    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
-    trace = False  # log every handshake and every frame
 
     # ---- of socketserver ----
 
@@ -2037,7 +2191,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             if name.startswith("_") or callable(getattr(type(self), name, print)):
                 raise TypeError(f"there is no setting {name!r}")
             setattr(self, name, value)
-        self.origins = tuple(map(parse_origin, self.origins))
+        for name, default in vars(Settings).items():
+            if not name.startswith("_"):
+                setattr(self, name, check_setting(name, getattr(self, name), default))
         self._prepare()
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
@@ -2123,6 +2279,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
             "version": __version__,
+            "address": network_address(str(self.server_address[0])),  # by which other devices reach it, if they do
         }
 
     # ---- what connections and the link call, each in its own thread ----
@@ -2171,7 +2328,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if not DONT_WAIT:
             request.setblocking(False)
         transport: Any = TLS(request, self.tls_context) if self.tls_context else request
-        return transport
+        return Traced(transport, address) if self.trace else transport
 
     # ---- connections, as socketserver has it ----
 
@@ -2594,27 +2751,51 @@ def is_final(error: OSError) -> bool:
 # ======================================================================================
 
 
-class FloodGate(logging.Filter):
-    """Lets through a number of log lines of each kind in a while, so that a stranger cannot fill the disk."""
-
-    LINES, SECONDS = 20, 10.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kinds: dict[str, list[float]] = {}  # format: [end of the while, lines in it]
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to print a line; the first one of a new while says how many were left out."""
-        kind = self._kinds.setdefault(str(record.msg), [0.0, 0])
-        if record.created >= kind[0]:
-            if kind[1] > self.LINES:
-                record.msg = f"{record.msg} ({kind[1] - self.LINES:.0f} more like this were left out)"
-            kind[:] = record.created + self.SECONDS, 0
-        kind[1] += 1
-        return kind[1] <= self.LINES
+OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
-def size(text: str) -> int:
+class Program(BroadcastServer):
+    """The server of the command line: a signal ends it between two connections, not in the middle of something."""
+
+    signals: tuple[int, ...] = ()  # that have come
+
+    def catch_signals(self) -> None:
+        """From now on signals end the program in good order. The main thread."""
+        for number in (signal.SIGINT, *OTHER_SIGNALS):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame: object) -> None:
+        """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        if number == signal.SIGINT and number in self.signals:
+            os._exit(130)
+        self.signals = (*self.signals, number)
+        for other in OTHER_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
+
+    def service_actions(self) -> None:
+        """Called by serve_forever() all the time."""
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def server_bind(self) -> None:
+        """Called by the constructor. Raises OSError that says where."""
+        try:
+            super().server_bind()
+        except OSError as error:
+            raise OSError("{} port {}: {}".format(*self.server_address[:2], error.strerror)) from None
+
+
+class LogFormatter(logging.Formatter):
+    """Time and message, and `warning: ` where somebody should look."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line."""
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record)} {level}{record.message}".rstrip()
+
+
+def parse_size(text: str) -> int:
     """A whole number from 0 on, with K, M or G for 1024 times more."""
     match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
@@ -2622,57 +2803,50 @@ def size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-def number(text: str) -> float:
-    """A number that is not negative."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return float(text)
-
-
-def port(text: str) -> int:
-    """A TCP port; 0 for any free one."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def redis_url(text: str) -> str:
-    """The URL of a Redis."""
-    try:
-        return parse_redis_url(text) and text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+EXAMPLES = """examples:
+  tail -f log | pywebsock --stdin --read-only --history 100
+  pywebsock --host :: --cert cert.pem --key key.pem --origin https://example.com
+"""
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options; those of the second half have the names of BroadcastServer's settings."""
-    parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
-    add = parser.add_argument
+    """The options, most of which have the names of settings: BroadcastServer checks those."""
+    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    kind = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
+    parser = argparse.ArgumentParser(prog="pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
-    add("--port", type=port, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
-    add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
-    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
-    add("--stdin", action="store_true", help="broadcast each line of standard input")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--quiet", action="store_true", help="log only what needs attention")
-    loudness.add_argument("--verbose", action="store_true", help="log every client that joins, too")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--port", type=int, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
     origin = "let pages of this origin connect, * for any; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
-    add("--max-message", type=size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add("--max-backlog", type=size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", type=size, metavar="N", default=10_000, help="clients at once (%(default)s)")
-    ping = "seconds of silence before a ping, and after it (20)"
-    add("--ping", dest="ping_interval", type=number, metavar="S", default=20.0, help=ping)
-    add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
-    add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
-    add("--redis", type=redis_url, metavar="URL", help="be one room with all servers on this Redis")
+    add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
+    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
+    add("--redis", metavar="URL", help="be one room with all servers on this Redis")
     add("--no-compression", dest="compression", action="store_false", help="do not use permessage-deflate")
+    add("--stdin", action="store_true", help="broadcast each line of standard input")
+    add("--read-only", action="store_true", help="clients may only listen")
+    add = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)").add_argument
+    add("--max-message", type=parse_size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
+    add(
+        "--max-backlog", type=parse_size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)"
+    )
+    add("--max-clients", type=parse_size, metavar="N", default=10_000, help="clients at once (%(default)s)")
+    ping = "seconds of silence before a ping, and after it (%(default)g)"
+    add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
+    add("--history", type=parse_size, metavar="N", default=0, help="messages that a new client gets first (0)")
+    add("--rate", type=float, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
+    add("--quiet", action="store_true", help="log only what needs attention")
+    add("--verbose", action="store_true", help="log every client that joins, too")
+    add("--trace", action="store_true", help="show every handshake and every frame, taken apart")
     return parser
 
 
-def create_server(options: argparse.Namespace) -> BroadcastServer:
-    """A listening server with these options. Raises OSError, of which ssl.SSLError is one."""
+def create_server(options: argparse.Namespace) -> Program:
+    """A listening server. Raises OSError, of which ssl.SSLError is one; ValueError and OverflowError for settings."""
+    if options.stdin and not sys.stdin:  # its descriptor may soon be another's
+        raise OSError("standard input is closed")
     context = None
     if options.cert:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2680,18 +2854,24 @@ def create_server(options: argparse.Namespace) -> BroadcastServer:
         try:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where
-            raise OSError(f"{options.cert}, {options.key or options.cert}: {error}") from None
+            files = " and ".join(filter(None, (options.cert, options.key)))
+            what = "no certificate and key in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+            raise OSError(f"{files}: {what}") from None
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    ping_timeout = options.ping_interval
-    return BroadcastServer((options.host, options.port), tls_context=context, ping_timeout=ping_timeout, **settings)
+    settings.update(tls_context=context, ping_timeout=options.ping_interval)
+    return Program((options.host, options.port), **settings)
 
 
-def location(server: BroadcastServer, host: str) -> str:
-    """The first line of output: where to point a browser."""
-    secure = "s" if server.tls_context else ""
-    name = f"[{host}]" if ":" in host else host
-    where = f"{'localhost' if host in ('', '127.0.0.1', '0.0.0.0', '::', '::1') else name}:{server.server_address[1]}"
-    return f"pywebsock: listening on http{secure}://{where}/ (ws{secure}://{where}/)"
+def locations(server: BroadcastServer, host: str) -> str:
+    """The first lines of output: where to point a browser, and that of another device."""
+    secure, bound, port = "s" if server.tls_context else "", str(server.server_address[0]), server.server_address[1]
+    name, other = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host, network_address(bound)
+    lines: list[str] = []
+    for what, each in (("listening on", name), ("on the network:", other)):
+        where = f"[{each}]:{port}" if each and ":" in each else f"{each}:{port}"
+        if each and where not in "".join(lines):
+            lines.append(f"pywebsock: {what} http{secure}://{where}/ (ws{secure}://{where}/)")
+    return "\n".join(lines)
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
@@ -2700,7 +2880,11 @@ def broadcast_lines(server: BroadcastServer) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rest, data = "", b"more"
     while data:
-        data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
+        try:
+            data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
+        except OSError as error:
+            log.warning("standard input: %s", error.strerror)
+            data = b""
         *lines, rest = (rest + decoder.decode(data, not data)).split("\n")
         if rest and (not data or len(rest) >= limit):
             lines, rest = [*lines, rest], ""
@@ -2708,41 +2892,44 @@ def broadcast_lines(server: BroadcastServer) -> None:
             most = limit if line.isascii() else limit // 4  # characters
             for start in range(0, len(line) or 1, most):
                 server.broadcast(line[start : start + most].rstrip("\r"))
+    log.info("standard input has ended")
 
 
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error: one line for each client that left or was refused, and what went wrong."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handler.addFilter(FloodGate())
+    handler.setFormatter(LogFormatter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+    trace_log.addHandler(logging.StreamHandler())
+    trace_log.propagate = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until Ctrl-C or SIGTERM; the exit status."""
-    options = argument_parser().parse_args(argv)
+    """Run the server until a signal; the exit status."""
+    parser = argument_parser()
+    options = parser.parse_args(argv)
     if options.key and not options.cert:
-        argument_parser().error("--key needs --cert")
+        parser.error("--key needs --cert")
     start_logging(options)
     raise_file_limit()
     threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell in the background has the first one ignored
-        signal.signal(number, signal.default_int_handler)
     try:
-        with create_server(options) as server:
-            try:
-                print(location(server, options.host), flush=True)
-                if options.stdin:
-                    threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
-                server.serve_forever()
-            except KeyboardInterrupt:
-                log.info("stopping")
+        server = create_server(options)
     except OSError as error:
         print(f"pywebsock: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130  # a second one: at once
+    except (ValueError, OverflowError) as error:
+        parser.error(str(error))
+    with server:
+        server.catch_signals()
+        print(locations(server, options.host), flush=True)
+        if options.stdin:
+            threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
+        try:
+            server.serve_forever(0.1)
+        except KeyboardInterrupt:
+            log.info("stopping")
     return 0
 
 
