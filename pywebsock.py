@@ -1903,13 +1903,14 @@ class Room:
         if ends and client._state is State.CLOSING:
             self._try(client, client._outbox.end, self.now)
 
-    def drop(self, client: WebSocketHandler, why: str) -> None:
-        """To CLOSED: give a connection up. It is reset, and so its thread wakes up."""
+    def drop(self, client: WebSocketHandler, why: str) -> bool:
+        """To CLOSED: give a connection up. It is reset, and so its thread wakes up: True."""
         if client._state is State.OPEN:
             self.dropped += 1
         client._lost = client._lost or why
         self.forget(client)
         reset(client.request)
+        return True
 
     def forget(self, client: WebSocketHandler) -> None:
         """To CLOSED: nothing is sent to it any more."""
@@ -1955,6 +1956,7 @@ def reset(connection: socket.socket) -> None:
 
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
+WAKE_AT_ONCE = 500  # threads whose time is over, so that others can work as well
 
 
 class Connections:
@@ -2053,11 +2055,12 @@ class Housekeeper(threading.Thread):
         """What the thread does."""
         while not self._ended.is_set():
             try:
-                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else self._interval
+                pause = min(self._interval, self._next_round - self._room.now)
+                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else max(pause, MOMENT)
                 ready = self._room.wait_for_slow(pause)
-                due = self._advance_clock()
-                if ready or due or self._turn.promised or self._turn.held:
-                    self._turn.take_over(functools.partial(self._work, ready, due))
+                self._advance_clock()
+                if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_round:
+                    self._turn.take_over(functools.partial(self._work, ready))
             except Exception:
                 log.exception("an error in housekeeping")
                 self._ended.wait(self._interval)
@@ -2065,63 +2068,61 @@ class Housekeeper(threading.Thread):
     def stop(self) -> None:
         """End the thread. Nobody succeeds in the turn any more."""
         self._ended.set()
-        if self.is_alive() and threading.current_thread() is not self:
+        if self.is_alive():
             self._room.wake()
             self.join()
         self._turn.retire()
         self._room.stop()
 
-    def _advance_clock(self) -> bool:
-        """Whether it is time for a round."""
+    def _advance_clock(self) -> None:
         now = time.monotonic()
         passed, self._before = now - self._before, now
-        if passed > 3 * self._interval:  # the process stood: its threads first hear what has come meanwhile
-            self._next_round = self._room.now + self._interval
         self._room.now += min(passed, self._interval)
-        if self._room.now < self._next_round:
-            return False
-        self._next_round = self._room.now + self._interval
-        return True
+        if passed > 3 * self._interval:  # the process stood: first its threads hear what has come meanwhile
+            self._next_round = self._room.now + self._interval
 
-    def _work(self, ready: Iterable[WebSocketHandler], due: bool) -> bool:
+    def _work(self, ready: Iterable[WebSocketHandler]) -> bool:
         """In the turn: send more to those who can take it; once in a while look at everybody."""
         for client in ready:
             self._room.flush(client)
-        if due:
+        now, woken = self._room.now, 0
+        if now >= self._next_round:
             self._connections.adapt_switch_interval()
             for handler in self._connections.handlers.copy().values():
-                if handler:
-                    self._look_after(handler, self._room.now)
+                if handler and woken < WAKE_AT_ONCE:
+                    woken += self._look_after(handler, now)
+            self._next_round = now + (self._interval if woken < WAKE_AT_ONCE else 10 * MOMENT)
         return self._room.should_wait()
 
-    def _look_after(self, client: WebSocketHandler, now: float) -> None:
-        """Every deadline of a connection."""
+    def _look_after(self, client: WebSocketHandler, now: float) -> bool:
+        """Every deadline of a connection; whether its thread wakes up."""
         outbox, state = client._outbox, client._state
         if state is State.OPEN:
             if outbox.size and now - outbox.moved > self._settings.send_timeout:
-                self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
-            elif self._settings.ping_interval:
-                self._keep_alive(client, now)
-        elif now <= client._deadline:
-            pass
-        elif state is State.CLOSING or client._late:
-            self._room.drop(client, "it did not end the connection in time")
-        elif state is State.CONNECTING and client._quiet_since <= now:
+                return self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
+            return self._settings.ping_interval > 0 and self._keep_alive(client, now)
+        if now <= client._deadline:
+            return False
+        if state is State.CLOSING or client._late:
+            return self._room.drop(client, "it did not end the connection in time")
+        if state is State.CONNECTING and client._quiet_since <= now:
             client._late, client._deadline = True, now + self._settings.close_timeout
             shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
+            return True
+        return False
 
-    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
+    def _keep_alive(self, client: WebSocketHandler, now: float) -> bool:
         """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
         outbox = client._outbox
         silence = now - max(client._quiet_since, outbox.moved if outbox.size else 0.0)
         if silence <= self._settings.ping_interval:
             client._pinged_at = math.inf
-        elif client._pinged_at < math.inf:
-            if now - client._pinged_at > self._settings.ping_timeout:
-                self._room.drop(client, f"it was silent for {silence:.0f} s")
-        elif not outbox.size:
+        elif now - client._pinged_at > self._settings.ping_timeout:
+            return self._room.drop(client, f"it was silent for {silence:.0f} s")
+        elif client._pinged_at == math.inf and not outbox.size:
             client._pinged_at = now
             self._room.write(client, [serialize_frame(PING, b"")])
+        return False
 
 
 # ======================================================================================
