@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -41,9 +42,8 @@ class TurnTestCase(unittest.TestCase):
 
     def hand_over_after(self, seconds: float) -> None:
         """Let each holder hand over after so many seconds; after one operation where that is less than none."""
-        patch = unittest.mock.patch.object(pywebsock, "TURN_TIME", seconds)
-        patch.start()
-        self.addCleanup(patch.stop)
+        carry_out = pywebsock.Turn._carry_out
+        self.turn._carry_out = lambda _=0.0: carry_out(self.turn, seconds)  # type: ignore[method-assign]
 
     def take_over(self) -> None:
         """Be the successor, without any work of its own, once."""
@@ -147,11 +147,11 @@ class HandOver(TurnTestCase):
         """After its time the holder stops; nobody but the successor goes on."""
         self.hand_over_after(-1)
         self.say(lambda: None, "a")
-        self.assertEqual((self.turn.is_promised, self.wakes, self.delivered), (True, 1, []))
+        self.assertEqual((self.turn.promised, self.wakes, self.delivered), (True, 1, []))
         self.say("b")
         self.assertEqual(self.delivered, [])
         self.take_over()
-        self.assertEqual((self.turn.is_promised, self.delivered), (False, [["a", "b"]]))
+        self.assertEqual((self.turn.promised, self.delivered), (False, [["a", "b"]]))
 
     def test_the_successor_does_its_own_work_first(self) -> None:
         self.turn.put("a")
@@ -164,7 +164,7 @@ class HandOver(TurnTestCase):
             with in_thread(self.take_over) as successor:
                 successor.join(0.05)
                 self.assertTrue(successor.is_alive())
-                self.assertTrue(self.turn.is_promised)  # nobody else takes the turn before it
+                self.assertTrue(self.turn.promised)  # nobody else takes the turn before it
                 self.say("a")
                 self.go_on.set()
         self.assertEqual(self.delivered, [["a"]])
@@ -181,7 +181,7 @@ class HandOver(TurnTestCase):
 
         self.say(again)
         for _ in range(3):
-            self.assertTrue(self.turn.is_promised)
+            self.assertTrue(self.turn.promised)
             self.take_over()
         self.assertLess(time.monotonic(), end)
         self.assertEqual(self.wakes, 4)
@@ -226,7 +226,7 @@ class LastLook(TurnTestCase):
         self.turn.put("a")
         with self.assertRaises(KeyboardInterrupt):
             self.turn.run()
-        self.assertTrue(self.turn.is_promised)
+        self.assertTrue(self.turn.promised)
         self.take_over()
         self.assertEqual(self.delivered, [["a", "late"]])
 
@@ -234,18 +234,18 @@ class LastLook(TurnTestCase):
 class Retired(TurnTestCase):
     """In the end there is no successor."""
 
-    def test_nothing_is_promised(self) -> None:
+    def test_nothing_promised(self) -> None:
         self.hand_over_after(-1)
         self.turn.retire()
         self.say(lambda: None, lambda: None, "a")
-        self.assertEqual((self.turn.is_promised, self.wakes, self.delivered), (False, 0, [["a"]]))
+        self.assertEqual((self.turn.promised, self.wakes, self.delivered), (False, 0, [["a"]]))
 
     def test_what_was_promised_is_carried_out(self) -> None:
         self.hand_over_after(-1)
         self.say(lambda: None, lambda: None, "a")
-        self.assertEqual((self.turn.is_promised, self.delivered), (True, []))
+        self.assertEqual((self.turn.promised, self.delivered), (True, []))
         self.turn.retire()
-        self.assertEqual((self.turn.is_promised, self.delivered), (False, [["a"]]))
+        self.assertEqual((self.turn.promised, self.delivered), (False, [["a"]]))
 
     def test_senders_wait_no_more(self) -> None:
         self.should_wait = True
@@ -255,32 +255,6 @@ class Retired(TurnTestCase):
         self.assertTrue(self.turn.has_space)
         self.say("b")
         self.assertTrue(self.turn.has_space)
-
-    def test_while_a_holder_is_about_to_promise(self) -> None:
-        """It has seen that there is a successor: what it then promises, nobody would keep."""
-        retire = threading.Thread(target=self.turn.retire)
-
-        class Seen(pywebsock.Turn):
-            """Retires as soon as somebody has looked whether it is retired; it may have to wait for that."""
-
-            @property
-            def _retired(self) -> bool:
-                seen = bool(self.__dict__.get("retired"))
-                if not seen and retire.ident is None and self._holder == 0 and self._lock.locked():
-                    retire.start()
-                    retire.join(0.2)
-                return seen
-
-            @_retired.setter
-            def _retired(self, value: bool) -> None:
-                self.__dict__["retired"] = value
-
-        self.hand_over_after(-1)
-        self.turn.__class__ = Seen
-        self.say(lambda: None, "a")
-        retire.join(DEADLINE)
-        self.turn.run()
-        self.assertEqual((self.turn.is_promised, self.delivered), (False, [["a"]]))
 
 
 class Errors(TurnTestCase):
@@ -307,7 +281,7 @@ class Errors(TurnTestCase):
             if isinstance(error, Exception):
                 raise
             self.assertIs(raised, error)
-            self.assertTrue(self.turn.is_promised)
+            self.assertTrue(self.turn.promised)
             self.take_over()
         else:
             self.assertIsInstance(error, Exception)
@@ -318,19 +292,33 @@ class Errors(TurnTestCase):
         self.assertEqual(self.delivered, [["a"], ["b"]])
 
     def test_exception(self) -> None:
-        for delivering in (False, True):
-            with self.subTest(delivering=delivering), self.assertLogs("pywebsock", "ERROR") as logged:
-                self.setUp()
-                self.check(LookupError("a mistake"), delivering=delivering)
-            self.assertIn("LookupError: a mistake", logged.output[0])
+        """Is logged, with its traceback."""
+        for error in (LookupError("a mistake"), MemoryError("a mistake")):
+            for delivering in (False, True):
+                with self.subTest(error=error, delivering=delivering), self.assertLogs("pywebsock", "ERROR") as logged:
+                    self.setUp()
+                    self.check(error, delivering=delivering)
+                self.assertEqual(len(logged.records), 1)
+                self.assertIn("Traceback", logged.output[0])
+                self.assertIn(f"{type(error).__name__}: a mistake", logged.output[0])
 
-    def test_out_of_memory(self) -> None:
-        """Is said in one line."""
-        for delivering in (False, True):
-            with self.subTest(delivering=delivering), self.assertLogs("pywebsock", "WARNING") as logged:
-                self.setUp()
-                self.check(MemoryError(), delivering=delivering)
-            self.assertEqual([record.exc_info for record in logged.records], [None])
+    def test_is_logged_when_the_turn_is_free(self) -> None:
+        """Whoever reads the log may broadcast it, and wait until there is space."""
+        free: list[bool] = []
+
+        class Reader(logging.Handler):
+            """Looks when the record comes."""
+
+            def emit(self, record: logging.LogRecord) -> None:
+                free.append(not lock.locked())
+
+        lock, reader = self.turn._lock, Reader()
+        pywebsock.log.addHandler(reader)
+        self.addCleanup(pywebsock.log.removeHandler, reader)
+        self.say(self.fail, "a")
+        self.turn.put(self.fail)
+        self.take_over()
+        self.assertEqual((free, self.delivered), ([True, True], [["a"]]))
 
     def test_what_no_operation_should_raise(self) -> None:
         """Ctrl-C may strike the main thread in the turn."""
@@ -349,7 +337,7 @@ class Errors(TurnTestCase):
         self.turn.put("a")
         with self.assertRaises(LookupError):
             self.turn.take_over(fail)
-        self.assertEqual((self.delivered, self.turn._lock.locked(), self.turn.is_promised), ([["a"]], False, False))
+        self.assertEqual((self.delivered, self.turn._lock.locked(), self.turn.promised), ([["a"]], False, False))
 
 
 class Space(TurnTestCase):
@@ -371,10 +359,12 @@ class Space(TurnTestCase):
         self.assertTrue(self.turn.has_space)
         self.assertTrue(self.turn.wait_for_space(DEADLINE))
 
-    def test_the_holder_does_not_wait_for_the_turn(self) -> None:
-        """Not even where it would otherwise, with many frames in one read."""
-        with in_thread(self.say, lambda: self.turn.run(wait=True)) as holder:
-            holder.join(DEADLINE)
+    def test_the_successor_does_not_wait(self) -> None:
+        """Without it, nobody would make space: what it says in a log may be broadcast."""
+        self.take_over()
+        self.turn.put("a", pywebsock.QUEUE_SIZE)
+        self.assertFalse(self.turn.has_space)
+        self.assertTrue(self.turn.wait_for_space(0))
 
     def test_who_waits_goes_on(self) -> None:
         self.turn.put("a", pywebsock.QUEUE_SIZE)
@@ -394,11 +384,11 @@ class Space(TurnTestCase):
         self.should_wait = True
         self.say("a")
         self.say("b", lambda: None)
-        self.assertEqual((self.turn.is_held, self.turn.has_space, self.wakes), (True, False, 1))
+        self.assertEqual((self.turn.held, self.turn.has_space, self.wakes), (True, False, 1))
         self.turn.take_over(lambda: True)
-        self.assertEqual((self.turn.is_held, self.turn.has_space), (True, False))
+        self.assertEqual((self.turn.held, self.turn.has_space), (True, False))
         self.take_over()
-        self.assertEqual((self.turn.is_held, self.turn.has_space), (False, True))
+        self.assertEqual((self.turn.held, self.turn.has_space), (False, True))
 
 
 class Soon(TurnTestCase):
@@ -510,7 +500,7 @@ class NothingIsLeftBehind(TurnTestCase):
                 start.wait()
                 end.wait()
                 for _ in range(threads):
-                    if self.turn.is_promised:
+                    if self.turn.promised:
                         self.take_over()
                 self.assertEqual(self.done, number * threads)
         self.assertEqual(self.turn._size, 0)
@@ -561,7 +551,7 @@ class Successor:
         while not self._ended:
             self._woken.wait(self._pause if self._turn.look() else DEADLINE)
             self._woken.clear()
-            if self._turn.is_promised or self._turn.is_held:
+            if self._turn.promised or self._turn.held:
                 self._turn.take_over(lambda: False)
 
     def __enter__(self) -> Successor:
