@@ -125,7 +125,8 @@ class Order(OutboxTestCase):
         self.outbox.write([b"Hello"], self.clock)
         self.outbox.clear()
         self.assertEqual(self.outbox.size, 0)
-        self.flush_all()
+        self.pipe.room = 100
+        self.outbox.flush(self.clock)
         self.assertEqual(self.pipe.stream, b"H")
 
 
@@ -240,8 +241,19 @@ class Behind(OutboxTestCase):
         self.outbox.write([bytes(pywebsock.QUICK_SIZE)], self.clock)
         self.assertFalse(self.outbox.is_quick_but_behind())
 
+    def test_a_moment_for_everybody(self) -> None:
+        """What has only just begun to wait is no reason either, however much it is."""
+        self.grow_up()
+        self.pipe.room = 0
+        self.outbox.write([bytes(2 * LIMIT)], self.clock)
+        self.outbox.write([b"x"], self.clock + pywebsock.QUICK_TIME * 0.99)
+
     def test_since_when(self) -> None:
         """`moved` says when the socket took something at last, or when something began to wait."""
+        self.pipe.room = 0
+        self.outbox.write([b"Hi"], 0.5)
+        self.assertEqual(self.outbox.moved, 0.5)
+        self.flush_all()
         self.pipe.room = 2
         self.outbox.write([b"Hello"], 1.0)
         self.assertEqual(self.outbox.moved, 1.0)
@@ -303,6 +315,17 @@ class End(OutboxTestCase):
         self.assertEqual(self.pipe.ends, [])
         self.flush_all()
         self.assertEqual((self.pipe.stream, self.pipe.ends), (b"messageclose", [socket.SHUT_WR]))
+
+    def test_behind_very_much(self) -> None:
+        """Of which only a part is sent at once."""
+        self.pipe.room = 0
+        self.outbox.write([bytes(2 * pywebsock.SENDS_AT_ONCE)], self.clock)
+        self.outbox.end(self.clock)
+        self.pipe.room, self.pipe.most = 1 << 40, 1
+        self.outbox.flush(self.clock)
+        self.assertEqual((len(self.pipe.stream), self.pipe.ends), (pywebsock.SENDS_AT_ONCE, []))
+        self.flush_all()
+        self.assertEqual((self.outbox.size, self.pipe.ends), (0, [socket.SHUT_WR]))
 
 
 class Errors(OutboxTestCase):

@@ -234,7 +234,7 @@ class LastLook(TurnTestCase):
 class Retired(TurnTestCase):
     """In the end there is no successor."""
 
-    def test_nothing_promised(self) -> None:
+    def test_nothing_is_promised(self) -> None:
         self.hand_over_after(-1)
         self.turn.retire()
         self.say(lambda: None, lambda: None, "a")
@@ -338,6 +338,7 @@ class Errors(TurnTestCase):
         with self.assertRaises(LookupError):
             self.turn.take_over(fail)
         self.assertEqual((self.delivered, self.turn._lock.locked(), self.turn.promised), ([["a"]], False, False))
+        self.assertEqual(self.turn._holder, 0)
 
 
 class Space(TurnTestCase):
