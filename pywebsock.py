@@ -2214,12 +2214,12 @@ class Program(BroadcastServer):
         if number == signal.SIGINT and number in self.signals:
             os._exit(130)
         self.signals = (*self.signals, number)
-        for other in OTHER_SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
         if self.signals:
+            for number in OTHER_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
             raise KeyboardInterrupt
 
     def server_bind(self) -> None:
