@@ -976,18 +976,18 @@ def describe_payload(first: int, payload: bytes) -> str:
 
 def check_setting(name: str, value: Any, default: Any) -> Any:
     """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
-    least = int(name == "max_clients")
+    good, kind, least = True, "", int(name == "max_clients")
     if isinstance(default, bool):
         good, kind = isinstance(value, bool), "True or False"
     elif isinstance(default, (int, float)):
         whole = isinstance(default, int)
-        good = type(value) in ((int,) if whole else (int, float)) and least <= value < float("inf")
-        kind = f"a {'whole ' * whole}number from {least} on"
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        good, kind = number and least <= value < float("inf"), f"a {'whole ' * whole}number from {least} on"
     elif name == "origins":
         good, kind = isinstance(value, (list, tuple)), 'a list such as ["https://example.com"]'
-    else:  # tls_context, redis
+    elif name in ("redis", "tls_context"):
         expected = str if name == "redis" else ssl.SSLContext
-        good, kind = value is default or isinstance(value, expected), f"of the type {expected.__name__}"
+        good, kind = value is None or isinstance(value, expected), f"of the type {expected.__name__}"
     if not good:
         raise ValueError(f"{name} must be {kind}, not {value!r}")
     return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
@@ -2771,12 +2771,12 @@ class Program(BroadcastServer):
         if number == signal.SIGINT and number in self.signals:
             os._exit(130)
         self.signals = (*self.signals, number)
-        for other in OTHER_SIGNALS:
-            signal.signal(other, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
         if self.signals:
+            for number in OTHER_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
             raise KeyboardInterrupt
 
     def server_bind(self) -> None:
@@ -2917,14 +2917,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
     try:
         server = create_server(options)
+        server.catch_signals()
+        print(locations(server, options.host), flush=True)
     except OSError as error:
         print(f"pywebsock: {error}", file=sys.stderr)
         return 1
     except (ValueError, OverflowError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
     with server:
-        server.catch_signals()
-        print(locations(server, options.host), flush=True)
         if options.stdin:
             threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
         try:

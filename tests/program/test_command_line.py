@@ -254,8 +254,8 @@ class Help(unittest.TestCase):
         self.assertEqual((status, errors), (0, ""))
         for option in self.OPTIONS:
             self.assertIn(f"--{option}", output)
-        groups = ["options:", "network:", "limits (", "logging:", "examples:"]
-        self.assertEqual(sorted(groups, key=output.index), groups)
+        groups = ["--version", "network:", "limits (", "logging:", "examples:"]
+        self.assertEqual(sorted(groups, key=output.rindex), groups)
 
     def test_help_is_one_screen(self) -> None:
         with unittest.mock.patch.dict(os.environ, COLUMNS="100"):

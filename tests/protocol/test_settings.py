@@ -38,6 +38,8 @@ class Settings(unittest.TestCase):
             ("tls_context", context),
             ("redis", None),
             ("redis", "redis://localhost"),
+            ("address_family", socket.AF_INET6),
+            ("timeout", 5),
         ):
             with self.subTest(name, value=value):
                 self.assertIs(self.check(name, value), value)
