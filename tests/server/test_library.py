@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import socketserver
 import threading
 import typing
 
 import pywebsock
 from pywebsock import BroadcastServer, CloseCode, WebSocketHandler
-from tests.tools.support import DEADLINE, Client, ServerTestCase, eventually
+from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, eventually
 
 
 class Chat(BroadcastServer):
@@ -132,6 +134,173 @@ class Settings(ServerTestCase):
         self.assertEqual((server.max_clients, server.ping_interval, server.ping_timeout), (10_000, 20, 20))
         self.assertEqual((server.max_backlog, server.history, server.rate), (16 * 1024 * 1024, 0, 0))
         self.assertTrue(server.compression)
+
+
+class Subclass(ServerTestCase):
+    """A program's own names do not break the engine: what is not for callers has an underscore."""
+
+    NAMES = (
+        *("join", "leave", "accept", "close", "drop", "forget", "flush", "write", "pong", "deliver", "compress", "run"),
+        *("messages", "window", "history_", "queue", "turn", "room", "rooms", "users", "names", "link", "seats", "now"),
+        *("slow", "closing", "selector", "lock", "log", "state", "outbox", "transport", "budget", "connections"),
+        *("started", "refused", "local", "housekeeper", "alarm", "ring", "ended", "fewer", "most", "strangers", "post"),
+        *("send", "receive", "stop", "start", "name", "thread", "put", "get", "wake", "clear", "end", "admit_", "data"),
+        *("read", "recv", "path", "path_", "pinged_at", "late", "lost", "pongs", "pace", "deadline", "unheard"),
+    )
+
+    def test_attributes(self) -> None:
+        """Each is nonsense in the server and in its handlers, and all goes on."""
+        nonsense = dict.fromkeys(self.NAMES, "nonsense")
+        server_type = type("Server", (BroadcastServer,), nonsense)
+        handler_names = {name: value for name, value in nonsense.items() if name not in ("send", "close", "data")}
+        handler_type = type("Handler", (WebSocketHandler,), handler_names)
+        server = self.serve(functools.partial(server_type, RequestHandlerClass=handler_type), history=2)  # type: ignore[arg-type]
+        self.assertEqual(server.join, "nonsense")
+        a, b = self.connect(server), self.connect(server)
+        a.send("hello")
+        self.assertEqual([a.read(), b.read()], ["hello", "hello"])
+        a.frame(9, b"ping")
+        self.assertEqual(a.read_frame().payload, b"ping")
+        self.assertEqual(server.status()["messages"], 1)
+        b.close()
+        self.assertEqual(b.read_close()[0], 1000)
+
+    def test_methods(self) -> None:
+        """So are methods, which would be called; nobody calls them."""
+
+        class Server(BroadcastServer):
+            """Has methods with names that the engine likes, too."""
+
+            def join(self, *_: object) -> None:
+                raise AssertionError("not yours")
+
+            leave = accept = close = drop = deliver = flush = write = put = run = wake = settle = perform = queue = join
+
+        server = self.serve(Server)
+        client = self.connect(server)
+        client.send("hello")
+        self.assertEqual(client.read(), "hello")
+
+    def test_before_the_constructor(self) -> None:
+        """A hook may use what the program sets after super().__init__(): nobody is served before serve_forever()."""
+
+        class Late(BroadcastServer):
+            """Sets its attributes late."""
+
+            def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
+                super().__init__(*arguments, **settings)
+                self.greeting = "welcome"
+
+            def on_open(self, client: WebSocketHandler) -> None:
+                client.send(self.greeting)
+
+        self.assertEqual(self.connect(self.serve(Late)).read(), "welcome")
+
+
+class To(ServerTestCase):
+    """broadcast(message, to=clients): to some, as one operation in the one order."""
+
+    def setUp(self) -> None:
+        self.server = self.serve(history=10)
+        self.clients: list[Client] = []
+        self.handlers: list[WebSocketHandler] = []
+        for _ in range(3):
+            before = self.server.clients
+            self.clients.append(self.connect(self.server))
+            self.handlers += self.server.clients - before
+
+    def check(self, *expected: list[str]) -> None:
+        """What each of them has got, up to an end that all get."""
+        self.server.broadcast("end")
+        for client, messages in zip(self.clients, expected):
+            self.assertEqual([client.read() for _ in range(len(messages) + 1)], [*messages, "end"])
+
+    def test_some(self) -> None:
+        a, b, c = self.handlers
+        self.server.broadcast("a and b", to=[a, b])
+        self.server.broadcast("all but a", to=self.server.clients - {a})
+        self.server.broadcast("c", to=(each for each in (c,)))
+        self.server.broadcast("nobody", to=[])
+        self.server.broadcast("a, once", to=[a, a, a])
+        self.check(["a and b", "a, once"], ["a and b", "all but a"], ["all but a", "c"])
+
+    def test_not_in_the_history_and_not_counted(self) -> None:
+        self.server.broadcast("to some", to=self.server.clients)
+        self.server.broadcast("to all")
+        newcomer = self.connect(self.server)
+        self.assertEqual(newcomer.read(), "to all")
+        self.assertEqual(self.server.status()["messages"], 1)
+
+    def test_long_and_compressed(self) -> None:
+        """Each in the form that it has negotiated."""
+        squeezed = self.connect(self.server, Sec_WebSocket_Extensions=DEFLATE)
+        text = "compressible " * 1000
+        self.server.broadcast(text, to=self.server.clients)
+        self.assertTrue(self.clients[0].read_frame().payload == text.encode())
+        frame = squeezed.read_frame()
+        self.assertTrue(frame.rsv1 and len(frame.payload) < 1000)
+
+    def test_gone(self) -> None:
+        """Who has gone gets nothing, and nobody else notices."""
+        gone = self.handlers.pop()
+        client = self.clients.pop()
+        client.close()
+        client.read_close()
+        eventually(lambda: gone not in self.server.clients)
+        self.server.broadcast("x", to=[gone, *self.handlers])
+        self.check(["x"], ["x"])
+
+    def test_of_another_server(self) -> None:
+        """A client of another server is not here."""
+        other = self.serve()
+        client = self.connect(other)
+        self.server.broadcast("x", to=other.clients | {self.handlers[0]})
+        other.broadcast("end")
+        self.assertEqual(client.read(), "end")
+        self.check(["x"], [], [])
+
+    def test_no_clients(self) -> None:
+        """What is no client is an error where it is said, and nothing was sent."""
+        for to in (1, "abc", [None], ["x"], self.server, [self.server], [self.handlers[0], "x"], object()):
+            with self.subTest(to=to), self.assertRaises(TypeError):
+                self.server.broadcast("never", to=to)  # type: ignore[arg-type]
+        self.check([], [], [])
+
+    def test_one_client_in_the_place_of_a_list(self) -> None:
+        """The commonest mistake."""
+        with self.assertRaises(TypeError):
+            self.server.broadcast("never", to=self.handlers[0])  # type: ignore[arg-type]
+
+    def test_an_error_while_it_is_gone_through(self) -> None:
+        def fails() -> typing.Iterator[WebSocketHandler]:
+            yield self.handlers[0]
+            raise LookupError
+
+        with self.assertRaises(LookupError):
+            self.server.broadcast("never", to=fails())
+        self.check([], [], [])
+
+    def test_one_order(self) -> None:
+        """Whoever gets two messages gets them in the order of everybody else, from whatever threads they come."""
+        rounds, threads = 300, 3
+
+        def say(number: int) -> None:
+            for i in range(rounds):
+                to = None if i % 2 else self.server.clients - {self.handlers[number]}
+                self.server.broadcast(f"{number} {i}", to=to)
+
+        speakers = [threading.Thread(target=say, args=(number,)) for number in range(threads)]
+        for speaker in speakers:
+            speaker.start()
+        heard: list[list[str]] = [[], [], []]
+        for number, client in enumerate(self.clients):
+            size = rounds * threads - rounds // 2  # all but its own even ones
+            heard[number] = [str(client.read()) for _ in range(size)]
+        for speaker in speakers:
+            speaker.join(DEADLINE)
+        for one, other in itertools.combinations(heard, 2):
+            common = set(one) & set(other)
+            self.assertEqual([each for each in one if each in common], [each for each in other if each in common])
 
 
 class Clients(ServerTestCase):

@@ -1,0 +1,533 @@
+"""The hooks of a library program: who gets in, what may be posted, what a hook may raise and call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+import time
+import typing
+import unittest
+
+import pywebsock
+from pywebsock import BroadcastServer, HandshakeError, Message, WebSocketHandler
+from tests.tools.support import (
+    DEADLINE,
+    ROOT,
+    Client,
+    Recorder,
+    ServerTestCase,
+    eventually,
+    exchange,
+    in_thread,
+    masked_frame,
+    request,
+    running,
+)
+
+GOODBYE = (1001, "")
+
+
+def post(body: bytes = b"posted", **fields: typing.Any) -> bytes:
+    """A POST with this body."""
+    changes = {"Upgrade": None, "Connection": None, "Sec_WebSocket_Key": None, "Sec_WebSocket_Version": None}
+    return request(**{"method": "POST", "Content_Length": str(len(body)), **changes, **fields}) + body
+
+
+class Tokens(Recorder):
+    """Lets in who knows the word."""
+
+    def admit(self, client: WebSocketHandler) -> None:
+        self._tell("admit", client.target)
+        if client.headers.get("authorization") != "Bearer sesame":
+            raise HandshakeError(401, "who are you?", ("WWW-Authenticate", "Bearer"))
+        client.data = "admitted"
+
+    def on_open(self, client: WebSocketHandler) -> None:
+        self._tell("open", client.data)
+
+    def on_post(self, client: WebSocketHandler, message: Message) -> None:
+        self._tell("post", client.data, message)
+        super().on_post(client, message)
+
+
+class Admit(ServerTestCase):
+    """It runs before the 101 and before the body of a POST is read, and its HandshakeError is the response."""
+
+    def refusal(self, data: bytes, **settings: typing.Any) -> tuple[int, dict[str, str], bytes]:
+        """What a stranger gets who sends this."""
+        server = self.serve(Tokens, **settings)
+        with self.assertLogs("pywebsock", "WARNING") as logged:
+            answer = exchange(server.server_address[1], data)
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("refused: 401, who are you?", logged.output[0])
+        self.assertEqual([kind for kind, *_ in server.heard], ["admit"])
+        self.assertEqual(server.status()["refused"], 1)
+        return answer
+
+    def test_websocket(self) -> None:
+        status, fields, body = self.refusal(request(target="/a?b=c"))
+        self.assertEqual((status, fields["www-authenticate"]), (401, "bearer"))
+        self.assertEqual(body, b"401 Unauthorized: who are you?\n")
+
+    def test_post(self) -> None:
+        self.assertEqual(self.refusal(post())[0], 401)
+
+    def test_post_before_its_body(self) -> None:
+        """Who is not admitted need not send 16 MB first; without the answer, this would wait for them."""
+        self.assertEqual(self.refusal(post(b"", Content_Length="16000000"))[0], 401)
+
+    def test_post_that_expects_continue(self) -> None:
+        """A 401 comes in the place of the 100."""
+        self.assertEqual(self.refusal(post(b"", Content_Length="6", Expect="100-continue"))[0], 401)
+
+    def test_no_history_before_it(self) -> None:
+        server = self.serve(Tokens, history=10)
+        server.broadcast("secret")
+        with Client(server.server_address[1], handshake=False) as stranger:
+            stranger.send_raw(request())
+            self.assertNotIn(b"secret", stranger.read_all())
+        self.assertEqual(self.connect(server, Authorization="Bearer sesame").read(), "secret")
+
+    def test_admitted(self) -> None:
+        """What it writes into client.data is there in the hooks that follow."""
+        server = self.serve(Tokens)
+        client = self.connect(server, Authorization="Bearer sesame")
+        self.assertEqual(exchange(server.server_address[1], post(Authorization="Bearer sesame"))[0], 202)
+        self.assertEqual(client.read(), "posted")
+        server.wait_for("post", "admitted", "posted")
+        self.assertEqual(server.heard[1], ("open", "admitted"))
+
+    def test_nobody_else_is_asked(self) -> None:
+        """The page, the status and what is wrong anyway are not its business."""
+        server = self.serve(Tokens)
+        get = {"Upgrade": None, "Sec_WebSocket_Key": None}
+        for status, data in (
+            (200, request(**get)),
+            (200, request(target="/status", **get)),
+            (404, request(target="/nothing", **get)),
+            (403, request(Origin="https://evil.example")),
+            (403, post(Origin="https://evil.example")),
+            (426, request(Sec_WebSocket_Version="12")),
+        ):
+            self.assertEqual(exchange(server.server_address[1], data)[0], status)
+        self.assertEqual(server.heard, [])
+
+    def test_status_cannot_be_a_success(self) -> None:
+        """A hook that makes a wrong refusal is an error of the program: 500, and nobody gets in."""
+
+        class Wrong(BroadcastServer):
+            """Wants a 200."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                raise HandshakeError(200, "come in")
+
+        server = self.serve(Wrong)
+        with self.assertLogs("pywebsock", "ERROR"):
+            self.assertEqual(exchange(server.server_address[1], request())[0], 500)
+        self.assertEqual(server.clients, set())
+
+    def test_message_from_the_network(self) -> None:
+        """What a hook says about a stranger may contain what the stranger said: escaped in the log."""
+
+        class Echo(BroadcastServer):
+            """Says what it was asked for."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                raise HandshakeError(403, f"not {client.headers['x-name']}")
+
+        server = self.serve(Echo)
+        with self.assertLogs("pywebsock", "WARNING") as logged:
+            status, _, _ = exchange(server.server_address[1], request(X_Name="caf\xe9\x85 \x9b31m"))
+        self.assertEqual(status, 403)
+        self.assertTrue(logged.output[0].isprintable() and logged.output[0].isascii(), logged.output)
+
+    def test_close(self) -> None:
+        """client.close() in it refuses, too."""
+
+        class Closer(BroadcastServer):
+            """Closes the door."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                client.close(1008, "no")
+
+        server = self.serve(Closer)
+        self.assertEqual(exchange(server.server_address[1], request())[0], 403)
+
+    def test_slow(self) -> None:
+        """Who takes longer than the handshake timeout to decide is waited for: that is not the stranger's fault."""
+        go_on = threading.Event()
+
+        class Slow(BroadcastServer):
+            """Asks a database."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                go_on.wait(DEADLINE)
+
+        server = self.serve(Slow, handshake_timeout=0.1)
+        with Client(server.server_address[1], handshake=False) as client:
+            client.send_raw(request())
+            now = server._room.now
+            eventually(lambda: server._room.now > now + 0.3)
+            go_on.set()
+            self.assertIn(b" 101 ", client.read_head())
+
+
+class Post(ServerTestCase):
+    """on_post: what programs send goes through the hooks."""
+
+    def test_default(self) -> None:
+        server = self.serve()
+        client = self.connect(server)
+        self.assertEqual(exchange(server.server_address[1], post())[0], 202)
+        self.assertEqual(client.read(), "posted")
+        self.assertNotIn("message", [kind for kind, *_ in server.heard])
+
+    def test_refused(self) -> None:
+        class Picky(BroadcastServer):
+            """Takes JSON only."""
+
+            def on_post(self, client: WebSocketHandler, message: Message) -> None:
+                raise HandshakeError(415, "JSON, please", ("Accept-Post", "application/json"))
+
+        server = self.serve(Picky)
+        client = self.connect(server)
+        status, fields, _ = exchange(server.server_address[1], post())
+        self.assertEqual((status, fields["accept-post"]), (415, "application/json"))
+        server.broadcast("end")
+        self.assertEqual(client.read(), "end")
+
+    def test_an_error_in_it(self) -> None:
+        class Broken(BroadcastServer):
+            """Fails."""
+
+            def on_post(self, client: WebSocketHandler, message: Message) -> None:
+                raise LookupError("in on_post")
+
+        server = self.serve(Broken)
+        with self.assertLogs("pywebsock", "ERROR") as logged:
+            self.assertEqual(exchange(server.server_address[1], post())[0], 500)
+        self.assertIn("LookupError: in on_post", logged.output[0])
+
+    def test_who(self) -> None:
+        """Its client knows what was asked, and send() to it is lost: it is no WebSocket."""
+
+        class Curious(Recorder):
+            """Looks."""
+
+            def on_post(self, client: WebSocketHandler, message: Message) -> None:
+                client.send("nobody hears this")
+                self._tell(client.target, client.headers["x-name"], client in self.clients)
+
+        server = self.serve(Curious)
+        self.assertEqual(exchange(server.server_address[1], post(target="/?room=1", X_Name="me"))[0], 202)
+        self.assertEqual(server.heard, [("/?room=1", "me", False)])
+
+    def test_rate(self) -> None:
+        """A POST counts; one that would have to wait for too long gets 429."""
+        server = self.serve(rate=0.1, handshake_timeout=1.0)
+        self.assertEqual(exchange(server.server_address[1], post())[0], 202)
+        status, fields, _ = exchange(server.server_address[1], post())
+        self.assertEqual((status, fields["retry-after"]), (429, "1"))
+
+    def test_read_only(self) -> None:
+        """Nothing of it reaches a hook."""
+        server = self.serve(Tokens, read_only=True)
+        self.assertEqual(exchange(server.server_address[1], post(Authorization="Bearer sesame"))[0], 403)
+        client = self.connect(server, Authorization="Bearer sesame")
+        server.broadcast("to all")
+        self.assertEqual(client.read(), "to all")
+        client.send("to all")
+        self.assertEqual(client.read_close()[0], 1008)
+        self.assertNotIn("post", [kind for kind, *_ in server.heard])
+
+
+class Wicked(BaseException):
+    """What no program should raise."""
+
+    def __str__(self) -> str:
+        raise ValueError("not even a name")
+
+
+EVERYTHING = (
+    *(SystemExit, KeyboardInterrupt, asyncio.CancelledError, MemoryError, GeneratorExit, RecursionError, StopIteration),
+    *(OSError, BlockingIOError, ConnectionResetError, EOFError, TimeoutError, Wicked),
+    *(lambda: pywebsock.ProtocolError(pywebsock.CloseCode.PROTOCOL_ERROR, "said by a hook"),),
+    *(lambda: HandshakeError(401, "too late"),),
+)
+
+
+class Raising(ServerTestCase):
+    """Whatever a hook raises ends that client alone: the server goes on, and nothing is left behind."""
+
+    class Server(Recorder):
+        """Raises what is asked for."""
+
+        def admit(self, client: WebSocketHandler) -> None:
+            self._raise(client, "admit")
+
+        def on_open(self, client: WebSocketHandler) -> None:
+            self._raise(client, "on_open")
+
+        def on_message(self, client: WebSocketHandler, message: Message) -> None:
+            self._raise(client, "on_message")
+            client.send(message)
+
+        def on_post(self, client: WebSocketHandler, message: Message) -> None:
+            self._raise(client, "on_post")
+
+        def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
+            super().on_close(client, code, reason)
+            self._raise(client, "on_close")
+
+        def _raise(self, client: WebSocketHandler, where: str) -> None:
+            if client.target.startswith(f"/?{where}="):
+                raise EVERYTHING[int(client.target.rpartition("=")[2])]()
+
+    def check(self, where: str, end: typing.Callable[[Client], object]) -> None:
+        """Each of them in this hook; `end` is what a client sees."""
+        server = self.serve(self.Server)
+        witness = self.connect(server)
+        for number, what in enumerate(EVERYTHING):
+            with self.subTest(what=what), Client(server.server_address[1], handshake=False) as client:
+                client.send_raw((post if where == "on_post" else request)(target=f"/?{where}={number}"))
+                end(client)
+                witness.send("still here")
+                self.assertEqual(witness.read(), "still here")
+        eventually(lambda: len(server._connections) == 1)
+        self.assertEqual(len(server.clients), 1)
+        self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
+
+    def status(self, *statuses: int) -> typing.Callable[[Client], object]:
+        """The end of a request."""
+        return lambda client: self.assertIn(int(client.read_all().split(b" ")[1]), statuses)
+
+    def closed(self, *codes: int) -> typing.Callable[[Client], object]:
+        """The end of a client that says something."""
+
+        def end(client: Client) -> None:
+            client.read_head()
+            client.send("hello")
+            if codes:
+                self.assertIn(client.read_close()[0], codes)
+            else:
+                self.assertEqual(client.read(), "hello")
+                client.close(4000)
+                self.assertEqual(client.read_close()[0], 4000)
+
+        return end
+
+    def test_admit(self) -> None:
+        self.check("admit", self.status(500, 401))
+
+    def test_on_open(self) -> None:
+        self.check("on_open", self.closed(1011, 1009, 1002))
+
+    def test_on_message(self) -> None:
+        self.check("on_message", self.closed(1011, 1009, 1002))
+
+    def test_on_post(self) -> None:
+        self.check("on_post", self.status(500, 401, 503))
+
+    def test_on_close(self) -> None:
+        self.check("on_close", self.closed())
+
+
+class Stopping(ServerTestCase):
+    """server_close() and shutdown() in a hook, or while one is stuck."""
+
+    class Server(Recorder):
+        """Ends itself where a client asks for it."""
+
+        close_timeout = 2.0
+        took = -1.0
+
+        def on_open(self, client: WebSocketHandler) -> None:
+            self._stop(client, "on_open")
+
+        def on_message(self, client: WebSocketHandler, message: Message) -> None:
+            self._stop(client, "on_message")
+
+        def on_post(self, client: WebSocketHandler, message: Message) -> None:
+            self._stop(client, "on_post")
+
+        def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
+            self._stop(client, "on_close")
+
+        def admit(self, client: WebSocketHandler) -> None:
+            self._stop(client, "admit")
+
+        def _stop(self, client: WebSocketHandler, where: str) -> None:
+            if client.target == f"/?{where}":
+                start = time.monotonic()
+                self.shutdown()
+                self.server_close()
+                self.took = time.monotonic() - start
+
+    def test_in_a_hook(self) -> None:
+        """It waits for all others, and not for the client whose hook it is."""
+        for where in ("admit", "on_open", "on_message", "on_post", "on_close"):
+            with self.subTest(where), running(self.Server) as server:
+                witness = self.connect(server)
+                with Client(server.server_address[1], handshake=False) as client:
+                    target = f"/?{where}"
+                    closing = masked_frame(1, b"x") + masked_frame(8, b"\x03\xe8")
+                    client.send_raw(post(target=target) if where == "on_post" else request(target=target) + closing)
+                    self.assertEqual(witness.read_frame().payload, b"\x03\xe9")
+                    witness.close(1001)
+                    witness.read_all()
+                    witness.socket.close()
+                    client.read_all()
+                    eventually(lambda server=server: server.took >= 0)
+                    self.assertLess(server.took, 1.0)
+                    self.assertEqual(server.socket.fileno(), -1)
+            self.assertFalse(server._connections)
+
+    def test_while_a_hook_is_stuck(self) -> None:
+        """It keeps its promise about the close timeout; the thread ends when the hook does."""
+        go_on, stuck = threading.Event(), threading.Event()
+
+        class Stuck(Recorder):
+            """Waits in a hook, and then goes on as if nothing had been."""
+
+            close_timeout = 0.2
+
+            def on_message(self, client: WebSocketHandler, message: Message) -> None:
+                stuck.set()
+                go_on.wait(DEADLINE)
+                self.broadcast(message)
+                client.send(message)
+                client.close()
+
+        with running(Stuck) as server:
+            client = self.connect(server)
+            client.send("x")
+            self.assertTrue(stuck.wait(DEADLINE))
+            server.shutdown()
+            start = time.monotonic()
+            server.server_close()
+            self.assertLess(time.monotonic() - start, 2.0)
+            self.assertEqual(client.read_frame().payload, b"\x03\xe9")
+            go_on.set()
+            eventually(lambda: server.heard[-1][:2] == ("close", 1006))
+            eventually(lambda: not server._connections)
+
+    def test_fifty_times(self) -> None:
+        """Nothing is left: no thread, no file descriptor, no memory of clients."""
+        before: list[int] = []
+        for _ in range(50):
+            with running(Recorder) as server, Client(server.server_address[1]) as client:
+                client.send("hello")
+                self.assertEqual(client.read(), "hello")
+            before.append(threading.active_count())
+            self.assertEqual((server.clients, server._connections, server._strangers), (set(), {}, {}))
+        self.assertLessEqual(before[-1], before[0])
+
+    def test_two_servers(self) -> None:
+        """They know nothing of each other; a hook of one may broadcast in the other."""
+        other = self.serve()
+
+        class Bridge(BroadcastServer):
+            """Hands on to another server what it hears."""
+
+            def on_message(self, client: WebSocketHandler, message: Message) -> None:
+                other.broadcast(message)
+
+        bridge = self.serve(Bridge)
+        here, there = self.connect(bridge), self.connect(other)
+        for number in range(100):
+            here.send(f"over {number}")
+        self.assertEqual([there.read() for _ in range(100)], [f"over {number}" for number in range(100)])
+        bridge.broadcast("here")
+        other.broadcast("there")
+        self.assertEqual([here.read(), there.read()], ["here", "there"])
+
+
+class Log(logging.Handler):
+    """Broadcasts what is logged."""
+
+    def __init__(self, server: BroadcastServer) -> None:
+        super().__init__()
+        self.server = server
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.server.broadcast(self.format(record))
+
+
+# A program whose objects broadcast when they are collected, which happens anywhere: also inside of a broadcast.
+DEL = """
+import gc, threading
+from pywebsock import BroadcastServer
+
+class Thing:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        server.broadcast("collected")
+        server.clients
+        server.status()
+
+with BroadcastServer(("127.0.0.1", 0)) as server:
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    gc.set_threshold(10, 5, 5)
+    for _ in range(20_000):
+        Thing()
+        server.broadcast("on purpose")
+        server.clients
+    gc.set_threshold(700, 10, 10)
+    print(server.status()["messages"] > 35_000)
+    server.shutdown()
+    thread.join()
+"""
+
+
+class FromAnywhere(ServerTestCase):
+    """broadcast() where one does not expect it."""
+
+    def test_log_handler(self) -> None:
+        """A log that is broadcast, with what the server itself logs of its clients and of errors in hooks."""
+
+        class Broken(Recorder):
+            """Fails."""
+
+            def on_message(self, client: WebSocketHandler, message: Message) -> None:
+                raise LookupError("in on_message")
+
+        server = self.serve(Broken)
+        handler = Log(server)
+        log = logging.getLogger("pywebsock")
+        self.addCleanup(log.setLevel, log.level)
+        self.addCleanup(log.removeHandler, handler)
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        witness = self.connect(server)
+        with self.connect(server) as client:
+            client.send("x")
+            self.assertEqual(client.read_frame().opcode, 1)  # somebody joined
+            exchange(server.server_address[1], b"nonsense\r\n\r\n")
+        heard = str(witness.read())
+        while not all(word in heard for word in ("joined", "LookupError", "left: 1011", "refused: 400")):
+            heard += str(witness.read())
+
+    def test_log_handler_of_an_operation(self) -> None:
+        """An error in the turn itself is logged in the turn: what is said there is put into the queue."""
+        server = self.serve()
+        client = self.connect(server)
+        handler = Log(server)
+        logging.getLogger("pywebsock").addHandler(handler)
+        self.addCleanup(logging.getLogger("pywebsock").removeHandler, handler)
+        with in_thread(server._perform, lambda: 1 // 0):
+            self.assertIn("ZeroDivisionError", str(client.read()))
+
+    def test_del(self) -> None:
+        """In a process of its own, which can be ended where it hangs."""
+        command = [sys.executable, "-c", DEL]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * DEADLINE, check=False)
+        self.assertEqual((ended.stdout, ended.stderr), ("True\n", ""))
+
+
+if __name__ == "__main__":
+    unittest.main()
