@@ -26,15 +26,13 @@ import time
 import typing
 import unittest
 
-from tests.tools import load, support
+from tests.tools import faults, load, support
 
 ASKED = support.EVERYTHING or os.environ.get("PYWEBSOCK_TESTS") == "siege"
 INTERVAL = 0.05  # seconds between two messages of a witness
 CLOSE_TIMEOUT = 5.0  # seconds: of the server
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
 GOING_AWAY = b"\x88\x02\x03\xe9"  # Close 1001
-# The server with something changed before it starts; what follows the program's path are its arguments.
-CHANGED = "import sys\nsys.path.insert(0, {root!r})\nimport pywebsock\n{code}\nsys.exit(pywebsock.main(sys.argv[2:]))"
 TROUBLE = re.compile("Traceback|unexpected error|an error in|operation failed|Warning|Exception ignored")
 
 heavy = unittest.skipUnless(ASKED, "takes minutes: PYWEBSOCK_TESTS=siege")
@@ -381,7 +379,7 @@ class SiegeTestCase(unittest.TestCase):
     def serve(self, *arguments: str, tls: bool = False, code: str = "", **how: typing.Any) -> support.Process:
         """The same without a witness."""
         if code:
-            how["python"] = ["-c", CHANGED.format(root=str(support.ROOT), code=code)]
+            how["python"] = faults.changed(code)
         server = support.Process(*arguments, *(("--cert", certificate()[0]) if tls else ()), **how)
         self.addCleanup(self._kill, server)
         return server
