@@ -1593,7 +1593,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def _refuse(self, error: HandshakeError) -> None:
         """Answer a request that cannot be served."""
-        log.warning("%s refused: %d, %s", self.address, error.status, error)
+        log.warning("%s refused: %d, %s", self.address, error.status, printable(str(error)))
         self.server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
         self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields))
@@ -1848,10 +1848,9 @@ class Room:
         """The one place where trouble with an outbox becomes a drop, and what is left in it a watch."""
         try:
             act(*arguments)
+            self._watch(client, client._outbox.size > 0)
         except (OSError, MemoryError) as error:
             self._fail(client, error)
-        else:
-            self._watch(client, client._outbox.size > 0)
 
     def _fail(self, client: WebSocketHandler, error: Exception) -> None:
         if isinstance(error, (BrokenPipeError, ConnectionResetError)):  # its own thread gets to know by itself
@@ -1868,8 +1867,8 @@ class Room:
         if client in line:
             line[client] = send_nothing if slow else client._transport.send
         if slow:
-            self.slow.add(client)
             self.selector.register(client.request, selectors.EVENT_WRITE, client)
+            self.slow.add(client)
             if not DONT_WAIT:
                 self.wake()  # epoll and kqueue take a change while they wait, Windows does not
         else:
@@ -1894,7 +1893,7 @@ class Room:
 
     def close(self, client: WebSocketHandler, last: bytes, ends: bool = False) -> None:
         """To CLOSING: send the last bytes, a Close or a response; where nothing is awaited, end the own side."""
-        if client._state in (State.CONNECTING, State.OPEN):
+        if client._state is State.OPEN or (client._state is State.CONNECTING and ends):
             self._leave_lines(client)
             client._unheard, client._state = True, State.CLOSING
             client._deadline = self.now + self._close_timeout
@@ -2137,17 +2136,17 @@ class Pace:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._due = 0.0  # when the next one may come
+        self._due = 0.0  # when the next one would come at an even pace
 
     def wait(self, rate: float, most: float = math.inf) -> bool:
         """Wait until the next message may come; not at all where that takes too many seconds."""
         with self._lock:
             now = time.monotonic()
-            due = max(self._due, now - 1) + 1 / rate
-            if due - now > most:
+            wait = max(0.0, self._due - now - max(0.0, 1 - 1 / rate))
+            if wait > most:
                 return False
-            self._due = due
-        time.sleep(max(0.0, due - now))
+            self._due = max(self._due, now) + 1 / rate
+        time.sleep(wait)
         return True
 
 
