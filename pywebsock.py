@@ -2388,8 +2388,10 @@ class RedisConnection:
 class RedisLink:
     """A server's part in a room of many servers: two threads, one writes to the stream, one reads it."""
 
-    def __init__(self, server: BroadcastServer, url: str) -> None:
-        self._server = server
+    def __init__(
+        self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
+    ) -> None:
+        self._hand_over, self._history = deliver, history
         self._address = parse_redis_url(url)
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
         self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
@@ -2437,11 +2439,12 @@ class RedisLink:
             self._waiting += len(self._outbox[-1])
             self._news.notify_all()
 
-    def wait_for_room(self) -> None:
+    def wait_for_room(self, timeout: float | None = None) -> bool:
         """Hold a sender back while too much is on its way: its thread would take time from the reader's, too."""
         if self._fullness() > 1:
             with self._news:
-                self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped)
+                return self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped, timeout)
+        return True
 
     def _fullness(self) -> float:
         """Above 1 senders wait."""
@@ -2520,7 +2523,6 @@ class RedisLink:
         """Deliver what has been added to the stream."""
         if not connection.placed:
             self._find_place(connection)
-        self._server.wait_for_room()
         options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
         command = serialize_command("XREAD", *options, "STREAMS", self._address.stream, self._last)
         entries = parse_entries(connection.call(command)[0])
@@ -2535,12 +2537,12 @@ class RedisLink:
 
     def _find_place(self, connection: RedisConnection) -> None:
         """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        count = 1 if self._last else min(max(self._server.history, 1), STREAM_LENGTH)
+        count = 1 if self._last else min(max(self._history, 1), STREAM_LENGTH)
         command = serialize_command("XREVRANGE", self._address.stream, "+", "-", "COUNT", count)
         newest = parse_entries([("", connection.call(command)[0])])
         end = newest[0][0] if newest else b"0-0"
         if not self._last:
-            self._deliver(newest[::-1] if self._server.history else ())
+            self._deliver(newest[::-1] if self._history else ())
             self._last = end
         elif [int(part) for part in end.split(b"-")] < [int(part) for part in self._last.split(b"-")]:
             log.warning("Redis has lost the end of the stream")
@@ -2549,7 +2551,7 @@ class RedisLink:
 
     def _deliver(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
         """Put entries in the server's queue, all but those that are there a second time, and carry them out."""
-        missed = 0
+        missed, messages = 0, []
         for entry, name, payload in entries:
             match = ENTRY_NAME.fullmatch(name)
             server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
@@ -2558,14 +2560,14 @@ class RedisLink:
                 if server != self._name:
                     self._others_behind[server] = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
             elif not match or int(number) > before:
-                self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
+                messages.append(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
                 if match:
                     self._seen[server] = int(number)
                     missed += int(number) - before - 1 if before else 0
             self._last = entry
         if missed:
             log.warning("missed %d messages that Redis has no longer", missed)
-        self._server.take_turn()
+        self._hand_over(messages)
         with self._news:
             self._news.notify_all()  # of what has come back
 

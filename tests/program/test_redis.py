@@ -315,8 +315,8 @@ class NotRedisTest(ServerTestCase):
             self.connect(server)
             sent = fill(server.server_address[1], b"\x81\x80\0\0\0\0" * 100_000)  # empty messages: they count, too
             self.assertLess(sent, 5_000_000)
-            assert server.link
-            self.assertLess(server.link._waiting, pywebsock.QUEUE_SIZE + 100 * 1024 * 1024 // 6)
+            assert server._link
+            self.assertLess(server._link._waiting, pywebsock.QUEUE_SIZE + 100 * 1024 * 1024 // 6)
             start = time.monotonic()
             server.server_close()
             self.assertLess(time.monotonic() - start, 3)
@@ -562,7 +562,7 @@ class RoomTest(RedisTestCase):
         self.assertEqual((status, client.read()), (202, ""))
         one.server_close()
         one.server_close()
-        self.assertFalse([thread for thread in threading.enumerate() if thread in one.link._threads])  # type: ignore[union-attr]
+        self.assertFalse([thread for thread in threading.enumerate() if thread in one._link._threads])  # type: ignore[union-attr]
 
     def test_other_streams_are_other_rooms(self) -> None:
         ours, theirs = self.serve(redis=self.url), self.serve(redis=self.url + "2")
@@ -627,7 +627,7 @@ class RoomTest(RedisTestCase):
         """It asks them to wait, lest what it has not read be trimmed."""
         with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
             servers = [self.serve(redis=self.url) for _ in range(2)]
-            slow = servers[1].link
+            slow = servers[1]._link
             assert slow
             deliver = slow._deliver
 
@@ -649,9 +649,9 @@ class RoomTest(RedisTestCase):
         server = self.serve(redis=self.url)
         client = self.client(server)
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
-        eventually(lambda: server.link and server.link._others_behind)
+        eventually(lambda: server._link and server._link._others_behind)
         client.send("hello")
-        eventually(lambda: server.link and server.link._outbox)
+        eventually(lambda: server._link and server._link._outbox)
         return client
 
     def test_waiting_for_another_server(self) -> None:
@@ -926,7 +926,7 @@ class FaultTest(RedisTestCase):
                 for client in clients:
                     self.assertEqual([client.read() for _ in messages], messages, cut)
                 self.assertEqual(proxy.cuts, [])
-                eventually(lambda: near.link and not near.link._outbox)  # it has recovered from this one
+                eventually(lambda: near._link and not near._link._outbox)  # it has recovered from this one
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
         self.assertGreaterEqual(self.redis.call("XLEN", self.stream), count + 6)  # some are there twice
