@@ -178,9 +178,23 @@ class ReplyTest(unittest.TestCase):
 
     def test_entries(self) -> None:
         reply = [[b"stream", [[b"1-0", [b"name", b"value"]], [b"1-1", [b"a", b"b", b"c", b"d"]]]]]
-        self.assertEqual(pywebsock.parse_entries(reply), [(b"1-0", b"name", b"value"), (b"1-1", b"a", b"b")])
+        self.assertEqual(
+            pywebsock.parse_entries(reply), [(b"1-0", b"", 0, b"text", b"value"), (b"1-1", b"", 0, b"text", b"b")]
+        )
+        name = b"0123456789abcdef:17:binary"
+        reply = [[b"stream", [[b"1-0", [name, b"\xff"]], [b"1-1", [b"a", b"\xff"]]]]]
+        self.assertEqual(
+            pywebsock.parse_entries(reply),
+            [(b"1-0", name[:16], 17, b"binary", b"\xff"), (b"1-1", b"", 0, b"text", "\ufffd".encode())],
+        )
         self.assertEqual(pywebsock.parse_entries(None), [])
-        for wrong in (b"OK ready", 7, [1], [[b"x", 7]], [[b"x", [7]]], [[b"x", [[b"1-0", []]]]], [[b"x", [[b"1-0"]]]]):
+        for entry in (
+            *([b"1-0", []], [b"1-0"], [b"1-0", [b"a"]], [b"1", [b"a", b"b"]], [7, [b"a", b"b"]]),
+            *([b"1-0", [7, b"b"]], [b"1-0", [b"a", 7]], [b"1-0", [b"a", None]], [b"1-0", [b"a", [b"b"]]], 7),
+        ):
+            with self.assertRaises(pywebsock.RedisError):
+                pywebsock.parse_entries([[b"stream", [entry]]])
+        for wrong in (b"OK ready", 7, [1], [[b"x", 7]]):
             with self.assertRaises(pywebsock.RedisError):
                 pywebsock.parse_entries(wrong)
 
@@ -253,8 +267,7 @@ def answering(answer: bytes | None) -> typing.Iterator[int]:
             while True:
                 connection, _ = listener.accept()
                 kept.append(connection)
-                if answer is not None:
-                    connection.recv(65536)
+                while answer is not None and connection.recv(65536):
                     connection.sendall(answer)
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -390,7 +403,7 @@ class Redis:
         """The reply to a command."""
         connection = pywebsock.RedisConnection(pywebsock.parse_redis_url(f"{self.url}/{database}"))
         try:
-            return connection.call(pywebsock.serialize_command(*words))[0]
+            return connection.call(*words)
         finally:
             connection.socket.close()
 
@@ -403,9 +416,9 @@ class Redis:
 class Proxy:
     """Stands between a server and Redis, and cuts the connection that writes, or the one that reads.
 
-    `cuts` has an item for each cut to come: how many bytes are passed on, of the transaction
-    (from 0) or, for negative numbers, of what comes for the reader (from -1); or None to pass a
-    transaction on whole and cut where the answer has come, which is not passed on.
+    `cuts` has an item for each cut to come: how many bytes are passed on, of what is written
+    (from 0) or, for negative numbers, of what comes for the reader (from -1); or None to pass
+    it on whole and cut where the answer has come, which is not passed on.
     """
 
     def __init__(self, port: int) -> None:
@@ -431,7 +444,7 @@ class Proxy:
     def _pass_on(self, near: socket.socket, far: socket.socket, drop: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := near.recv(1 << 20):
-                if b"MULTI" in data and self.cuts and (self.cuts[0] is None or self.cuts[0] >= 0):
+                if b"XADD" in data and self.cuts and (self.cuts[0] is None or self.cuts[0] >= 0):
                     cut = self.cuts.pop()
                     if cut is not None:
                         far.sendall(data[:cut])
@@ -631,9 +644,9 @@ class RoomTest(RedisTestCase):
             assert slow
             deliver = slow._deliver
 
-            def deliver_slowly(entries: typing.Sequence[typing.Any]) -> None:
+            def deliver_slowly(entries: typing.Sequence[typing.Any]) -> int:
                 time.sleep(len(entries) / 5000)
-                deliver(entries)
+                return deliver(entries)
 
             slow._deliver = deliver_slowly  # type: ignore[method-assign]
             clients = [self.client(server) for server in servers]
@@ -684,7 +697,7 @@ class StartTest(RedisTestCase):
             with contextlib.suppress(pywebsock.RedisError):
                 address = pywebsock.parse_redis_url(self.redis.url)._replace(password="s3 cr@t")
                 connection = pywebsock.RedisConnection(address)
-                connection.call(pywebsock.serialize_command("CONFIG", "SET", "requirepass", ""))
+                connection.call("CONFIG", "SET", "requirepass", "")
                 connection.socket.close()
 
     def check_logins(self) -> None:
@@ -699,7 +712,7 @@ class StartTest(RedisTestCase):
         self.assertRegex(said, f"^{self.at}NOAUTH ")
 
     def test_a_user_who_may_no_more_than_needed(self) -> None:
-        rights = ["+multi", "+exec", "+xadd", "+xread", "+xrevrange"]
+        rights = ["+xadd", "+xread", "+xrevrange", "+xlen", "+xtrim"]
         self.redis.call("ACL", "SETUSER", "room", "on", ">pass", f"~{self.stream}", *rights)
         url = f"redis://room:pass@127.0.0.1:{self.redis.port}?stream="
         self.check_room(url + self.stream, url + self.stream)
