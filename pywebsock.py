@@ -568,33 +568,39 @@ class Budget:
 class Outgoing:
     """A message on its way to clients: one frame without compression, and one for each window in use."""
 
-    __slots__ = ("_deflated", "opcode", "plain", "size", "to")
+    __slots__ = ("_deflated", "_plain", "opcode", "payload", "size", "to")
 
-    def __init__(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
-        """Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
+    def __init__(
+        self, message: Message, to: Iterable[WebSocketHandler] | None = None, opcode: Opcode = Opcode.BINARY
+    ) -> None:
+        """The opcode is that of bytes.
+
+        Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
         self.to = to if to is None else tuple(to)  # the clients that get it; None for all
         if not all(isinstance(client, WebSocketHandler) for client in self.to or ()):
             raise TypeError("a message goes to clients")
         if isinstance(message, str):
-            self.opcode, payload = TEXT, message.encode()
+            self.opcode, self.payload = TEXT, message.encode()
         elif isinstance(message, (bytes, bytearray, memoryview)):
-            self.opcode, payload = BINARY, bytes(message)
+            self.opcode, self.payload = opcode, bytes(message)
         else:
             raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
-        self.size = len(payload)  # bytes
-        self.plain = serialize_frame(self.opcode, payload)
+        self.size = len(self.payload)  # bytes
+        self._plain = b""  # for a link it is never made
         self._deflated: dict[int, bytes] = {}  # by window
 
-    def payload(self) -> bytes:
-        """The payload of the plain frame."""
-        return self.plain[len(self.plain) - self.size :]
+    @property
+    def plain(self) -> bytes:
+        """The frame without compression."""
+        self._plain = self._plain or serialize_frame(self.opcode, self.payload)
+        return self._plain
 
     def frame(self, window: int) -> bytes:
         """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
         if not window or self.size < DEFLATE_THRESHOLD:
-            return self.plain
+            return self._plain or self.plain
         if window not in self._deflated:
-            payload = deflate(self.payload(), window)
+            payload = deflate(self.payload, window)
             shorter = len(payload) < self.size
             self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
         return self._deflated[window]
@@ -1575,6 +1581,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def _read_body(self, body: bytes, length: int, charge: Callable[[int], None]) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
+        if server._link and server._link.away:
+            raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
         self._deadline += length / READ_SIZE  # one of some size may take its time, but not for ever
         pieces = bytearray(body)
         while len(pieces) < length:
@@ -2249,13 +2257,14 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         Waits while too much is queued, never for one slow client; in a hook, what is said in
         quick succession goes out together. Raises TypeError for anything but str and bytes.
         """
-        outgoing = Outgoing(message, to)
+        outgoing, client = Outgoing(message, to), getattr(self._local, "client", None)
         if self._link and to is None:
             self._link.put(outgoing)
-            self._settle()
+            if not client or client._state is not State.CONNECTING:  # a POST has waited before
+                self._settle()
             return
         self._queue(outgoing)
-        if getattr(self._local, "client", None) and self._turn.has_space:
+        if client and self._turn.has_space:
             self._turn.soon()  # the connection's thread takes the turn when it has handled what it read
         else:
             self._settle()
@@ -2301,9 +2310,9 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
         """Hold a sender back while too much is on its way. Its socket is not read meanwhile: TCP makes it wait, too."""
-        if not self._turn.wait_for_space(timeout):
+        if self._link and not self._link.wait_for_room(timeout):
             return False
-        return not self._link or self._link.wait_for_room(timeout)
+        return self._turn.wait_for_space(timeout)
 
     def _take_from_link(self, messages: Iterable[Outgoing]) -> None:
         """Messages of all servers, in the order of the stream."""
@@ -2334,10 +2343,10 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def server_activate(self) -> None:
         """Called by the constructor: listen."""
+        self._housekeeper.start()
         if self._link:
             self._link.start()
         super().server_activate()
-        self._housekeeper.start()
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
@@ -2427,29 +2436,37 @@ def plural(number: int, noun: str) -> str:
 # Many machines (Redis streams; its protocol, RESP2)
 #
 # With a link to a stream in Redis any number of servers are one room. The seam is where a
-# message is accepted into the order, BroadcastServer.accept(): without a link that is the
-# queue; with one, the message goes to the stream and comes back from there, like those of
-# all other servers, in the one order of the stream. Whoever reads about one server can
+# message is accepted into the order, BroadcastServer.broadcast(): without a link that is
+# the queue; with one, the message goes to the stream and comes back from there, like those
+# of all other servers, in the one order of the stream. Whoever reads about one server can
 # stop here.
 #
 # An entry of the stream has one field, whose name is server:number:kind. Where a connection
 # fails, nobody knows which entries arrived, so those without an answer are written once
 # more, and every server passes over the numbers that it has seen. So nothing is lost and
-# nothing comes twice, as long as Redis itself loses nothing. A number that is left out was
-# trimmed or lost. A server that the others leave behind adds entries of the kinds "wait",
-# lest they write what it cannot read before it is trimmed, and in the end "go".
+# nothing comes twice, as long as Redis itself loses nothing. An entry that Redis refuses is
+# gone, and its number with it. A server that the others leave behind adds entries of the
+# kind "wait", so that what it has not read is not trimmed, and in the end "go".
 # ======================================================================================
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
+STREAM_SIZE = 128 * 1024 * 1024  # bytes of them, about; where messages may be very large, eight of those
 IN_FLIGHT = 1000  # entries of this server that it may have yet to read; with more to write, senders wait
 WRITE_MOST, READ_MOST = 100, 300  # entries at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
+MAX_TRIES = 3  # connections that end without an answer to a large entry: then it is to blame
 MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
+ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
 ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
+MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
 NOT_REDIS = "what answers is not Redis"
+PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")  # answers of a Redis to wait for
+REFUSING = ("OOM", "ERR")  # answers that concern an entry; all others, the state of Redis: READONLY, MISCONF
+
+# ---- the protocol: pure ----
 
 
 class RedisError(OSError):
@@ -2466,6 +2483,16 @@ class RedisAddress(NamedTuple):
     password: str
     database: int
     stream: str
+
+
+class Entry(NamedTuple):
+    """An entry of the stream: one message, or a word from a server to the others."""
+
+    id: bytes
+    server: bytes  # empty where somebody else has added it
+    number: int  # among those of its server; 0 for what is no message of a server
+    kind: bytes
+    value: bytes
 
 
 def parse_redis_url(url: str) -> RedisAddress:
@@ -2511,16 +2538,87 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
     return bulk[:-2]
 
 
-def parse_entries(reply: Any) -> list[tuple[bytes, bytes, bytes]]:
-    """The reply to XREAD as (id, name, value) of each entry's first field. Raises RedisError."""
+def parse_entries(reply: Any) -> list[Entry]:
+    """The reply to XREAD: of each entry, the first field. Raises RedisError."""
     try:
-        return [(entry, fields[0], fields[1]) for _, entries in reply or () for entry, fields in entries]
-    except (TypeError, ValueError, IndexError):
+        return [parse_entry(*entry, *fields[:2]) for _, entries in reply or () for *entry, fields in entries]
+    except (TypeError, ValueError):
         raise RedisError(NOT_REDIS) from None
 
 
+def parse_entry(entry: bytes, name: bytes, value: bytes) -> Entry:
+    """Whoever has access to Redis may add text. Raises ValueError, TypeError."""
+    parse_id(entry)
+    if not isinstance(value, bytes):
+        raise TypeError("not the value of an entry")
+    match = ENTRY_NAME.fullmatch(name)
+    server, number, kind = match.groups() if match else (b"", b"0", b"text")
+    if kind == b"text" and not value.isascii():
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            value = value.decode(errors="replace").encode()
+    return Entry(entry, server, int(number), kind, value)
+
+
+def parse_id(entry: bytes) -> tuple[int, int]:
+    """An entry's id: milliseconds, and a number within them. Raises ValueError, TypeError."""
+    match = ENTRY_ID.fullmatch(entry)
+    if not match:
+        raise ValueError("not the id of an entry")
+    return int(match[1]), int(match[2])
+
+
+def is_final(error: OSError) -> bool:
+    """Whether an error at the start will not go away by itself."""
+    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(PASSING)
+
+
+def fitting(entries: Sequence[Entry]) -> int:
+    """How many entries like these have about RUN_SIZE bytes."""
+    size = sum([len(entry.value) + 1 for entry in entries])
+    return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
+
+
+class StreamBounds:
+    """How many entries the stream may have so that their bytes stay below a limit.
+
+    XADD trims to a number of entries, so the bytes become one: that of the last entries that
+    have as many bytes, which each server knows since it reads all of them.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sizes: deque[int] = deque()  # of the last entries
+        self._total = 0
+        self._filled = False  # what is older is too much
+
+    def add(self, size: int) -> None:
+        """One more entry."""
+        self._sizes.append(size)
+        self._total += size
+        while self._total > self._limit or len(self._sizes) > STREAM_LENGTH:
+            self._total -= self._sizes.popleft()
+            self._filled = True
+
+    def length(self) -> int:
+        """The number of entries; for those older than what was read, their sizes are taken for the same."""
+        length = len(self._sizes)
+        if not self._filled:
+            length = length * self._limit // self._total if self._total else STREAM_LENGTH
+        return max(1, min(STREAM_LENGTH, length))
+
+    def halve(self) -> None:
+        """From now on, keep half as much as there is: Redis is out of memory."""
+        self._limit = max(self._total // 2, RUN_SIZE)
+        self.add(0)
+
+
+# ---- the link ----
+
+
 class RedisConnection:
-    """A connection that has said who it is; for one thread. Raises OSError everywhere, of which RedisError is one."""
+    """A connection that has said who it is, and has been answered; for one thread. Raises OSError everywhere."""
 
     def __init__(self, address: RedisAddress) -> None:
         self.placed = False  # for its reader: whether it knows where in the stream to go on
@@ -2531,53 +2629,70 @@ class RedisConnection:
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
             credentials = (address.user, address.password) if address.user else (address.password,)
             if any(credentials):
-                self.call(serialize_command("AUTH", *credentials))
+                self.call("AUTH", *credentials)
             if address.database:
-                self.call(serialize_command("SELECT", address.database))
+                self.call("SELECT", address.database)
+            self.length = self.call("XLEN", address.stream)  # of the stream, when last asked for
+            if not isinstance(self.length, int):
+                raise RedisError(NOT_REDIS)
         except BaseException:
             self.socket.close()
             raise
 
-    def call(self, *commands: bytes) -> list[Any]:
-        """Send commands in one go; their replies. Raises the first RedisError among them or in an EXEC's."""
+    def call(self, *words: str | bytes | int) -> Any:
+        """The reply to a command. Raises RedisError where that is an error."""
+        (reply,) = self.pipeline([serialize_command(*words)])
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    def pipeline(self, commands: Sequence[bytes]) -> Iterator[Any]:
+        """Send commands in one go. Their replies one by one, errors too."""
         data = memoryview(b"".join(commands))
         try:
-            while data:  # the time is for each piece: a long message may take its time
-                data = data[self.socket.send(data) :]
+            with contextlib.suppress(OSError):  # what has been answered until then counts
+                while data:  # the time is for each piece: a long message may take its time
+                    data = data[self.socket.send(data) :]
             with self.socket.makefile("rb") as file:  # no reply comes before its command
-                replies = [parse_reply(file) for _ in commands]
+                for _ in commands:
+                    yield parse_reply(file)
         except socket.timeout:
             raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
-        for reply in replies:
-            for part in reply if isinstance(reply, list) else [reply]:
-                if isinstance(part, RedisError):
-                    raise part
-        return replies
 
 
 class RedisLink:
-    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it."""
+    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
 
-    def __init__(self, server: BroadcastServer, url: str) -> None:
-        self._server = server
+    Neither waits for a sender, nor for a log's handler, which may be one.
+    """
+
+    def __init__(
+        self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
+    ) -> None:
         self._address = parse_redis_url(url)
+        self._hand_over = deliver  # messages to the server, in the order of the stream
+        self._history, self._history_size = history, history_size  # messages, bytes
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
+        works = (self._write, self._read)
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
 
         self._news = threading.Condition()  # guards these, and is notified when they change
-        self._outbox: deque[bytes] = deque()  # XADD commands without an answer yet
+        self._outbox: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
         self._waiting = 0  # bytes in it
+        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
+        self._unread_size = 0  # bytes of them
         self._number = 0  # of the last message put in
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
-        self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
-        self._stopped = False
-
-        # Written by the reader alone.
-        self._last = b""  # id of the last entry read
-        self._seen: dict[bytes, int] = {}  # the last number from each server
-        self._count = 1  # entries to ask for: about RUN_SIZE bytes
-        self._behind = False  # there were as many: more are waiting
         self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
+        self._behind = False  # so is this one: more entries are waiting than it asked for
+        self._bounds = StreamBounds(max(STREAM_SIZE, 8 * max_message))
+        self._last = b""  # id of the last entry read
+        self._stopped = False
+        self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
+
+        self._seen: dict[bytes, int] = {}  # the last number from each server; the reader's, as the next one
+        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+        self._tries, self._refused = 0, 0  # of the first in the outbox; messages in a row: the writer's
 
     # ---- for the server; put() and wait_for_room() from any thread ----
 
@@ -2593,47 +2708,55 @@ class RedisLink:
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
             self._report("_read", error)
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
+
+    @property
+    def away(self) -> bool:
+        """Whether Redis cannot be reached, or does not do what it is asked for. Any thread."""
+        return bool(self._failing)
 
     def put(self, message: Outgoing) -> None:
         """Send a message on its way."""
-        kind = b"text" if message.opcode == TEXT else b"binary"
         with self._news:
             self._number += 1
-            name = b"%b:%d:%b" % (self._name, self._number, kind)
-            add = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, message.payload())
-            self._outbox.append(serialize_command(*add))
-            self._waiting += len(self._outbox[-1])
+            self._outbox.append((self._number, message))
+            self._waiting += message.size + MESSAGE_COST
             self._news.notify_all()
 
-    def wait_for_room(self) -> None:
-        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too."""
-        if self._fullness() > 1:
-            with self._news:
-                self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped)
+    def wait_for_room(self, timeout: float | None = None) -> bool:
+        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too.
 
-    def _fullness(self) -> float:
-        """Above 1 senders wait."""
-        return max(self._waiting / QUEUE_SIZE, len(self._outbox) / IN_FLIGHT)
+        Whether that has an end. With a timeout, Redis is not waited for while it is away.
+        """
+        if threading.current_thread() in self._threads:  # for which all others wait
+            return True
+        if self._has_room():
+            return timeout is None or not self.away
+
+        def enough() -> bool:
+            return self._stopped or self._has_room(0.5) or (timeout is not None and self.away)
+
+        with self._news:
+            return self._news.wait_for(enough, timeout) and (timeout is None or not self.away)
+
+    def _has_room(self, fullness: float = 1.0) -> bool:
+        return self._waiting <= QUEUE_SIZE * fullness and len(self._outbox) <= IN_FLIGHT * fullness
 
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
-            number = self._number
-            if not self._news.wait_for(lambda: self._returned() >= number, seconds):
-                log.warning("Redis did not bring back %d messages", number - self._returned())
+            self._news.wait_for(lambda: not self._outbox and not self._unread, seconds)
+            left = len(self._outbox) + len(self._unread)
             self._stopped = True
             self._news.notify_all()
-        for connection in tuple(self._connections.values()):
-            shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
+        if left:
+            log.warning("Redis did not bring back %d messages", left)
+        for connection in self._connections:
+            if connection:
+                shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
         for thread in self._threads:
-            if thread.is_alive():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
-
-    def _returned(self) -> int:
-        """The number of the last message of this server that has come back."""
-        return self._seen.get(self._name, 0)
 
     # ---- in the link's threads ----
 
@@ -2642,13 +2765,14 @@ class RedisLink:
         who, delay = work.__name__, 0.0
         while not self._stopped:
             try:
-                connection = self._connections[who] = RedisConnection(self._address)
+                connection = RedisConnection(self._address)
+                self._connections[who == "_read"] = connection
                 with connection.socket:
                     while not self._stopped:
                         work(connection)
                         self._report(who)
                         delay = 0.0
-            except (OSError, MemoryError) as error:
+            except Exception as error:
                 if delay and not self._stopped:
                     self._report(who, error)
             with self._news:
@@ -2658,92 +2782,180 @@ class RedisLink:
     def _report(self, who: str, error: Exception | None = None) -> None:
         """Log once that Redis is away, and once that it is back."""
         with self._news:
-            before = bool(self._failing)
+            before = self.away
             (self._failing.add if error else self._failing.discard)(who)
-            if error and not before:
-                log.warning("Redis is away, senders wait: %s", printable(str(error) or "out of memory"))
-            if before and not self._failing:
-                log.warning("Redis is back")
+            self._news.notify_all()
+            back = before and not self.away
+        if error and not before:
+            self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+        elif back:
+            self._say("Redis is back")
+
+    def _say(self, text: str, *arguments: object) -> None:
+        """Log in a thread of its own. A handler may wait for room, or for a thread that does, and so for this one."""
+        with contextlib.suppress(RuntimeError):  # there can be no more threads
+            start_new_thread(lambda: log.warning(text, *arguments), ())
+
+    # ---- the writer ----
 
     def _write(self, connection: RedisConnection) -> None:
-        """Write what is in the outbox as one transaction: all of it or nothing, in its order."""
+        """Write what is in the outbox, in its order."""
         with self._news:
-            self._news.wait_for(self._may_write, LISTEN_TIME)  # what does not come back in that time may be lost
-            sizes = itertools.accumulate(map(len, self._outbox))
-            fitting = [size for size in itertools.islice(sizes, WRITE_MOST) if size <= RUN_SIZE]
-            batch = list(itertools.islice(self._outbox, max(len(fitting), 1) if self._last else 0))
-        if batch:
-            connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
-        with self._news:
-            for command in batch:
-                self._outbox.popleft()
-                self._waiting -= len(command)
-            self._news.notify_all()
+            if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
+                return
+            batch = list(itertools.islice(self._outbox, WRITE_MOST))
+            length = self._bounds.length()
+        sizes = itertools.accumulate([message.size for _, message in batch])
+        del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
+        commands = [self._serialize(number, message, length) for number, message in batch]
+        replies: list[Any] = []
+        error: OSError | None = None
+        try:
+            for reply in connection.pipeline(commands):
+                replies.append(reply)
+        except OSError as caught:
+            error = caught
+        self._tries = 0 if replies else self._tries + 1
+        if self._tries >= MAX_TRIES and batch[0][1].size > RUN_SIZE:
+            replies.append(RedisError(f"ERR {error}"))
+        while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
+            error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
+        self._settle(connection, batch[: len(replies)], replies)
+        if error:
+            raise error
 
     def _may_write(self) -> bool:
-        """Whether there is something to write, not too far ahead of what this server reads: that would be trimmed."""
-        ahead = self._number - len(self._outbox) - self._returned()
-        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.copy().values())
-        return self._stopped or bool(self._outbox and self._last and ahead < IN_FLIGHT and go)
+        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
+        ahead = len(self._unread) >= IN_FLIGHT or self._unread_size > QUEUE_SIZE
+        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
+        return self._stopped or bool(self._outbox and self._last and go and not ahead)
+
+    def _serialize(self, number: int, message: Outgoing, length: int) -> bytes:
+        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
+        return serialize_command("XADD", self._address.stream, "MAXLEN", "~", length, "*", name, message.payload)
+
+    def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
+        """Take from the outbox what was accepted, and what was refused."""
+        errors = [reply for reply in replies if isinstance(reply, RedisError)]
+        with self._news:
+            for (number, message), reply in zip(batch, replies):
+                self._outbox.popleft()
+                self._waiting -= message.size + MESSAGE_COST
+                if reply not in errors and number > self._seen.get(self._name, 0):
+                    self._unread.append((number, message.size))
+                    self._unread_size += message.size
+            if any(str(error).startswith("OOM") for error in errors):
+                self._bounds.halve()
+            length = self._bounds.length()
+            self._news.notify_all()
+        lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
+        if errors and not lost:
+            self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
+        elif lost and replies and not errors:
+            self._say("Redis accepts messages again, %d are lost", lost)
+        if errors:  # where it is full of this, there is room now
+            list(connection.pipeline([serialize_command("XTRIM", self._address.stream, "MAXLEN", length)]))
+
+    # ---- the reader ----
 
     def _read(self, connection: RedisConnection) -> None:
         """Deliver what has been added to the stream."""
         if not connection.placed:
             self._find_place(connection)
-        self._server.wait_for_room()
+        with self._news:
+            written, place = self._unread[-1][0] if self._unread else 0, self._last
         options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
-        command = serialize_command("XREAD", *options, "STREAMS", self._address.stream, self._last)
-        entries = parse_entries(connection.call(command)[0])
-        before, self._behind = self._behind, len(entries) == self._count > 1
-        if before or self._behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if self._behind else b"go")
-            connection.call(serialize_command("XADD", self._address.stream, "*", name, ""))
-        self._deliver(entries)
+        reply = connection.call("XREAD", *options, "STREAMS", self._address.stream, place)
+        entries = parse_entries(reply)
+        self._keep_together(connection, len(entries) == self._count)
+        missed = self._deliver(entries)
+        if missed and not self._range(connection, place):  # trimmed, and not refused
+            self._say("missed %d messages that Redis has no longer", missed)
+        if len(entries) < self._count:
+            self._note_read(written)  # or lost
         if entries:
-            size = sum([len(value) + 1 for _, _, value in entries])
-            self._count = max(1, min(READ_MOST, RUN_SIZE * len(entries) // size))
+            self._count = fitting(entries)
+        else:
+            length, connection.length = connection.length, connection.call("XLEN", self._address.stream)
+            connection.placed = length == connection.length  # or is it another stream by now?
+
+    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
+        """Let the others wait while this server is behind."""
+        before, self._behind = self._behind, behind
+        if before or behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
+            list(connection.pipeline([serialize_command("XADD", self._address.stream, "*", name, "")]))
+
+    def _range(self, connection: RedisConnection, end: str | bytes, count: int = 1) -> list[Entry]:
+        """The last entries up to one, backwards."""
+        reply = connection.call("XREVRANGE", self._address.stream, end, "-", "COUNT", count)
+        return parse_entries([("", reply)])
+
+    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
+        """All entries from the end of the stream, in small pieces."""
+        entries, count = self._range(connection, "+"), 1
+        while entries:
+            yield from entries
+            count = fitting(entries)
+            entries = self._range(connection, b"(" + entries[-1].id, count)
 
     def _find_place(self, connection: RedisConnection) -> None:
         """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        count = 1 if self._last else min(max(self._server.history, 1), STREAM_LENGTH)
-        command = serialize_command("XREVRANGE", self._address.stream, "+", "-", "COUNT", count)
-        newest = parse_entries([("", connection.call(command)[0])])
-        end = newest[0][0] if newest else b"0-0"
+        entries = self._backwards(connection)
+        newest = [*itertools.islice(entries, 1)]
+        end = newest[0].id if newest else b"0-0"
+        everything = itertools.chain(newest, entries)
         if not self._last:
-            self._deliver(newest[::-1] if self._server.history else ())
+            self._deliver(self._choose_history(everything))
             self._last = end
-        elif [int(part) for part in end.split(b"-")] < [int(part) for part in self._last.split(b"-")]:
-            log.warning("Redis has lost the end of the stream")
-            self._last = end
+        elif parse_id(end) < parse_id(self._last):  # deleted, or an older state: what is new in it is yet to be read
+            self._say("Redis has lost the end of the stream")
+            known = (entry.id for entry in everything if 0 < entry.number <= self._seen.get(entry.server, 0))
+            self._last = next(known, b"0-0")
         connection.placed = True
 
-    def _deliver(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """Put entries in the server's queue, all but those that are there a second time, and carry them out."""
-        missed = 0
-        for entry, name, payload in entries:
-            match = ENTRY_NAME.fullmatch(name)
-            server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
-            before = self._seen.get(server, 0)
-            if kind in (b"wait", b"go"):
-                if server != self._name:
-                    self._others_behind[server] = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
-            elif not match or int(number) > before:
-                self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
-                if match:
-                    self._seen[server] = int(number)
-                    missed += int(number) - before - 1 if before else 0
-            self._last = entry
-        if missed:
-            log.warning("missed %d messages that Redis has no longer", missed)
-        self._server.take_turn()
+    def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
+        chosen: list[Entry] = []
+        size = 0
+        for entry in entries:
+            size += len(entry.value)
+            if len(chosen) == self._history or size > self._history_size:
+                break
+            if entry.kind in MESSAGE_KINDS:
+                chosen.append(entry)
+        return chosen[::-1]
+
+    def _deliver(self, entries: Sequence[Entry]) -> int:
+        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
+        seen, waits, missed = self._seen.copy(), {}, 0
+        messages: list[Outgoing] = []
+        for entry in entries:
+            before = seen.get(entry.server, 0)
+            if entry.kind not in MESSAGE_KINDS:
+                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
+            elif not entry.number or entry.number > before:
+                messages.append(Outgoing(entry.value, opcode=MESSAGE_KINDS[entry.kind]))
+                if before and before == self._seen.get(entry.server):  # what is left out later was never there
+                    missed += entry.number - before - 1
+                if entry.number:
+                    seen[entry.server] = entry.number
+        self._hand_over(messages)
+        waits.pop(self._name, None)
         with self._news:
-            self._news.notify_all()  # of what has come back
+            self._others_behind.update(waits)
+            self._seen = seen
+            self._last = entries[-1].id if entries else self._last
+            for entry in entries:
+                self._bounds.add(len(entry.value))
+        self._note_read(seen.get(self._name, 0))
+        return missed
 
-
-def is_final(error: OSError) -> bool:
-    """Whether an error at the start will not go away by itself."""
-    passing = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
-    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(passing)
+    def _note_read(self, number: int) -> None:
+        """What this server has written up to a number was read, or is lost."""
+        with self._news:
+            while self._unread and self._unread[0][0] <= number:
+                self._unread_size -= self._unread.popleft()[1]
+            self._news.notify_all()
 
 
 # ======================================================================================
