@@ -410,26 +410,24 @@ class Inflater:
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=-15)
-        self._finals = 0  # blocks with BFINAL so far; they may stand anywhere (7.2.1), zlib ends at each
+        self._finals = 0  # blocks with BFINAL before; they may stand anywhere (7.2.1), zlib ends at each
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
-        whole = False
         if fin:
             data += SYNC_TAIL + FINAL_BLOCK
         while data:
+            if self._zlib.eof:
+                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
+            if self._finals > MAX_FINALS:
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
             try:
                 plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
-            data, whole = self._zlib.unconsumed_tail, self._zlib.eof
-            if whole:
-                data = self._zlib.unused_data
-                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
-            if self._finals > MAX_FINALS:
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
+            data = self._zlib.unconsumed_tail or self._zlib.unused_data
             yield plain
-        if fin and not whole:
+        if fin and not self._zlib.eof:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block")
 
 
