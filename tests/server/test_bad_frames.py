@@ -126,8 +126,11 @@ class BadFrames(ServerTestCase):
             with self.subTest(what, code=code):
                 self.check(server, code, data)
         expected = sorted(code for code, _, _ in BAD_FRAMES)
-        closed = lambda: [told[1] for told in server.heard if told[0] == "close"]  # noqa: E731
-        eventually(lambda: expected == sorted(code for code in closed() if code != 1006))
+
+        def told() -> list[int]:
+            return sorted(heard[1] for heard in server.heard if heard[0] == "close" and heard[1] != 1006)
+
+        eventually(lambda: told() == expected)
 
     def test_bad_frames_byte_by_byte(self) -> None:
         server = self.serve(max_message=LIMIT)

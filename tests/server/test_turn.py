@@ -43,7 +43,7 @@ class TurnTestCase(unittest.TestCase):
     def hand_over_after(self, seconds: float) -> None:
         """Let each holder hand over after so many seconds; after one operation where that is less than none."""
         carry_out = pywebsock.Turn._carry_out
-        self.turn._carry_out = lambda _=0.0: carry_out(self.turn, seconds)  # type: ignore[method-assign]
+        self.turn._carry_out = lambda _=0.0: carry_out(self.turn, seconds)  # type: ignore[method-assign, assignment]
 
     def take_over(self) -> None:
         """Be the successor, without any work of its own, once."""

@@ -1,4 +1,4 @@
-"""Thousands at once: whoever else is in the room must not notice when a crowd comes, leaves, is cut off or says nothing.
+"""Thousands at once: whoever else is in the room must not notice when they come, leave, are cut off or say nothing.
 
 Heavy: PYWEBSOCK_TESTS=siege, or everything.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from tests.tools import siege, support
+from tests.tools import siege, stress, support
 
 
 @siege.heavy
@@ -33,7 +33,7 @@ class CrowdTest(siege.SiegeTestCase):
         besieged, crowd = self.enter(5000, 0.5)
         crowd.send(support.masked_frame(8, b"\x03\xe9"))
         ends = crowd.ends()
-        self.assertEqual(dict(ends), {siege.GOING_AWAY: 5000})
+        self.assertEqual(dict(ends), {stress.GOING_AWAY: 5000})
         crowd.reset()
         self.withstand(besieged, "5,000 Close frames", 0.5, within=90)
 

@@ -20,7 +20,7 @@ import time
 import typing
 import unittest
 
-from tests.tools import siege, support
+from tests.tools import siege, stress, support
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nthe beginning"
@@ -232,7 +232,7 @@ class EndTest(TLSTestCase):
             peer.socket.close()
         gauge.relax(2, 0.2)
         self.assertLess(gauge.growth, 50)
-        with support.Client(server.port, tls=siege.certificate()[1]) as client:
+        with support.Client(server.port, tls=stress.certificate()[1]) as client:
             client.send("still here")
             self.assertEqual(client.read(), "still here")
             server.send_signal(signal.SIGTERM)
@@ -286,7 +286,7 @@ class LightHandshakeTest(support.ServerTestCase):
     """The same with a short timeout."""
 
     def test_single_bytes(self) -> None:
-        path, _ = siege.certificate()
+        path, _ = stress.certificate()
         own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         own.load_cert_chain(path)
         server = self.serve(tls_context=own, handshake_timeout=0.3, close_timeout=0.2)

@@ -1,39 +1,33 @@
 """What the tests of a siege share: a witness, crowds that attack, and the figures of the server meanwhile.
 
-`python -m tests.tools.siege PORT [CERTIFICATE]` is the witness: an honest client in a process of its own, since what the
-attackers do in theirs must not look like a delay of the server.
+`python -m tests.tools.siege PORT [CERTIFICATE]` is the witness: an honest client in a process of its own, since what
+the attackers do in theirs must not look like a delay of the server.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import os
-import pathlib
-import re
 import select
-import shutil
 import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import typing
 import unittest
 
 from tests.tools import faults, load, support
+from tests.tools.stress import GOING_AWAY, TROUBLE, certificate
 
 ASKED = support.EVERYTHING or os.environ.get("PYWEBSOCK_TESTS") == "siege"
 INTERVAL = 0.05  # seconds between two messages of a witness
 CLOSE_TIMEOUT = 5.0  # seconds: of the server
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
-GOING_AWAY = b"\x88\x02\x03\xe9"  # Close 1001
-TROUBLE = re.compile("Traceback|unexpected error|an error in|operation failed|Warning|Exception ignored")
 
 heavy = unittest.skipUnless(ASKED, "takes minutes: PYWEBSOCK_TESTS=siege")
 
@@ -116,7 +110,7 @@ class Echoes:
     def report(self) -> dict[str, typing.Any]:
         """The figures since the last report; what is not back yet counts as well."""
         waiting = time.monotonic() - self._pending[0] if self._pending and not self.end else 0.0
-        figures = {"worst": max(self._worst, waiting), "late": self.late, "count": self.count, "end": self.end}
+        figures = {"worst": max(self._worst, waiting), "late": self.late, "echoes": self.count, "end": self.end}
         self._worst, self.late, self.count = 0.0, 0.0, 0
         return figures
 
@@ -129,7 +123,7 @@ def main(argv: typing.Sequence[str]) -> int:
         os.nice(-15)  # it must not wait for a processor; only root may say so
     context = ssl.create_default_context(cafile=argv[1]) if argv[1:] else None
     echoes = Echoes(support.Client(int(argv[0]), tls=context, Origin=None).socket)
-    connection = echoes._socket  # noqa: SLF001
+    connection = echoes._socket
     connection.setblocking(False)
     print("open", flush=True)
     due = time.monotonic()
@@ -157,7 +151,7 @@ class Figures(typing.NamedTuple):
 
     worst: float  # seconds from sending to getting, at worst
     late: float  # seconds that it was late itself
-    count: int  # of echoes
+    echoes: int  # how many
     end: str  # code of the Close, if there was one
 
 
@@ -313,15 +307,6 @@ def processor(pid: int, seconds: float) -> float:
     return (load.cpu(pid) - before) / (time.monotonic() - start)
 
 
-@functools.cache
-def certificate() -> tuple[str, ssl.SSLContext]:
-    """A certificate for localhost with its key, and the context of a client that trusts it."""
-    folder = tempfile.mkdtemp(prefix="pywebsock-")
-    unittest.addModuleCleanup(shutil.rmtree, folder)
-    unittest.addModuleCleanup(certificate.cache_clear)
-    return support.certificate(folder)
-
-
 class Gauge:
     """What a server had before an attack, to compare with."""
 
@@ -358,7 +343,7 @@ class Siege(Gauge):
     def __init__(self, server: support.Process, tls: str = "") -> None:
         self.server, self.port = server, server.port
         self.witness = Witness(server.port, tls)
-        support.eventually(lambda: self.witness.figures().count, "the witness hears nothing")
+        support.eventually(lambda: self.witness.figures().echoes, "the witness hears nothing")
         super().__init__(server.pid)
 
     def log(self) -> str:
@@ -406,7 +391,7 @@ class SiegeTestCase(unittest.TestCase):
         seen = siege.witness.figures()
         spent, took = load.cpu(siege.pid) - siege.cpu, time.monotonic() - siege.start
         self.report(
-            f"{what}: worst echo {seen.worst:.3f} s of {seen.count} (itself late {seen.late:.3f} s), "
+            f"{what}: worst echo {seen.worst:.3f} s of {seen.echoes} (itself late {seen.late:.3f} s), "
             f"memory +{siege.growth:.0f} MB, {spent:.1f} s of CPU in {took:.1f} s"
         )
         self.assertEqual(seen.end, "", "the witness was cut off")
