@@ -1537,16 +1537,17 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Serve the connection."""
+        head = False  # whether the response has no body
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request, rest = parse_request(iter(self._read_in_time, None))
-            self.target, self.headers = request.target, request.headers
+            self.target, self.headers, head = request.target, request.headers, request.method == "HEAD"
             if request.upgrades:
                 self._serve_websocket(request, rest)
             else:
                 self._end(answer(self, request, rest))
         except HandshakeError as error:
-            self._refuse(error)
+            self._refuse(error, head)
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
         while not self._lost and self._wait_for_bytes():
@@ -1597,12 +1598,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Say the last word, and end the own side when it is sent."""
         self.server._perform(self.server._room.close, self, last, True)
 
-    def _refuse(self, error: HandshakeError) -> None:
+    def _refuse(self, error: HandshakeError, head: bool) -> None:
         """Answer a request that cannot be served."""
         log.warning("%s refused: %d, %s", self.address, error.status, printable(str(error)))
         self.server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
-        self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields))
+        self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
     def _admit(self) -> None:
         """Let the program say who gets in. Raises HandshakeError."""

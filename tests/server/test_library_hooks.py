@@ -422,7 +422,9 @@ class Stopping(ServerTestCase):
                 client.send("hello")
                 self.assertEqual(client.read(), "hello")
             before.append(threading.active_count())
-            self.assertEqual((server.clients, server._connections.handlers, server._connections.strangers), (set(), {}, {}))
+            self.assertEqual(
+                (server.clients, server._connections.handlers, server._connections.strangers), (set(), {}, {})
+            )
         self.assertLessEqual(before[-1], before[0])
 
     def test_two_servers(self) -> None:
