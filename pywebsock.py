@@ -2212,6 +2212,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _prepare(self) -> None:
         self._started = time.time()
+        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
+        self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
         self._room = Room(self)
         self._turn = Turn(self._room.deliver, self._room.wake)
         self._connections = Connections(self.max_clients)
@@ -2222,8 +2224,6 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._local = threading.local()  # .client: whose thread this is
         self._seats = threading.Lock()  # guards the next one
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
-        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
 
     # ---- hooks ----
 

@@ -209,7 +209,7 @@ class UrlTest(unittest.TestCase):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
                 pywebsock.main(["--redis", url])
             self.assertEqual(caught.exception.code, 2)
-            self.assertRegex(said.getvalue(), f"(?s)^usage: .*\npywebsock: error: argument --redis: {why}")
+            self.assertRegex(said.getvalue(), f"(?s)^usage: .*\npywebsock: error: {why}")
 
 
 if __name__ == "__main__":
