@@ -12,14 +12,17 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import typing
+import unittest
 
-from tests.tools.support import DEADLINE, eventually, package, require
+from tests.tools.support import ROOT, Process, eventually, package, require
 
 START = 60.0  # seconds that a browser may take to start on a busy machine
 PATIENCE = 20.0  # seconds that a test of the page waits for anything
@@ -45,6 +48,20 @@ PREFERENCES = {
     "extensions.update.enabled": False,
     "toolkit.telemetry.server": "",
 }
+
+# Marionette's own scripts do not see a page's variables, only its functions. A script element does, and may be added.
+INJECT = """
+    const made = document.createElement('script');
+    made.textContent = `try {
+        document.documentElement.dataset.result = JSON.stringify(
+            [(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
+    } catch (error) { document.documentElement.dataset.result = JSON.stringify([null, String(error)]); }`;
+    document.documentElement.append(made);
+    made.remove();
+    const result = document.documentElement.dataset.result;
+    delete document.documentElement.dataset.result;
+    return result;
+"""
 
 
 @contextlib.contextmanager
@@ -186,14 +203,11 @@ class Firefox:
 
     def execute_script(self, script: str, *arguments: typing.Any) -> typing.Any:
         """Run JavaScript in the page, and return what it returns."""
-        given = [{ELEMENT: each.id} if isinstance(each, FirefoxElement) else each for each in arguments]
-        return self.call("ExecuteScript", {"script": script, "args": given, "sandbox": None, "newSandbox": False})
-
-    def execute_async_script(self, script: str, *arguments: typing.Any) -> typing.Any:
-        """The same, but it returns by calling its last argument."""
-        return self.call(
-            "ExecuteAsyncScript", {"script": script, "args": list(arguments), "sandbox": None, "scriptTimeout": 60_000}
-        )
+        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": None}
+        value, error = json.loads(self.call("ExecuteScript", given))
+        if error:
+            raise RuntimeError(error)
+        return value
 
     def find_element(self, _: str, selector: str) -> FirefoxElement:
         """An element by its CSS selector."""
@@ -351,3 +365,84 @@ class Tab:
         """Close the tab; the browser's first one stays."""
         self.front().close()
         self.browser.switch_to.window(self.browser.window_handles[0])
+
+
+class Browsers:
+    """Each engine's browser, started when it is first asked for; `close` ends them."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, typing.Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __getitem__(self, name: str) -> typing.Any:
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(ENGINES[name]())
+        return self._open[name]
+
+    def close(self) -> None:
+        """End all that have been started."""
+        self._open.clear()
+        self._stack.close()
+
+
+BROWSERS = Browsers()
+EXPECTED = (  # in Chromium's log, where a server is away or refuses
+    "net::ERR_CONNECTION_REFUSED",
+    "net::ERR_CONNECTION_RESET",
+    "WebSocket connection to",
+    "403 (Forbidden)",
+    "net::ERR_FAILED",
+    "blocked by CORS policy",
+    "Close received after close",
+    "Blocked attempt to show a 'beforeunload'",
+)
+
+
+class PageTestCase(unittest.TestCase):
+    """Tests of the page in one engine; `in_each_engine` makes one such class for each."""
+
+    engine: typing.ClassVar[str] = "Chromium"
+
+    def serve(self, *arguments: str, port: int = 0) -> Process:
+        """A server in a process of its own, which ends with the test."""
+        server = Process(*(("--port", str(port)) if port else ()), *arguments)
+        self.addCleanup(server.stop)
+        return server
+
+    def open(self, url: str, engine: str = "", state: str = "connected") -> Tab:
+        """A new tab, which ends with the test, and has by then had nothing to complain of."""
+        tab = Tab(BROWSERS[engine or self.engine], url)
+        self.addCleanup(tab.close)
+        if (engine or self.engine) == "Chromium":
+            self.addCleanup(lambda: self.assertEqual(tab.complaints(EXPECTED), []))
+        if state:
+            tab.wait_for_state(state)
+        return tab
+
+    def from_disk(self, server: typing.Any, page: pathlib.Path = ROOT / "pywebsock.html") -> str:
+        """The address of the page on the disk, for a server."""
+        return f"{page.as_uri()}?server=ws://localhost:{server.port}"
+
+    def hasty(self, **constants: int) -> pathlib.Path:
+        """A copy of the page that has other constants, so that a test need not wait as long as a user would."""
+        text = (ROOT / "pywebsock.html").read_text("utf-8")
+        for name, value in constants.items():
+            text, found = re.subn(rf"(const {name} = )[0-9_e]+", rf"\g<1>{value}", text)
+            assert found == 1, name
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = pathlib.Path(folder.name, "page.html")
+        path.write_text(text, "utf-8")
+        return path
+
+    def wait(self, condition: typing.Callable[[], object], what: str) -> None:
+        """Wait until a condition holds."""
+        eventually(condition, f"{what} ({self.engine})", PATIENCE)
+
+
+def in_each_engine(case: type[PageTestCase]) -> None:
+    """Put a class for each engine into the module of a class of tests, whose name is then free for nobody to run."""
+    module = sys.modules[case.__module__]
+    for engine in ENGINES:
+        name = f"{case.__name__}In{engine}"
+        setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__}))
