@@ -389,6 +389,8 @@ BROWSERS = Browsers()
 EXPECTED = (  # in Chromium's log, where a server is away or refuses
     "net::ERR_CONNECTION_REFUSED",
     "net::ERR_CONNECTION_RESET",
+    "net::ERR_NAME_NOT_RESOLVED",
+    "404 (Not Found)",
     "WebSocket connection to",
     "403 (Forbidden)",
     "net::ERR_FAILED",
