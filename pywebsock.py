@@ -845,8 +845,12 @@ def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
 def let_page_read(request: Request, origins: Sequence[str]) -> list[tuple[str, str]]:
     """Fields that let a page read the answer: one that may connect, or one that asks why it may not.
 
-    A browser does not tell a page why its WebSocket was refused. Raises HandshakeError.
+    A browser does not tell a page why its WebSocket was refused. Where page and server have the same
+    origin it does not send that with GET, so a page may say it in the query. Raises HandshakeError.
     """
+    said = re.search("[?&]origin=([^&]*)", request.target)
+    if said and "origin" not in request.headers:
+        request.headers["origin"] = urllib.parse.unquote(said[1])
     try:
         check_origin(request, origins)
     except HandshakeError as error:
@@ -2287,8 +2291,13 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
             "version": __version__,
-            "address": network_address(str(self.server_address[0])),  # by which other devices reach it, if they do
+            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }
+
+    def _url(self, host: str | None) -> str | None:
+        """Of the page, by a name or an address of this machine."""
+        where = f"[{host}]" if host and ":" in host else host
+        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
 
     # ---- what connections and the link call, each in its own thread ----
 
@@ -3075,14 +3084,11 @@ def create_server(options: argparse.Namespace) -> Program:
 
 def locations(server: BroadcastServer, host: str) -> str:
     """The first lines of output: where to point a browser, and that of another device."""
-    secure, bound, port = "s" if server.tls_context else "", str(server.server_address[0]), server.server_address[1]
-    name, other = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host, network_address(bound)
-    lines: list[str] = []
-    for what, each in (("listening on", name), ("on the network:", other)):
-        where = f"[{each}]:{port}" if each and ":" in each else f"{each}:{port}"
-        if each and where not in "".join(lines):
-            lines.append(f"pywebsock: {what} http{secure}://{where}/ (ws{secure}://{where}/)")
-    return "\n".join(lines)
+    bound = str(server.server_address[0])
+    name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
+    urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
+    lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
+    return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
