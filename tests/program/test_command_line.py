@@ -112,6 +112,7 @@ class Start(CommandLineTestCase):
         ):
             with self.subTest(host, bound=bound):
                 server = unittest.mock.Mock(server_address=(bound, 1), tls_context=secure)
+                server._url = lambda name: pywebsock.BroadcastServer._url(server, name)  # noqa: B023
                 lines = pywebsock.locations(server, host).split("\n")
                 self.assertEqual([line.partition("http")[1] + line.partition("http")[2] for line in lines], expected)
 
