@@ -38,50 +38,52 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-The parts, bottom-up; the first seven know no sockets, take bytes and give values or raise:
+What to read.  In the first hour, the protocol: the parts up to the opening handshake know no
+sockets and no threads, take bytes, and give values or raise.  In the second, a client's life
+and the engine: Turn, State and WebSocketHandler, Room.  The rest can be left out: HTTP, the
+trace and TLS until they are wanted, housekeeping and server until something is to be changed,
+many machines by whoever has one.
 
-    vocabulary            opcodes, status codes, limits        RFC 6455 5.2, 7.4
+    vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
     errors                what the pure parts raise
     base framing          masking, frames out, frames in       RFC 6455 5
     permessage-deflate    offers, inflating, deflating         RFC 7692
     messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
     opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
-    TLS                   plaintext to records and back        RFC 8446
-    connections           WebSocketHandler: a thread a client  RFC 6455 5.5, 7
-    server                BroadcastServer: one order, fan-out
+    HTTP                  the page, the status, POST           RFC 9110
+    trace                 what passes, drawn as in 5.2
+    settings, log         what can be set, and what is said
+    TLS                   looks like a socket                  RFC 8446
+    Outbox                what one socket has yet to take
+    Turn                  one order for all operations
+    connections           State, WebSocketHandler              RFC 6455 5.5, 7
+    Room                  the clients that get broadcasts
+    housekeeping          deadlines, slow clients, limits
+    server                BroadcastServer
     many machines         servers that share a Redis stream    (RESP2)
     command line          main()
 
-The engine.  Whatever changes what clients see is an *operation*: a broadcast, a frame to
-one client, a client joining or leaving.  Operations go through one queue.  Whoever holds
-the one lock that matters, the *turn*, carries them out: its own and everybody else's.  A
-thread that has queued something tries to take the turn and, where it fails, goes back to
-its client, since the holder will see what it queued.  All consecutive broadcasts found in
-the queue become one buffer, and each client gets one send() for all of them.
+Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
+hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more keep
+the link.  Any other may call broadcast(), send() and close().
 
-Threads.  One accepts (it runs serve_forever), one reads each client (its handler, which
-also runs the hooks for that client), one, the *housekeeper*, looks after slow clients,
-silent clients and timeouts; with --redis, two more keep the link.  Others may call
-broadcast(), send() and close().
+The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
+closing or leaving.  Operations are carried out one at a time, in one order, by whichever
+thread has the *turn*; the class Turn says how, and why nothing is left behind.  Outbox and
+Room belong to the turn: they are touched in it alone, so they have no locks.  Three rules
+hold everywhere:
 
-Locks, and the rules that everything below relies on:
+- A connection's own thread only reads from its socket.  What sends on it, shuts it down or
+  closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
+- In the turn nothing waits, and no hook is called.
+- Locks are taken in the order: turn, then one of the others (the tally of the turn, that of a
+  TLS, the seats, the budget, the pace, the news of the link), which are held alone, for a few
+  instructions.
 
-  R1  Only the holder of the turn touches the client set, sends on the socket of a client
-      that has joined, and changes its backlog.  Before it has joined and after it has
-      left, the client's socket belongs to its own thread alone, which also closes it.
-  R2  The holder never waits: its sends do not block, and no hook runs in the turn.
-  R3  Only the housekeeper waits for the turn, and a handler whose client floods it with
-      frames; all others just try.  What is left in the queue when the turn is given back
-      is seen by the last holder, which looks once more, or promised to the housekeeper.
-  R4  The entrance guards the queue and its tally, for a few instructions at a time.
-  R5  A TLS object has a lock of its own (OpenSSL wants one thread at a time); it is held
-      for work in memory, never while waiting.
-  R6  Locks are taken in the order: turn, TLS or entrance; never the other way round.  Those
-      of the connections (`_fewer`) and of the link (`_news`) are held alone.
-
-Glossary.  client: a WebSocketHandler after its opening handshake.  Room: the clients that
-get broadcasts.  Backlog: what a client's socket did not take yet.  Run: consecutive
-broadcasts sent as one.  Window: the LZ77 window of deflate, 9 to 15 bits, or 0 for plain.
+Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
+the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
+window of deflate, 9 to 15 bits, or 0 without compression.  Slow: with something in its
+outbox.  Holder: the thread that has the turn.
 """
 
 from __future__ import annotations
