@@ -824,7 +824,7 @@ def printable(text: str, limit: int = 200) -> str:
 METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
 
 
-def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
+def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
     server, allowed = client.server, METHODS.get(request.path)
     if not allowed:
@@ -834,7 +834,7 @@ def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
     check_host(request)
     if request.method == "POST":
         check_origin(request, server.origins)
-        take_post(client, request, body)
+        take_post(client, request)
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
     cors = let_page_read(request, server.origins)
     if request.path == "/status":
@@ -869,7 +869,7 @@ def read_page() -> bytes:
         raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
 
 
-def take_post(client: WebSocketHandler, request: Request, body: bytes) -> None:
+def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
     if server.read_only:
@@ -880,7 +880,7 @@ def take_post(client: WebSocketHandler, request: Request, body: bytes) -> None:
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
         with server._budget.share() as charge:
-            client._call(server.on_post, client, decode_body(request, client._read_body(body, length, charge)))
+            client._call(server.on_post, client, decode_body(request, client._read_body(length, charge)))
     except ProtocolError as error:
         raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
 
@@ -1503,6 +1503,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         # Written by this thread; _unheard by any.
         self._window = 0  # of permessage-deflate, in bits; 0 without
         self._unheard = False  # the server has begun to close, or is about to: nothing more reaches on_message
+        self._rest = b""  # what has come behind the head of the request
         self._pongs: list[bytes] = []  # for the Pings in what is being read
         self._pace = Pace()
         self._quiet_since = math.inf  # when it began to wait for bytes; inf while it does not
@@ -1546,12 +1547,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         head = False  # whether the response has no body
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request, rest = parse_request(iter(self._read_in_time, None))
+            request, self._rest = parse_request(iter(self._read_in_time, None))
             self.target, self.headers, head = request.target, request.headers, request.method == "HEAD"
             if request.upgrades:
-                self._serve_websocket(request, rest)
+                self._serve_websocket(request)
             else:
-                self._end(answer(self, request, rest))
+                self._end(answer(self, request))
         except HandshakeError as error:
             self._refuse(error, head)
         except OSError as error:
@@ -1583,13 +1584,13 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         finally:
             self._quiet_since = math.inf
 
-    def _read_body(self, body: bytes, length: int, charge: Callable[[int], None]) -> bytes:
+    def _read_body(self, length: int, charge: Callable[[int], None]) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
         if server._link and server._link.away:
             raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
         self._deadline += length / READ_SIZE  # one of some size may take its time, but not for ever
-        pieces = bytearray(body)
+        pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             piece = self._read_in_time()
             charge(len(piece))
@@ -1629,7 +1630,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     # ---- in its own thread: as a client ----
 
-    def _serve_websocket(self, request: Request, rest: bytes) -> None:
+    def _serve_websocket(self, request: Request) -> None:
         """Shake hands, join, converse, leave. Raises HandshakeError."""
         server, response = self.server, self._check(request)
         mark = MARK.search(request.target)
@@ -1638,7 +1639,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             server._room.compress_history(self._window)
             server._perform(server._room.join, self, response, mark[1] if mark else "")
             log.debug("%s joined: %s", self.address, plural(len(server._clients), "client"))
-            code, reason, last = self._be_client(rest)
+            code, reason, last = self._be_client()
         finally:
             server._free_seat(self)
         reason = self._lost or reason
@@ -1663,12 +1664,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._admit()
         return serialize_response(101, fields)
 
-    def _be_client(self, rest: bytes) -> tuple[int, str, bytes]:
+    def _be_client(self) -> tuple[int, str, bytes]:
         """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
         try:
             self.server.on_open(self)
             self.server._settle()
-            payload = self._converse(rest)
+            payload = self._converse()
             if payload is None:
                 return CloseCode.ABNORMAL_CLOSURE, "", b""
             code, reason = parse_close(payload)
@@ -1682,24 +1683,26 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             code, reason = CloseCode.INTERNAL_ERROR, "internal error"
         return code, reason, serialize_close(code, reason)
 
-    def _converse(self, rest: bytes) -> bytes | None:
+    def _converse(self) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         with self.server._budget.share() as charge:
             reader = MessageReader(self.server.max_message, bool(self._window), charge)
-            for opcode, payload in reader.read(self._pieces(rest, reader)):
-                if opcode == CLOSE:
-                    self._answer_pings()
-                    return bytes(payload)
-                self._hand_on(opcode, payload)
-                if reader.frames > MANY_FRAMES:  # or they would all lie in the queue
-                    reader.frames = 0
-                    self.server._settle(wait=True)
-                del payload  # a client that is silent now must not hold its memory
+            try:
+                for opcode, payload in reader.read(self._pieces(reader)):
+                    if opcode == CLOSE:
+                        return bytes(payload)
+                    self._hand_on(opcode, payload)
+                    if reader.frames > MANY_FRAMES:  # or they would all lie in the queue
+                        reader.frames = 0
+                        self.server._settle(wait=True)
+                    del payload  # a client that is silent now must not hold its memory
+            finally:
+                self._answer_pings()
         return None
 
-    def _pieces(self, data: bytes, reader: MessageReader) -> Iterator[bytes]:
+    def _pieces(self, reader: MessageReader) -> Iterator[bytes]:
         """The bytes that this client sends, as they come. What has come is handled before more is waited for."""
-        data = data or self._wait_for_bytes()
+        data, self._rest = self._rest or self._wait_for_bytes(), b""
         while data:
             reader.frames = 0
             yield data
