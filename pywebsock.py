@@ -1448,7 +1448,7 @@ class Turn:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 256 * 1024  # bytes asked of a socket at once
+READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
 MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 
 
