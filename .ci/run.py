@@ -52,7 +52,7 @@ class Step:
         self.seconds = 0.0
         self._strict = strict  # a skipped test fails
         self._environment = {**os.environ, **(more or {})}
-        self._lines: list[str] = []
+        self._said: list[str] = []
 
     def start(self) -> None:
         """Start it; it ends by itself, or with `end`."""
@@ -64,8 +64,6 @@ class Step:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,  # its children can be ended with it
         )
 
@@ -75,19 +73,20 @@ class Step:
         say(head if alone else "")
         watch = threading.Timer(LONGEST, self.end)
         watch.start()
-        for line in self._process.stdout or ():
-            self._lines.append(line)
-            say(line if alone else "")
+        assert self._process.stdout
+        while data := os.read(self._process.stdout.fileno(), 1 << 16):
+            self._said.append(data.decode(errors="replace"))
+            say(self._said[-1] if alone else "")
         watch.cancel()
         status = self._process.wait()
         self._count(status)
         self.seconds = time.monotonic() - self._start
         tail = f"---- {self.name}: {self.passed} passed, {self.failed} failed, {self.seconds:.0f} s, status {status}\n"
-        say(tail if alone else head + "".join(self._lines) + tail)
+        say(tail if alone else head + "".join(self._said) + tail)
 
     def _count(self, status: int) -> None:
         """Tests, where unittest has said how many, and else the step itself."""
-        text = "".join(self._lines)
+        text = "".join(self._said)
         ran = re.findall(r"^Ran (\d+) tests? in ", text, re.MULTILINE)
         ends = ", ".join(re.findall(r"^(?:OK|FAILED) \((.*)\)$", text, re.MULTILINE))  # failures=1, skipped=2
         counts = {name: int(count) for name, count in re.findall(r"(\w[\w ]*)=(\d+)", ends)}

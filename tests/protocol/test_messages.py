@@ -157,9 +157,9 @@ class Fragments(unittest.TestCase):
         ):
             self.assertEqual(read(stream), ([], 1002))
 
-    def test_a_million_empty(self) -> None:
+    def test_a_hundred_thousand_empty(self) -> None:
         """They take no memory."""
-        piece = masked_frame(CONT, fin=False) * 10_000
+        piece = masked_frame(CONT, fin=False) * 1000
 
         def arriving(times: int) -> typing.Iterator[bytes]:
             yield masked_frame(BINARY, b"a", fin=False)
