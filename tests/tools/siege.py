@@ -274,6 +274,7 @@ class Crowd:
 
     def reset(self) -> None:
         """All end with a reset."""
+        self.sockets = [one for one in self.sockets if one.fileno() >= 0]
         for one in self.sockets:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         for one in self.sockets:
@@ -286,14 +287,19 @@ class Crowd:
 
 
 def last_bytes(one: socket.socket) -> bytes:
-    """The last four bytes before the end of a connection; what ended it instead."""
-    last, data = b"", b"more"
+    """The last four bytes from the server, whose Close is answered; or what ended it without one. It is closed then."""
+    last, data, answered = b"", b"more", False
     try:
         while data:
             data = one.recv(1 << 20)
             last = (last + data)[-4:]
+            if last == GOING_AWAY and not answered:
+                one.send(load.frame(GOING_AWAY[2:], 8))
+                answered = True
     except OSError as error:
-        return type(error).__name__.encode()
+        return last if answered else type(error).__name__.encode()
+    finally:
+        one.close()
     return last
 
 
@@ -406,12 +412,12 @@ class SiegeTestCase(unittest.TestCase):
             self.watch(siege, what, worst, growth)
         self.stop(siege)
 
-    def stop(self, siege: Siege, *crowds: Crowd, number: int = signal.SIGTERM) -> None:
-        """A signal ends it with 0 in time, and the witness and the crowds get 1001."""
+    def stop(self, siege: Siege, *crowds: Crowd, timeout: float = CLOSE_TIMEOUT) -> None:
+        """SIGTERM ends it with 0 within the close timeout, and the witness and the crowds get 1001."""
         start = time.monotonic()
-        siege.server.send_signal(number)
+        siege.server.send_signal(signal.SIGTERM)
         ends = sum((crowd.ends() for crowd in crowds), collections.Counter())
-        status = siege.server.wait(CLOSE_TIMEOUT + 2)
+        status = siege.server.wait(timeout + 2)
         took = time.monotonic() - start
         support.eventually(lambda: siege.witness.figures().end, "the witness has no end")
         end = siege.witness.figures().end
