@@ -41,7 +41,13 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = {
     (HEADING.findall(TEXT, 0, match.start())[-1], match[1]): match[2] for match in BLOCK.finditer(TEXT)
 }  # by heading and language
-POST = {"method": "POST", "Upgrade": None, "Connection": None, "Sec_WebSocket_Key": None, "Content_Length": "5"}
+POST: dict[str, typing.Any] = {
+    "method": "POST",
+    "Upgrade": None,
+    "Connection": None,
+    "Sec_WebSocket_Key": None,
+    "Content_Length": "5",
+}
 
 
 class Readme(unittest.TestCase):
