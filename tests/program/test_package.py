@@ -16,6 +16,34 @@ from tests.tools.support import ROOT, Client, Process, exchange, package, reques
 
 PATIENCE = 120.0  # seconds for pip
 
+PROGRAM = """
+from pywebsock import BroadcastServer, CloseCode, HandshakeError, Message, WebSocketHandler
+
+
+class Chat(BroadcastServer):
+    max_message = 1000
+
+    def admit(self, client: WebSocketHandler) -> None:
+        if client.headers.get("x-name", "") + client.target != "":
+            raise HandshakeError(401, "why", ("WWW-Authenticate", "Bearer"))
+        raise HandshakeError(401, b"why")  # type: ignore[arg-type]
+
+    def on_message(self, client: WebSocketHandler, message: Message) -> None:
+        text: str = message  # type: ignore[assignment]
+        self.broadcast(text, to=self.clients - {client})
+        self.broadcast({"a": 1})  # type: ignore[arg-type]
+        client.send(client.address + 1)  # type: ignore[operator]
+        client.close(CloseCode.GOING_AWAY, 1)  # type: ignore[arg-type]
+
+    def on_close(self, client: WebSocketHandler, code: int) -> None:  # type: ignore[override]
+        print(self.status()["clients"])
+
+
+with Chat(("localhost", 4545), history=10) as server:
+    server.serve_forever()
+server.nothing()  # type: ignore[attr-defined]
+"""
+
 
 def pip(python: str, *arguments: str) -> None:
     """Run pip, which must not ask any registry."""
@@ -39,15 +67,47 @@ class Wheel(unittest.TestCase):
         with zipfile.ZipFile(self.wheel) as archive:
             names = {name for name in archive.namelist() if ".dist-info/" not in name}
             (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
-        self.assertEqual(names, {"pywebsock.py", "pywebsock.html"})
+        self.assertEqual(names, {"pywebsock.py", "pywebsock.html", "pywebsock-stubs/__init__.pyi"})
         self.assertIn(f"\nVersion: {pywebsock.__version__}\n", metadata)
         self.assertNotIn("\nRequires-Dist:", metadata)
 
-    def test_command(self) -> None:
+    def installed(self) -> pathlib.Path:
+        """Where the programs are of an environment with nothing but the wheel."""
         home = self.folder / "environment"
         venv.create(home, with_pip=True)
         programs = home / ("Scripts" if os.name == "nt" else "bin")
         pip(str(programs / "python"), "install", "--no-index", str(self.wheel))
+        return programs
+
+    def test_types(self) -> None:
+        """mypy --strict knows what it gives and takes; where it knows nothing, each ignored error is itself one."""
+        package("mypy")
+        program = self.folder / "program.py"
+        program.write_text(PROGRAM)
+        how = ("--strict", "--config-file=", "--python-executable", str(self.installed() / "python"))
+        command = [sys.executable, "-m", "mypy", *how, str(program)]
+        checked = subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
+        self.assertEqual((checked.stdout + checked.stderr).strip(), "Success: no issues found in 1 source file")
+
+    def test_source_distribution(self) -> None:
+        """A wheel that is built from it is the same."""
+        backend = "from hatchling.build import build_sdist; import sys; build_sdist(sys.argv[1])"
+        subprocess.run(
+            [sys.executable, "-c", backend, str(self.folder)],
+            cwd=ROOT,
+            check=True,
+            timeout=PATIENCE,
+            capture_output=True,
+        )
+        (source,) = self.folder.glob("*.tar.gz")
+        again = self.folder / "again"
+        pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(again), str(source))
+        self.assertEqual((again / self.wheel.name).read_bytes(), self.wheel.read_bytes())
+
+    def test_command(self) -> None:
+        programs = self.installed()
         with Process(program=[str(programs / "pywebsock")]) as server:
             status, fields, page = exchange(server.port, request(Upgrade=None, Connection=None, Sec_WebSocket_Key=None))
             self.assertEqual((status, fields["content-type"]), (200, "text/html; charset=utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import socketserver
 import threading
@@ -151,10 +150,16 @@ class Subclass(ServerTestCase):
     def test_attributes(self) -> None:
         """Each is nonsense in the server and in its handlers, and all goes on."""
         nonsense = dict.fromkeys(self.NAMES, "nonsense")
-        server_type = type("Server", (BroadcastServer,), nonsense)
+
+        class Server(type("Base", (BroadcastServer,), nonsense)):  # type: ignore[misc]
+            """Makes its handlers of the other type."""
+
+            def __init__(self, address: tuple[str, int], **settings: typing.Any) -> None:
+                super().__init__(address, handler_type, **settings)
+
         handler_names = {name: value for name, value in nonsense.items() if name not in ("send", "close", "data")}
         handler_type = type("Handler", (WebSocketHandler,), handler_names)
-        server = self.serve(functools.partial(server_type, RequestHandlerClass=handler_type), history=2)  # type: ignore[arg-type]
+        server = self.serve(Server, history=2)
         self.assertEqual(server.join, "nonsense")
         a, b = self.connect(server), self.connect(server)
         a.send("hello")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -103,7 +104,7 @@ class Admit(ServerTestCase):
     def test_nobody_else_is_asked(self) -> None:
         """The page, the status and what is wrong anyway are not its business."""
         server = self.serve(Tokens)
-        get = {"Upgrade": None, "Sec_WebSocket_Key": None}
+        get: dict[str, typing.Any] = {"Upgrade": None, "Sec_WebSocket_Key": None}
         for status, data in (
             (200, request(**get)),
             (200, request(target="/status", **get)),
@@ -342,7 +343,11 @@ class Stopping(ServerTestCase):
         """Ends itself where a client asks for it."""
 
         close_timeout = 2.0
-        took = -1.0
+        took = math.inf
+
+        def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
+            self.stopped = threading.Event()
+            super().__init__(*arguments, **settings)
 
         def on_open(self, client: WebSocketHandler) -> None:
             self._stop(client, "on_open")
@@ -365,6 +370,7 @@ class Stopping(ServerTestCase):
                 self.shutdown()
                 self.server_close()
                 self.took = time.monotonic() - start
+                self.stopped.set()
 
     def test_in_a_hook(self) -> None:
         """It waits for all others, and not for the client whose hook it is."""
@@ -380,7 +386,7 @@ class Stopping(ServerTestCase):
                     witness.read_all()
                     witness.socket.close()
                     client.read_all()
-                    eventually(lambda server=server: server.took >= 0)
+                    server.stopped.wait(DEADLINE)
                     self.assertLess(server.took, 1.0)
                     self.assertEqual(server.socket.fileno(), -1)
             self.assertFalse(server._connections.handlers)
