@@ -2650,7 +2650,8 @@ class RedisLink:
             replies.append(RedisError(f"ERR {error}"))
         while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
             error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
-        self._settle(connection, batch[: len(replies)], replies)
+        if replies:
+            self._settle(connection, batch, replies)
         if error:
             raise error
 
@@ -2681,7 +2682,7 @@ class RedisLink:
         lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
         if errors and not lost:
             self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
-        elif lost and replies and not errors:
+        elif lost and not errors:
             self._say("Redis accepts messages again, %d are lost", lost)
         if full:  # perhaps of this stream
             self._trim(connection)

@@ -45,7 +45,6 @@ class RefusalTest(RedisTestCase):
         self.assertIn("Redis refuses messages, which are lost: OOM", servers[0].log())
         eventually(lambda: "Redis accepts messages again" in servers[0].log())
         self.assertNotIn("away", servers[0].log())
-        self.assertEqual(servers[1].log(), "")  # what was never there was not missed
         say(two, ["to the end"])
         self.assertEqual(one.read(), "to the end")
 
