@@ -2464,6 +2464,7 @@ def plural(number: int, noun: str) -> str:
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
 STREAM_SIZE = 128 * 1024 * 1024  # bytes of them, about; where messages may be very large, eight of those
+TRIM_PART = 1 / 16  # of the limits: with so much more it is trimmed
 IN_FLIGHT = 1000  # entries of this server that it may have yet to read; with more to write, senders wait
 WRITE_MOST, READ_MOST = 100, 300  # entries at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
@@ -2593,38 +2594,33 @@ def fitting(entries: Sequence[Entry]) -> int:
     return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
 
 
-class StreamBounds:
-    """How many entries the stream may have so that their bytes stay below a limit.
-
-    XADD trims to a number of entries, so the bytes become one: that of the last entries that
-    have as many bytes, which each server knows since it reads all of them.
-    """
+class Tail:
+    """The last entries, as many as the stream is to keep: for their number and their bytes there are limits."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._sizes: deque[int] = deque()  # of the last entries
-        self._total = 0
-        self._filled = False  # what is older is too much
+        self._limit = limit  # bytes
+        self._entries: deque[tuple[bytes, int]] = deque()  # ids and sizes
+        self._size = 0
+        self.dropped = 0.0  # since somebody set it to 0, as a part of the limits
 
-    def add(self, size: int) -> None:
-        """One more entry."""
-        self._sizes.append(size)
-        self._total += size
-        while self._total > self._limit or len(self._sizes) > STREAM_LENGTH:
-            self._total -= self._sizes.popleft()
-            self._filled = True
-
-    def length(self) -> int:
-        """The number of entries; for those older than what was read, their sizes are taken for the same."""
-        length = len(self._sizes)
-        if not self._filled:
-            length = length * self._limit // self._total if self._total else STREAM_LENGTH
-        return max(1, min(STREAM_LENGTH, length))
+    def add(self, entry: bytes, size: int) -> None:
+        """One more entry, whose id this is."""
+        self._entries.append((entry, size))
+        self._size += size
+        while len(self._entries) > 1 and (self._size > self._limit or len(self._entries) > STREAM_LENGTH):
+            size = self._entries.popleft()[1]
+            self._size -= size
+            self.dropped += max(size / self._limit, 1 / STREAM_LENGTH)
 
     def halve(self) -> None:
-        """From now on, keep half as much as there is: Redis is out of memory."""
-        self._limit = max(self._total // 2, RUN_SIZE)
-        self.add(0)
+        """From now on, keep half as much: Redis is out of memory."""
+        self._limit = max(self._size // 2, RUN_SIZE)
+        self.add(*self._entries.pop())
+
+    @property
+    def first(self) -> bytes:
+        """The id of the oldest entry to keep."""
+        return self._entries[0][0]
 
 
 # ---- the link ----
@@ -2654,9 +2650,14 @@ class RedisConnection:
 
     def call(self, *words: str | bytes | int) -> Any:
         """The reply to a command. Raises RedisError where that is an error."""
-        (reply,) = self.pipeline([serialize_command(*words)])
+        reply = self.ask(*words)
         if isinstance(reply, RedisError):
             raise reply
+        return reply
+
+    def ask(self, *words: str | bytes | int) -> Any:
+        """The reply to a command, an error too."""
+        (reply,) = self.pipeline([serialize_command(*words)])
         return reply
 
     def pipeline(self, commands: Sequence[bytes]) -> Iterator[Any]:
@@ -2698,7 +2699,7 @@ class RedisLink:
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
         self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
         self._behind = False  # so is this one: more entries are waiting than it asked for
-        self._bounds = StreamBounds(max(STREAM_SIZE, 8 * max_message))
+        self._tail = Tail(max(STREAM_SIZE, 8 * max_message))
         self._last = b""  # id of the last entry read
         self._stopped = False
         self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
@@ -2817,10 +2818,9 @@ class RedisLink:
             if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
                 return
             batch = list(itertools.islice(self._outbox, WRITE_MOST))
-            length = self._bounds.length()
         sizes = itertools.accumulate([message.size for _, message in batch])
         del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
-        commands = [self._serialize(number, message, length) for number, message in batch]
+        commands = [self._serialize(number, message) for number, message in batch]
         replies: list[Any] = []
         error: OSError | None = None
         try:
@@ -2833,7 +2833,8 @@ class RedisLink:
             replies.append(RedisError(f"ERR {error}"))
         while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
             error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
-        self._settle(connection, batch[: len(replies)], replies)
+        if replies:
+            self._settle(connection, batch, replies)
         if error:
             raise error
 
@@ -2843,9 +2844,9 @@ class RedisLink:
         go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
         return self._stopped or bool(self._outbox and self._last and go and not ahead)
 
-    def _serialize(self, number: int, message: Outgoing, length: int) -> bytes:
+    def _serialize(self, number: int, message: Outgoing) -> bytes:
         name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
-        return serialize_command("XADD", self._address.stream, "MAXLEN", "~", length, "*", name, message.payload)
+        return serialize_command("XADD", self._address.stream, "*", name, message.payload)
 
     def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
         """Take from the outbox what was accepted, and what was refused."""
@@ -2857,17 +2858,23 @@ class RedisLink:
                 if reply not in errors and number > self._seen.get(self._name, 0):
                     self._unread.append((number, message.size))
                     self._unread_size += message.size
-            if any(str(error).startswith("OOM") for error in errors):
-                self._bounds.halve()
-            length = self._bounds.length()
+            full = any(str(error).startswith("OOM") for error in errors)
+            if full:
+                self._tail.halve()
             self._news.notify_all()
         lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
         if errors and not lost:
             self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
-        elif lost and replies and not errors:
+        elif lost and not errors:
             self._say("Redis accepts messages again, %d are lost", lost)
-        if errors:  # where it is full of this, there is room now
-            list(connection.pipeline([serialize_command("XTRIM", self._address.stream, "MAXLEN", length)]))
+        if full:  # perhaps of this stream
+            self._trim(connection)
+
+    def _trim(self, connection: RedisConnection) -> None:
+        """Only what this server has read is trimmed: where many are writing, nobody knows what else there is."""
+        with self._news:
+            first, self._tail.dropped = self._tail.first, 0.0
+        connection.ask("XTRIM", self._address.stream, "MINID", "~", first)
 
     # ---- the reader ----
 
@@ -2886,8 +2893,10 @@ class RedisLink:
             self._say("missed %d messages that Redis has no longer", missed)
         if len(entries) < self._count:
             self._note_read(written)  # or lost
+        if self._tail.dropped > TRIM_PART:
+            self._trim(connection)
         if entries:
-            self._count = fitting(entries)
+            self._count, connection.length = fitting(entries), -1
         else:
             length, connection.length = connection.length, connection.call("XLEN", self._address.stream)
             connection.placed = length == connection.length  # or is it another stream by now?
@@ -2897,7 +2906,7 @@ class RedisLink:
         before, self._behind = self._behind, behind
         if before or behind:
             name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
-            list(connection.pipeline([serialize_command("XADD", self._address.stream, "*", name, "")]))
+            connection.ask("XADD", self._address.stream, "*", name, "")
 
     def _range(self, connection: RedisConnection, end: str | bytes, count: int = 1) -> list[Entry]:
         """The last entries up to one, backwards."""
@@ -2921,11 +2930,19 @@ class RedisLink:
         if not self._last:
             self._deliver(self._choose_history(everything))
             self._last = end
+            self._tail.add(end, 0)
+            self._shorten(connection)
         elif parse_id(end) < parse_id(self._last):  # deleted, or an older state: what is new in it is yet to be read
             self._say("Redis has lost the end of the stream")
             known = (entry.id for entry in everything if 0 < entry.number <= self._seen.get(entry.server, 0))
             self._last = next(known, b"0-0")
         connection.placed = True
+
+    def _shorten(self, connection: RedisConnection) -> None:
+        """At the start, trim a stream that is too large, of which this server has not read all, by its mean size."""
+        used = connection.ask("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0)
+        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
+            connection.ask("XTRIM", self._address.stream, "MAXLEN", connection.length * STREAM_SIZE // used)
 
     def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
         chosen: list[Entry] = []
@@ -2959,7 +2976,7 @@ class RedisLink:
             self._seen = seen
             self._last = entries[-1].id if entries else self._last
             for entry in entries:
-                self._bounds.add(len(entry.value))
+                self._tail.add(entry.id, len(entry.value))
         self._note_read(seen.get(self._name, 0))
         return missed
 
