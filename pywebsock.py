@@ -1449,6 +1449,7 @@ class Turn:
 # ======================================================================================
 
 READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
+SLOWEST_POST = 256 * 1024  # bytes a second
 MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 
 
@@ -1589,7 +1590,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server = self.server
         if server._link and server._link.away:
             raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
-        self._deadline += length / READ_SIZE  # one of some size may take its time, but not for ever
+        self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             piece = self._read_in_time()
@@ -2220,7 +2221,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             raise
 
     def _prepare(self) -> None:
-        self._started = time.time()
+        self._started = time.monotonic()
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
         self._room = Room(self)
@@ -2289,7 +2290,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "clients": len(self._clients),
             "messages": self._room.messages,
             "bytes": self._room.bytes,
-            "uptime": round(time.time() - self._started, 3),
+            "uptime": round(time.monotonic() - self._started, 3),
             "connections": len(self._connections.handlers),
             "refused": self._refused,
             "dropped": self._room.dropped,

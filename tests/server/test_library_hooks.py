@@ -466,7 +466,7 @@ class Log(logging.Handler):
 
 # A program whose objects broadcast when they are collected, which happens anywhere: also inside of a broadcast.
 DEL = """
-import gc, threading
+import gc, threading, time
 from pywebsock import BroadcastServer
 
 class Thing:
@@ -486,6 +486,9 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
         server.broadcast("on purpose")
         server.clients
     gc.set_threshold(700, 10, 10)
+    end = time.monotonic() + 10
+    while server.status()["messages"] <= 35_000 and time.monotonic() < end:
+        time.sleep(0.01)
     print(server.status()["messages"] > 35_000)
     server.shutdown()
     thread.join()

@@ -86,6 +86,7 @@ class PauseTest(siege.SiegeTestCase):
         self.assertEqual((server.stop(), siege.TROUBLE.findall(server.log())), (0, []))
 
 
+@siege.heavy
 class ClockTest(siege.SiegeTestCase):
     """The wall clock is nobody's timer."""
 
