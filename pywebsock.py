@@ -1309,7 +1309,9 @@ class Turn:
         self._looks = 0  # that the successor has yet to make; 0 while it sleeps
         self._errors: deque[Exception] = deque()  # of operations, to be logged by whoever held the turn
 
-        self._tally = threading.Lock()  # guards the next three; held for a few instructions
+        # Guards the next three, for a few instructions; an RLock, since among them the garbage
+        # collector may run, and a __del__ that broadcasts.
+        self._tally = threading.RLock()
         self._size = 0  # bytes in the queue
         self.held = False  # senders wait for a client that is behind
         self._space = threading.Event()  # set while senders may go on
@@ -2232,7 +2234,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose thread this is
-        self._seats = threading.Lock()  # guards the next one
+        self._seats = threading.RLock()  # guards the next one; for the same reason as that of Turn an RLock
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
 
     # ---- hooks ----
