@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import pathlib
+import re
+import socket
 import sys
 import tempfile
+import threading
 import unittest
 
 from tests.tools.browser import BROWSERS, ENGINES, PageTestCase, Tab, in_each_engine
@@ -34,6 +40,55 @@ class Nobody:
 
     def __init__(self) -> None:
         self.port = free_port()
+
+
+class Unmarked:
+    """Another server: it sends the same to whoever comes, then every message back, and knows nothing of marks."""
+
+    def __init__(self, *history: str) -> None:
+        self._history = history
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run)
+        self._connections: list[socket.socket] = []
+
+    def __enter__(self) -> Unmarked:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self._connections.append(connection)
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            head = connection.recv(65536)
+            key = re.search(rb"(?i)sec-websocket-key: *(\S+)", head)
+            if not key:
+                return connection.close()
+            accept = base64.b64encode(hashlib.sha1(key[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+            connection.sendall(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Accept: %s\r\n\r\n" % accept
+            )
+            for text in self._history:
+                connection.sendall(bytes((0x81, len(text))) + text.encode())
+            while len(frame := connection.recv(65536)) >= 6:
+                mask, payload = frame[2:6], frame[6:]
+                if frame[0] == 0x81:
+                    text = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload)).decode()
+                    connection.sendall(bytes((0x81, len(text))) + text.encode())
+        return None
 
 
 def tearDownModule() -> None:
@@ -141,6 +196,26 @@ class History(PageTestCase):
         self.assertEqual(tab.messages(".mine"), ["first", "second", "third"])
         self.assertEqual(tab.outbox(), [])
 
+    def test_an_empty_message_is_a_message(self) -> None:
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        self.away(tab, server, "", "")
+        tab.wait_for_messages(3)
+        self.assertEqual(tab.messages(), ["", "", "end"])
+
+    def test_a_server_that_marks_nothing(self) -> None:
+        """Everything is shown, twice rather than never, in its order, and soon."""
+        with Unmarked("one", "two") as server:
+            tab = self.open(self.from_disk(server))
+            tab.wait_for_messages(2)
+            for count in 4, 6:
+                tab.run("drop('moved')")
+                tab.wait_for_messages(count)
+            self.assertEqual(tab.messages(), ["one", "two"] * 3)
+            tab.send("mine")
+            tab.wait_for_messages(7)
+            self.assertEqual(tab.messages(".mine"), ["mine"])
+
     def test_a_reload_keeps_ones_own_side(self) -> None:
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server))
@@ -214,7 +289,7 @@ class Outbox(PageTestCase):
         tab.run("submit('x'.repeat(5000)); submit('after')")
         tab.wait_for_messages(2, RECONNECTION)
         self.assertEqual(tab.messages(), ["before", "after"])
-        self.assertEqual(tab.outbox_states(), ["not delivered: too big for this server"])
+        self.assertEqual(tab.outbox_states(), ["not delivered: message too big"])
         self.assertFalse(tab.shows("#outbox .again"))
         self.assertTrue(tab.shows("#outbox .save"))
 
@@ -225,7 +300,7 @@ class Outbox(PageTestCase):
         tab.send("before")
         tab.wait_for_messages(1)
         tab.run("submit(new ArrayBuffer(40e6), 'waiting', STATES.waiting, 'film.mp4')")
-        self.wait(lambda: tab.outbox_states() == ["not delivered: too big for this server"], "refused")
+        self.wait(lambda: tab.outbox_states() == ["not delivered: message too big"], "refused")
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
 
