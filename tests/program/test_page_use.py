@@ -359,7 +359,8 @@ class Accessibility(PageTestCase):
         """axe-core finds no violation of WCAG 2.2 A and AA, nor of its best practices."""
         tab.run(self.axe)
         tab.run("window.found = null; axe.run({ resultTypes: ['violations'] }).then(r => window.found ="
-                "r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.html).join(' ')), e => window.found = [String(e)])")  # fmt: skip
+                "r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.html).join(' ')),"
+                "error => window.found = [String(error)])")  # fmt: skip
         eventually(lambda: tab.run("return window.found !== null"), "axe-core", 30)
         self.assertEqual(tab.run("return window.found"), [], state)
 
@@ -513,7 +514,8 @@ class Floor(unittest.TestCase):
         newer = (
             r"light-dark\(", r"color-mix\(", r":has\(", r"@container", r"@layer", r"\boklch\(", r"\btext-wrap: pretty",
             r"^\s*(translate|rotate|scale):", r"\brequestSubmit\b", r"\b(to|is)WellFormed\b", r"\bariaLive\b",
-            r"\.at\(", r"\bstructuredClone\b", r"\bfindLast", r"\btoSorted\b", r"\bwith\(", r"\bhasOwn\b", r"\bgroupBy\b",
+            r"\.at\(", r"\bstructuredClone\b", r"\bfindLast", r"\btoSorted\b", r"\bwith\(", r"\bhasOwn\b",
+            r"\bgroupBy\b",
             r"\brandomUUID\b", r"AbortSignal\.(timeout|any)", r"Promise\.(withResolvers|try)", r"\(\?<[=!]", r"/v[,;)]",
             r"<dialog", r"\bpopover\b", r"\binert\b", r"\bstatic \{", r"#\w+ in ", r"\bcheckVisibility\b",
         )  # fmt: skip

@@ -394,6 +394,7 @@ BROWSERS = Browsers()
 EXPECTED = (  # in Chromium's log, where a server is away or refuses
     "net::ERR_CONNECTION_REFUSED",
     "net::ERR_CONNECTION_RESET",
+    "net::ERR_EMPTY_RESPONSE",
     "net::ERR_NAME_NOT_RESOLVED",
     "404 (Not Found)",
     "WebSocket connection to",
