@@ -117,6 +117,14 @@ class Room(PageTestCase):
             self.assertEqual(tab.messages(".mine"), [text], "its own, and only they, are marked")
             self.assertEqual(tab.outbox(), [])
 
+    def test_the_outbox_does_not_flash_up(self) -> None:
+        """An echo that comes at once needs no word about waiting for it."""
+        tab = self.tabs[0]
+        tab.run("window.seen = 0; new MutationObserver(() => window.seen++).observe(outbox, { childList: true })")
+        tab.send("hello")
+        self.assert_everywhere("hello")
+        self.assertEqual(tab.run("return window.seen"), 0)
+
     def test_markup_is_text(self) -> None:
         text = "<img src=x onerror=\"document.title='owned'\"><b>bold</b><script>alert(1)</script> &amp; </li>"
         with Client(self.server.port) as program:
