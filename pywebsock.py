@@ -2292,7 +2292,7 @@ MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in a
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
 ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
 ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
+KINDS = {TEXT: b"text", BINARY: b"binary"}
 NOT_REDIS = "what answers is not Redis"
 PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")  # answers of a Redis to wait for
 REFUSING = ("OOM", "ERR")  # answers that concern an entry; all others, the state of Redis: READONLY, MISCONF
@@ -2434,6 +2434,10 @@ class Tail:
         self._limit = max(self._size // 2, RUN_SIZE)
         self.add(*self._entries.pop())
 
+    def has(self, entry: bytes) -> bool:
+        """Whether an entry is among them."""
+        return any(entry == other for other, _ in self._entries)
+
     @property
     def first(self) -> bytes:
         """The id of the oldest entry to keep."""
@@ -2447,6 +2451,7 @@ class RedisConnection:
     """A connection that has said who it is, and has been answered; for one thread. Raises OSError everywhere."""
 
     def __init__(self, address: RedisAddress) -> None:
+        self._stream = address.stream
         self.placed = False  # for its reader: whether it knows where in the stream to go on
         self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         try:
@@ -2490,6 +2495,36 @@ class RedisConnection:
         except socket.timeout:
             raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
 
+    def add(self, name: bytes, value: bytes) -> bytes:
+        """The command that adds an entry."""
+        return serialize_command("XADD", self._stream, "*", name, value)
+
+    def last(self, count: int = 1, end: str | bytes = "+") -> list[Entry]:
+        """The last entries up to one, backwards."""
+        return parse_entries([("", self.call("XREVRANGE", self._stream, end, "-", "COUNT", count))])
+
+    def backwards(self) -> Iterator[Entry]:
+        """All entries from the end of the stream, in small pieces."""
+        entries = self.last()
+        while entries:
+            yield from entries
+            entries = self.last(fitting(entries), b"(" + entries[-1].id)
+
+    def trim(self, first: bytes) -> None:
+        """Remove what is before an entry."""
+        self.ask("XTRIM", self._stream, "MINID", "~", first)
+
+    def shorten(self) -> None:
+        """Trim a stream that is too large, of which nobody has read all, by its mean size."""
+        used = self.ask("MEMORY", "USAGE", self._stream, "SAMPLES", 0)
+        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
+            self.ask("XTRIM", self._stream, "MAXLEN", self.length * STREAM_SIZE // used)
+
+    def has_changed(self) -> bool:
+        """Whether the length of the stream has, since this was last asked."""
+        before, self.length = self.length, self.call("XLEN", self._stream)
+        return bool(before != self.length)
+
 
 class RedisLink:
     """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
@@ -2517,7 +2552,7 @@ class RedisLink:
         self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
         self._behind = False  # so is this one: more entries are waiting than it asked for
         self._tail = Tail(max(STREAM_SIZE, 8 * max_message))
-        self._last = b""  # id of the last entry read
+        self._last = self._begin = b""  # id of the last entry read; of the last that was there at the start
         self._stopped = False
         self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
 
@@ -2637,7 +2672,8 @@ class RedisLink:
             batch = list(itertools.islice(self._outbox, WRITE_MOST))
         sizes = itertools.accumulate([message.size for _, message in batch])
         del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
-        commands = [self._serialize(number, message) for number, message in batch]
+        names = [b"%b:%d:%b" % (self._name, number, KINDS[message.opcode]) for number, message in batch]
+        commands = [connection.add(name, message.payload) for name, (_, message) in zip(names, batch)]
         replies: list[Any] = []
         error: OSError | None = None
         try:
@@ -2661,10 +2697,6 @@ class RedisLink:
         go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
         return self._stopped or bool(self._outbox and self._last and go and not ahead)
 
-    def _serialize(self, number: int, message: Outgoing) -> bytes:
-        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
-        return serialize_command("XADD", self._address.stream, "*", name, message.payload)
-
     def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
         """Take from the outbox what was accepted, and what was refused."""
         errors = [reply for reply in replies if isinstance(reply, RedisError)]
@@ -2685,13 +2717,7 @@ class RedisLink:
         elif lost and not errors:
             self._say("Redis accepts messages again, %d are lost", lost)
         if full:  # perhaps of this stream
-            self._trim(connection)
-
-    def _trim(self, connection: RedisConnection) -> None:
-        """Only what this server has read is trimmed: where many are writing, nobody knows what else there is."""
-        with self._news:
-            first, self._tail.dropped = self._tail.first, 0.0
-        connection.ask("XTRIM", self._address.stream, "MINID", "~", first)
+            connection.trim(self._tail.first)
 
     # ---- the reader ----
 
@@ -2706,60 +2732,51 @@ class RedisLink:
         entries = parse_entries(reply)
         self._keep_together(connection, len(entries) == self._count)
         missed = self._deliver(entries)
-        if missed and not self._range(connection, place):  # trimmed, and not refused
+        if missed and not connection.last(1, place):  # trimmed, and not refused
             self._say("missed %d messages that Redis has no longer", missed)
         if len(entries) < self._count:
             self._note_read(written)  # or lost
-        if self._tail.dropped > TRIM_PART:
-            self._trim(connection)
+        if self._tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
+            self._tail.dropped = 0.0
+            connection.trim(self._tail.first)
         if entries:
             self._count, connection.length = fitting(entries), -1
-        else:
-            length, connection.length = connection.length, connection.call("XLEN", self._address.stream)
-            connection.placed = length == connection.length  # or is it another stream by now?
+        elif connection.has_changed():  # is it another stream by now?
+            connection.placed = False
 
     def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
         """Let the others wait while this server is behind."""
         before, self._behind = self._behind, behind
         if before or behind:
             name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
-            connection.ask("XADD", self._address.stream, "*", name, "")
-
-    def _range(self, connection: RedisConnection, end: str | bytes, count: int = 1) -> list[Entry]:
-        """The last entries up to one, backwards."""
-        reply = connection.call("XREVRANGE", self._address.stream, end, "-", "COUNT", count)
-        return parse_entries([("", reply)])
-
-    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
-        """All entries from the end of the stream, in small pieces."""
-        entries, count = self._range(connection, "+"), 1
-        while entries:
-            yield from entries
-            count = fitting(entries)
-            entries = self._range(connection, b"(" + entries[-1].id, count)
+            list(connection.pipeline([connection.add(name, b"")]))
 
     def _find_place(self, connection: RedisConnection) -> None:
         """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        entries = self._backwards(connection)
-        newest = [*itertools.islice(entries, 1)]
-        end = newest[0].id if newest else b"0-0"
-        everything = itertools.chain(newest, entries)
         if not self._last:
-            self._deliver(self._choose_history(everything))
-            self._last = end
-            self._tail.add(end, 0)
-            self._shorten(connection)
-        elif parse_id(end) < parse_id(self._last):  # deleted, or an older state: what is new in it is yet to be read
+            connection.shorten()
+            end = connection.last()
+            self._deliver(self._choose_history(connection.backwards()) if self._history else [])
+            self._last = self._begin = end[0].id if end else b"0-0"
+            self._tail.add(self._last, 0)
+        elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
             self._say("Redis has lost the end of the stream")
-            known = (entry.id for entry in everything if 0 < entry.number <= self._seen.get(entry.server, 0))
+            known = (entry.id for entry in connection.backwards() if self._knows(entry))
             self._last = next(known, b"0-0")
         connection.placed = True
 
-    def _shorten(self, connection: RedisConnection) -> None:
-        """At the start, trim a stream that is too large, of which this server has not read all, by its mean size."""
-        used = connection.ask("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0)
-        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
-            connection.ask("XTRIM", self._address.stream, "MAXLEN", connection.length * STREAM_SIZE // used)
+    def _is_lost(self, connection: RedisConnection) -> bool:
+        """Whether the last entry that was read has gone, and not by trimming."""
+        last = connection.last(1, self._last)
+        if last:
+            return last[0].id != self._last or not self._knows(last[0])
+        return self._last != b"0-0" and not connection.last()
+
+    def _knows(self, entry: Entry) -> bool:
+        """Whether an entry was read, or there before."""
+        if entry.number and entry.server in self._seen:
+            return entry.number <= self._seen[entry.server]
+        return parse_id(entry.id) <= parse_id(self._begin) or self._tail.has(entry.id)
 
     def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
         chosen: list[Entry] = []
@@ -2768,7 +2785,7 @@ class RedisLink:
             size += len(entry.value)
             if len(chosen) == self._history or size > self._history_size:
                 break
-            if entry.kind in MESSAGE_KINDS:
+            if entry.kind in KINDS.values():
                 chosen.append(entry)
         return chosen[::-1]
 
@@ -2778,10 +2795,10 @@ class RedisLink:
         messages: list[Outgoing] = []
         for entry in entries:
             before = seen.get(entry.server, 0)
-            if entry.kind not in MESSAGE_KINDS:
+            if entry.kind not in KINDS.values():
                 waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
             elif not entry.number or entry.number > before:
-                messages.append(Outgoing(entry.value, opcode=MESSAGE_KINDS[entry.kind]))
+                messages.append(Outgoing(entry.value, opcode=BINARY if entry.kind == b"binary" else TEXT))
                 if before and before == self._seen.get(entry.server):  # what is left out later was never there
                     missed += entry.number - before - 1
                 if entry.number:

@@ -214,11 +214,11 @@ class DeletedTest(RedisTestCase):
             say(one, numbered("one", 50))
             say(two, numbered("two", 50))
             self.assert_order([one, two], [numbered("one", 50), numbered("two", 50)])
-        eventually(lambda: len(logs.output) == 2)
+            eventually(lambda: len(logs.output) == 2)
 
     def test_an_older_state(self) -> None:
         """Of which what was heard before is not heard again."""
-        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.3), self.assertLogs("pywebsock", "WARNING"):
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.3), self.assertLogs("pywebsock", "WARNING") as logs:
             one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
             say(one, numbered("before", 30))
             for client in (one, two):
@@ -229,6 +229,7 @@ class DeletedTest(RedisTestCase):
             self.redis.call("RESTORE", self.stream, 0, kept, "REPLACE")
             say(one, ["after"])
             self.assertEqual((one.read(), two.read()), ("after", "after"))
+            eventually(lambda: len(logs.output) == 2)
 
     def test_nothing_is_wrong_with_an_idle_one(self) -> None:
         with (
