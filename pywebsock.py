@@ -2411,6 +2411,18 @@ def fitting(entries: Sequence[Entry]) -> int:
     return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
 
 
+def choose_history(entries: Iterable[Entry], number: int, size: int) -> list[Entry]:
+    """The messages among the first of these, so many and with so many bytes at most; in the other direction."""
+    chosen: list[Entry] = []
+    for entry in entries:
+        size -= len(entry.value)
+        if len(chosen) == number or size < 0:
+            break
+        if entry.kind in KINDS.values():
+            chosen.append(entry)
+    return chosen[::-1]
+
+
 class Tail:
     """The last entries, as many as the stream is to keep: for their number and their bytes there are limits."""
 
@@ -2424,6 +2436,9 @@ class Tail:
         """One more entry, whose id this is."""
         self._entries.append((entry, size))
         self._size += size
+        self._shrink()
+
+    def _shrink(self) -> None:
         while len(self._entries) > 1 and (self._size > self._limit or len(self._entries) > STREAM_LENGTH):
             size = self._entries.popleft()[1]
             self._size -= size
@@ -2432,7 +2447,7 @@ class Tail:
     def halve(self) -> None:
         """From now on, keep half as much: Redis is out of memory."""
         self._limit = max(self._size // 2, RUN_SIZE)
-        self.add(*self._entries.pop())
+        self._shrink()
 
     def has(self, entry: bytes) -> bool:
         """Whether an entry is among them."""
@@ -2442,6 +2457,59 @@ class Tail:
     def first(self) -> bytes:
         """The id of the oldest entry to keep."""
         return self._entries[0][0]
+
+
+class Transit:
+    """This server's messages on their way to the stream and back; guarded by the link's lock."""
+
+    def __init__(self) -> None:
+        self._number = 0  # of the last message put in
+        self._waiting: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
+        self.size = 0  # bytes of them
+        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
+        self._unread_size = 0  # bytes of them
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._unread)
+
+    def put(self, message: Outgoing) -> None:
+        """One more."""
+        self._number += 1
+        self._waiting.append((self._number, message))
+        self.size += message.size + MESSAGE_COST
+
+    def has_room(self, fullness: float) -> bool:
+        """Whether senders may go on."""
+        return self.size <= QUEUE_SIZE * fullness and len(self._waiting) <= IN_FLIGHT * fullness
+
+    def may_be_written(self) -> bool:
+        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
+        return bool(self._waiting) and len(self._unread) < IN_FLIGHT and self._unread_size <= QUEUE_SIZE
+
+    def first(self) -> list[tuple[int, Outgoing]]:
+        """What is to be written at once."""
+        batch = list(itertools.islice(self._waiting, WRITE_MOST))
+        sizes = itertools.accumulate([message.size for _, message in batch])
+        return batch[: max(sum([size <= RUN_SIZE for size in sizes]), 1)]
+
+    def settle(self, replies: Sequence[Any], read: int) -> None:
+        """These are the answers for the first ones, of which those up to a number have been read already."""
+        for reply in replies:
+            number, message = self._waiting.popleft()
+            self.size -= message.size + MESSAGE_COST
+            if not isinstance(reply, RedisError) and number > read:
+                self._unread.append((number, message.size))
+                self._unread_size += message.size
+
+    @property
+    def written(self) -> int:
+        """The number of the last one that was written and not yet read, or 0."""
+        return self._unread[-1][0] if self._unread else 0
+
+    def note_read(self, number: int) -> None:
+        """All up to a number were read, or are lost."""
+        while self._unread and self._unread[0][0] <= number:
+            self._unread_size -= self._unread.popleft()[1]
 
 
 # ---- the link ----
@@ -2537,17 +2605,13 @@ class RedisLink:
     ) -> None:
         self._address = parse_redis_url(url)
         self._hand_over = deliver  # messages to the server, in the order of the stream
-        self._history, self._history_size = history, history_size  # messages, bytes
+        self._history = history, history_size  # messages, bytes
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
         works = (self._write, self._read)
         self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
 
         self._news = threading.Condition()  # guards these, and is notified when they change
-        self._outbox: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
-        self._waiting = 0  # bytes in it
-        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
-        self._unread_size = 0  # bytes of them
-        self._number = 0  # of the last message put in
+        self._transit = Transit()
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
         self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
         self._behind = False  # so is this one: more entries are waiting than it asked for
@@ -2584,9 +2648,7 @@ class RedisLink:
     def put(self, message: Outgoing) -> None:
         """Send a message on its way."""
         with self._news:
-            self._number += 1
-            self._outbox.append((self._number, message))
-            self._waiting += message.size + MESSAGE_COST
+            self._transit.put(message)
             self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
@@ -2596,23 +2658,20 @@ class RedisLink:
         """
         if threading.current_thread() in self._threads:  # for which all others wait
             return True
-        if self._has_room():
+        if self._transit.has_room(1):
             return timeout is None or not self.away
 
         def enough() -> bool:
-            return self._stopped or self._has_room(0.5) or (timeout is not None and self.away)
+            return self._stopped or self._transit.has_room(0.5) or (timeout is not None and self.away)
 
         with self._news:
             return self._news.wait_for(enough, timeout) and (timeout is None or not self.away)
 
-    def _has_room(self, fullness: float = 1.0) -> bool:
-        return self._waiting <= QUEUE_SIZE * fullness and len(self._outbox) <= IN_FLIGHT * fullness
-
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
-            self._news.wait_for(lambda: not self._outbox and not self._unread, seconds)
-            left = len(self._outbox) + len(self._unread)
+            self._news.wait_for(lambda: not self._transit, seconds)
+            left = len(self._transit)
             self._stopped = True
             self._news.notify_all()
         if left:
@@ -2669,9 +2728,7 @@ class RedisLink:
         with self._news:
             if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
                 return
-            batch = list(itertools.islice(self._outbox, WRITE_MOST))
-        sizes = itertools.accumulate([message.size for _, message in batch])
-        del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
+            batch = self._transit.first()
         names = [b"%b:%d:%b" % (self._name, number, KINDS[message.opcode]) for number, message in batch]
         commands = [connection.add(name, message.payload) for name, (_, message) in zip(names, batch)]
         replies: list[Any] = []
@@ -2687,26 +2744,19 @@ class RedisLink:
         while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
             error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
         if replies:
-            self._settle(connection, batch, replies)
+            self._settle(connection, replies)
         if error:
             raise error
 
     def _may_write(self) -> bool:
-        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
-        ahead = len(self._unread) >= IN_FLIGHT or self._unread_size > QUEUE_SIZE
         go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
-        return self._stopped or bool(self._outbox and self._last and go and not ahead)
+        return self._stopped or bool(self._last) and go and self._transit.may_be_written()
 
-    def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
-        """Take from the outbox what was accepted, and what was refused."""
+    def _settle(self, connection: RedisConnection, replies: list[Any]) -> None:
+        """Take out what was accepted, and what was refused."""
         errors = [reply for reply in replies if isinstance(reply, RedisError)]
         with self._news:
-            for (number, message), reply in zip(batch, replies):
-                self._outbox.popleft()
-                self._waiting -= message.size + MESSAGE_COST
-                if reply not in errors and number > self._seen.get(self._name, 0):
-                    self._unread.append((number, message.size))
-                    self._unread_size += message.size
+            self._transit.settle(replies, self._seen.get(self._name, 0))
             full = any(str(error).startswith("OOM") for error in errors)
             if full:
                 self._tail.halve()
@@ -2726,7 +2776,7 @@ class RedisLink:
         if not connection.placed:
             self._find_place(connection)
         with self._news:
-            written, place = self._unread[-1][0] if self._unread else 0, self._last
+            written, place = self._transit.written, self._last
         options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
         reply = connection.call("XREAD", *options, "STREAMS", self._address.stream, place)
         entries = parse_entries(reply)
@@ -2735,7 +2785,9 @@ class RedisLink:
         if missed and not connection.last(1, place):  # trimmed, and not refused
             self._say("missed %d messages that Redis has no longer", missed)
         if len(entries) < self._count:
-            self._note_read(written)  # or lost
+            with self._news:
+                self._transit.note_read(written)  # or lost
+                self._news.notify_all()
         if self._tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
             self._tail.dropped = 0.0
             connection.trim(self._tail.first)
@@ -2756,9 +2808,10 @@ class RedisLink:
         if not self._last:
             connection.shorten()
             end = connection.last()
-            self._deliver(self._choose_history(connection.backwards()) if self._history else [])
-            self._last = self._begin = end[0].id if end else b"0-0"
-            self._tail.add(self._last, 0)
+            self._deliver(choose_history(connection.backwards(), *self._history))
+            self._begin = self._last or (end[0].id if end else b"0-0")
+            self._tail.add(self._begin, 0)
+            self._last = self._begin
         elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
             self._say("Redis has lost the end of the stream")
             known = (entry.id for entry in connection.backwards() if self._knows(entry))
@@ -2777,17 +2830,6 @@ class RedisLink:
         if entry.number and entry.server in self._seen:
             return entry.number <= self._seen[entry.server]
         return parse_id(entry.id) <= parse_id(self._begin) or self._tail.has(entry.id)
-
-    def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
-        chosen: list[Entry] = []
-        size = 0
-        for entry in entries:
-            size += len(entry.value)
-            if len(chosen) == self._history or size > self._history_size:
-                break
-            if entry.kind in KINDS.values():
-                chosen.append(entry)
-        return chosen[::-1]
 
     def _deliver(self, entries: Sequence[Entry]) -> int:
         """Hand over what these bring that was not there before. How many others were there, by their numbers."""
@@ -2811,15 +2853,9 @@ class RedisLink:
             self._last = entries[-1].id if entries else self._last
             for entry in entries:
                 self._tail.add(entry.id, len(entry.value))
-        self._note_read(seen.get(self._name, 0))
-        return missed
-
-    def _note_read(self, number: int) -> None:
-        """What this server has written up to a number was read, or is lost."""
-        with self._news:
-            while self._unread and self._unread[0][0] <= number:
-                self._unread_size -= self._unread.popleft()[1]
+            self._transit.note_read(seen.get(self._name, 0))
             self._news.notify_all()
+        return missed
 
 
 # ======================================================================================

@@ -139,7 +139,7 @@ class RefusalTest(RedisTestCase):
         with link._news, unittest.mock.patch.object(pywebsock.RedisConnection, "pipeline", refusing):
             for message in expected:
                 link.put(pywebsock.Outgoing(message))
-            link._news.wait_for(lambda: not link._outbox and not link._unread, DEADLINE)
+            link._news.wait_for(lambda: not link._transit, DEADLINE)
         client.send("end")
         self.assertEqual(read_until(client, {"end"}), [*(m for i, m in enumerate(expected) if i not in lost), "end"])
 
@@ -321,7 +321,7 @@ class AwayTest(RedisTestCase):
         eventually(lambda: server._link and server._link.away)
         for _ in range(3):
             self.in_background(fill, server.server_address[1], frame_of("x" * 100) * 10_000, 10_000_000)
-        eventually(lambda: server._link and not server._link._has_room())
+        eventually(lambda: server._link and not server._link._transit.has_room(1))
         self.in_background(pywebsock.log.warning, "locks the handler")
         self.redis.start()
         self.in_background(lambda: eventually(lambda: server._link and not server._link.away))
@@ -329,7 +329,7 @@ class AwayTest(RedisTestCase):
         self.assertIn("x" * 100, heard)
         self.redis.call("CONFIG", "SET", "maxmemory", 1)  # and no line about what was refused begets the next one
         client.send("lost")
-        eventually(lambda: server._link and server._link._refused and not server._link._outbox)
+        eventually(lambda: server._link and server._link._refused and not server._link._transit)
         self.redis.call("CONFIG", "SET", "maxmemory", 0)
         client.send("heard")
         read_until(client, {"heard"})

@@ -155,7 +155,7 @@ class RoomTest(RedisTestCase):
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
         eventually(lambda: server._link and server._link._others_behind)
         client.send("hello")
-        eventually(lambda: server._link and server._link._outbox)
+        eventually(lambda: server._link and server._link._transit)
         return client
 
     def test_waiting_for_another_server(self) -> None:
