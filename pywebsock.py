@@ -2460,9 +2460,11 @@ class Tail:
 
 
 class Transit:
-    """This server's messages on their way to the stream and back; guarded by the link's lock."""
+    """This server's messages on their way to the stream and back; guarded by `news`."""
 
     def __init__(self) -> None:
+        self.name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
+        self.news = threading.Condition()  # notified when something changes; guards more of the link
         self._number = 0  # of the last message put in
         self._waiting: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
         self.size = 0  # bytes of them
@@ -2567,6 +2569,11 @@ class RedisConnection:
         """The command that adds an entry."""
         return serialize_command("XADD", self._stream, "*", name, value)
 
+    def read(self, after: bytes, count: int, seconds: float) -> list[Entry]:
+        """The next entries; waits for one."""
+        options = ("COUNT", count, "BLOCK", int(seconds * 1000))
+        return parse_entries(self.call("XREAD", *options, "STREAMS", self._stream, after))
+
     def last(self, count: int = 1, end: str | bytes = "+") -> list[Entry]:
         """The last entries up to one, backwards."""
         return parse_entries([("", self.call("XREVRANGE", self._stream, end, "-", "COUNT", count))])
@@ -2594,6 +2601,122 @@ class RedisConnection:
         return bool(before != self.length)
 
 
+def say(text: str, *arguments: object) -> None:
+    """Log in a thread of its own: a handler may wait for room, or for a thread that does, and so for the link."""
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        start_new_thread(lambda: log.warning(text, *arguments), ())
+
+
+class StreamReader:
+    """What a server has read of the stream. Its thread alone changes that, in part with the link's lock."""
+
+    def __init__(
+        self,
+        transit: Transit,
+        deliver: Callable[[Iterable[Outgoing]], None],
+        history: tuple[int, int],
+        limit: int,
+    ) -> None:
+        self._transit, self._name, self._news = transit, transit.name, transit.news
+        self._hand_over = deliver  # messages to the server, in the order of the stream
+        self._history = history  # messages, bytes
+        self.others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
+        self.behind = False  # so is this one: more entries are waiting than it asked for
+        self.tail = Tail(limit)
+        self.last = self._begin = b""  # id of the last entry read; of the last that was there at the start
+        self.seen: dict[bytes, int] = {}  # the last number from each server
+        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+
+    def lets_write(self) -> bool:
+        """Whether nobody is behind."""
+        now = time.monotonic()
+        return bool(self.last) and not self.behind and all(now > until for until in self.others_behind.values())
+
+    def read(self, connection: RedisConnection) -> None:
+        """Deliver what has been added to the stream."""
+        if not connection.placed:
+            self.find_place(connection)
+        with self._news:
+            written, place = self._transit.written, self.last
+        entries = connection.read(place, self._count, 0.001 if self.behind else LISTEN_TIME)
+        self._keep_together(connection, len(entries) == self._count)
+        missed = self._deliver(entries)
+        if missed and not connection.last(1, place):  # trimmed, and not refused
+            say("missed %d messages that Redis has no longer", missed)
+        if len(entries) < self._count:
+            with self._news:
+                self._transit.note_read(written)  # or lost
+                self._news.notify_all()
+        if self.tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
+            self.tail.dropped = 0.0
+            connection.trim(self.tail.first)
+        if entries:
+            self._count, connection.length = fitting(entries), -1
+        elif connection.has_changed():  # is it another stream by now?
+            connection.placed = False
+
+    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
+        """Let the others wait while this server is behind."""
+        before, self.behind = self.behind, behind
+        if before or behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
+            list(connection.pipeline([connection.add(name, b"")]))
+
+    def find_place(self, connection: RedisConnection) -> None:
+        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
+        if not self.last:
+            connection.shorten()
+            end = connection.last()
+            self._deliver(choose_history(connection.backwards(), *self._history))
+            self._begin = self.last or (end[0].id if end else b"0-0")
+            self.tail.add(self._begin, 0)
+            self.last = self._begin
+        elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
+            say("Redis has lost the end of the stream")
+            known = (entry.id for entry in connection.backwards() if self._knows(entry))
+            self.last = next(known, b"0-0")
+        connection.placed = True
+
+    def _is_lost(self, connection: RedisConnection) -> bool:
+        """Whether the last entry that was read has gone, and not by trimming."""
+        last = connection.last(1, self.last)
+        if last:
+            return last[0].id != self.last or not self._knows(last[0])
+        return self.last != b"0-0" and not connection.last()
+
+    def _knows(self, entry: Entry) -> bool:
+        """Whether an entry was read, or there before."""
+        if entry.number and entry.server in self.seen:
+            return entry.number <= self.seen[entry.server]
+        return parse_id(entry.id) <= parse_id(self._begin) or self.tail.has(entry.id)
+
+    def _deliver(self, entries: Sequence[Entry]) -> int:
+        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
+        seen, waits, missed = self.seen.copy(), {}, 0
+        messages: list[Outgoing] = []
+        for entry in entries:
+            before = seen.get(entry.server, 0)
+            if entry.kind not in KINDS.values():
+                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
+            elif not entry.number or entry.number > before:
+                messages.append(Outgoing(entry.value, opcode=BINARY if entry.kind == b"binary" else TEXT))
+                if before and before == self.seen.get(entry.server):  # what is left out later was never there
+                    missed += entry.number - before - 1
+                if entry.number:
+                    seen[entry.server] = entry.number
+        self._hand_over(messages)
+        waits.pop(self._name, None)
+        with self._news:
+            self.others_behind.update(waits)
+            self.seen = seen
+            self.last = entries[-1].id if entries else self.last
+            for entry in entries:
+                self.tail.add(entry.id, len(entry.value))
+            self._transit.note_read(seen.get(self._name, 0))
+            self._news.notify_all()
+        return missed
+
+
 class RedisLink:
     """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
 
@@ -2604,24 +2727,16 @@ class RedisLink:
         self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
     ) -> None:
         self._address = parse_redis_url(url)
-        self._hand_over = deliver  # messages to the server, in the order of the stream
-        self._history = history, history_size  # messages, bytes
-        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        works = (self._write, self._read)
-        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
-
-        self._news = threading.Condition()  # guards these, and is notified when they change
         self._transit = Transit()
+        self._name, self._news = self._transit.name, self._transit.news
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
-        self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
-        self._behind = False  # so is this one: more entries are waiting than it asked for
-        self._tail = Tail(max(STREAM_SIZE, 8 * max_message))
-        self._last = self._begin = b""  # id of the last entry read; of the last that was there at the start
         self._stopped = False
         self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
 
-        self._seen: dict[bytes, int] = {}  # the last number from each server; the reader's, as the next one
-        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+        limit = max(STREAM_SIZE, 8 * max_message)
+        self._reader = StreamReader(self._transit, deliver, (history, history_size), limit)
+        works = (self._write, self._reader.read)
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
         self._tries, self._refused = 0, 0  # of the first in the outbox; messages in a row: the writer's
 
     # ---- for the server; put() and wait_for_room() from any thread ----
@@ -2631,12 +2746,12 @@ class RedisLink:
         try:
             connection = RedisConnection(self._address)
             with connection.socket:
-                self._find_place(connection)
+                self._reader.find_place(connection)
         except OSError as error:
             if is_final(error):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
-            self._report("_read", error)
+            self._report("read", error)
         for thread in self._threads:
             thread.start()
 
@@ -2691,7 +2806,7 @@ class RedisLink:
         while not self._stopped:
             try:
                 connection = RedisConnection(self._address)
-                self._connections[who == "_read"] = connection
+                self._connections[who == "read"] = connection
                 with connection.socket:
                     while not self._stopped:
                         work(connection)
@@ -2712,14 +2827,9 @@ class RedisLink:
             self._news.notify_all()
             back = before and not self.away
         if error and not before:
-            self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+            say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
         elif back:
-            self._say("Redis is back")
-
-    def _say(self, text: str, *arguments: object) -> None:
-        """Log in a thread of its own. A handler may wait for room, or for a thread that does, and so for this one."""
-        with contextlib.suppress(RuntimeError):  # there can be no more threads
-            start_new_thread(lambda: log.warning(text, *arguments), ())
+            say("Redis is back")
 
     # ---- the writer ----
 
@@ -2749,113 +2859,24 @@ class RedisLink:
             raise error
 
     def _may_write(self) -> bool:
-        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
-        return self._stopped or bool(self._last) and go and self._transit.may_be_written()
+        return self._stopped or (self._reader.lets_write() and self._transit.may_be_written())
 
     def _settle(self, connection: RedisConnection, replies: list[Any]) -> None:
         """Take out what was accepted, and what was refused."""
         errors = [reply for reply in replies if isinstance(reply, RedisError)]
         with self._news:
-            self._transit.settle(replies, self._seen.get(self._name, 0))
+            self._transit.settle(replies, self._reader.seen.get(self._name, 0))
             full = any(str(error).startswith("OOM") for error in errors)
             if full:
-                self._tail.halve()
+                self._reader.tail.halve()
             self._news.notify_all()
         lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
         if errors and not lost:
-            self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
+            say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
         elif lost and not errors:
-            self._say("Redis accepts messages again, %d are lost", lost)
+            say("Redis accepts messages again, %d are lost", lost)
         if full:  # perhaps of this stream
-            connection.trim(self._tail.first)
-
-    # ---- the reader ----
-
-    def _read(self, connection: RedisConnection) -> None:
-        """Deliver what has been added to the stream."""
-        if not connection.placed:
-            self._find_place(connection)
-        with self._news:
-            written, place = self._transit.written, self._last
-        options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
-        reply = connection.call("XREAD", *options, "STREAMS", self._address.stream, place)
-        entries = parse_entries(reply)
-        self._keep_together(connection, len(entries) == self._count)
-        missed = self._deliver(entries)
-        if missed and not connection.last(1, place):  # trimmed, and not refused
-            self._say("missed %d messages that Redis has no longer", missed)
-        if len(entries) < self._count:
-            with self._news:
-                self._transit.note_read(written)  # or lost
-                self._news.notify_all()
-        if self._tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
-            self._tail.dropped = 0.0
-            connection.trim(self._tail.first)
-        if entries:
-            self._count, connection.length = fitting(entries), -1
-        elif connection.has_changed():  # is it another stream by now?
-            connection.placed = False
-
-    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
-        """Let the others wait while this server is behind."""
-        before, self._behind = self._behind, behind
-        if before or behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
-            list(connection.pipeline([connection.add(name, b"")]))
-
-    def _find_place(self, connection: RedisConnection) -> None:
-        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        if not self._last:
-            connection.shorten()
-            end = connection.last()
-            self._deliver(choose_history(connection.backwards(), *self._history))
-            self._begin = self._last or (end[0].id if end else b"0-0")
-            self._tail.add(self._begin, 0)
-            self._last = self._begin
-        elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
-            self._say("Redis has lost the end of the stream")
-            known = (entry.id for entry in connection.backwards() if self._knows(entry))
-            self._last = next(known, b"0-0")
-        connection.placed = True
-
-    def _is_lost(self, connection: RedisConnection) -> bool:
-        """Whether the last entry that was read has gone, and not by trimming."""
-        last = connection.last(1, self._last)
-        if last:
-            return last[0].id != self._last or not self._knows(last[0])
-        return self._last != b"0-0" and not connection.last()
-
-    def _knows(self, entry: Entry) -> bool:
-        """Whether an entry was read, or there before."""
-        if entry.number and entry.server in self._seen:
-            return entry.number <= self._seen[entry.server]
-        return parse_id(entry.id) <= parse_id(self._begin) or self._tail.has(entry.id)
-
-    def _deliver(self, entries: Sequence[Entry]) -> int:
-        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
-        seen, waits, missed = self._seen.copy(), {}, 0
-        messages: list[Outgoing] = []
-        for entry in entries:
-            before = seen.get(entry.server, 0)
-            if entry.kind not in KINDS.values():
-                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
-            elif not entry.number or entry.number > before:
-                messages.append(Outgoing(entry.value, opcode=BINARY if entry.kind == b"binary" else TEXT))
-                if before and before == self._seen.get(entry.server):  # what is left out later was never there
-                    missed += entry.number - before - 1
-                if entry.number:
-                    seen[entry.server] = entry.number
-        self._hand_over(messages)
-        waits.pop(self._name, None)
-        with self._news:
-            self._others_behind.update(waits)
-            self._seen = seen
-            self._last = entries[-1].id if entries else self._last
-            for entry in entries:
-                self._tail.add(entry.id, len(entry.value))
-            self._transit.note_read(seen.get(self._name, 0))
-            self._news.notify_all()
-        return missed
+            connection.trim(self._reader.tail.first)
 
 
 # ======================================================================================
