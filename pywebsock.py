@@ -38,50 +38,52 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-The parts, bottom-up; the first seven know no sockets, take bytes and give values or raise:
+What to read.  In the first hour, the protocol: the parts up to the opening handshake know no
+sockets and no threads, take bytes, and give values or raise.  In the second, a client's life
+and the engine: Turn, State and WebSocketHandler, Room.  The rest can be left out: HTTP, the
+trace and TLS until they are wanted, housekeeping and server until something is to be changed,
+many machines by whoever has one.
 
-    vocabulary            opcodes, status codes, limits        RFC 6455 5.2, 7.4
+    vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
     errors                what the pure parts raise
     base framing          masking, frames out, frames in       RFC 6455 5
     permessage-deflate    offers, inflating, deflating         RFC 7692
     messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
     opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
-    TLS                   plaintext to records and back        RFC 8446
-    connections           WebSocketHandler: a thread a client  RFC 6455 5.5, 7
-    server                BroadcastServer: one order, fan-out
+    HTTP                  the page, the status, POST           RFC 9110
+    trace                 what passes, drawn as in 5.2
+    settings, log         what can be set, and what is said
+    TLS                   looks like a socket                  RFC 8446
+    Outbox                what one socket has yet to take
+    Turn                  one order for all operations
+    connections           State, WebSocketHandler              RFC 6455 5.5, 7
+    Room                  the clients that get broadcasts
+    housekeeping          deadlines, slow clients, limits
+    server                BroadcastServer
     many machines         servers that share a Redis stream    (RESP2)
     command line          main()
 
-The engine.  Whatever changes what clients see is an *operation*: a broadcast, a frame to
-one client, a client joining or leaving.  Operations go through one queue.  Whoever holds
-the one lock that matters, the *turn*, carries them out: its own and everybody else's.  A
-thread that has queued something tries to take the turn and, where it fails, goes back to
-its client, since the holder will see what it queued.  All consecutive broadcasts found in
-the queue become one buffer, and each client gets one send() for all of them.
+Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
+hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more keep
+the link.  Any other may call broadcast(), send() and close().
 
-Threads.  One accepts (it runs serve_forever), one reads each client (its handler, which
-also runs the hooks for that client), one, the *housekeeper*, looks after slow clients,
-silent clients and timeouts; with --redis, two more keep the link.  Others may call
-broadcast(), send() and close().
+The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
+closing or leaving.  Operations are carried out one at a time, in one order, by whichever
+thread has the *turn*; the class Turn says how, and why nothing is left behind.  Outbox and
+Room belong to the turn: they are touched in it alone, so they have no locks.  Three rules
+hold everywhere:
 
-Locks, and the rules that everything below relies on:
+- A connection's own thread only reads from its socket.  What sends on it, shuts it down or
+  closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
+- In the turn nothing waits, and no hook is called.
+- Locks are taken in the order: turn, then one of the others (the tally of the turn, that of a
+  TLS, the seats, the budget, the pace, the news of the link), which are held alone, for a few
+  instructions.
 
-  R1  Only the holder of the turn touches the client set, sends on the socket of a client
-      that has joined, and changes its backlog.  Before it has joined and after it has
-      left, the client's socket belongs to its own thread alone, which also closes it.
-  R2  The holder never waits: its sends do not block, and no hook runs in the turn.
-  R3  Only the housekeeper waits for the turn, and a handler whose client floods it with
-      frames; all others just try.  What is left in the queue when the turn is given back
-      is seen by the last holder, which looks once more, or promised to the housekeeper.
-  R4  The entrance guards the queue and its tally, for a few instructions at a time.
-  R5  A TLS object has a lock of its own (OpenSSL wants one thread at a time); it is held
-      for work in memory, never while waiting.
-  R6  Locks are taken in the order: turn, TLS or entrance; never the other way round.  Those
-      of the connections (`_fewer`) and of the link (`_news`) are held alone.
-
-Glossary.  client: a WebSocketHandler after its opening handshake.  Room: the clients that
-get broadcasts.  Backlog: what a client's socket did not take yet.  Run: consecutive
-broadcasts sent as one.  Window: the LZ77 window of deflate, 9 to 15 bits, or 0 for plain.
+Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
+the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
+window of deflate, 9 to 15 bits, or 0 without compression.  Slow: with something in its
+outbox.  Holder: the thread that has the turn.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ import urllib.parse
 import zlib
 from _thread import start_new_thread
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, Union
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
@@ -410,26 +412,24 @@ class Inflater:
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=-15)
-        self._finals = 0  # blocks with BFINAL so far; they may stand anywhere (7.2.1), zlib ends at each
+        self._finals = 0  # blocks with BFINAL before; they may stand anywhere (7.2.1), zlib ends at each
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
-        whole = False
         if fin:
             data += SYNC_TAIL + FINAL_BLOCK
         while data:
+            if self._zlib.eof:
+                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
+            if self._finals > MAX_FINALS:
+                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
             try:
                 plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
-            data, whole = self._zlib.unconsumed_tail, self._zlib.eof
-            if whole:
-                data = self._zlib.unused_data
-                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
-            if self._finals > MAX_FINALS:
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
+            data = self._zlib.unconsumed_tail or self._zlib.unused_data
             yield plain
-        if fin and not whole:
+        if fin and not self._zlib.eof:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block")
 
 
@@ -568,33 +568,39 @@ class Budget:
 class Outgoing:
     """A message on its way to clients: one frame without compression, and one for each window in use."""
 
-    __slots__ = ("_deflated", "opcode", "plain", "size", "to")
+    __slots__ = ("_deflated", "_plain", "opcode", "payload", "size", "to")
 
-    def __init__(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
-        """Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
+    def __init__(
+        self, message: Message, to: Iterable[WebSocketHandler] | None = None, opcode: Opcode = Opcode.BINARY
+    ) -> None:
+        """The opcode is that of bytes.
+
+        Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
         self.to = to if to is None else tuple(to)  # the clients that get it; None for all
         if not all(isinstance(client, WebSocketHandler) for client in self.to or ()):
             raise TypeError("a message goes to clients")
         if isinstance(message, str):
-            self.opcode, payload = TEXT, message.encode()
+            self.opcode, self.payload = TEXT, message.encode()
         elif isinstance(message, (bytes, bytearray, memoryview)):
-            self.opcode, payload = BINARY, bytes(message)
+            self.opcode, self.payload = opcode, bytes(message)
         else:
             raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
-        self.size = len(payload)  # bytes
-        self.plain = serialize_frame(self.opcode, payload)
+        self.size = len(self.payload)  # bytes
+        self._plain = b""  # for a link it is never made
         self._deflated: dict[int, bytes] = {}  # by window
 
-    def payload(self) -> bytes:
-        """The payload of the plain frame."""
-        return self.plain[len(self.plain) - self.size :]
+    @property
+    def plain(self) -> bytes:
+        """The frame without compression."""
+        self._plain = self._plain or serialize_frame(self.opcode, self.payload)
+        return self._plain
 
     def frame(self, window: int) -> bytes:
         """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
         if not window or self.size < DEFLATE_THRESHOLD:
-            return self.plain
+            return self._plain or self.plain
         if window not in self._deflated:
-            payload = deflate(self.payload(), window)
+            payload = deflate(self.payload, window)
             shorter = len(payload) < self.size
             self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
         return self._deflated[window]
@@ -612,7 +618,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 FIELD_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}")
+ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:)")
 
 
 class Request(NamedTuple):
@@ -818,7 +824,7 @@ def printable(text: str, limit: int = 200) -> str:
 METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
 
 
-def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
+def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
     server, allowed = client.server, METHODS.get(request.path)
     if not allowed:
@@ -828,7 +834,7 @@ def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
     check_host(request)
     if request.method == "POST":
         check_origin(request, server.origins)
-        take_post(client, request, body)
+        take_post(client, request)
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
     cors = let_page_read(request, server.origins)
     if request.path == "/status":
@@ -841,8 +847,12 @@ def answer(client: WebSocketHandler, request: Request, body: bytes) -> bytes:
 def let_page_read(request: Request, origins: Sequence[str]) -> list[tuple[str, str]]:
     """Fields that let a page read the answer: one that may connect, or one that asks why it may not.
 
-    A browser does not tell a page why its WebSocket was refused. Raises HandshakeError.
+    A browser does not tell a page why its WebSocket was refused. Where page and server have the same
+    origin it does not send that with GET, so a page may say it in the query. Raises HandshakeError.
     """
+    said = re.search("[?&]origin=([^&]*)", request.target)
+    if said and "origin" not in request.headers:
+        request.headers["origin"] = urllib.parse.unquote(said[1])
     try:
         check_origin(request, origins)
     except HandshakeError as error:
@@ -859,7 +869,7 @@ def read_page() -> bytes:
         raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
 
 
-def take_post(client: WebSocketHandler, request: Request, body: bytes) -> None:
+def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
     if server.read_only:
@@ -870,9 +880,181 @@ def take_post(client: WebSocketHandler, request: Request, body: bytes) -> None:
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
         with server._budget.share() as charge:
-            client._call(server.on_post, client, decode_body(request, client._read_body(body, length, charge)))
+            client._call(server.on_post, client, decode_body(request, client._read_body(length, charge)))
     except ProtocolError as error:
         raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
+
+
+# ======================================================================================
+# Trace (RFC 6455 5.2, drawn as it passes)
+# ======================================================================================
+
+LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters that are shown of them
+trace_log = logging.getLogger("pywebsock.trace")
+
+
+class Trace:
+    """Logs what passes on a connection: its opening handshake line by line, each frame taken apart.
+
+    received(data) and sent(data) take the plain bytes of a direction, in whatever pieces.
+    It only looks, and shows what breaks the protocol as it is.
+    """
+
+    def __init__(self, name: str) -> None:
+        ways = self._follow(f"{name} in "), self._follow(f"{name} out")
+        for way in ways:
+            next(way)  # up to where it waits for bytes
+        self.received, self.sent = ways[0].send, ways[1].send
+
+    def _follow(self, name: str) -> Generator[None, bytes, None]:
+        data, skip = b"", 0
+        while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
+            data += yield
+        head, _, data = data.partition(b"\r\n\r\n")
+        for line in head.decode("latin-1").split("\r\n"):
+            trace_log.info("%s %s", name, printable(line))
+        while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
+            data = yield
+        while True:
+            frame = describe_frame(data[skip : skip + 14 + LOOK_AT])
+            if frame:
+                trace_log.info("%s %s", name, frame[0])
+                skip += frame[1]
+            else:
+                data, skip = data[skip:] + (yield), max(0, skip - len(data))
+
+
+class Traced:
+    """The recv, send and shutdown of a socket, or of TLS, under the eyes of a Trace."""
+
+    def __init__(self, transport: Any, name: str) -> None:
+        self._transport, self._trace = transport, Trace(name)
+        self.shutdown = transport.shutdown
+
+    def recv(self, size: int) -> bytes:
+        """As a socket's."""
+        data = bytes(self._transport.recv(size))
+        self._trace.received(data)
+        return data
+
+    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
+        """As a socket's."""
+        sent = int(self._transport.send(data, flags))
+        self._trace.sent(bytes(data[:sent]))
+        return sent
+
+
+def describe_frame(data: bytes) -> tuple[str, int] | None:
+    """A line about the frame at the beginning of `data`, and its length in bytes; None where more are needed."""
+    if len(data) < 2:
+        return None
+    first, second, opcode = data[0], data[1], data[0] & 0x0F
+    extended = {126: 2, 127: 8}.get(second & 0x7F, 0)
+    start = 2 + extended + (4 if second & 0x80 else 0)
+    length = int.from_bytes(data[2 : 2 + extended], "big") if extended else second & 0x7F
+    payload, key = data[start : start + min(length, LOOK_AT)], data[2 + extended : start]
+    if len(data) < start + min(length, LOOK_AT):
+        return None
+    name = Opcode(opcode).name if opcode in OPCODES else "?"
+    size = f"len={length} ({f'7+{8 * extended}' if extended else 7} bits)"
+    fields = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+    mask = f"key={key.hex()}" if key else ""
+    text = describe_payload(first, bytes(apply_mask(payload, key or bytes(4))))
+    return f"{fields} {mask:12} {payload[:4].hex():8} {text}".rstrip(), start + length
+
+
+def describe_payload(first: int, payload: bytes) -> str:
+    """The beginning of a payload; with its close code, or inflated, where the frame's first byte says so."""
+    what = ""
+    if first & 0x0F == CLOSE and payload:
+        code, payload = int.from_bytes(payload[:2], "big"), payload[2:]
+        what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
+    elif first & 0x40:
+        try:
+            what, payload = "inflated ", zlib.decompressobj(wbits=-15).decompress(payload, SHOW + 1)
+        except zlib.error:
+            what = "not deflate "
+    text = payload.decode("latin-1" if first & 0x0F == BINARY else "utf-8", "replace")
+    size = max(size for size in range(SHOW + 1) if len(printable(text, size)) <= SHOW)
+    return what + (f'"{printable(text, size)}"' if text else "") + "..." * (len(text) > size)
+
+
+# ======================================================================================
+# Settings and the log
+# ======================================================================================
+
+
+def check_setting(name: str, value: Any, default: Any) -> Any:
+    """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
+    good, kind, least = True, "", int(name == "max_clients")
+    if isinstance(default, bool):
+        good, kind = isinstance(value, bool), "True or False"
+    elif isinstance(default, (int, float)):
+        whole = isinstance(default, int)
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        good, kind = number and least <= value < float("inf"), f"a {'whole ' * whole}number from {least} on"
+    elif name == "origins":
+        good, kind = isinstance(value, (list, tuple)), 'a list such as ["https://example.com"]'
+    elif name in ("redis", "tls_context"):
+        expected = str if name == "redis" else ssl.SSLContext
+        good, kind = value is None or isinstance(value, expected), f"of the type {expected.__name__}"
+    if not good:
+        raise ValueError(f"{name} must be {kind}, not {value!r}")
+    return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
+
+
+def network_address(bound: str) -> str | None:
+    """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    address = ipaddress.ip_address(bound)
+    if not address.is_unspecified:
+        return None if address.is_loopback else bound
+    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))[: address.version // 3]:
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
+                return str(probe.getsockname()[0])
+        except OSError:
+            pass  # there is no network, or none of this kind
+    return None
+
+
+class Settings:
+    """What keyword arguments set for one server, and a subclass for all of its own."""
+
+    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
+    max_clients = 10_000  # above it: 503
+    origins: Sequence[str] = ()  # see check_origin(); "*" for any
+    read_only = False  # clients may not send: Close 1008, and 403 for a POST
+    compression = True  # permessage-deflate, where a client offers it
+    history = 0  # messages that a new client gets first, with at most half of max_backlog
+    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
+    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
+    ping_timeout = 20.0  # seconds of silence after it: dropped
+    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
+    send_timeout = 30.0  # seconds for which what waits for a client may not move
+    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
+    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
+    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
+    trace = False  # log every handshake and every frame
+
+
+MOST_LINES, LINES_TIME = 20, 10.0  # from one place of this module in so many seconds
+log_lines: dict[int, list[float]] = {}  # by their place: [end of the time, lines in it]
+
+
+def is_no_flood(record: logging.LogRecord) -> bool:
+    """Whether to log a line: a stranger cannot fill the disk. The first one of a new time says what was left out."""
+    now, place = time.monotonic(), log_lines.setdefault(record.lineno, [0.0, 0])
+    if now >= place[0]:
+        if place[1] > MOST_LINES:
+            record.msg = f"{record.msg} ({place[1] - MOST_LINES:.0f} more like this were left out)"
+        place[:] = now + LINES_TIME, 0
+    place[1] += 1
+    return place[1] <= MOST_LINES
+
+
+log.addFilter(is_no_flood)
 
 
 # ======================================================================================
@@ -971,7 +1153,7 @@ class TLS:
 # Outbox: what one connection's socket has yet to take
 # ======================================================================================
 
-READ_SIZE = 256 * 1024  # bytes asked of a socket at once, or given to it
+SEND_SIZE = 64 * 1024  # bytes of many pieces given to a socket at once
 SENDS_AT_ONCE = 16  # to one slow client, before others have the turn
 QUICK_TIME = 0.25  # seconds in which a quick client takes QUICK_SIZE
 QUICK_SIZE = 4 * 1024 * 1024  # bytes
@@ -994,10 +1176,10 @@ class Outbox:
         self._ending = False  # nothing will follow
 
         # Whether senders should give it a moment: a client that takes QUICK_SIZE in QUICK_TIME,
-        # or did so until just now. One that has just joined has shown nothing yet.
-        self._quick_until = 0.0
-        self._quick_size = 0  # bytes taken since then
+        # or whose socket has taken all until just now. One that has just joined has shown nothing yet.
         self._joined = time.monotonic()
+        self._quick_until = 0.0
+        self._quick_size = 0  # bytes taken since it last was
 
     def write(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
         """Send what the socket takes at once of what follows the first `sent` bytes; the rest waits."""
@@ -1010,7 +1192,9 @@ class Outbox:
             self._pieces.append(piece)
             self.size += len(piece)
         if empty:
-            self._quick_size, self._quick_until = 0, time.monotonic() + QUICK_TIME
+            start = time.monotonic()
+            self._quick_until = start + QUICK_TIME if start > self._joined + 4 * QUICK_TIME else 0.0
+            self._quick_size = 0
             self.flush(now)
 
     def flush(self, now: float) -> None:
@@ -1035,7 +1219,7 @@ class Outbox:
         pieces = [memoryview(first)[self._sent :]]
         size = len(pieces[0])
         for piece in itertools.islice(self._pieces, 1, None):
-            if size > READ_SIZE:
+            if size > SEND_SIZE:
                 break
             pieces.append(memoryview(piece))
             size += len(piece)
@@ -1052,8 +1236,7 @@ class Outbox:
             self._quick_size, self._quick_until = 0, time.monotonic() + QUICK_TIME
 
     def _is_quick(self) -> bool:
-        now = time.monotonic()
-        return now < self._quick_until and now > self._joined + 4 * QUICK_TIME
+        return time.monotonic() < self._quick_until
 
     def is_quick_but_behind(self) -> bool:
         """Whether senders should wait for it, a moment at most at a time."""
@@ -1120,13 +1303,15 @@ class Turn:
         self._lock = threading.Lock()  # whoever has it holds the turn
         self._queue: deque[tuple[Any, int]] = deque()  # operations, with the bytes that each counts for
         self._holder = 0  # the thread that has the lock
-        self._promised = False  # the successor is to have it next
+        self._successor = 0  # the thread that waits for it
+        self.promised = False  # the successor is to have it next
         self._retired = False  # there is no successor any more
         self._looks = 0  # that the successor has yet to make; 0 while it sleeps
+        self._errors: deque[Exception] = deque()  # of operations, to be logged by whoever held the turn
 
         self._tally = threading.Lock()  # guards the next three; held for a few instructions
         self._size = 0  # bytes in the queue
-        self._held = False  # senders wait for a client that is behind
+        self.held = False  # senders wait for a client that is behind
         self._space = threading.Event()  # set while senders may go on
         self._space.set()
 
@@ -1147,16 +1332,18 @@ class Turn:
         A client that floods the server with tiny frames waits: parsing them would take the
         interpreter from the holder, at each of its sends.
         """
-        if wait and self._holder != threading.get_ident():
+        if wait:
             with self._lock:
                 self._carry_out()
-        while self._queue and not self._promised:
+        while self._queue and not self.promised:
             if not self._lock.acquire(blocking=False):
                 return
             try:
                 self._carry_out()
             finally:
                 self._lock.release()
+        while self._errors:  # not in the turn: who reads the log may wait for it
+            log.error("an operation failed", exc_info=self._errors.popleft())
 
     def soon(self) -> None:
         """Let what was put wait for more to come; the successor sees to it in a moment if nobody else does."""
@@ -1171,16 +1358,16 @@ class Turn:
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is queued, or a client is behind; whether that has an end."""
-        if self._space.is_set() or self._holder == threading.get_ident():
+        if threading.get_ident() in (self._holder, self._successor):  # for whom others wait
             return True
         return self._space.wait(timeout)
 
     # ---- the holder ----
 
-    def _carry_out(self) -> None:
-        """Carry out what is queued, for TURN_TIME."""
+    def _carry_out(self, seconds: float = TURN_TIME) -> None:
+        """Carry out what is queued, for some time."""
         self._holder = threading.get_ident()
-        until = time.monotonic() + TURN_TIME
+        until = time.monotonic() + seconds
         try:
             while self._queue:
                 self._carry_out_next()
@@ -1189,13 +1376,13 @@ class Turn:
         finally:  # also where Ctrl-C has struck the main thread in here
             self._holder = 0
             if self._queue and not self._retired:
-                self._promised = True
+                self.promised = True
                 self._wake()
 
     def _carry_out_next(self) -> None:
         """Carry out the next operation; where that is a message, with those right behind it."""
         operation, size = self._queue.popleft()
-        held = self._held
+        held = self.held
         try:
             if callable(operation):
                 operation()
@@ -1206,21 +1393,19 @@ class Turn:
                 run.append(operation)
                 size += more
             held = self._deliver(run)
-        except MemoryError:  # the rest of the queue is not to blame
-            log.warning("something was lost: out of memory")
-        except Exception:
-            log.exception("an operation failed")
+        except Exception as error:  # the rest of the queue is not to blame
+            self._errors.append(error)
         finally:
             self._settle(size, held)
 
     def _settle(self, size: int, held: bool) -> None:
         """Take so many bytes off the tally, and tell the senders what they may do."""
-        if held and not self._held:
+        if held and not self.held:
             self._wake()  # the successor looks after the one who is behind
         with self._tally:
             self._size -= size
-            self._held = held and not self._retired
-            if self._held:
+            self.held = held and not self._retired
+            if self.held:
                 self._space.clear()
             elif self._size <= QUEUE_SIZE // 2 and not self._space.is_set():
                 self._space.set()
@@ -1232,15 +1417,16 @@ class Turn:
 
         The work says whether senders should wait a moment longer.
         """
-        self._promised = True
-        with self._lock:
-            self._promised = False
-            try:
-                self._holder = threading.get_ident()
-                self._settle(0, work())
-            finally:
-                self._carry_out()
-        self.run()
+        self.promised, self._successor = True, threading.get_ident()
+        try:
+            with self._lock:
+                self.promised, self._holder = False, self._successor
+                try:
+                    self._settle(0, work())
+                finally:
+                    self._carry_out(10 * TURN_TIME)
+        finally:
+            self.run()
 
     def look(self) -> bool:
         """Carry out what has waited for a moment. Whether to come again after the next one."""
@@ -1251,19 +1437,9 @@ class Turn:
                 self.run()
         return self._looks > 0
 
-    @property
-    def is_promised(self) -> bool:
-        """Whether the successor is to take over now."""
-        return self._promised
-
-    @property
-    def is_held(self) -> bool:
-        """Whether senders wait for a client that is behind."""
-        return self._held
-
     def retire(self) -> None:
         """There is no successor from now on, and senders wait no more."""
-        self._retired, self._promised = True, False
+        self._retired, self.promised = True, False
         self._settle(0, False)
         self.run()
 
@@ -1272,6 +1448,7 @@ class Turn:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
+READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
 MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 
 
@@ -1326,6 +1503,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         # Written by this thread; _unheard by any.
         self._window = 0  # of permessage-deflate, in bits; 0 without
         self._unheard = False  # the server has begun to close, or is about to: nothing more reaches on_message
+        self._rest = b""  # what has come behind the head of the request
         self._pongs: list[bytes] = []  # for the Pings in what is being read
         self._pace = Pace()
         self._quiet_since = math.inf  # when it began to wait for bytes; inf while it does not
@@ -1338,7 +1516,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._pinged_at = math.inf  # when the Ping was sent that is unanswered
         self._late = False  # its request took too long
         self._lost = ""  # why it was given up
-        server._connections[self.request] = server._local.client = self
+        server._connections.handlers[self.request] = server._local.client = self
 
     # ---- for hooks and other threads ----
 
@@ -1366,19 +1544,20 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Serve the connection."""
+        head = False  # whether the response has no body
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request, rest = parse_request(iter(self._read_in_time, None))
-            self.target, self.headers = request.target, request.headers
+            request, self._rest = parse_request(iter(self._read_in_time, None))
+            self.target, self.headers, head = request.target, request.headers, request.method == "HEAD"
             if request.upgrades:
-                self._serve_websocket(request, rest)
+                self._serve_websocket(request)
             else:
-                self._end(answer(self, request, rest))
+                self._end(answer(self, request))
         except HandshakeError as error:
-            self._refuse(error)
+            self._refuse(error, head)
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
-        while self._wait_for_bytes():
+        while not self._lost and self._wait_for_bytes():
             pass  # until the peer ends TCP, too
 
     def _read_in_time(self) -> bytes:
@@ -1405,11 +1584,13 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         finally:
             self._quiet_since = math.inf
 
-    def _read_body(self, body: bytes, length: int, charge: Callable[[int], None]) -> bytes:
+    def _read_body(self, length: int, charge: Callable[[int], None]) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
+        if server._link and server._link.away:
+            raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
         self._deadline += length / READ_SIZE  # one of some size may take its time, but not for ever
-        pieces = bytearray(body)
+        pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             piece = self._read_in_time()
             charge(len(piece))
@@ -1424,12 +1605,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Say the last word, and end the own side when it is sent."""
         self.server._perform(self.server._room.close, self, last, True)
 
-    def _refuse(self, error: HandshakeError) -> None:
+    def _refuse(self, error: HandshakeError, head: bool) -> None:
         """Answer a request that cannot be served."""
-        log.warning("%s refused: %d, %s", self.address, error.status, error)
+        log.warning("%s refused: %d, %s", self.address, error.status, printable(str(error)))
         self.server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
-        self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields))
+        self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
     def _admit(self) -> None:
         """Let the program say who gets in. Raises HandshakeError."""
@@ -1449,7 +1630,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     # ---- in its own thread: as a client ----
 
-    def _serve_websocket(self, request: Request, rest: bytes) -> None:
+    def _serve_websocket(self, request: Request) -> None:
         """Shake hands, join, converse, leave. Raises HandshakeError."""
         server, response = self.server, self._check(request)
         mark = MARK.search(request.target)
@@ -1458,11 +1639,11 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             server._room.compress_history(self._window)
             server._perform(server._room.join, self, response, mark[1] if mark else "")
             log.debug("%s joined: %s", self.address, plural(len(server._clients), "client"))
-            code, reason, last = self._be_client(rest)
+            code, reason, last = self._be_client()
         finally:
             server._free_seat(self)
         reason = self._lost or reason
-        self._end(last)
+        server._perform(server._room.close, self, last, bool(last))
         log.info("%s left: %d %s", self.address, code, printable(reason))
         try:
             server.on_close(self, code, reason)
@@ -1483,12 +1664,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._admit()
         return serialize_response(101, fields)
 
-    def _be_client(self, rest: bytes) -> tuple[int, str, bytes]:
+    def _be_client(self) -> tuple[int, str, bytes]:
         """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
         try:
             self.server.on_open(self)
             self.server._settle()
-            payload = self._converse(rest)
+            payload = self._converse()
             if payload is None:
                 return CloseCode.ABNORMAL_CLOSURE, "", b""
             code, reason = parse_close(payload)
@@ -1502,24 +1683,26 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             code, reason = CloseCode.INTERNAL_ERROR, "internal error"
         return code, reason, serialize_close(code, reason)
 
-    def _converse(self, rest: bytes) -> bytes | None:
+    def _converse(self) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         with self.server._budget.share() as charge:
             reader = MessageReader(self.server.max_message, bool(self._window), charge)
-            for opcode, payload in reader.read(self._pieces(rest, reader)):
-                if opcode == CLOSE:
-                    self._answer_pings()
-                    return bytes(payload)
-                self._hand_on(opcode, payload)
-                if reader.frames > MANY_FRAMES:  # or they would all lie in the queue
-                    reader.frames = 0
-                    self.server._settle(wait=True)
-                del payload  # a client that is silent now must not hold its memory
+            try:
+                for opcode, payload in reader.read(self._pieces(reader)):
+                    if opcode == CLOSE:
+                        return bytes(payload)
+                    self._hand_on(opcode, payload)
+                    if reader.frames > MANY_FRAMES:  # or they would all lie in the queue
+                        reader.frames = 0
+                        self.server._settle(wait=True)
+                    del payload  # a client that is silent now must not hold its memory
+            finally:
+                self._answer_pings()
         return None
 
-    def _pieces(self, data: bytes, reader: MessageReader) -> Iterator[bytes]:
+    def _pieces(self, reader: MessageReader) -> Iterator[bytes]:
         """The bytes that this client sends, as they come. What has come is handled before more is waited for."""
-        data = data or self._wait_for_bytes()
+        data, self._rest = self._rest or self._wait_for_bytes(), b""
         while data:
             reader.frames = 0
             yield data
@@ -1564,12 +1747,15 @@ class Room:
     called. Sockets are sent on, shut down and closed here alone.
     """
 
-    def __init__(self, server: BroadcastServer, wake: Callable[[], None]) -> None:
+    def __init__(self, server: BroadcastServer) -> None:
         self._history_length, self._history_limit = server.history, server.max_backlog // 2  # messages, bytes
         self._close_timeout = server.close_timeout
-        self._wake = wake  # the housekeeper
         self.now = 0.0  # seconds on the housekeeper's clock, which stands while the process does
         self.selector = selectors.DefaultSelector()  # of the slow clients; the housekeeper waits in it
+        self._alarm, self._ring = socket.socketpair()  # wakes it
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        self.selector.register(self._alarm, selectors.EVENT_READ)
         self.slow: set[WebSocketHandler] = set()  # connections that have something in their outbox
         self.messages = self.bytes = self.dropped = 0  # for the status; payload bytes of broadcasts
         self.closing = False  # whoever joins now gets 1001
@@ -1579,7 +1765,19 @@ class Room:
         self._history: deque[Outgoing] = deque()
         self._history_size = 0  # bytes of payload
 
-    # ---- for any thread: these look, and change nothing ----
+    # ---- for any thread: these change nothing ----
+
+    def wake(self) -> None:
+        """Wake the housekeeper."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            self._ring.send(b"!")
+
+    def wait_for_slow(self, seconds: float) -> list[WebSocketHandler]:
+        """For the housekeeper: wait until slow clients can be sent more, or something else is to be done."""
+        ready = [key.data for key, _ in self.selector.select(seconds)]
+        if None in ready:
+            self._alarm.recv(4096)
+        return [client for client in ready if client]
 
     def compress(self, message: Outgoing) -> None:
         """Compress a message for all who are here, so that it need not be done in the turn."""
@@ -1618,16 +1816,21 @@ class Room:
 
     def _fan_out(self, data: bytes, line: dict[WebSocketHandler, Callable[[bytes, int], int]]) -> None:
         """Send the same bytes to many: one send for each. This loop is where the time goes."""
-        size, rest = len(data), []
+        size, rest, broken = len(data), [], []
         for client, send in line.items():
             try:
                 sent = send(data, DONT_WAIT)
-            except OSError:  # it is full, or broken: write() will see
+            except BlockingIOError:
                 sent = 0
+            except OSError as error:
+                broken.append((client, error))
+                continue
             if sent < size:
                 rest.append((client, sent))
         for client, sent in rest:
             self.write(client, [data], sent)
+        for client, why in broken:
+            self._fail(client, why)
 
     def _remember(self, messages: list[Outgoing]) -> None:
         """Keep the last messages for those who join, but no more than they can be given."""
@@ -1661,10 +1864,16 @@ class Room:
         """The one place where trouble with an outbox becomes a drop, and what is left in it a watch."""
         try:
             act(*arguments)
-        except (OSError, MemoryError) as error:
-            self.drop(client, str(error) or "out of memory")
-        else:
             self._watch(client, client._outbox.size > 0)
+        except (OSError, MemoryError) as error:
+            self._fail(client, error)
+
+    def _fail(self, client: WebSocketHandler, error: Exception) -> None:
+        if isinstance(error, (BrokenPipeError, ConnectionResetError)):  # its own thread gets to know by itself
+            client._lost = client._lost or str(error)
+            self.forget(client)
+        else:
+            self.drop(client, str(error) or "out of memory")
 
     def _watch(self, client: WebSocketHandler, slow: bool) -> None:
         """Let the housekeeper look after a connection that has something in its outbox, or no longer."""
@@ -1674,10 +1883,10 @@ class Room:
         if client in line:
             line[client] = send_nothing if slow else client._transport.send
         if slow:
-            self.slow.add(client)
             self.selector.register(client.request, selectors.EVENT_WRITE, client)
+            self.slow.add(client)
             if not DONT_WAIT:
-                self._wake()  # epoll and kqueue take a change while they wait, Windows does not
+                self.wake()  # epoll and kqueue take a change while they wait, Windows does not
         else:
             self.slow.remove(client)
             self.selector.unregister(client.request)
@@ -1700,7 +1909,7 @@ class Room:
 
     def close(self, client: WebSocketHandler, last: bytes, ends: bool = False) -> None:
         """To CLOSING: send the last bytes, a Close or a response; where nothing is awaited, end the own side."""
-        if client._state in (State.CONNECTING, State.OPEN):
+        if client._state is State.OPEN or (client._state is State.CONNECTING and ends):
             self._leave_lines(client)
             client._unheard, client._state = True, State.CLOSING
             client._deadline = self.now + self._close_timeout
@@ -1709,13 +1918,14 @@ class Room:
         if ends and client._state is State.CLOSING:
             self._try(client, client._outbox.end, self.now)
 
-    def drop(self, client: WebSocketHandler, why: str) -> None:
-        """To CLOSED: give a connection up. It is reset, and so its thread wakes up."""
+    def drop(self, client: WebSocketHandler, why: str) -> bool:
+        """To CLOSED: give a connection up. It is reset, and so its thread wakes up: True."""
         if client._state is State.OPEN:
             self.dropped += 1
         client._lost = client._lost or why
         self.forget(client)
         reset(client.request)
+        return True
 
     def forget(self, client: WebSocketHandler) -> None:
         """To CLOSED: nothing is sent to it any more."""
@@ -1723,6 +1933,12 @@ class Room:
         self._watch(client, slow=False)
         client._outbox.clear()
         client._unheard, client._state = True, State.CLOSED
+
+    def stop(self) -> None:
+        """Nobody waits for slow clients any more: those that are left are stuck in a hook."""
+        self.slow.clear()
+        for thing in (self.selector, self._alarm, self._ring):
+            thing.close()
 
     def _leave_lines(self, client: WebSocketHandler) -> None:
         line = self._lines.get(client._window, {})
@@ -1750,11 +1966,184 @@ def reset(connection: socket.socket) -> None:
 
 
 # ======================================================================================
+# Housekeeping
+# ======================================================================================
+
+SPARE_DESCRIPTORS = 32  # of files, for the program itself
+SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
+WAKE_AT_ONCE = 500  # threads whose time is over, so that others can work as well
+
+
+class Connections:
+    """Those that are accepted and not closed, clients or not. Threads add, the turn removes."""
+
+    def __init__(self, max_clients: int) -> None:
+        most = max_clients + max_clients // 10 + SPARE_CONNECTIONS
+        self._most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
+        self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
+        self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
+        self._fewer = threading.Event()  # one has gone since this was cleared
+        self._switch_interval = sys.getswitchinterval()
+
+    def add(self, request: socket.socket, now: float) -> None:
+        """One has been accepted."""
+        self.handlers[request], self.strangers[request] = None, now
+        if len(self.handlers) % 16 == 0:
+            self.adapt_switch_interval()
+
+    def remove(self, request: socket.socket) -> WebSocketHandler | None:
+        """One is about to be closed."""
+        self.strangers.pop(request, None)
+        handler = self.handlers.pop(request, None)
+        if not self._fewer.is_set():
+            self._fewer.set()
+        return handler
+
+    def adapt_switch_interval(self) -> None:
+        """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
+
+        With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
+        The price: a hook that computes without a pause keeps all others waiting for as long.
+        """
+        sys.setswitchinterval(max(self._switch_interval, len(self.handlers) / 2000))
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether one has to go before another is accepted."""
+        return len(self.handlers) >= self._most
+
+    def pop_stranger(self, now: float) -> list[socket.socket]:
+        """The oldest that is no client, if it had time to become one."""
+        for stranger, since in self.strangers.copy().items():
+            if now - since > 1:
+                del self.strangers[stranger]
+                return [stranger]
+            break
+        return []
+
+    def wait_for_fewer(self, shortage: str) -> bool:
+        """Wait a moment until one more could be accepted."""
+        log.warning("cannot accept for now: %s", shortage)
+        return self.wait_for(min(len(self.handlers), self._most) - 1, time.monotonic() + 0.5)
+
+    def wait_for(self, number: int, end: float) -> bool:
+        """Wait until there are no more than so many, or until some time on the clock."""
+        while len(self.handlers) > number and time.monotonic() < end:
+            self._fewer.clear()
+            if len(self.handlers) > number:
+                self._fewer.wait(0.1)  # in slices: a signal may come
+        return len(self.handlers) <= number
+
+
+def raise_file_limit() -> int:
+    """Let the process have as many open files as it may: one for each connection. How many."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return sys.maxsize
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else files
+
+
+class Housekeeper(threading.Thread):
+    """The thread that flushes slow clients, pings silent ones, minds every deadline, and succeeds in the turn.
+
+    Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
+    suspended laptop): so nobody is dropped for a silence that nobody could hear.
+    """
+
+    def __init__(self, settings: BroadcastServer, room: Room, turn: Turn, connections: Connections) -> None:
+        super().__init__(name="housekeeper", daemon=True)
+        self._settings = settings
+        self._room, self._turn, self._connections = room, turn, connections
+        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout", "handshake_timeout"
+        set_to = [float(getattr(settings, timeout)) for timeout in timeouts]
+        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two rounds
+        self._next_round = 0.0
+        self._before = time.monotonic()
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """What the thread does."""
+        while not self._ended.is_set():
+            try:
+                pause = min(self._interval, self._next_round - self._room.now)
+                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else max(pause, MOMENT)
+                ready = self._room.wait_for_slow(pause)
+                self._advance_clock()
+                if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_round:
+                    self._turn.take_over(functools.partial(self._work, ready))
+            except Exception:
+                log.exception("an error in housekeeping")
+                self._ended.wait(self._interval)
+
+    def stop(self) -> None:
+        """End the thread. Nobody succeeds in the turn any more."""
+        self._ended.set()
+        if self.is_alive():
+            self._room.wake()
+            self.join()
+        self._turn.retire()
+        self._room.stop()
+
+    def _advance_clock(self) -> None:
+        now = time.monotonic()
+        passed, self._before = now - self._before, now
+        self._room.now += min(passed, self._interval)
+        if passed > 3 * self._interval:  # the process stood: first its threads hear what has come meanwhile
+            self._next_round = self._room.now + self._interval
+
+    def _work(self, ready: Iterable[WebSocketHandler]) -> bool:
+        """In the turn: send more to those who can take it; once in a while look at everybody."""
+        for client in ready:
+            self._room.flush(client)
+        now, woken = self._room.now, 0
+        if now >= self._next_round:
+            self._connections.adapt_switch_interval()
+            for handler in self._connections.handlers.copy().values():
+                if handler and woken < WAKE_AT_ONCE:
+                    woken += self._look_after(handler, now)
+            self._next_round = now + (self._interval if woken < WAKE_AT_ONCE else 10 * MOMENT)
+        return self._room.should_wait()
+
+    def _look_after(self, client: WebSocketHandler, now: float) -> bool:
+        """Every deadline of a connection; whether its thread wakes up."""
+        outbox, state = client._outbox, client._state
+        if state is State.OPEN:
+            if outbox.size and now - outbox.moved > self._settings.send_timeout:
+                return self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
+            return self._settings.ping_interval > 0 and self._keep_alive(client, now)
+        if now <= client._deadline:
+            return False
+        if state is State.CLOSING or client._late:
+            return self._room.drop(client, "it did not end the connection in time")
+        if state is State.CONNECTING and client._quiet_since <= now:
+            client._late, client._deadline = True, now + self._settings.close_timeout
+            shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
+            return True
+        return False
+
+    def _keep_alive(self, client: WebSocketHandler, now: float) -> bool:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
+        outbox = client._outbox
+        silence = now - max(client._quiet_since, outbox.moved if outbox.size else 0.0)
+        if silence <= self._settings.ping_interval:
+            client._pinged_at = math.inf
+        elif now - client._pinged_at > self._settings.ping_timeout:
+            return self._room.drop(client, f"it was silent for {silence:.0f} s")
+        elif client._pinged_at == math.inf and not outbox.size:
+            client._pinged_at = now
+            self._room.write(client, [serialize_frame(PING, b"")])
+        return False
+
+
+# ======================================================================================
 # Server
 # ======================================================================================
 
-SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-SPARE_DESCRIPTORS = 32  # of files, that no connection gets
 MARK = re.compile("[?&]mark=([0-9a-f]{1,32})(?:&|$)")
 
 
@@ -1763,21 +2152,21 @@ class Pace:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._due = 0.0  # when the next one may come
+        self._due = 0.0  # when the next one would come at an even pace
 
     def wait(self, rate: float, most: float = math.inf) -> bool:
         """Wait until the next message may come; not at all where that takes too many seconds."""
         with self._lock:
             now = time.monotonic()
-            due = max(self._due, now - 1) + 1 / rate
-            if due - now > most:
+            wait = max(0.0, self._due - now - max(0.0, 1 - 1 / rate))
+            if wait > most:
                 return False
-            self._due = due
-        time.sleep(max(0.0, due - now))
+            self._due = max(self._due, now) + 1 / rate
+        time.sleep(wait)
         return True
 
 
-class BroadcastServer(socketserver.ThreadingTCPServer):
+class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     """Sends each message that a client sends to all clients, in one order for all.
 
     Methods for the caller, besides those of socketserver:
@@ -1793,27 +2182,8 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
     - admit(client), on_open(client), on_message(client, message), on_post(client, message),
       on_close(client, code, reason)
 
-    Settings are the class attributes that follow; keyword arguments set them for one server.
+    Settings are the attributes of the class Settings; keyword arguments set them for one server.
     """
-
-    # ---- settings: bytes, seconds, numbers ----
-
-    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
-    max_clients = 10_000  # above it: 503
-    origins: Sequence[str] = ()  # see check_origin(); "*" for any
-    read_only = False  # clients may not send: Close 1008, and 403 for a POST
-    compression = True  # permessage-deflate, where a client offers it
-    history = 0  # messages that a new client gets first, with at most half of max_backlog
-    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
-    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
-    ping_timeout = 20.0  # seconds of silence after it: dropped
-    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
-    send_timeout = 30.0  # seconds for which what waits for a client may not move
-    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
-    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
-    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
-    trace = False  # log every handshake and every frame
 
     # ---- of socketserver ----
 
@@ -1837,40 +2207,32 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             if name.startswith("_") or callable(getattr(type(self), name, print)):
                 raise TypeError(f"there is no setting {name!r}")
             setattr(self, name, value)
-        self.origins = tuple(map(parse_origin, self.origins))
+        for name, default in vars(Settings).items():
+            if not name.startswith("_"):
+                setattr(self, name, check_setting(name, getattr(self, name), default))
         self._prepare()
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         try:
             super().__init__(server_address, RequestHandlerClass, bind_and_activate)
         except BaseException:
-            self._end_housekeeping()
+            self._housekeeper.stop()
             raise
 
     def _prepare(self) -> None:
         self._started = time.time()
-        self._alarm, self._ring = socket.socketpair()  # wakes the housekeeper
-        self._room = Room(self, self._wake_housekeeper)
-        self._turn = Turn(self._room.deliver, self._wake_housekeeper)
+        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
+        self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
+        self._room = Room(self)
+        self._turn = Turn(self._room.deliver, self._room.wake)
+        self._connections = Connections(self.max_clients)
+        self._housekeeper = Housekeeper(self, self._room, self._turn, self._connections)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose thread this is
         self._seats = threading.Lock()  # guards the next one
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
-
-        # Connections that are accepted and not closed, oldest first, each with its handler once its
-        # thread has begun. Threads add, the turn removes.
-        self._connections: dict[socket.socket, WebSocketHandler | None] = {}
-        self._strangers: dict[socket.socket, float] = {}  # those that are no clients yet, and since when
-        self._most = self._most_connections()
-        self._fewer = threading.Event()  # one has gone since this was cleared
-        self._switch_interval = sys.getswitchinterval()
-
-        self._ended = False  # the housekeeper is to stop
-        self._housekeeper = threading.Thread(target=self._keep_house, name="housekeeper", daemon=True)
-        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
 
     # ---- hooks ----
 
@@ -1903,13 +2265,14 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         Waits while too much is queued, never for one slow client; in a hook, what is said in
         quick succession goes out together. Raises TypeError for anything but str and bytes.
         """
-        outgoing = Outgoing(message, to)
+        outgoing, client = Outgoing(message, to), getattr(self._local, "client", None)
         if self._link and to is None:
             self._link.put(outgoing)
-            self._settle()
+            if not client or client._state is not State.CONNECTING:  # a POST has waited before
+                self._settle()
             return
         self._queue(outgoing)
-        if getattr(self._local, "client", None) and self._turn.has_space:
+        if client and self._turn.has_space:
             self._turn.soon()  # the connection's thread takes the turn when it has handled what it read
         else:
             self._settle()
@@ -1927,13 +2290,19 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             "messages": self._room.messages,
             "bytes": self._room.bytes,
             "uptime": round(time.time() - self._started, 3),
-            "connections": len(self._connections),
+            "connections": len(self._connections.handlers),
             "refused": self._refused,
             "dropped": self._room.dropped,
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
             "version": __version__,
+            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }
+
+    def _url(self, host: str | None) -> str | None:
+        """Of the page, by a name or an address of this machine."""
+        where = f"[{host}]" if host and ":" in host else host
+        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
 
     # ---- what connections and the link call, each in its own thread ----
 
@@ -1954,9 +2323,9 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
         """Hold a sender back while too much is on its way. Its socket is not read meanwhile: TCP makes it wait, too."""
-        if not self._turn.wait_for_space(timeout):
+        if self._link and not self._link.wait_for_room(timeout):
             return False
-        return not self._link or self._link.wait_for_room(timeout)
+        return self._turn.wait_for_space(timeout)
 
     def _take_from_link(self, messages: Iterable[Outgoing]) -> None:
         """Messages of all servers, in the order of the stream."""
@@ -1970,7 +2339,7 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             if len(self._clients) >= self.max_clients:
                 raise HandshakeError(503, f"there are {self.max_clients} clients already")
             self._clients.add(client)
-        self._strangers.pop(client.request, None)
+        self._connections.strangers.pop(client.request, None)
 
     def _free_seat(self, client: WebSocketHandler) -> None:
         with self._seats:
@@ -1981,97 +2350,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if not DONT_WAIT:
             request.setblocking(False)
         transport: Any = TLS(request, self.tls_context) if self.tls_context else request
-        return transport
+        return Traced(transport, address) if self.trace else transport
 
-    # ---- the housekeeper ----
+    # ---- connections, as socketserver has it ----
 
     def server_activate(self) -> None:
         """Called by the constructor: listen."""
+        self._housekeeper.start()
         if self._link:
             self._link.start()
         super().server_activate()
-        self._room.selector.register(self._alarm, selectors.EVENT_READ)
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
-        self._housekeeper.start()
-
-    def _keep_house(self) -> None:
-        """The housekeeper's thread: flush slow clients, ping silent ones, drop dead ones, succeed in the turn."""
-        limits = (self.ping_interval, self.ping_timeout, self.send_timeout, self.close_timeout, self.handshake_timeout)
-        interval = min(1.0, *[limit / 4 for limit in limits if limit > 0])
-        before, next_look = time.monotonic(), 0.0
-        while not self._ended:
-            try:
-                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.is_held else interval
-                ready = [key.data for key, _ in self._room.selector.select(pause)]
-                if None in ready:
-                    self._alarm.recv(4096)
-                now = time.monotonic()
-                if now - before > 3 * interval:  # the process stood still: first let others hear what came meanwhile
-                    next_look = self._room.now + interval
-                self._room.now += min(now - before, interval)
-                before = now
-                look = self._room.now >= next_look
-                if look:
-                    next_look = self._room.now + interval
-                if look or ready or self._turn.is_promised or self._turn.is_held:
-                    self._turn.take_over(functools.partial(self._work, ready, look))
-            except Exception:
-                log.exception("an error in housekeeping")
-                self._fewer.wait(interval)
-
-    def _work(self, ready: Iterable[WebSocketHandler | None], look: bool) -> bool:
-        """The housekeeper's work, in the turn."""
-        for client in ready:
-            if client:
-                self._room.flush(client)
-        for client in tuple(self._connections.copy().values()) if look else ():
-            if client:
-                self._look_after(client, self._room.now)
-        return self._room.should_wait()
-
-    def _look_after(self, client: WebSocketHandler, now: float) -> None:
-        """Every deadline of a connection, in the turn."""
-        outbox, state = client._outbox, client._state
-        if state is State.OPEN:
-            if outbox.size and now - outbox.moved > self.send_timeout:
-                self._room.drop(client, f"it took nothing for {self.send_timeout:g} s")
-            elif self.ping_interval:
-                self._keep_alive(client, now)
-        elif state is State.CLOSING or client._late:
-            if now > client._deadline:
-                self._room.drop(client, "it did not end the connection in time")
-        elif state is State.CONNECTING and now > client._deadline and client._quiet_since <= now:
-            client._late, client._deadline = True, now + self.close_timeout
-            shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
-
-    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        silence = now - max(client._quiet_since, client._outbox.moved if client._outbox.size else 0.0)
-        if silence <= self.ping_interval:
-            client._pinged_at = math.inf
-        elif client._pinged_at < math.inf:
-            if now - client._pinged_at > self.ping_timeout:
-                self._room.drop(client, f"it was silent for {silence:.0f} s")
-        elif not client._outbox.size:
-            client._pinged_at = now
-            self._room.write(client, [serialize_frame(PING, b"")])
-
-    def _wake_housekeeper(self) -> None:
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
-
-    def _end_housekeeping(self) -> None:
-        self._ended = True
-        if self._housekeeper.is_alive():
-            self._wake_housekeeper()
-            self._housekeeper.join()
-        self._room.slow.clear()  # of those whose threads are still stuck in a hook
-        self._turn.retire()
-        for thing in (self._room.selector, self._alarm, self._ring):
-            thing.close()
-
-    # ---- connections, as socketserver has it ----
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
@@ -2079,61 +2367,27 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 
-    def _most_connections(self) -> int:
-        """How many there may be at once; some file descriptors are left for the program itself."""
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
-        return max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
-
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
         try:
-            if len(self._connections) >= self._most:
-                self._make_way()
+            if self._connections.are_too_many:
+                self._perform(self._reset, *self._connections.pop_stranger(self._room.now))
+                if not self._connections.wait_for_fewer("too many connections"):
+                    raise BlockingIOError
             return super().get_request()
-        except MemoryError:
-            self._wait_for_fewer("out of memory")
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._wait_for_fewer(str(error.strerror))
-            raise
-        raise OSError("not now")
-
-    def _make_way(self) -> None:
-        """Wait until there is one connection less. Raises OSError where none goes."""
-        request, since = next(iter(self._strangers.copy().items()), (None, math.inf))
-        if self._room.now - since > 1:  # others shake hands at this very moment
-            self._perform(self._shed, request)
-        if not self._wait_for_fewer(f"there are {self._most} connections"):
-            raise OSError("not now")
-
-    def _shed(self, request: socket.socket) -> None:
-        """Operation: end a connection that is no client."""
-        if self._strangers.pop(request, None) is not None:
-            reset(request)
-
-    def _wait_for_fewer(self, shortage: str) -> bool:
-        """Wait a moment for a connection to go."""
-        log.warning("cannot accept for now: %s", shortage)
-        self._fewer.clear()
-        return self._fewer.wait(0.5)
+        except (OSError, MemoryError) as error:
+            if getattr(error, "errno", errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._connections.wait_for_fewer(str(error) or "out of memory")
+            raise OSError("not now") from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
-        self._connections[request], self._strangers[request] = None, self._room.now
-        self._adapt_switch_interval()
+        self._connections.add(request, self._room.now)
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:  # there can be no more threads
-            self._wait_for_fewer(str(error))
+            self._connections.wait_for_fewer(str(error))
             self.shutdown_request(request)
-
-    def _adapt_switch_interval(self) -> None:
-        """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
-
-        With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
-        The price: a hook that computes without a pause keeps all others waiting for as long.
-        """
-        sys.setswitchinterval(max(self._switch_interval, min(1.0, len(self._connections) / 5000)))
 
     def shutdown_request(self, request: Any) -> None:
         """Called by socketserver when a connection's thread has done: close it, in the turn like all else."""
@@ -2141,14 +2395,16 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
 
     def _leave(self, request: socket.socket) -> None:
         """Operation: nobody sends to it any more, so its file descriptor may go."""
-        self._strangers.pop(request, None)
-        client = self._connections.pop(request, None)
+        client = self._connections.remove(request)
         if client:
             self._room.forget(client)
-        super().shutdown_request(request)
-        self._adapt_switch_interval()
-        if not self._fewer.is_set():
-            self._fewer.set()
+        self.close_request(request)
+
+    def _reset(self, *requests: socket.socket) -> None:
+        """Operation: give connections up, where they have not ended; their threads wake up."""
+        for request in requests:
+            if request in self._connections.handlers:
+                reset(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection's thread has failed: that is an error of this program."""
@@ -2168,47 +2424,20 @@ class BroadcastServer(socketserver.ThreadingTCPServer):
         if self._link:
             self._link.stop(self.close_timeout / 2)
         self._perform(self._say_goodbye)
-        if not self._wait_for_none(end):
-            self._perform(self._reset_all)
-            self._wait_for_none(time.monotonic() + 0.5)
-        self._end_housekeeping()
-
-    def _wait_for_none(self, end: float) -> bool:
-        """Wait until there are no connections, but for the one whose thread this is."""
         own = 1 if getattr(self._local, "client", None) else 0
-        while len(self._connections) > own and time.monotonic() < end:
-            self._fewer.clear()
-            if len(self._connections) > own:
-                self._fewer.wait(min(0.1, max(0.0, end - time.monotonic())))  # in slices: a signal may come
-        return len(self._connections) <= own
+        if not self._connections.wait_for(own, end):
+            self._perform(self._reset, *self._connections.handlers.copy())
+            self._connections.wait_for(own, time.monotonic() + 0.5)
+        self._housekeeper.stop()
 
     def _say_goodbye(self) -> None:
         """Operation: 1001 for everybody, and for those who are just joining."""
         self._room.closing = True
-        for request, client in self._connections.copy().items():
+        for request, client in self._connections.handlers.copy().items():
             if client and client._state is State.OPEN:
                 self._room.close(client, serialize_close(CloseCode.GOING_AWAY))
             elif not client or client._state is State.CONNECTING:
                 shut(request, socket.SHUT_RD)  # whoever has not said what it wants will not be heard
-
-    def _reset_all(self) -> None:
-        """Operation: give up those that have not ended."""
-        for request in self._connections.copy():
-            reset(request)
-
-
-def raise_file_limit() -> int:
-    """Let the process have as many open files as it may: one for each connection. How many."""
-    try:
-        import resource  # not on Windows
-
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return files if files != resource.RLIM_INFINITY else sys.maxsize
-    except ImportError:
-        return sys.maxsize
 
 
 def plural(number: int, noun: str) -> str:
@@ -2220,29 +2449,38 @@ def plural(number: int, noun: str) -> str:
 # Many machines (Redis streams; its protocol, RESP2)
 #
 # With a link to a stream in Redis any number of servers are one room. The seam is where a
-# message is accepted into the order, BroadcastServer.accept(): without a link that is the
-# queue; with one, the message goes to the stream and comes back from there, like those of
-# all other servers, in the one order of the stream. Whoever reads about one server can
+# message is accepted into the order, BroadcastServer.broadcast(): without a link that is
+# the queue; with one, the message goes to the stream and comes back from there, like those
+# of all other servers, in the one order of the stream. Whoever reads about one server can
 # stop here.
 #
 # An entry of the stream has one field, whose name is server:number:kind. Where a connection
 # fails, nobody knows which entries arrived, so those without an answer are written once
 # more, and every server passes over the numbers that it has seen. So nothing is lost and
-# nothing comes twice, as long as Redis itself loses nothing. A number that is left out was
-# trimmed or lost. A server that the others leave behind adds entries of the kinds "wait",
-# lest they write what it cannot read before it is trimmed, and in the end "go".
+# nothing comes twice, as long as Redis itself loses nothing. An entry that Redis refuses is
+# gone, and its number with it. A server that the others leave behind adds entries of the
+# kind "wait", so that what it has not read is not trimmed, and in the end "go".
 # ======================================================================================
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
+STREAM_SIZE = 128 * 1024 * 1024  # bytes of them, about; where messages may be very large, eight of those
+TRIM_PART = 1 / 16  # of the limits: with so much more it is trimmed
 IN_FLIGHT = 1000  # entries of this server that it may have yet to read; with more to write, senders wait
 WRITE_MOST, READ_MOST = 100, 300  # entries at once
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
+MAX_TRIES = 3  # connections that end without an answer to a large entry: then it is to blame
 MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
+ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
 ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
+MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
 NOT_REDIS = "what answers is not Redis"
+PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")  # answers of a Redis to wait for
+REFUSING = ("OOM", "ERR")  # answers that concern an entry; all others, the state of Redis: READONLY, MISCONF
+
+# ---- the protocol: pure ----
 
 
 class RedisError(OSError):
@@ -2259,6 +2497,16 @@ class RedisAddress(NamedTuple):
     password: str
     database: int
     stream: str
+
+
+class Entry(NamedTuple):
+    """An entry of the stream: one message, or a word from a server to the others."""
+
+    id: bytes
+    server: bytes  # empty where somebody else has added it
+    number: int  # among those of its server; 0 for what is no message of a server
+    kind: bytes
+    value: bytes
 
 
 def parse_redis_url(url: str) -> RedisAddress:
@@ -2304,16 +2552,82 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
     return bulk[:-2]
 
 
-def parse_entries(reply: Any) -> list[tuple[bytes, bytes, bytes]]:
-    """The reply to XREAD as (id, name, value) of each entry's first field. Raises RedisError."""
+def parse_entries(reply: Any) -> list[Entry]:
+    """The reply to XREAD: of each entry, the first field. Raises RedisError."""
     try:
-        return [(entry, fields[0], fields[1]) for _, entries in reply or () for entry, fields in entries]
-    except (TypeError, ValueError, IndexError):
+        return [parse_entry(*entry, *fields[:2]) for _, entries in reply or () for *entry, fields in entries]
+    except (TypeError, ValueError):
         raise RedisError(NOT_REDIS) from None
 
 
+def parse_entry(entry: bytes, name: bytes, value: bytes) -> Entry:
+    """Whoever has access to Redis may add text. Raises ValueError, TypeError."""
+    parse_id(entry)
+    if not isinstance(value, bytes):
+        raise TypeError("not the value of an entry")
+    match = ENTRY_NAME.fullmatch(name)
+    server, number, kind = match.groups() if match else (b"", b"0", b"text")
+    if kind == b"text" and not value.isascii():
+        try:
+            value.decode()
+        except UnicodeDecodeError:
+            value = value.decode(errors="replace").encode()
+    return Entry(entry, server, int(number), kind, value)
+
+
+def parse_id(entry: bytes) -> tuple[int, int]:
+    """An entry's id: milliseconds, and a number within them. Raises ValueError, TypeError."""
+    match = ENTRY_ID.fullmatch(entry)
+    if not match:
+        raise ValueError("not the id of an entry")
+    return int(match[1]), int(match[2])
+
+
+def is_final(error: OSError) -> bool:
+    """Whether an error at the start will not go away by itself."""
+    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(PASSING)
+
+
+def fitting(entries: Sequence[Entry]) -> int:
+    """How many entries like these have about RUN_SIZE bytes."""
+    size = sum([len(entry.value) + 1 for entry in entries])
+    return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
+
+
+class Tail:
+    """The last entries, as many as the stream is to keep: for their number and their bytes there are limits."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit  # bytes
+        self._entries: deque[tuple[bytes, int]] = deque()  # ids and sizes
+        self._size = 0
+        self.dropped = 0.0  # since somebody set it to 0, as a part of the limits
+
+    def add(self, entry: bytes, size: int) -> None:
+        """One more entry, whose id this is."""
+        self._entries.append((entry, size))
+        self._size += size
+        while len(self._entries) > 1 and (self._size > self._limit or len(self._entries) > STREAM_LENGTH):
+            size = self._entries.popleft()[1]
+            self._size -= size
+            self.dropped += max(size / self._limit, 1 / STREAM_LENGTH)
+
+    def halve(self) -> None:
+        """From now on, keep half as much: Redis is out of memory."""
+        self._limit = max(self._size // 2, RUN_SIZE)
+        self.add(*self._entries.pop())
+
+    @property
+    def first(self) -> bytes:
+        """The id of the oldest entry to keep."""
+        return self._entries[0][0]
+
+
+# ---- the link ----
+
+
 class RedisConnection:
-    """A connection that has said who it is; for one thread. Raises OSError everywhere, of which RedisError is one."""
+    """A connection that has said who it is, and has been answered; for one thread. Raises OSError everywhere."""
 
     def __init__(self, address: RedisAddress) -> None:
         self.placed = False  # for its reader: whether it knows where in the stream to go on
@@ -2324,53 +2638,75 @@ class RedisConnection:
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
             credentials = (address.user, address.password) if address.user else (address.password,)
             if any(credentials):
-                self.call(serialize_command("AUTH", *credentials))
+                self.call("AUTH", *credentials)
             if address.database:
-                self.call(serialize_command("SELECT", address.database))
+                self.call("SELECT", address.database)
+            self.length = self.call("XLEN", address.stream)  # of the stream, when last asked for
+            if not isinstance(self.length, int):
+                raise RedisError(NOT_REDIS)
         except BaseException:
             self.socket.close()
             raise
 
-    def call(self, *commands: bytes) -> list[Any]:
-        """Send commands in one go; their replies. Raises the first RedisError among them or in an EXEC's."""
+    def call(self, *words: str | bytes | int) -> Any:
+        """The reply to a command. Raises RedisError where that is an error."""
+        reply = self.ask(*words)
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    def ask(self, *words: str | bytes | int) -> Any:
+        """The reply to a command, an error too."""
+        (reply,) = self.pipeline([serialize_command(*words)])
+        return reply
+
+    def pipeline(self, commands: Sequence[bytes]) -> Iterator[Any]:
+        """Send commands in one go. Their replies one by one, errors too."""
         data = memoryview(b"".join(commands))
         try:
-            while data:  # the time is for each piece: a long message may take its time
-                data = data[self.socket.send(data) :]
+            with contextlib.suppress(OSError):  # what has been answered until then counts
+                while data:  # the time is for each piece: a long message may take its time
+                    data = data[self.socket.send(data) :]
             with self.socket.makefile("rb") as file:  # no reply comes before its command
-                replies = [parse_reply(file) for _ in commands]
+                for _ in commands:
+                    yield parse_reply(file)
         except socket.timeout:
             raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
-        for reply in replies:
-            for part in reply if isinstance(reply, list) else [reply]:
-                if isinstance(part, RedisError):
-                    raise part
-        return replies
 
 
 class RedisLink:
-    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it."""
+    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
 
-    def __init__(self, server: BroadcastServer, url: str) -> None:
-        self._server = server
+    Neither waits for a sender, nor for a log's handler, which may be one.
+    """
+
+    def __init__(
+        self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
+    ) -> None:
         self._address = parse_redis_url(url)
+        self._hand_over = deliver  # messages to the server, in the order of the stream
+        self._history, self._history_size = history, history_size  # messages, bytes
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
+        works = (self._write, self._read)
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
 
         self._news = threading.Condition()  # guards these, and is notified when they change
-        self._outbox: deque[bytes] = deque()  # XADD commands without an answer yet
+        self._outbox: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
         self._waiting = 0  # bytes in it
+        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
+        self._unread_size = 0  # bytes of them
         self._number = 0  # of the last message put in
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
-        self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
-        self._stopped = False
-
-        # Written by the reader alone.
-        self._last = b""  # id of the last entry read
-        self._seen: dict[bytes, int] = {}  # the last number from each server
-        self._count = 1  # entries to ask for: about RUN_SIZE bytes
-        self._behind = False  # there were as many: more are waiting
         self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
+        self._behind = False  # so is this one: more entries are waiting than it asked for
+        self._tail = Tail(max(STREAM_SIZE, 8 * max_message))
+        self._last = b""  # id of the last entry read
+        self._stopped = False
+        self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
+
+        self._seen: dict[bytes, int] = {}  # the last number from each server; the reader's, as the next one
+        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+        self._tries, self._refused = 0, 0  # of the first in the outbox; messages in a row: the writer's
 
     # ---- for the server; put() and wait_for_room() from any thread ----
 
@@ -2386,47 +2722,55 @@ class RedisLink:
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
             self._report("_read", error)
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
+
+    @property
+    def away(self) -> bool:
+        """Whether Redis cannot be reached, or does not do what it is asked for. Any thread."""
+        return bool(self._failing)
 
     def put(self, message: Outgoing) -> None:
         """Send a message on its way."""
-        kind = b"text" if message.opcode == TEXT else b"binary"
         with self._news:
             self._number += 1
-            name = b"%b:%d:%b" % (self._name, self._number, kind)
-            add = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, message.payload())
-            self._outbox.append(serialize_command(*add))
-            self._waiting += len(self._outbox[-1])
+            self._outbox.append((self._number, message))
+            self._waiting += message.size + MESSAGE_COST
             self._news.notify_all()
 
-    def wait_for_room(self) -> None:
-        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too."""
-        if self._fullness() > 1:
-            with self._news:
-                self._news.wait_for(lambda: self._fullness() <= 0.5 or self._stopped)
+    def wait_for_room(self, timeout: float | None = None) -> bool:
+        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too.
 
-    def _fullness(self) -> float:
-        """Above 1 senders wait."""
-        return max(self._waiting / QUEUE_SIZE, len(self._outbox) / IN_FLIGHT)
+        Whether that has an end. With a timeout, Redis is not waited for while it is away.
+        """
+        if threading.current_thread() in self._threads:  # for which all others wait
+            return True
+        if self._has_room():
+            return timeout is None or not self.away
+
+        def enough() -> bool:
+            return self._stopped or self._has_room(0.5) or (timeout is not None and self.away)
+
+        with self._news:
+            return self._news.wait_for(enough, timeout) and (timeout is None or not self.away)
+
+    def _has_room(self, fullness: float = 1.0) -> bool:
+        return self._waiting <= QUEUE_SIZE * fullness and len(self._outbox) <= IN_FLIGHT * fullness
 
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
-            number = self._number
-            if not self._news.wait_for(lambda: self._returned() >= number, seconds):
-                log.warning("Redis did not bring back %d messages", number - self._returned())
+            self._news.wait_for(lambda: not self._outbox and not self._unread, seconds)
+            left = len(self._outbox) + len(self._unread)
             self._stopped = True
             self._news.notify_all()
-        for connection in tuple(self._connections.values()):
-            shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
+        if left:
+            log.warning("Redis did not bring back %d messages", left)
+        for connection in self._connections:
+            if connection:
+                shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
         for thread in self._threads:
-            if thread.is_alive():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
-
-    def _returned(self) -> int:
-        """The number of the last message of this server that has come back."""
-        return self._seen.get(self._name, 0)
 
     # ---- in the link's threads ----
 
@@ -2435,13 +2779,14 @@ class RedisLink:
         who, delay = work.__name__, 0.0
         while not self._stopped:
             try:
-                connection = self._connections[who] = RedisConnection(self._address)
+                connection = RedisConnection(self._address)
+                self._connections[who == "_read"] = connection
                 with connection.socket:
                     while not self._stopped:
                         work(connection)
                         self._report(who)
                         delay = 0.0
-            except (OSError, MemoryError) as error:
+            except Exception as error:
                 if delay and not self._stopped:
                     self._report(who, error)
             with self._news:
@@ -2451,92 +2796,196 @@ class RedisLink:
     def _report(self, who: str, error: Exception | None = None) -> None:
         """Log once that Redis is away, and once that it is back."""
         with self._news:
-            before = bool(self._failing)
+            before = self.away
             (self._failing.add if error else self._failing.discard)(who)
-            if error and not before:
-                log.warning("Redis is away, senders wait: %s", printable(str(error) or "out of memory"))
-            if before and not self._failing:
-                log.warning("Redis is back")
+            self._news.notify_all()
+            back = before and not self.away
+        if error and not before:
+            self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+        elif back:
+            self._say("Redis is back")
+
+    def _say(self, text: str, *arguments: object) -> None:
+        """Log in a thread of its own. A handler may wait for room, or for a thread that does, and so for this one."""
+        with contextlib.suppress(RuntimeError):  # there can be no more threads
+            start_new_thread(lambda: log.warning(text, *arguments), ())
+
+    # ---- the writer ----
 
     def _write(self, connection: RedisConnection) -> None:
-        """Write what is in the outbox as one transaction: all of it or nothing, in its order."""
+        """Write what is in the outbox, in its order."""
         with self._news:
-            self._news.wait_for(self._may_write, LISTEN_TIME)  # what does not come back in that time may be lost
-            sizes = itertools.accumulate(map(len, self._outbox))
-            fitting = [size for size in itertools.islice(sizes, WRITE_MOST) if size <= RUN_SIZE]
-            batch = list(itertools.islice(self._outbox, max(len(fitting), 1) if self._last else 0))
-        if batch:
-            connection.call(serialize_command("MULTI"), *batch, serialize_command("EXEC"))
-        with self._news:
-            for command in batch:
-                self._outbox.popleft()
-                self._waiting -= len(command)
-            self._news.notify_all()
+            if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
+                return
+            batch = list(itertools.islice(self._outbox, WRITE_MOST))
+        sizes = itertools.accumulate([message.size for _, message in batch])
+        del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
+        commands = [self._serialize(number, message) for number, message in batch]
+        replies: list[Any] = []
+        error: OSError | None = None
+        try:
+            for reply in connection.pipeline(commands):
+                replies.append(reply)
+        except OSError as caught:
+            error = caught
+        self._tries = 0 if replies else self._tries + 1
+        if self._tries >= MAX_TRIES and batch[0][1].size > RUN_SIZE:
+            replies.append(RedisError(f"ERR {error}"))
+        while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
+            error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
+        if replies:
+            self._settle(connection, batch, replies)
+        if error:
+            raise error
 
     def _may_write(self) -> bool:
-        """Whether there is something to write, not too far ahead of what this server reads: that would be trimmed."""
-        ahead = self._number - len(self._outbox) - self._returned()
-        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.copy().values())
-        return self._stopped or bool(self._outbox and self._last and ahead < IN_FLIGHT and go)
+        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
+        ahead = len(self._unread) >= IN_FLIGHT or self._unread_size > QUEUE_SIZE
+        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
+        return self._stopped or bool(self._outbox and self._last and go and not ahead)
+
+    def _serialize(self, number: int, message: Outgoing) -> bytes:
+        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
+        return serialize_command("XADD", self._address.stream, "*", name, message.payload)
+
+    def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
+        """Take from the outbox what was accepted, and what was refused."""
+        errors = [reply for reply in replies if isinstance(reply, RedisError)]
+        with self._news:
+            for (number, message), reply in zip(batch, replies):
+                self._outbox.popleft()
+                self._waiting -= message.size + MESSAGE_COST
+                if reply not in errors and number > self._seen.get(self._name, 0):
+                    self._unread.append((number, message.size))
+                    self._unread_size += message.size
+            full = any(str(error).startswith("OOM") for error in errors)
+            if full:
+                self._tail.halve()
+            self._news.notify_all()
+        lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
+        if errors and not lost:
+            self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
+        elif lost and not errors:
+            self._say("Redis accepts messages again, %d are lost", lost)
+        if full:  # perhaps of this stream
+            self._trim(connection)
+
+    def _trim(self, connection: RedisConnection) -> None:
+        """Only what this server has read is trimmed: where many are writing, nobody knows what else there is."""
+        with self._news:
+            first, self._tail.dropped = self._tail.first, 0.0
+        connection.ask("XTRIM", self._address.stream, "MINID", "~", first)
+
+    # ---- the reader ----
 
     def _read(self, connection: RedisConnection) -> None:
         """Deliver what has been added to the stream."""
         if not connection.placed:
             self._find_place(connection)
-        self._server.wait_for_room()
+        with self._news:
+            written, place = self._unread[-1][0] if self._unread else 0, self._last
         options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
-        command = serialize_command("XREAD", *options, "STREAMS", self._address.stream, self._last)
-        entries = parse_entries(connection.call(command)[0])
-        before, self._behind = self._behind, len(entries) == self._count > 1
-        if before or self._behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if self._behind else b"go")
-            connection.call(serialize_command("XADD", self._address.stream, "*", name, ""))
-        self._deliver(entries)
+        reply = connection.call("XREAD", *options, "STREAMS", self._address.stream, place)
+        entries = parse_entries(reply)
+        self._keep_together(connection, len(entries) == self._count)
+        missed = self._deliver(entries)
+        if missed and not self._range(connection, place):  # trimmed, and not refused
+            self._say("missed %d messages that Redis has no longer", missed)
+        if len(entries) < self._count:
+            self._note_read(written)  # or lost
+        if self._tail.dropped > TRIM_PART:
+            self._trim(connection)
         if entries:
-            size = sum([len(value) + 1 for _, _, value in entries])
-            self._count = max(1, min(READ_MOST, RUN_SIZE * len(entries) // size))
+            self._count, connection.length = fitting(entries), -1
+        else:
+            length, connection.length = connection.length, connection.call("XLEN", self._address.stream)
+            connection.placed = length == connection.length  # or is it another stream by now?
+
+    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
+        """Let the others wait while this server is behind."""
+        before, self._behind = self._behind, behind
+        if before or behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
+            connection.ask("XADD", self._address.stream, "*", name, "")
+
+    def _range(self, connection: RedisConnection, end: str | bytes, count: int = 1) -> list[Entry]:
+        """The last entries up to one, backwards."""
+        reply = connection.call("XREVRANGE", self._address.stream, end, "-", "COUNT", count)
+        return parse_entries([("", reply)])
+
+    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
+        """All entries from the end of the stream, in small pieces."""
+        entries, count = self._range(connection, "+"), 1
+        while entries:
+            yield from entries
+            count = fitting(entries)
+            entries = self._range(connection, b"(" + entries[-1].id, count)
 
     def _find_place(self, connection: RedisConnection) -> None:
         """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        count = 1 if self._last else min(max(self._server.history, 1), STREAM_LENGTH)
-        command = serialize_command("XREVRANGE", self._address.stream, "+", "-", "COUNT", count)
-        newest = parse_entries([("", connection.call(command)[0])])
-        end = newest[0][0] if newest else b"0-0"
+        entries = self._backwards(connection)
+        newest = [*itertools.islice(entries, 1)]
+        end = newest[0].id if newest else b"0-0"
+        everything = itertools.chain(newest, entries)
         if not self._last:
-            self._deliver(newest[::-1] if self._server.history else ())
+            self._deliver(self._choose_history(everything))
             self._last = end
-        elif [int(part) for part in end.split(b"-")] < [int(part) for part in self._last.split(b"-")]:
-            log.warning("Redis has lost the end of the stream")
-            self._last = end
+            self._tail.add(end, 0)
+            self._shorten(connection)
+        elif parse_id(end) < parse_id(self._last):  # deleted, or an older state: what is new in it is yet to be read
+            self._say("Redis has lost the end of the stream")
+            known = (entry.id for entry in everything if 0 < entry.number <= self._seen.get(entry.server, 0))
+            self._last = next(known, b"0-0")
         connection.placed = True
 
-    def _deliver(self, entries: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """Put entries in the server's queue, all but those that are there a second time, and carry them out."""
-        missed = 0
-        for entry, name, payload in entries:
-            match = ENTRY_NAME.fullmatch(name)
-            server, number, kind = match.groups() if match else (b"", b"0", b"text")  # anybody may add text
-            before = self._seen.get(server, 0)
-            if kind in (b"wait", b"go"):
-                if server != self._name:
-                    self._others_behind[server] = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
-            elif not match or int(number) > before:
-                self._server.enqueue(Outgoing(payload if kind == b"binary" else payload.decode(errors="replace")))
-                if match:
-                    self._seen[server] = int(number)
-                    missed += int(number) - before - 1 if before else 0
-            self._last = entry
-        if missed:
-            log.warning("missed %d messages that Redis has no longer", missed)
-        self._server.take_turn()
+    def _shorten(self, connection: RedisConnection) -> None:
+        """At the start, trim a stream that is too large, of which this server has not read all, by its mean size."""
+        used = connection.ask("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0)
+        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
+            connection.ask("XTRIM", self._address.stream, "MAXLEN", connection.length * STREAM_SIZE // used)
+
+    def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
+        chosen: list[Entry] = []
+        size = 0
+        for entry in entries:
+            size += len(entry.value)
+            if len(chosen) == self._history or size > self._history_size:
+                break
+            if entry.kind in MESSAGE_KINDS:
+                chosen.append(entry)
+        return chosen[::-1]
+
+    def _deliver(self, entries: Sequence[Entry]) -> int:
+        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
+        seen, waits, missed = self._seen.copy(), {}, 0
+        messages: list[Outgoing] = []
+        for entry in entries:
+            before = seen.get(entry.server, 0)
+            if entry.kind not in MESSAGE_KINDS:
+                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
+            elif not entry.number or entry.number > before:
+                messages.append(Outgoing(entry.value, opcode=MESSAGE_KINDS[entry.kind]))
+                if before and before == self._seen.get(entry.server):  # what is left out later was never there
+                    missed += entry.number - before - 1
+                if entry.number:
+                    seen[entry.server] = entry.number
+        self._hand_over(messages)
+        waits.pop(self._name, None)
         with self._news:
-            self._news.notify_all()  # of what has come back
+            self._others_behind.update(waits)
+            self._seen = seen
+            self._last = entries[-1].id if entries else self._last
+            for entry in entries:
+                self._tail.add(entry.id, len(entry.value))
+        self._note_read(seen.get(self._name, 0))
+        return missed
 
-
-def is_final(error: OSError) -> bool:
-    """Whether an error at the start will not go away by itself."""
-    passing = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
-    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(passing)
+    def _note_read(self, number: int) -> None:
+        """What this server has written up to a number was read, or is lost."""
+        with self._news:
+            while self._unread and self._unread[0][0] <= number:
+                self._unread_size -= self._unread.popleft()[1]
+            self._news.notify_all()
 
 
 # ======================================================================================
@@ -2544,27 +2993,51 @@ def is_final(error: OSError) -> bool:
 # ======================================================================================
 
 
-class FloodGate(logging.Filter):
-    """Lets through a number of log lines of each kind in a while, so that a stranger cannot fill the disk."""
-
-    LINES, SECONDS = 20, 10.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._kinds: dict[str, list[float]] = {}  # format: [end of the while, lines in it]
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to print a line; the first one of a new while says how many were left out."""
-        kind = self._kinds.setdefault(str(record.msg), [0.0, 0])
-        if record.created >= kind[0]:
-            if kind[1] > self.LINES:
-                record.msg = f"{record.msg} ({kind[1] - self.LINES:.0f} more like this were left out)"
-            kind[:] = record.created + self.SECONDS, 0
-        kind[1] += 1
-        return kind[1] <= self.LINES
+OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 
 
-def size(text: str) -> int:
+class Program(BroadcastServer):
+    """The server of the command line: a signal ends it between two connections, not in the middle of something."""
+
+    signals: tuple[int, ...] = ()  # that have come
+
+    def catch_signals(self) -> None:
+        """From now on signals end the program in good order. The main thread."""
+        for number in (signal.SIGINT, *OTHER_SIGNALS):
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.stop)
+
+    def stop(self, number: int, frame: object) -> None:
+        """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        if number == signal.SIGINT and number in self.signals:
+            os._exit(130)
+        self.signals = (*self.signals, number)
+
+    def service_actions(self) -> None:
+        """Called by serve_forever() all the time."""
+        if self.signals:
+            for number in OTHER_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
+            raise KeyboardInterrupt
+
+    def server_bind(self) -> None:
+        """Called by the constructor. Raises OSError that says where."""
+        try:
+            super().server_bind()
+        except OSError as error:
+            raise OSError("{} port {}: {}".format(*self.server_address[:2], error.strerror)) from None
+
+
+class LogFormatter(logging.Formatter):
+    """Time and message, and `warning: ` where somebody should look."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The line."""
+        level = "warning: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record)} {level}{record.message}".rstrip()
+
+
+def parse_size(text: str) -> int:
     """A whole number from 0 on, with K, M or G for 1024 times more."""
     match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
@@ -2572,57 +3045,50 @@ def size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-def number(text: str) -> float:
-    """A number that is not negative."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return float(text)
-
-
-def port(text: str) -> int:
-    """A TCP port; 0 for any free one."""
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def redis_url(text: str) -> str:
-    """The URL of a Redis."""
-    try:
-        return parse_redis_url(text) and text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+EXAMPLES = """examples:
+  tail -f log | pywebsock --stdin --read-only --history 100
+  pywebsock --host :: --cert cert.pem --key key.pem --origin https://example.com
+"""
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options; those of the second half have the names of BroadcastServer's settings."""
-    parser = argparse.ArgumentParser(prog="pywebsock", description="What one WebSocket client sends, all clients get.")
-    add = parser.add_argument
+    """The options, most of which have the names of settings: BroadcastServer checks those."""
+    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    kind = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
+    parser = argparse.ArgumentParser(prog="pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
-    add("--port", type=port, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
-    add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
-    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
-    add("--stdin", action="store_true", help="broadcast each line of standard input")
-    loudness = parser.add_mutually_exclusive_group()
-    loudness.add_argument("--quiet", action="store_true", help="log only what needs attention")
-    loudness.add_argument("--verbose", action="store_true", help="log every client that joins, too")
-    add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--port", type=int, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
     origin = "let pages of this origin connect, * for any; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
-    add("--max-message", type=size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add("--max-backlog", type=size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", type=size, metavar="N", default=10_000, help="clients at once (%(default)s)")
-    ping = "seconds of silence before a ping, and after it (20)"
-    add("--ping", dest="ping_interval", type=number, metavar="S", default=20.0, help=ping)
-    add("--history", type=size, metavar="N", default=0, help="messages that a new client gets first (0)")
-    add("--rate", type=number, metavar="N", default=0.0, help="messages a second that a client may send (any)")
-    add("--redis", type=redis_url, metavar="URL", help="be one room with all servers on this Redis")
+    add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
+    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
+    add("--redis", metavar="URL", help="be one room with all servers on this Redis")
     add("--no-compression", dest="compression", action="store_false", help="do not use permessage-deflate")
+    add("--stdin", action="store_true", help="broadcast each line of standard input")
+    add("--read-only", action="store_true", help="clients may only listen")
+    add = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)").add_argument
+    add("--max-message", type=parse_size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
+    add(
+        "--max-backlog", type=parse_size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)"
+    )
+    add("--max-clients", type=parse_size, metavar="N", default=10_000, help="clients at once (%(default)s)")
+    ping = "seconds of silence before a ping, and after it (%(default)g)"
+    add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
+    add("--history", type=parse_size, metavar="N", default=0, help="messages that a new client gets first (0)")
+    add("--rate", type=float, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
+    add("--quiet", action="store_true", help="log only what needs attention")
+    add("--verbose", action="store_true", help="log every client that joins, too")
+    add("--trace", action="store_true", help="show every handshake and every frame, taken apart")
     return parser
 
 
-def create_server(options: argparse.Namespace) -> BroadcastServer:
-    """A listening server with these options. Raises OSError, of which ssl.SSLError is one."""
+def create_server(options: argparse.Namespace) -> Program:
+    """A listening server. Raises OSError, of which ssl.SSLError is one; ValueError and OverflowError for settings."""
+    if options.stdin and not sys.stdin:  # its descriptor may soon be another's
+        raise OSError("standard input is closed")
     context = None
     if options.cert:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2630,18 +3096,21 @@ def create_server(options: argparse.Namespace) -> BroadcastServer:
         try:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where
-            raise OSError(f"{options.cert}, {options.key or options.cert}: {error}") from None
+            files = " and ".join(filter(None, (options.cert, options.key)))
+            what = "no certificate and key in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+            raise OSError(f"{files}: {what}") from None
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    ping_timeout = options.ping_interval
-    return BroadcastServer((options.host, options.port), tls_context=context, ping_timeout=ping_timeout, **settings)
+    settings.update(tls_context=context, ping_timeout=options.ping_interval)
+    return Program((options.host, options.port), **settings)
 
 
-def location(server: BroadcastServer, host: str) -> str:
-    """The first line of output: where to point a browser."""
-    secure = "s" if server.tls_context else ""
-    name = f"[{host}]" if ":" in host else host
-    where = f"{'localhost' if host in ('', '127.0.0.1', '0.0.0.0', '::', '::1') else name}:{server.server_address[1]}"
-    return f"pywebsock: listening on http{secure}://{where}/ (ws{secure}://{where}/)"
+def locations(server: BroadcastServer, host: str) -> str:
+    """The first lines of output: where to point a browser, and that of another device."""
+    bound = str(server.server_address[0])
+    name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
+    urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
+    lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
+    return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
@@ -2650,7 +3119,11 @@ def broadcast_lines(server: BroadcastServer) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     rest, data = "", b"more"
     while data:
-        data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
+        try:
+            data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
+        except OSError as error:
+            log.warning("standard input: %s", error.strerror)
+            data = b""
         *lines, rest = (rest + decoder.decode(data, not data)).split("\n")
         if rest and (not data or len(rest) >= limit):
             lines, rest = [*lines, rest], ""
@@ -2658,41 +3131,46 @@ def broadcast_lines(server: BroadcastServer) -> None:
             most = limit if line.isascii() else limit // 4  # characters
             for start in range(0, len(line) or 1, most):
                 server.broadcast(line[start : start + most].rstrip("\r"))
+    log.info("standard input has ended")
 
 
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error: one line for each client that left or was refused, and what went wrong."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handler.addFilter(FloodGate())
+    handler.setFormatter(LogFormatter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
+    trace_log.addHandler(logging.StreamHandler())
+    trace_log.propagate = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until Ctrl-C or SIGTERM; the exit status."""
-    options = argument_parser().parse_args(argv)
+    """Run the server until a signal; the exit status."""
+    parser = argument_parser()
+    options = parser.parse_args(argv)
     if options.key and not options.cert:
-        argument_parser().error("--key needs --cert")
+        parser.error("--key needs --cert")
     start_logging(options)
     raise_file_limit()
     threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell in the background has the first one ignored
-        signal.signal(number, signal.default_int_handler)
     try:
-        with create_server(options) as server:
-            try:
-                print(location(server, options.host), flush=True)
-                if options.stdin:
-                    threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
-                server.serve_forever()
-            except KeyboardInterrupt:
-                log.info("stopping")
+        server = create_server(options)
+        server.catch_signals()
+        print(locations(server, options.host), flush=True)
     except OSError as error:
         print(f"pywebsock: {error}", file=sys.stderr)
         return 1
+    except (ValueError, OverflowError) as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
-        return 130  # a second one: at once
+        return 130
+    with server:
+        if options.stdin:
+            threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
+        try:
+            server.serve_forever(0.1)
+        except KeyboardInterrupt:
+            log.info("stopping")
     return 0
 
 

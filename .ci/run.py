@@ -52,7 +52,7 @@ class Step:
         self.seconds = 0.0
         self._strict = strict  # a skipped test fails
         self._environment = {**os.environ, **(more or {})}
-        self._lines: list[str] = []
+        self._said: list[str] = []
 
     def start(self) -> None:
         """Start it; it ends by itself, or with `end`."""
@@ -64,8 +64,6 @@ class Step:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,  # its children can be ended with it
         )
 
@@ -75,26 +73,27 @@ class Step:
         say(head if alone else "")
         watch = threading.Timer(LONGEST, self.end)
         watch.start()
-        for line in self._process.stdout or ():
-            self._lines.append(line)
-            say(line if alone else "")
+        assert self._process.stdout
+        while data := os.read(self._process.stdout.fileno(), 1 << 16):
+            self._said.append(data.decode(errors="replace"))
+            say(self._said[-1] if alone else "")
         watch.cancel()
         status = self._process.wait()
         self._count(status)
         self.seconds = time.monotonic() - self._start
         tail = f"---- {self.name}: {self.passed} passed, {self.failed} failed, {self.seconds:.0f} s, status {status}\n"
-        say(tail if alone else head + "".join(self._lines) + tail)
+        say(tail if alone else head + "".join(self._said) + tail)
 
     def _count(self, status: int) -> None:
         """Tests, where unittest has said how many, and else the step itself."""
-        text = "".join(self._lines)
+        text = "".join(self._said)
         ran = re.findall(r"^Ran (\d+) tests? in ", text, re.MULTILINE)
         ends = ", ".join(re.findall(r"^(?:OK|FAILED) \((.*)\)$", text, re.MULTILINE))  # failures=1, skipped=2
         counts = {name: int(count) for name, count in re.findall(r"(\w[\w ]*)=(\d+)", ends)}
         bad = sum(counts.get(name, 0) for name in ("failures", "errors", "unexpected successes"))
         skipped = counts.get("skipped", 0)
         self.passed = max(0, sum(map(int, ran)) - bad - skipped) if ran else int(status == 0)
-        self.failed = max(bad + self._strict * skipped, int(status != 0))
+        self.failed = max(bad + self._strict * skipped, int(status != 0 or not self.passed))
 
     def end(self) -> None:
         """End its processes."""
@@ -185,29 +184,33 @@ def run_all(run: Run, folder: str) -> None:
     pip = f"{python} -m pip install -qq --no-compile"
     packages = shell("packages", f"python -m venv {folder}/venv", f"{pip} 'pip>=25.1'", f"{pip} --group dev")
     npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
-    run.side_by_side(*others[:2], debian("download", "--download-only"))
-    run.side_by_side(*others[2:4], packages, Step("node", *npm, *NODE))
+    run.side_by_side(*others[:2], packages)
+    run.side_by_side(*others[2:4], Step("node", *npm, *NODE), debian("download", "--download-only"))
     for i in range(4, len(others), 2):
         run.side_by_side(*others[i : i + 2])
 
     run.side_by_side(
         debian("debian"),
+        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
         Step("lint", python, "-m", "ruff", "check", *CODE),
         Step("format", python, "-m", "ruff", "format", "--check", *CODE),
         Step("types", python, "-m", "mypy", "--strict", *CODE),
-    )
-    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
-    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
-    run.side_by_side(
-        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
-        Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey),
     )
     everything = {
         "PYWEBSOCK_TESTS": "everything",
         "PYWEBSOCK_NODE_MODULES": f"{folder}/node/node_modules",
         "PYWEBSOCK_WSTEST": f"{folder}/autobahn/wst/bin/wstest",
     }
-    run.side_by_side(Step("everything", python, *UNITTEST, strict=True, more=everything))
+    steps = {
+        each.name: Step(each.name, python, *UNITTEST, "discover", "-t", ".", "-s", each, strict=True, more=everything)
+        for each in sorted({path.parent for path in ROOT.glob("tests/**/test_*.py")})
+    }
+    stress = steps.pop("stress")
+    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
+    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
+    steps["valkey"] = Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey)
+    run.side_by_side(*steps.values())
+    run.side_by_side(stress)
 
 
 def main() -> int:

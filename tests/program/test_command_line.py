@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -14,9 +15,9 @@ import tempfile
 import time
 import typing
 import unittest
+import unittest.mock
 
 import pywebsock
-
 from tests.tools.support import (
     DEADLINE,
     ROOT,
@@ -34,9 +35,11 @@ CLOSE = 8
 GOING_AWAY = b"\x03\xe9"
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    """A run that is to end by itself: (exit status, standard output, standard error)."""
+def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
+    """A run that is to end by itself: (exit status, standard output, standard error); `shell` comes before its end."""
     command = [sys.executable, str(ROOT / "pywebsock.py"), *arguments]
+    if shell:
+        command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -76,6 +79,42 @@ class Start(CommandLineTestCase):
                 process = self.start("--host", host)
                 self.assertIn(f"(ws://{name}:{process.port}/)", process.first_line)
                 self.connect(process).socket.close()
+
+    def test_everything(self) -> None:
+        """No host is all hosts, and it says so."""
+        process = self.start("--host", "")
+        self.assertIn(f"(ws://localhost:{process.port}/)", process.first_line)
+        address = pywebsock.network_address("0.0.0.0")
+        if address:
+            with socket.create_connection((address, process.port), DEADLINE) as client:
+                client.sendall(request())
+                self.assertTrue(client.recv(100).startswith(b"HTTP/1.1 101 "))
+
+    def test_for_other_devices(self) -> None:
+        """The second line, where there is a network; only where others can reach the server."""
+        for host, bound in (("0.0.0.0", "0.0.0.0"), ("", "0.0.0.0"), ("127.0.0.1", "127.0.0.1")):
+            address = pywebsock.network_address(bound)
+            with self.subTest(host), pywebsock.BroadcastServer((host, 0)) as server:
+                port = server.server_address[1]
+                first, *more = pywebsock.locations(server, host).split("\n")
+                self.assertEqual(first, f"pywebsock: listening on http://localhost:{port}/ (ws://localhost:{port}/)")
+                expected = f"pywebsock: on the network: http://{address}:{port}/ (ws://{address}:{port}/)"
+                self.assertEqual(more, [expected] if address else [])
+
+    def test_locations(self) -> None:
+        """Each name and address once, IPv6 in brackets."""
+        for host, bound, secure, expected in (
+            ("127.0.0.2", "127.0.0.2", False, ["http://127.0.0.2:1/ (ws://127.0.0.2:1/)"]),
+            ("10.0.0.7", "10.0.0.7", False, ["http://10.0.0.7:1/ (ws://10.0.0.7:1/)"]),
+            ("box", "10.0.0.7", False, ["http://box:1/ (ws://box:1/)", "http://10.0.0.7:1/ (ws://10.0.0.7:1/)"]),
+            ("fd00::7", "fd00::7", True, ["https://[fd00::7]:1/ (wss://[fd00::7]:1/)"]),
+            ("box", "fd00::7", False, ["http://box:1/ (ws://box:1/)", "http://[fd00::7]:1/ (ws://[fd00::7]:1/)"]),
+        ):
+            with self.subTest(host, bound=bound):
+                server = unittest.mock.Mock(server_address=(bound, 1), tls_context=secure)
+                server._url = lambda name: pywebsock.BroadcastServer._url(server, name)  # noqa: B023
+                lines = pywebsock.locations(server, host).split("\n")
+                self.assertEqual([line.partition("http")[1] + line.partition("http")[2] for line in lines], expected)
 
     def test_ipv6_and_ipv4(self) -> None:
         with socket.socket(socket.AF_INET6) if socket.has_ipv6 else contextlib.nullcontext() as probe:
@@ -131,12 +170,12 @@ class Errors(CommandLineTestCase):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            self.check("--port", str(taken.getsockname()[1]))
+            port = taken.getsockname()[1]
+            self.assertIn(f"127.0.0.1 port {port}: ", self.check("--port", str(port)))
 
     def test_addresses(self) -> None:
-        self.check("--host", "192.0.2.1")  # RFC 5737: nobody's
-        self.check("--host", "no such host")
-        self.check("--host", "name.invalid")
+        for host in ("203.0.113.1", "no such host", "name.invalid"):  # RFC 5737: nobody's
+            self.assertIn(f"pywebsock: {host} port 0: ", self.check("--host", host))
 
     def test_certificates(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
@@ -147,34 +186,49 @@ class Errors(CommandLineTestCase):
             path.write_text("")
             self.assertIn("bad.pem", self.check("--cert", str(path)))
             self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
+            self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
+
+    @unittest.skipIf(os.name == "nt", "POSIX shell")
+    def test_standard_input_is_closed(self) -> None:
+        """Its descriptor is soon that of a socket, which nobody must read."""
+        status, output, errors = run("--port", "0", "--stdin", shell="<&-")
+        self.assertEqual((status, output, errors), (1, "", "pywebsock: standard input is closed\n"))
 
     def test_usage(self) -> None:
         for arguments in (
-            ("--port", "65536"),
-            ("--port", "-1"),
             ("--port", "http"),
             ("--max-message", "16X"),
             ("--max-message", "-1"),
             ("--max-backlog", ""),
             ("--max-clients", "many"),
-            ("--ping", "-1"),
-            ("--ping", "nan"),
             ("--history", "1.5"),
             ("--rate", "fast"),
             ("--key", "key.pem"),
             ("--quiet", "--verbose"),
+            ("--quiet", "--trace"),
             ("--nonsense",),
             ("more",),
         ):
             with self.subTest(arguments=arguments), self.assertRaises(SystemExit) as raised, quiet() as errors:
                 pywebsock.main(arguments)
             self.assertEqual(raised.exception.code, 2)
-            self.assertIn("usage: pywebsock", errors())
+            self.assertRegex(errors(), r"\Ausage: pywebsock[^$]*\npywebsock: error: .+\n\Z")
 
-    def test_usage_as_a_process(self) -> None:
-        status, output, errors = run("--port", "x")
-        self.assertEqual((status, output), (2, ""))
-        self.assertIn("--port", errors)
+    def test_settings(self) -> None:
+        """What is wrong with them is said in one line, under the usage."""
+        for option, value, what in (
+            ("--port", "65536", "port"),
+            ("--max-clients", "0", "max_clients must be a whole number from 1 on"),
+            ("--origin", "example.com", "such as https://example.com"),
+            ("--origin", "wss://example.com", "such as https://example.com"),
+            ("--redis", "localhost", "redis://"),
+            ("--ping", "-1", "ping_interval must be a number from 0 on"),
+            ("--rate", "inf", "rate must be a number from 0 on"),
+        ):
+            with self.subTest(option, value=value):
+                status, output, errors = run(option, value)
+                self.assertEqual((status, output), (2, ""))
+                self.assertRegex(errors, rf"\Ausage: pywebsock[^$]*\npywebsock: error: .*{re.escape(what)}.*\n\Z")
 
 
 @contextlib.contextmanager
@@ -190,7 +244,7 @@ class Help(unittest.TestCase):
 
     OPTIONS = (
         *("host", "port", "origin", "cert", "key", "max-message", "max-backlog", "max-clients", "ping", "history"),
-        *("rate", "stdin", "redis", "no-compression", "quiet", "verbose", "version"),
+        *("rate", "stdin", "read-only", "redis", "no-compression", "quiet", "verbose", "trace", "version"),
     )
 
     def test_version(self) -> None:
@@ -201,6 +255,14 @@ class Help(unittest.TestCase):
         self.assertEqual((status, errors), (0, ""))
         for option in self.OPTIONS:
             self.assertIn(f"--{option}", output)
+        groups = ["--version", "network:", "limits (", "logging:", "examples:"]
+        self.assertEqual(sorted(groups, key=output.rindex), groups)
+
+    def test_help_is_one_screen(self) -> None:
+        with unittest.mock.patch.dict(os.environ, COLUMNS="100"):
+            lines = run("--help")[1].splitlines()
+        self.assertLessEqual(len(lines), 40)
+        self.assertLessEqual(max(map(len, lines)), 100)
 
 
 class StandardInput(CommandLineTestCase):
@@ -270,6 +332,23 @@ class StandardInput(CommandLineTestCase):
         stdin.write(b"".join(b"%d\n" % i for i in range(20_000)))
         stdin.close()
         self.assertEqual([client.read() for _ in range(20_000)], [str(i) for i in range(20_000)])
+
+    def test_its_end_is_logged(self) -> None:
+        process = self.start("--stdin")  # of which there is nothing
+        eventually(lambda: "standard input has ended" in process.log())
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_what_cannot_be_read(self) -> None:
+        """One line, and the server goes on."""
+        stdin, other = os.pipe()
+        self.addCleanup(os.close, other)
+        os.set_blocking(stdin, False)  # an error to whoever reads
+        process = self.start("--stdin", stdin=stdin)
+        os.close(stdin)
+        eventually(lambda: "warning: standard input: " in process.log())
+        client = self.connect(process)
+        client.send("it goes on")
+        self.assertEqual(client.read(), "it goes on")
 
 
 class Settings(CommandLineTestCase):
@@ -345,6 +424,14 @@ class Log(CommandLineTestCase):
         for word, count in (("joined", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
             self.assertEqual(log.count(word), count, word)
 
+    def test_lines(self) -> None:
+        """The time, a level where somebody should look, and nothing at the end of a line."""
+        lines = self.log_of("--verbose").splitlines()
+        self.assertEqual(len(lines), 4)
+        for line in lines:
+            warning = "warning: " if "refused" in line else ""
+            self.assertRegex(line, rf"\A\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} {warning}(?!warning)[!-~].*[!-~]\Z")
+
     def test_stays_short(self) -> None:
         """A stranger cannot fill the disk."""
         process = self.start()
@@ -386,6 +473,44 @@ class Signals(CommandLineTestCase):
         process = self.start(python=("-c", code))
         self.connect(process)
         process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(4), 0)
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_a_second_signal(self) -> None:
+        """Only a second Ctrl-C changes anything: `timeout` and supervisors send SIGTERM twice, terminals SIGHUP."""
+        pairs = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)]
+        for i in range(24):
+            first, second = pairs[i % 3]
+            pause = (0, 0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2)[i // 3]
+            with self.subTest(first=first, second=second, pause=pause):
+                process = self.start()
+                client = self.connect(process)
+                process.send_signal(first)
+                time.sleep(pause)  # whatever the process does by then
+                process.send_signal(second)
+                self.assertEqual(client.read_frame().payload, GOING_AWAY)
+                client.socket.close()
+                self.assertEqual(process.wait(4), 0)
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_right_after_the_first_line(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 3:
+            process = self.start()
+            process.send_signal(number)
+            self.assertEqual(process.wait(4), 0)
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_ignored(self) -> None:
+        """A shell in the background has SIGINT ignored, and it stops all the same; what nohup ignores stays so."""
+        python, program = sys.executable, str(ROOT / "pywebsock.py")
+        process = self.start(program=("sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", python, program))
+        process.send_signal(signal.SIGHUP)
+        client = self.connect(process)
+        client.send("still here")
+        self.assertEqual(client.read(), "still here")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(client.read_frame().payload, GOING_AWAY)
+        client.socket.close()
         self.assertEqual(process.wait(4), 0)
 
     def test_second_interrupt(self) -> None:

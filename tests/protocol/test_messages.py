@@ -157,9 +157,9 @@ class Fragments(unittest.TestCase):
         ):
             self.assertEqual(read(stream), ([], 1002))
 
-    def test_a_million_empty(self) -> None:
+    def test_a_hundred_thousand_empty(self) -> None:
         """They take no memory."""
-        piece = masked_frame(CONT, fin=False) * 10_000
+        piece = masked_frame(CONT, fin=False) * 1000
 
         def arriving(times: int) -> typing.Iterator[bytes]:
             yield masked_frame(BINARY, b"a", fin=False)
@@ -376,7 +376,7 @@ class Limit(unittest.TestCase):
         """It is what was compressed that counts, however poorly a client does it."""
         payload = random.Random(8).randbytes(100_000)
         for memory in range(1, 10):  # the less of it, the smaller the blocks; the package websockets uses 5
-            for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_FIXED):
+            for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, getattr(zlib, "Z_FIXED", 4)):
                 compressor = zlib.compressobj(wbits=-15, memLevel=memory, strategy=strategy)
                 zipped = (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
                 self.assertGreater(len(zipped), len(payload))

@@ -27,7 +27,7 @@ class Exhaustion(ServerTestCase):
     """Where the process has no more file descriptors or threads, others are not disturbed."""
 
     def test_file_descriptors(self) -> None:
-        """New connections wait, without a busy loop, with few lines in the log, and are served when others have gone."""
+        """New connections wait, with no busy loop and few lines in the log; they are served when others have gone."""
         require(pathlib.Path("/proc/self/stat").exists(), "/proc")
         with Process(python=faults.changed(faults.few_files(60))) as process:
             clients = [Client(process.port)]

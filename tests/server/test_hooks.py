@@ -49,7 +49,7 @@ class Hooks(ServerTestCase):
             client.read_head()
             self.assertEqual(client.read(), "good")
             self.assertEqual(client.read_close()[0], code)
-            eventually(lambda: logged.records)
+            eventually(lambda: logged.output)
         self.assertEqual(len(logged.records), 1)
         self.assertIn(f"LookupError: {what}", logged.output[0])
         server.wait_for("close", code, "" if code == 1000 else "internal error")

@@ -339,7 +339,7 @@ class Log(ServerTestCase):
         with self.assertLogs("pywebsock", "INFO") as logged:
             client.close(4000, "a\nb\x1b[2J\u2028\u202e\x9b")
             client.read_close()
-            eventually(functools.partial(getattr, logged, "records"))
+            eventually(functools.partial(getattr, logged, "output"))
         self.check(logged.output)
 
     def check(self, lines: list[str]) -> None:

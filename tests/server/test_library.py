@@ -96,7 +96,7 @@ class Settings(ServerTestCase):
 
     def test_keyword(self) -> None:
         server = self.make(max_message=1, rate=2.5, origins=["*"], history=3)
-        self.assertEqual((server.max_message, server.rate, server.origins, server.history), (1, 2.5, ("*",), 3))
+        self.assertEqual((server.max_message, server.rate, server.origins, server.history), (1, 2.5, ["*"], 3))
         self.assertEqual(BroadcastServer.max_message, 16 * 1024 * 1024)
 
     def test_unknown(self) -> None:

@@ -302,7 +302,7 @@ class Raising(ServerTestCase):
                 end(client)
                 witness.send("still here")
                 self.assertEqual(witness.read(), "still here")
-        eventually(lambda: len(server._connections) == 1)
+        eventually(lambda: len(server._connections.handlers) == 1)
         self.assertEqual(len(server.clients), 1)
         self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
 
@@ -396,7 +396,7 @@ class Stopping(ServerTestCase):
                     server.stopped.wait(DEADLINE)
                     self.assertLess(server.took, 1.0)
                     self.assertEqual(server.socket.fileno(), -1)
-            self.assertFalse(server._connections)
+            self.assertFalse(server._connections.handlers)
 
     def test_while_a_hook_is_stuck(self) -> None:
         """It keeps its promise about the close timeout; the thread ends when the hook does."""
@@ -427,7 +427,7 @@ class Stopping(ServerTestCase):
                 self.assertEqual(client.read_all(), b"")  # its connection has ended, whatever the hook does
             go_on.set()
             eventually(lambda: server.heard[-1][:2] == ("close", 1006))
-            eventually(lambda: not server._connections)
+            eventually(lambda: not server._connections.handlers)
 
     def test_fifty_times(self) -> None:
         """Nothing is left: no thread, no file descriptor, no memory of clients."""
@@ -437,7 +437,9 @@ class Stopping(ServerTestCase):
                 client.send("hello")
                 self.assertEqual(client.read(), "hello")
             before.append(threading.active_count())
-            self.assertEqual((server.clients, server._connections, server._strangers), (set(), {}, {}))
+            self.assertEqual(
+                (server.clients, server._connections.handlers, server._connections.strangers), (set(), {}, {})
+            )
         self.assertLessEqual(before[-1], before[0])
 
     def test_two_servers(self) -> None:

@@ -167,7 +167,7 @@ class HeldBack(ServerTestCase):
             self.peak = max(self.peak, self._turn._size)
 
     def test_senders(self) -> None:
-        server = self.serve(self.Server)
+        server = self.serve(self.Server, max_backlog=64 * 1024 * 1024)  # nobody is dropped
         senders = [self.connect(server) for _ in range(3)]
         message = bytes(40_000)
         flood = masked_frame(BINARY, message) * 250  # 10 MB each
@@ -200,7 +200,9 @@ class HeldBack(ServerTestCase):
         frame = pywebsock.serialize_frame(BINARY, message)
         received = bytearray()
         while len(received) < len(frame) * count:
-            received += client.socket.recv(1 << 20)
+            data = client.socket.recv(1 << 20)
+            self.assertTrue(data, "the connection ended")
+            received += data
         self.assertEqual(received, frame * count)
 
     def test_broadcast(self) -> None:

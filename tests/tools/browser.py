@@ -1,14 +1,32 @@
-"""Chromium, for the tests that need a browser and for the picture in the README."""
+"""The three engines for the tests of the page: Chromium, Firefox and WebKitGTK; a tab of any of them.
+
+Chromium and WebKitGTK are driven by selenium. Debian has no geckodriver, but all that it does is to translate for
+Firefox's own Marionette, which takes the same commands as JSON over TCP: see `Firefox`.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import itertools
+import json
+import os
+import pathlib
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import typing
+import unittest
 
-from tests.tools.support import DEADLINE, eventually, package, require
+from tests.tools.support import ROOT, Process, eventually, package, require
 
+START = 60.0  # seconds that a browser may take to start on a busy machine
+PATIENCE = 20.0  # seconds that a test of the page waits for anything
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver 11: the key of a reference to an element
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",  # which root cannot have
@@ -20,13 +38,37 @@ ARGUMENTS = (
     "--disable-background-networking",  # the tests talk to nobody else
     "--disable-component-update",
 )
+PREFERENCES = {
+    "marionette.port": 0,  # a free one, which it writes to a file
+    "browser.shell.checkDefaultBrowser": False,
+    "datareporting.policy.dataSubmissionEnabled": False,
+    "network.captive-portal-service.enabled": False,
+    "network.connectivity-service.enabled": False,
+    "app.update.disabledForTesting": True,
+    "extensions.update.enabled": False,
+    "toolkit.telemetry.server": "",
+}
+
+# Marionette's own scripts do not see a page's variables, only its functions. A script element does, and may be added.
+INJECT = """
+    const made = document.createElement('script');
+    made.textContent = `try {
+        document.documentElement.dataset.result = JSON.stringify(
+            [(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
+    } catch (error) { document.documentElement.dataset.result = JSON.stringify([null, String(error)]); }`;
+    document.documentElement.append(made);
+    made.remove();
+    const result = document.documentElement.dataset.result;
+    delete document.documentElement.dataset.result;
+    return result;
+"""
 
 
 @contextlib.contextmanager
-def chromium(*arguments: str) -> typing.Iterator[typing.Any]:
+def chromium(*arguments: str, binary: str | None = None) -> typing.Iterator[typing.Any]:
     """A selenium driver of a headless Chromium with a profile of its own, which is gone afterwards."""
     webdriver = package("selenium.webdriver")
-    binary = shutil.which("chromium")
+    binary = binary or shutil.which("chromium")
     driver = shutil.which("chromedriver")  # named, or selenium looks for one on the network
     require(binary, "chromium")
     require(driver, "chromedriver")
@@ -36,39 +78,233 @@ def chromium(*arguments: str) -> typing.Iterator[typing.Any]:
         for argument in (*ARGUMENTS, f"--user-data-dir={profile}", *arguments):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-        try:
-            browser.set_page_load_timeout(DEADLINE)
-            browser.set_script_timeout(DEADLINE)
+        with _driven(webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))) as browser:
             yield browser
+
+
+@contextlib.contextmanager
+def webkit() -> typing.Iterator[typing.Any]:
+    """A selenium driver of WebKitGTK's MiniBrowser, on a screen that nobody sees."""
+    webdriver = package("selenium.webdriver")
+    service = package("selenium.webdriver.webkitgtk.service")
+    driver, screen = shutil.which("WebKitWebDriver"), shutil.which("Xvfb")
+    binary = next(pathlib.Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
+    require(driver and binary, "WebKitWebDriver with MiniBrowser")
+    require(screen, "Xvfb")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        command = [str(screen), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-nolisten", "tcp"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as xvfb:
+            try:
+                assert xvfb.stdout
+                display = xvfb.stdout.readline().decode().strip()
+                environment = {**os.environ, "DISPLAY": f":{display}", "HOME": home, "GDK_BACKEND": "x11"}
+                options = webdriver.WebKitGTKOptions()
+                options.binary_location = str(binary)
+                options.add_argument("--automation")
+                running = service.Service(executable_path=driver, env=environment)
+                with _driven(webdriver.WebKitGTK(options=options, service=running)) as browser:
+                    yield browser
+            finally:
+                xvfb.terminate()
+
+
+@contextlib.contextmanager
+def _driven(browser: typing.Any) -> typing.Iterator[typing.Any]:
+    try:
+        browser.set_page_load_timeout(START)
+        browser.set_script_timeout(START)
+        yield browser
+    finally:
+        browser.quit()
+
+
+@contextlib.contextmanager
+def firefox() -> typing.Iterator[typing.Any]:
+    """A headless Firefox, with the methods of a selenium driver that are used here."""
+    binary = shutil.which("firefox-esr") or shutil.which("firefox")
+    require(binary, "firefox")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in PREFERENCES.items()]
+        pathlib.Path(profile, "user.js").write_text("".join(lines))
+        command = [str(binary), "--headless", "--marionette", "--no-remote", "--profile", profile]
+        environment = {**os.environ, "HOME": profile}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            port = pathlib.Path(profile, "MarionetteActivePort")
+            eventually(lambda: port.is_file() and port.read_text().strip(), "the port of Firefox", START)
+            browser = Firefox(int(port.read_text()))
+            try:
+                yield browser
+            finally:
+                browser.quit()
+            process.wait(START)
         finally:
-            browser.quit()
+            with contextlib.suppress(OSError):  # all of its processes, where it has not ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class Firefox:
+    """A client of Marionette: `[0, id, command, parameters]` goes, `[1, id, error, result]` comes, each after its length."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), START)
+        self._stream = self._socket.makefile("rb")
+        self._ids = itertools.count(1)
+        self.switch_to = self  # as selenium has it
+        self._read()  # its greeting
+        self.call("NewSession", {"pageLoadStrategy": "normal", "unhandledPromptBehavior": "ignore"})
+
+    def _read(self) -> typing.Any:
+        length = b""
+        while not length.endswith(b":"):
+            byte = self._stream.read(1)
+            if not byte:
+                raise EOFError("Firefox has gone")
+            length += byte
+        return json.loads(self._stream.read(int(length[:-1])))
+
+    def call(self, command: str, parameters: dict[str, typing.Any] | None = None) -> typing.Any:
+        """A command of WebDriver. Raises RuntimeError."""
+        message = json.dumps([0, next(self._ids), f"WebDriver:{command}", parameters or {}]).encode()
+        self._socket.sendall(b"%d:%s" % (len(message), message))
+        _, _, error, result = self._read()
+        if error:
+            raise RuntimeError(f"{error['error']}: {error['message']}")
+        return result["value"] if isinstance(result, dict) and set(result) == {"value"} else result
+
+    @property
+    def current_window_handle(self) -> str:
+        """The tab that commands go to."""
+        return str(self.call("GetWindowHandle"))
+
+    @property
+    def window_handles(self) -> list[str]:
+        """All tabs."""
+        return list(self.call("GetWindowHandles"))
+
+    def new_window(self, kind: str) -> None:
+        """Open a tab and switch to it."""
+        self.window(self.call("NewWindow", {"type": kind})["handle"])
+
+    def window(self, handle: str) -> None:
+        """Switch to a tab."""
+        self.call("SwitchToWindow", {"handle": handle, "focus": True})
+
+    def get(self, url: str) -> None:
+        """Open a page and wait until it is there."""
+        self.call("Navigate", {"url": url})
+
+    def refresh(self) -> None:
+        """Reload the page."""
+        self.call("Refresh")
+
+    def execute_script(self, script: str, *arguments: typing.Any) -> typing.Any:
+        """Run JavaScript in the page, and return what it returns."""
+        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": None}
+        value, error = json.loads(self.call("ExecuteScript", given))
+        if error:
+            raise RuntimeError(error)
+        return value
+
+    def find_element(self, _: str, selector: str) -> FirefoxElement:
+        """An element by its CSS selector."""
+        return FirefoxElement(self, self.call("FindElement", {"using": "css selector", "value": selector})[ELEMENT])
+
+    def get_screenshot_as_png(self) -> bytes:
+        """The visible part of the page."""
+        return base64.b64decode(self.call("TakeScreenshot", {"full": False}))
+
+    def set_window_size(self, width: int, height: int) -> None:
+        """The size of the whole window."""
+        self.call("SetWindowRect", {"width": width, "height": height})
+
+    def perform(self, actions: list[dict[str, typing.Any]]) -> None:
+        """Actions of pointer, wheel and keys, as WebDriver 17 has them."""
+        self.call("PerformActions", {"actions": actions})
+
+    def close(self) -> None:
+        """Close the tab."""
+        self.call("CloseWindow")
+
+    def quit(self) -> None:
+        """End the browser."""
+        message = json.dumps([0, next(self._ids), "Marionette:Quit", {"flags": ["eForceQuit"]}]).encode()
+        with contextlib.suppress(OSError, EOFError):
+            self._socket.sendall(b"%d:%s" % (len(message), message))
+            self._read()
+        self._stream.close()
+        self._socket.close()
+
+
+class FirefoxElement:
+    """An element, with the methods of selenium's that are used here."""
+
+    def __init__(self, browser: Firefox, reference: str) -> None:
+        self._browser = browser
+        self.id = reference
+
+    def send_keys(self, text: str) -> None:
+        """Type."""
+        self._browser.call("ElementSendKeys", {"id": self.id, "text": text})
+
+    def click(self) -> None:
+        """Click."""
+        self._browser.call("ElementClick", {"id": self.id})
+
+    def is_displayed(self) -> bool:
+        """Whether it can be seen."""
+        return bool(self._browser.call("IsElementDisplayed", {"id": self.id}))
+
+
+ENGINES: dict[str, typing.Callable[[], contextlib.AbstractContextManager[typing.Any]]] = {
+    "Chromium": chromium,
+    "Firefox": firefox,
+    "WebKit": webkit,
+}
 
 
 class Tab:
     """A tab of such a browser, with pywebsock.html in it."""
 
     def __init__(self, browser: typing.Any, url: str) -> None:
-        self._browser = browser
+        self.browser = browser
         self.url = url
-        browser.switch_to.new_window("tab")
+        # MiniBrowser's tabs do not come to the front.
+        browser.switch_to.new_window("window" if getattr(browser, "name", "") == "MiniBrowser" else "tab")
         self._handle = browser.current_window_handle
         browser.get(url)
 
+    def front(self) -> typing.Any:
+        """The browser, for a command to this tab."""
+        self.browser.switch_to.window(self._handle)
+        return self.browser
+
+    def reload(self) -> None:
+        """Load the page again."""
+        self.front().refresh()
+
     def run(self, script: str, *arguments: typing.Any) -> typing.Any:
         """Run JavaScript, and return what it returns."""
-        self._browser.switch_to.window(self._handle)
-        return self._browser.execute_script(script, *arguments)
+        return self.front().execute_script(script, *arguments)
 
     def command(self, name: str, **arguments: typing.Any) -> typing.Any:
-        """A command of the DevTools protocol."""
-        self._browser.switch_to.window(self._handle)
-        return self._browser.execute_cdp_cmd(name, arguments)
+        """A command of the DevTools protocol; in Chromium alone."""
+        return self.front().execute_cdp_cmd(name, arguments)
+
+    def perform(self, actions: list[dict[str, typing.Any]]) -> None:
+        """Actions of pointer, wheel and keys, as WebDriver 17 has them."""
+        browser = self.front()
+        if isinstance(browser, Firefox):
+            browser.perform(actions)
+        else:
+            browser.execute("actions", {"actions": actions})
 
     def find(self, selector: str) -> typing.Any:
         """An element."""
-        self._browser.switch_to.window(self._handle)
-        return self._browser.find_element("css selector", selector)
+        return self.front().find_element("css selector", selector)
 
     def shows(self, selector: str) -> bool:
         """Whether an element is visible."""
@@ -92,34 +328,123 @@ class Tab:
         )
         return drawn, read
 
-    def wait_for_state(self, state: str, deadline: float = DEADLINE) -> None:
+    def wait_for_state(self, state: str, deadline: float = PATIENCE) -> None:
         """Wait until the connection is in a state."""
         eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", deadline)
 
-    def wait_for_messages(self, count: int) -> None:
+    def wait_for_messages(self, count: int, deadline: float = PATIENCE) -> None:
         """Wait until there are so many messages in the log."""
-        eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}")
+        eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}", deadline)
 
     def messages(self, kind: str = "") -> list[str]:
         """The texts in the log; with the kind `.mine`, only of the messages that were sent here."""
         return self._texts(f"#log li.message{kind} .text")
 
+    def notes(self) -> list[str]:
+        """What the page itself has to say."""
+        return self._texts("#log li.system")
+
     def outbox(self) -> list[str]:
         """The texts that have not come back yet."""
         return self._texts("#outbox .text")
+
+    def outbox_states(self) -> list[str]:
+        """What is said of them."""
+        return self._texts("#outbox .foot span")
 
     def _texts(self, selector: str) -> list[str]:
         texts = self.run("return Array.from(document.querySelectorAll(arguments[0]), e => e.textContent)", selector)
         return list(texts)
 
-    def complaints(self, expected: str = "") -> list[str]:
-        """What stands in the browser's log, but for what is expected."""
-        self._browser.switch_to.window(self._handle)
-        lines = [entry["message"] for entry in self._browser.get_log("browser")]
-        return [line for line in lines if not expected or expected not in line]
+    def complaints(self, expected: typing.Sequence[str] = ()) -> list[str]:
+        """What stands in Chromium's log, but for what is expected."""
+        lines = [entry["message"] for entry in self.front().get_log("browser")]
+        return [line for line in lines if not any(each in line for each in expected)]
 
     def close(self) -> None:
         """Close the tab; the browser's first one stays."""
-        self._browser.switch_to.window(self._handle)
-        self._browser.close()
-        self._browser.switch_to.window(self._browser.window_handles[0])
+        self.front().close()
+        self.browser.switch_to.window(self.browser.window_handles[0])
+
+
+class Browsers:
+    """Each engine's browser, started when it is first asked for; `close` ends them."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, typing.Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __getitem__(self, name: str) -> typing.Any:
+        if name not in self._open:
+            self._open[name] = self._stack.enter_context(ENGINES[name]())
+        return self._open[name]
+
+    def close(self) -> None:
+        """End all that have been started."""
+        self._open.clear()
+        self._stack.close()
+
+
+BROWSERS = Browsers()
+EXPECTED = (  # in Chromium's log, where a server is away or refuses
+    "net::ERR_CONNECTION_REFUSED",
+    "net::ERR_CONNECTION_RESET",
+    "net::ERR_NAME_NOT_RESOLVED",
+    "404 (Not Found)",
+    "WebSocket connection to",
+    "403 (Forbidden)",
+    "net::ERR_FAILED",
+    "blocked by CORS policy",
+    "Close received after close",
+    "Blocked attempt to show a 'beforeunload'",
+)
+
+
+class PageTestCase(unittest.TestCase):
+    """Tests of the page in one engine; `in_each_engine` makes one such class for each."""
+
+    engine: typing.ClassVar[str] = "Chromium"
+
+    def serve(self, *arguments: str, port: int = 0) -> Process:
+        """A server in a process of its own, which ends with the test."""
+        server = Process(*(("--port", str(port)) if port else ()), *arguments)
+        self.addCleanup(server.stop)
+        return server
+
+    def open(self, url: str, engine: str = "", state: str = "connected") -> Tab:
+        """A new tab, which ends with the test, and has by then had nothing to complain of."""
+        tab = Tab(BROWSERS[engine or self.engine], url)
+        self.addCleanup(tab.close)
+        if (engine or self.engine) == "Chromium":
+            self.addCleanup(lambda: self.assertEqual(tab.complaints(EXPECTED), []))
+        if state:
+            tab.wait_for_state(state)
+        return tab
+
+    def from_disk(self, server: typing.Any, page: pathlib.Path = ROOT / "pywebsock.html") -> str:
+        """The address of the page on the disk, for a server."""
+        return f"{page.as_uri()}?server=ws://localhost:{server.port}"
+
+    def hasty(self, **constants: int) -> pathlib.Path:
+        """A copy of the page that has other constants, so that a test need not wait as long as a user would."""
+        text = (ROOT / "pywebsock.html").read_text("utf-8")
+        for name, value in constants.items():
+            text, found = re.subn(rf"(const {name} = )[0-9_e]+", rf"\g<1>{value}", text)
+            assert found == 1, name
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = pathlib.Path(folder.name, "page.html")
+        path.write_text(text, "utf-8")
+        return path
+
+    def wait(self, condition: typing.Callable[[], object], what: str) -> None:
+        """Wait until a condition holds."""
+        eventually(condition, f"{what} ({self.engine})", PATIENCE)
+
+
+def in_each_engine(case: type[PageTestCase]) -> None:
+    """Put a class for each engine into the module of a class of tests, whose name is then free for nobody to run."""
+    module = sys.modules[case.__module__]
+    for engine in ENGINES:
+        name = f"{case.__name__}In{engine}"
+        setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__}))

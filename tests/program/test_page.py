@@ -1,0 +1,320 @@
+"""The page in Chromium, Firefox and WebKitGTK: one room, in which nothing is lost and nothing comes twice."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import tempfile
+import unittest
+
+from tests.tools.browser import BROWSERS, ENGINES, PageTestCase, Tab, in_each_engine
+from tests.tools.screenshot import take
+from tests.tools.faults import paused
+from tests.tools.support import ROOT, Client, Process, free_port
+
+RECONNECTION = 40.0  # seconds; attempts are up to 15 seconds apart
+
+CHAT = """
+import re, sys
+sys.path.insert(0, {root!r})
+from pywebsock import BroadcastServer, main
+class Chat(BroadcastServer):
+    def on_message(self, client, message):
+        self.broadcast(f"{{client.address}}: {{message}}")
+with Chat(("127.0.0.1", 0)) as server:
+    print(f"listening on http://localhost:{{server.server_address[1]}}/", flush=True)
+    import signal
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server.serve_forever()
+"""
+
+
+class Nobody:
+    """No server: a port that nobody listens on."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+
+
+def tearDownModule() -> None:
+    BROWSERS.close()
+
+
+class Room(PageTestCase):
+    """Tabs from the disk and from the server, and programs."""
+
+    def setUp(self) -> None:
+        self.server = self.serve()
+        self.tabs = [self.open(url) for url in (self.from_disk(self.server), f"http://localhost:{self.server.port}/")]
+
+    def assert_everywhere(self, *texts: str) -> None:
+        """Each tab shows these messages in this order, and nothing else."""
+        for tab in self.tabs:
+            tab.wait_for_messages(len(texts))
+            self.assertEqual(tab.messages(), list(texts), tab.url)
+
+    def test_what_one_sends_all_show(self) -> None:
+        texts = ["from the disk: Grüße, 世界", "two\nlines\n  of text"]
+        for i, (tab, text) in enumerate(zip(self.tabs, texts)):
+            tab.send(text)
+            self.assert_everywhere(*texts[: i + 1])
+        for tab, text in zip(self.tabs, texts):
+            self.assertEqual(tab.messages(".mine"), [text], "its own, and only they, are marked")
+            self.assertEqual(tab.outbox(), [])
+
+    def test_markup_is_text(self) -> None:
+        text = "<img src=x onerror=\"document.title='owned'\"><b>bold</b><script>alert(1)</script> &amp; </li>"
+        with Client(self.server.port) as program:
+            program.send(text)
+            self.assert_everywhere(text)
+        for tab in self.tabs:
+            self.assertEqual(tab.run("return document.querySelectorAll('#log .text *').length"), 0)
+            self.assertNotIn("owned", tab.run("return document.title"))
+
+    def test_programs_are_in_the_room(self) -> None:
+        with Client(self.server.port) as program:
+            self.tabs[1].send("from a tab")
+            self.assertEqual(program.read(), "from a tab")
+            program.send("long " * 20_000)
+            program.send(bytes(1000))
+            for tab in self.tabs:
+                tab.wait_for_messages(3)
+                _, long, binary = tab.messages()
+                self.assertTrue(long.startswith("long long"))
+                self.assertEqual(binary, "binary, 1,000 bytes")
+
+
+class History(PageTestCase):
+    """What a page knows already is recognised in a server's history."""
+
+    def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
+        """These are sent while a tab has no connection; then it is back."""
+        tab.run("drop('moved'); clearTimeout(timer)")
+        with Client(server.port) as program:
+            for message in messages:
+                program.send(message)
+            program.send("end")
+            while program.read() != "end":
+                pass
+        tab.run("connect()")
+        tab.wait_for_state("connected")
+
+    def test_nothing_is_shown_twice(self) -> None:
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        tab.send("mine")
+        tab.wait_for_messages(1)
+        shown = ["mine"]
+        for news in ["a", b"\0\1\2"], [], ["b", "b", "mine"]:
+            self.away(tab, server, *news)
+            shown += [each if isinstance(each, str) else "binary, 3 bytes" for each in [*news, "end"]]
+            tab.wait_for_messages(len(shown))
+            self.assertEqual(tab.messages(), shown)
+        self.assertEqual(tab.messages(".mine"), ["mine"])
+        self.assertIn("nothing is missing", tab.notes()[-1])
+
+    def test_a_history_that_is_too_short_is_shown_in_full(self) -> None:
+        server = self.serve("--history", "2")
+        tab = self.open(self.from_disk(server))
+        tab.send("mine")
+        tab.wait_for_messages(1)
+        self.away(tab, server, "a", "b")
+        tab.wait_for_messages(3)
+        self.assertEqual(tab.messages(), ["mine", "b", "end"])
+        self.assertIn("may be missing", tab.notes()[-1])
+
+    def test_messages_that_were_not_confirmed_turn_up_in_it(self) -> None:
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        tab.send("first")
+        tab.wait_for_messages(1)
+        # Deaf: they reach the server, but no echo reaches the page.
+        tab.run("socket.onmessage = null; submit('second'); submit('third')")
+        with Client(server.port) as program:
+            while program.read() != "third":
+                pass
+        tab.run("drop('moved'); clearTimeout(timer)")
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"] * 2)
+        tab.run("connect()")
+        tab.wait_for_messages(3)
+        self.assertEqual(tab.messages(), ["first", "second", "third"])
+        self.assertEqual(tab.messages(".mine"), ["first", "second", "third"])
+        self.assertEqual(tab.outbox(), [])
+
+    def test_a_reload_keeps_ones_own_side(self) -> None:
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            program.send("theirs")
+            tab.wait_for_messages(1)
+            tab.send("mine")
+            tab.wait_for_messages(2)
+            tab.reload()
+            tab.wait_for_messages(2)
+            self.assertEqual(tab.messages(), ["theirs", "mine"])
+            self.assertEqual(tab.messages(".mine"), ["mine"])
+
+    def test_typed_offline(self) -> None:
+        """The server goes and comes again on its port: all that was typed meanwhile is everywhere, once."""
+        server = self.serve("--history", "100")
+        tabs = [self.open(self.from_disk(server)), self.open(f"http://localhost:{server.port}/")]
+        tabs[0].send("before")
+        for tab in tabs:
+            tab.wait_for_messages(1)
+        self.assertEqual(server.stop(), 0)
+        texts = [f"offline in tab {i}" for i in range(2)]
+        for tab, text in zip(tabs, texts):
+            tab.wait_for_state("offline")
+            tab.send(text)
+            self.assertEqual(tab.outbox(), [text])
+        self.serve("--history", "100", port=server.port)
+        for tab, text in zip(tabs, texts):
+            tab.wait_for_messages(3, RECONNECTION)
+            self.assertEqual(sorted(tab.messages()), ["before", *texts])
+            self.assertIn(text, tab.messages(".mine"))
+            self.assertEqual(tab.outbox(), [])
+
+
+class Outbox(PageTestCase):
+    """What was typed is delivered, or still there."""
+
+    def test_a_dead_connection_is_noticed(self) -> None:
+        """The message is kept, the header says so, and once the link is back it has arrived once."""
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server, self.hasty(NO_ECHO=1500, OVERDUE=300)))
+        tab.send("before")
+        tab.wait_for_messages(1)
+        with paused(server.pid):
+            tab.send("into the void")
+            self.wait(lambda: tab.outbox() == ["into the void"], "the message in the outbox")
+            self.wait(lambda: tab.state()[0] != "connected", "the connection given up")
+            self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
+        tab.wait_for_messages(2, RECONNECTION)
+        self.wait(lambda: tab.outbox() == [], "the message confirmed")
+        self.assertEqual(tab.messages(".mine"), ["before", "into the void"])
+
+    def test_another_network_means_another_connection(self) -> None:
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        tab.send("before")
+        tab.wait_for_messages(1)
+        tab.run("window.old = socket; dispatchEvent(new Event('online'))")
+        tab.wait_for_state("connected")
+        self.assertTrue(tab.run("return window.old !== socket"))
+        tab.send("after")
+        tab.wait_for_messages(2)
+        self.assertEqual(tab.messages(".mine"), ["before", "after"])
+
+    def test_too_big(self) -> None:
+        """One message is refused, and says so; those around it arrive, and the connection stays."""
+        server = self.serve("--max-message", "1000")
+        tab = self.open(self.from_disk(server))
+        tab.send("before")
+        tab.wait_for_messages(1)
+        tab.run("submit('x'.repeat(5000)); submit('after')")
+        tab.wait_for_messages(2, RECONNECTION)
+        self.assertEqual(tab.messages(), ["before", "after"])
+        self.assertEqual(tab.outbox_states(), ["not delivered: too big for this server"])
+        self.assertFalse(tab.shows("#outbox .again"))
+        self.assertTrue(tab.shows("#outbox .save"))
+
+    def test_far_too_big(self) -> None:
+        """It is not all sent when the server closes."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        tab.send("before")
+        tab.wait_for_messages(1)
+        tab.run("submit(new ArrayBuffer(40e6), 'waiting', STATES.waiting, 'film.mp4')")
+        self.wait(lambda: tab.outbox_states() == ["not delivered: too big for this server"], "refused")
+        self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
+        tab.wait_for_state("connected")
+
+    def test_a_server_that_changes_what_it_passes_on(self) -> None:
+        """One's own are on one's own side, and delivered."""
+        program = [sys.executable, "-c", CHAT.format(root=str(ROOT))]
+        server = Process(program=program)
+        self.addCleanup(server.stop)
+        tab = self.open(self.from_disk(server))
+        for text in "one", "two":
+            tab.send(text)
+        tab.wait_for_messages(2)
+        self.assertEqual([each.rpartition(" ")[2] for each in tab.messages(".mine")], ["one", "two"])
+        server.stop()
+        tab.wait_for_state("offline")
+        self.assertEqual(tab.outbox(), [])
+
+    def test_goodbye_without_an_echo(self) -> None:
+        """A server that says goodbye has passed on nothing that has not come back: it is sent again by itself."""
+        server = self.serve("--rate", "1")
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            tab.run("for (const text of ['one', 'two', 'three', 'four', 'five']) submit(text)")
+            program.read()
+            server.stop()
+        tab.wait_for_state("offline")
+        self.assertTrue(tab.outbox())
+        self.assertEqual(set(tab.outbox_states()), {"waiting for the connection"})
+        self.serve(port=server.port)
+        tab.wait_for_messages(5, RECONNECTION)
+        self.assertEqual(tab.messages(".mine"), ["one", "two", "three", "four", "five"])
+
+    def test_one_huge_text_does_not_take_the_others_along(self) -> None:
+        tab = self.open(self.from_disk(Nobody()), state="offline")
+        tab.run("submit('small'); submit('x'.repeat(12e6)); submit('other'); draft.value = 'a draft'")
+        # Driven browsers ask nobody before they leave.
+        tab.reload()
+        tab.wait_for_state("offline")
+        self.assertEqual(tab.outbox(), ["small", "other"])
+        self.assertEqual(tab.run("return draft.value"), "a draft")
+
+    def test_leaving_asks_first_where_something_would_be_lost(self) -> None:
+        tab = self.open(self.from_disk(Nobody()), state="offline")
+        asks = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
+        self.assertFalse(tab.run(asks))
+        tab.run("submit('small')")
+        self.assertFalse(tab.run(asks))
+        tab.run("submit(new ArrayBuffer(5), 'waiting', STATES.waiting, 'a file')")
+        self.assertTrue(tab.run(asks))
+        tab.run("discard(pending[1])")
+
+
+for case in (Room, History, Outbox):
+    in_each_engine(case)
+del case, Room, History, Outbox
+
+
+class Engines(PageTestCase):
+    """One room of different browsers."""
+
+    def test_typed_offline_in_each(self) -> None:
+        """Nothing that was typed while the server was away is lost, or comes twice, anywhere."""
+        server = self.serve("--history", "100")
+        tabs = [self.open(self.from_disk(server), engine) for engine in ENGINES]
+        tabs[0].send("before")
+        for tab in tabs:
+            tab.wait_for_messages(1)
+        server.stop()
+        for engine, tab in zip(ENGINES, tabs):
+            tab.wait_for_state("offline")
+            tab.send(f"typed offline in {engine}")
+        self.serve("--history", "100", port=server.port)
+        expected = sorted(["before", *(f"typed offline in {engine}" for engine in ENGINES)])
+        for tab in tabs:
+            tab.wait_for_messages(4, RECONNECTION)
+            self.assertEqual(sorted(tab.messages()), expected)
+        orders = {tuple(text for text in tab.messages()) for tab in tabs}
+        self.assertEqual(len(orders), 1, "the same order for all")
+
+
+class Screenshot(unittest.TestCase):
+    """The picture in the README."""
+
+    def test_it_can_be_taken(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "picture.png")
+            take(path)
+            self.assertTrue(path.read_bytes().startswith(b"\x89PNG"))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,508 @@
+"""The page as it is used, in Chromium, Firefox and WebKitGTK: reading, files, links, settings, and for everybody."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socketserver
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+import typing
+import unittest
+import urllib.request
+import zlib
+
+from tests.tools.browser import BROWSERS, PageTestCase, Tab, in_each_engine
+from tests.tools.support import ROOT, Client, Process, eventually, free_port, require
+
+NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
+UP, PAGE_UP = "\ue013", "\ue00e"  # WebDriver 17.4.2
+
+# What files are made of in a page, from base64.
+FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
+
+
+def tearDownModule() -> None:
+    BROWSERS.close()
+
+
+def picture(width: int = 60, height: int = 40) -> bytes:
+    """A PNG."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + b"".join(bytes((4 * x, 5 * y, 128)) for x in range(width)) for y in range(height))
+    head = chunk(b"IHDR", struct.pack("!IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@contextlib.contextmanager
+def pouring(port: int, rate: int = 100) -> typing.Iterator[None]:
+    """Messages that come from a program, so many a second."""
+    end = threading.Event()
+
+    def pour() -> None:
+        with Client(port) as program:
+            number = 0
+            while not end.wait(1 / rate):
+                program.send(f"poured {number}")
+                program.read()
+                number += 1
+
+    thread = threading.Thread(target=pour)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+class Reading(PageTestCase):
+    """The log stays where the reader is."""
+
+    def fill(self, tab: Tab, server: Process, count: int) -> None:
+        """So many short messages."""
+        with Client(server.port) as program:
+            for number in range(count):
+                program.send(f"old {number}")
+            for _ in range(count):
+                program.read()
+        tab.wait_for_messages(count)
+
+    def below(self, tab: Tab) -> int:
+        """Pixels from the reader's place to the bottom."""
+        return round(tab.run("return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"))
+
+    def test_the_button_to_the_newest_message(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        self.fill(tab, server, 100)
+        tab.run("scroller.scrollTop = 0")
+        self.wait(lambda: tab.run("return !following"), "the page has noticed")
+        with Client(server.port) as program:
+            program.send("news")
+            self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
+            self.assertEqual(tab.run("return scroller.scrollTop"), 0)
+            tab.click("#jump")
+            self.wait(lambda: not tab.shows("#jump"), "the button has gone")
+            self.assertLess(self.below(tab), 8)
+
+    def test_scrolling_up_while_messages_pour_in(self) -> None:
+        """Three notches of the wheel, or a few keys, are enough."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        self.fill(tab, server, 300)
+        middle = tab.run("const r = scroller.getBoundingClientRect(); return [r.x + 200, r.y + 200]")
+        notch = {
+            "type": "scroll", "x": int(middle[0]), "y": int(middle[1]), "deltaX": 0, "deltaY": -120, "origin": "viewport"
+        }  # fmt: skip
+        with pouring(server.port):
+            for _ in range(3):
+                tab.perform([{"type": "wheel", "id": "wheel", "actions": [notch]}])
+            self.wait(lambda: tab.run("return !following"), "the wheel has scrolled up")
+            self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
+            tab.click("#jump") if tab.shows("#jump") else tab.run("toBottom()")
+            self.wait(lambda: tab.run("return following"), "at the bottom again")
+            for _ in range(3):
+                tab.find("#scroller").send_keys(UP)
+            self.wait(lambda: tab.run("return !following"), "the keys have scrolled up")
+            top = tab.run("return scroller.scrollTop")
+            self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
+            self.assertLess(abs(tab.run("return scroller.scrollTop") - top), 150)
+
+    def test_the_bottom_is_followed(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        self.fill(tab, server, 100)
+        self.assertLess(self.below(tab), 8)
+        with pouring(server.port):
+            tab.wait_for_messages(150)
+        self.wait(lambda: self.below(tab) < 8, "the bottom")
+        self.assertFalse(tab.shows("#jump"))
+
+    def test_the_place_of_reading_stays_when_old_messages_go(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server, self.hasty(KEEP=400)))
+        self.fill(tab, server, 400)
+        tab.run("scroller.scrollTop -= 600")
+        self.wait(lambda: tab.run("return !following"), "the page has noticed")
+        tab.run("""window.place = Array.from(document.querySelectorAll('#log li')).find(
+            li => li.getBoundingClientRect().top > scroller.getBoundingClientRect().top)""")
+        where = "return window.place.getBoundingClientRect().top"
+        before, text = tab.run(where), tab.run("return window.place.textContent")
+        with Client(server.port) as program:
+            for number in range(250):
+                program.send(f"new {number}")
+            for _ in range(250):
+                program.read()
+        self.wait(lambda: tab.messages()[-1] == "new 249", "the last message")
+        self.assertTrue(tab.shows("#removed") or tab.run("return !removed.hidden"))
+        self.assertGreater(tab.run("return dropped"), 200)
+        self.assertLess(abs(tab.run(where) - before), 2, text)
+
+    def test_a_huge_text_is_saved_and_a_long_one_shown(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            program.send("long " * 10_000)
+            tab.wait_for_messages(1)
+            tab.click("#log button")
+            self.wait(lambda: len(tab.messages()[0]) == 50_000, "the whole text")
+            program.send("x" * 16_000_000)
+            tab.wait_for_messages(2)
+            button = tab.run("return document.querySelector('#log li:last-child button').textContent")
+            self.assertEqual(button, "Save (16,000,000 characters)")
+
+
+class Sharing(PageTestCase):
+    """Files, pictures and links."""
+
+    def setUp(self) -> None:
+        self.server = self.serve()
+        self.tab = self.open(self.from_disk(self.server))
+
+    def test_a_dropped_picture_is_shown_everywhere(self) -> None:
+        other = self.open(f"http://localhost:{self.server.port}/")
+        png = base64.b64encode(picture()).decode()
+        drop = f"""const dataTransfer = new DataTransfer();
+            dataTransfer.items.add({FILE});
+            const event = new DragEvent('drop', {{ bubbles: true, cancelable: true, dataTransfer }});
+            document.body.dispatchEvent(event);
+            return event.defaultPrevented"""
+        self.assertTrue(self.tab.run(drop, png, "holiday.png"))
+        for tab in (self.tab, other):
+            size = "const i = document.querySelector('#log img'); return i && [i.naturalWidth, i.naturalHeight, i.alt]"
+            self.wait(lambda tab=tab: tab.run(size), "the picture")
+            self.assertEqual(tab.run(size), [60, 40, f"png, {len(picture()):,} bytes"])
+        self.assertEqual(self.tab.run("return document.querySelectorAll('#log .mine').length"), 1)
+        self.assertEqual(self.tab.outbox(), [])
+        self.assertEqual(other.run("return document.querySelectorAll('#log .mine').length"), 0)
+
+    def test_files_arrive_as_they_are(self) -> None:
+        """One binary message each, in their order; what only claims to be a picture is a file."""
+        contents = [b"%PDF-1.7 ...", b"\x89PNG\r\n no picture", bytes(range(256)) * 300, b""]
+        with Client(self.server.port) as program:
+            for number, content in enumerate(contents):
+                self.tab.run(f"sendFiles([{FILE}])", base64.b64encode(content).decode(), f"file {number}")
+            self.assertEqual([program.read() for _ in contents], contents)
+        self.tab.wait_for_messages(4)
+        expected = ["pdf, 12 bytes", "png, 17 bytes", "binary, 76,800 bytes", "binary, 0 bytes"]
+        self.assertEqual(self.tab.messages(".mine"), expected)
+        self.assertEqual(self.tab.run("return Array.from(arguments[0], k => kindOf(Uint8Array.from(k, c => "
+            "c.charCodeAt(0)).buffer)[0]).join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
+            "jpg,gif,zip,bin,webp")  # fmt: skip
+
+    def test_files_wait_for_the_connection_like_text(self) -> None:
+        self.server.stop()
+        self.tab.wait_for_state("offline")
+        self.tab.send("first")
+        self.tab.run(f"sendFiles([{FILE}])", base64.b64encode(b"PK\x03\x04").decode(), "some.zip")
+        self.wait(lambda: self.tab.outbox() == ["first", "some.zip, 4 bytes"], "both in the outbox")
+        self.tab.send("last")
+        self.serve(port=self.server.port)
+        self.tab.wait_for_messages(3, 40)
+        self.assertEqual(self.tab.messages(".mine"), ["first", "zip, 4 bytes", "last"])
+
+    def test_links(self) -> None:
+        """http and https alone; the text around them stays as it is."""
+        text = "see (https://example.com/a_(b)?x=1&y=2). javascript:alert(1) HTTP://X.org, ftp://x file:///etc http://"
+        with Client(self.server.port) as program:
+            program.send(text)
+            self.tab.wait_for_messages(1)
+        self.assertEqual(self.tab.messages(), [text])
+        links = self.tab.run("return Array.from(document.querySelectorAll('#log a'), a => [a.textContent, a.rel, a.target])")
+        safe = ["noopener noreferrer", "_blank"]
+        self.assertEqual(links, [["https://example.com/a_(b)?x=1&y=2", *safe], ["HTTP://X.org", *safe]])
+
+    def test_a_message_tells_its_time_kind_and_size(self) -> None:
+        with Client(self.server.port) as program:
+            program.send("Grüße")
+            program.send(bytes(1000))
+            self.tab.wait_for_messages(2)
+        titles = self.tab.run("return Array.from(document.querySelectorAll('#log time'), t => t.title)")
+        self.assertRegex(titles[0], r"\d:\d\d:\d\d.*, 5 characters$")
+        self.assertRegex(titles[1], r"\d:\d\d:\d\d.*, binary, 1,000 bytes$")
+
+
+class Settings(PageTestCase):
+    """A name, and another server."""
+
+    def apply(self, tab: Tab, field: str, text: str) -> None:
+        """Type something into a field of the settings."""
+        tab.click("#settings summary")
+        tab.run(f"document.querySelector('{field}').value = ''")
+        tab.find(field).send_keys(text)
+        tab.click("#chosen button")
+
+    def test_a_name(self) -> None:
+        tab = self.open(self.from_disk(self.serve()))
+        tab.send("before")
+        self.apply(tab, "#name", "Ann")
+        self.assertFalse(tab.shows("#name"))
+        tab.send("hello")
+        tab.wait_for_messages(2)
+        self.assertEqual(tab.messages(".mine"), ["before", "Ann: hello"])
+        tab.reload()
+        tab.wait_for_state("connected")
+        self.assertEqual(tab.run("return name"), "Ann")
+        tab.run("localStorage.clear()")
+
+    def test_another_server(self) -> None:
+        first, second = self.serve(), self.serve()
+        tab = self.open(self.from_disk(first))
+        self.apply(tab, "#server", f"localhost:{second.port}")
+        address = f"ws://localhost:{second.port}/"
+        self.wait(lambda: tab.run("return [document.readyState, detail.textContent]") == ["complete", address], address)
+        tab.wait_for_state("connected")
+        with Client(second.port) as program:
+            tab.send("hello")
+            self.assertEqual(program.read(), "hello")
+
+
+class Elsewhere(socketserver.BaseRequestHandler):
+    """A web server that knows no WebSocket."""
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        self.request.sendall(
+            b"HTTP/1.1 404 Not Found\r\nAccess-Control-Allow-Origin: *\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+
+
+class Explanations(PageTestCase):
+    """Why there is no connection, in words on the page."""
+
+    def why(self, url: str) -> str:
+        """What the page says once it has tried."""
+        tab = self.open(url, state="offline")
+        self.wait(lambda: tab.run("return why.textContent"), "an explanation")
+        self.assertTrue(tab.shows("#why"))
+        self.assertNotIn("Start a server", tab.run("return document.querySelector('#log').textContent"))
+        return str(tab.run("return why.textContent"))
+
+    def test_a_refused_origin(self) -> None:
+        server = self.serve("--origin", "https://example.com")
+        self.assertRegex(self.why(self.from_disk(server)), r"The server says: 403 .*origin \S+ may not connect \(--origin")
+
+    def test_a_page_that_came_by_another_name(self) -> None:
+        """The server serves it, and refuses its WebSocket, as the name could have been made to point there."""
+        server = self.serve()
+        name = "page.localhost"
+        if self.engine == "WebKit":
+            self.skipTest("it resolves no names under localhost")
+        said = self.why(f"http://{name}:{server.port}/")
+        self.assertIn(f"origin http://{name}:{server.port} may not connect", said)
+
+    def test_nobody_answers(self) -> None:
+        port = free_port()
+        said = self.why(f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{port}")
+        self.assertIn(f"Nobody answers at ws://localhost:{port}/. Start a server", said)
+
+    def test_a_web_server_without_websockets(self) -> None:
+        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Elsewhere) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+            try:
+                url = f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{server.server_address[1]}"
+                self.assertIn("takes no WebSocket connection of this page (its status: 404)", self.why(url))
+            finally:
+                server.shutdown()
+
+    def test_a_misspelt_address(self) -> None:
+        for address in "http//localhost", "ws://[local]:4545", "ftp://localhost":
+            with self.subTest(address):
+                said = self.why(f"{(ROOT / 'pywebsock.html').as_uri()}?server={urllib.request.quote(address)}")  # type: ignore[attr-defined]
+                if address == "http//localhost":  # a host called http
+                    self.assertIn("Nobody answers at ws://http", said)
+                else:
+                    self.assertIn("no address like ws://host:port", said)
+
+    def test_how_a_phone_gets_in(self) -> None:
+        tab = self.open(self.from_disk(self.serve()))
+        self.wait(lambda: "--host 0.0.0.0" in tab.run("return phone.textContent"), "the hint")
+        tab = self.open(self.from_disk(self.serve("--host", "0.0.0.0")))
+        self.wait(lambda: re.search("open http://[0-9.]+:[0-9]+/", tab.run("return phone.textContent")), "the address")
+
+
+class Accessibility(PageTestCase):
+    """For everybody: axe-core finds nothing, and what it cannot see."""
+
+    def setUp(self) -> None:
+        script = NODE_MODULES / "axe-core" / "axe.min.js"
+        require(script.is_file(), "axe-core")
+        self.axe = script.read_text("utf-8")
+
+    def assert_accessible(self, tab: Tab, state: str) -> None:
+        """axe-core finds no violation of WCAG 2.2 A and AA, nor of its best practices."""
+        tab.run(self.axe)
+        tab.run("window.found = null; axe.run({ resultTypes: ['violations'] }).then(r => window.found = r.violations.map("
+                "v => v.id + ': ' + v.nodes.map(n => n.html).join(' ')), e => window.found = [String(e)])")  # fmt: skip
+        eventually(lambda: tab.run("return window.found !== null"), "axe-core", 30)
+        self.assertEqual(tab.run("return window.found"), [], state)
+
+    def in_states(self, tab: Tab, server: Process) -> None:
+        """Look at the page empty, in use, with its settings open, and offline with something in the outbox."""
+        self.assert_accessible(tab, "empty")
+        tab.send("mine, with http://example.com/")
+        with Client(server.port) as program:
+            program.send("theirs " * 1000)
+            program.send(picture())
+            tab.wait_for_messages(3)
+        self.wait(lambda: tab.run("return document.querySelector('#log img') !== null"), "the picture")
+        tab.click("#settings summary")
+        self.assert_accessible(tab, "in use")
+        server.stop()
+        tab.wait_for_state("offline")
+        tab.run("submit('lost', 'unconfirmed'); submit('x', 'refused', REFUSED[1009]); submit('waits')")
+        self.assert_accessible(tab, "offline")
+
+    def test_axe(self) -> None:
+        server = self.serve()
+        self.in_states(self.open(self.from_disk(server)), server)
+
+    def test_axe_in_the_dark(self) -> None:
+        if self.engine != "Chromium":
+            self.skipTest("only Chromium can be told to be dark")
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        tab.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        self.assertEqual(tab.run("return getComputedStyle(document.body).backgroundColor"), "rgb(27, 27, 24)")
+        self.in_states(tab, server)
+
+    def test_whose_message_it_is_can_be_heard(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        tab.send("mine")
+        with Client(server.port) as program:
+            program.send("theirs")
+            tab.wait_for_messages(2)
+        whole = tab.run("return Array.from(document.querySelectorAll('#log li'), li => li.textContent)")
+        self.assertTrue(whole[0].startswith("You: mine"), whole)
+        self.assertTrue(whole[1].startswith("theirs"), whole)
+
+    def test_the_focus_is_not_lost(self) -> None:
+        """Buttons that vanish hand it on; on a phone to where no keyboard opens."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        focus = "return document.activeElement.id"
+        for coarse, expected in ((False, "draft"), (True, "scroller")):
+            tab.run("window.matchMedia = query => ({ matches: arguments[0] && query === '(pointer: coarse)' })".replace(
+                "arguments[0]", str(coarse).lower()))  # fmt: skip
+            tab.run("drop('moved'); clearTimeout(timer); retry.focus()")
+            self.assertEqual(tab.run(focus), "retry")
+            tab.run("retry.click()")
+            self.assertEqual(tab.run(focus), expected)
+            tab.wait_for_state("connected")
+            tab.run("submit('x', 'refused'); outbox.querySelector('button:last-child').focus();"
+                    "outbox.querySelector('button:last-child').click()")  # fmt: skip
+            self.assertEqual(tab.run(focus), expected)
+
+    def test_shapes_survive_forced_colours(self) -> None:
+        """There, backgrounds go and borders, transparent ones too, are drawn."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        tab.send("mine")
+        tab.wait_for_messages(1)
+        for selector in "#log .text", "#send":
+            style = tab.run(f"const s = getComputedStyle(document.querySelector('{selector}'));"
+                            "return s.borderTopWidth + s.borderTopStyle + s.borderLeftWidth")  # fmt: skip
+            self.assertEqual(style, "1pxsolid1px", selector)
+
+
+for case in (Reading, Sharing, Settings, Explanations, Accessibility):
+    in_each_engine(case)
+del case, Reading, Sharing, Settings, Explanations, Accessibility
+
+
+class Chrome92:
+    """The oldest Chromium that the page is for, which an npm package has; driven by the DevTools protocol."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        packed = NODE_MODULES / "chrome-aws-lambda" / "bin" / "chromium.br"
+        node = shutil.which("node")
+        require(packed.is_file() and node, "chrome-aws-lambda (Chromium 92)")
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        binary = os.path.join(folder, "chromium")
+        unpack = "const f = require('fs'), z = require('zlib'), [from, to] = process.argv.slice(1);"
+        unpack += "f.writeFileSync(to, z.brotliDecompressSync(f.readFileSync(from)), { mode: 0o755 })"
+        subprocess.run([str(node), "-e", unpack, str(packed), binary], check=True)
+        command = [binary, "--headless", "--no-sandbox", "--no-zygote", "--disable-gpu", "--disable-dev-shm-usage"]
+        command += ["--remote-debugging-port=0", f"--user-data-dir={folder}/profile", "about:blank"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        assert process.stderr
+        stack.callback(process.stderr.close)
+        line = next(line for line in process.stderr if b"DevTools listening" in line)
+        port = int(re.findall(rb":(\d+)/", line)[0])
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10) as pages:
+            target = json.load(pages)[0]["webSocketDebuggerUrl"].partition(str(port))[2]
+        self._client = stack.enter_context(Client(port, target=target, Host=f"127.0.0.1:{port}"))
+        self._id = 0
+        self.complaints: list[str] = []
+
+    def command(self, method: str, **parameters: typing.Any) -> typing.Any:
+        """A command, and its result; what the page complains of meanwhile is kept."""
+        self._id += 1
+        self._client.send(json.dumps({"id": self._id, "method": method, "params": parameters}))
+        while True:
+            answer = json.loads(self._client.read())
+            if answer.get("id") == self._id:
+                return answer["result"]
+            if answer["method"] == "Runtime.exceptionThrown":
+                self.complaints.append(str(answer))
+
+    def run(self, expression: str) -> typing.Any:
+        """The value of a JavaScript expression."""
+        return self.command("Runtime.evaluate", expression=expression)["result"].get("value")
+
+
+class Floor(unittest.TestCase):
+    """Browsers from Chrome 92, Firefox 90 and Safari 15.4 on."""
+
+    def test_in_chrome_92(self) -> None:
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Process())
+            browser = Chrome92(stack)
+            browser.command("Runtime.enable")
+            browser.command("Page.navigate", url=f"http://localhost:{server.port}/")
+            eventually(lambda: browser.run("document.documentElement.dataset.state") == "connected", "connected", 30)
+            self.assertIn("Chrome/92.", browser.run("navigator.userAgent"))
+            browser.command("Input.insertText", text="half a character: \ud83d".encode("utf-16", "replace").decode("utf-16"))
+            for kind in "keyDown", "keyUp":
+                browser.command("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+            eventually(lambda: browser.run("document.querySelectorAll('#log .mine').length") == 1, "its own message")
+            browser.run(f"sendFiles([new File([Uint8Array.from({list(picture())})], 'x.png')])")
+            eventually(lambda: browser.run("document.querySelectorAll('#log .mine img').length") == 1, "its picture")
+            self.assertEqual(browser.run("getComputedStyle(document.body).backgroundColor"), "rgb(253, 252, 250)")
+            self.assertEqual(browser.run("document.body.offsetHeight"), browser.run("innerHeight"))
+            self.assertEqual(browser.complaints, [])
+
+    def test_nothing_newer_is_used(self) -> None:
+        """Where there is no such browser to try, at least none of what it would fail at."""
+        page = (ROOT / "pywebsock.html").read_text("utf-8")
+        newer = (
+            r"light-dark\(", r"color-mix\(", r":has\(", r"@container", r"@layer", r"\boklch\(", r"\btext-wrap: pretty",
+            r"^\s*(translate|rotate|scale):", r"\brequestSubmit\b", r"\b(to|is)WellFormed\b", r"\bariaLive\b", r"\.at\(",
+            r"\bstructuredClone\b", r"\bfindLast", r"\btoSorted\b", r"\bwith\(", r"\bhasOwn\b", r"\bgroupBy\b",
+            r"\brandomUUID\b", r"AbortSignal\.(timeout|any)", r"Promise\.(withResolvers|try)", r"\(\?<[=!]", r"/v[,;)]",
+            r"<dialog", r"\bpopover\b", r"\binert\b", r"\bstatic \{", r"#\w+ in ", r"\bcheckVisibility\b",
+        )  # fmt: skip
+        for pattern in newer:
+            self.assertIsNone(re.search(pattern, page, re.MULTILINE), pattern)
+        for line in page.splitlines():  # with a way out: the older unit stands before it
+            if "dvh" in line:
+                self.assertRegex(line, r"height: \S*100vh[^;]*; height: \S*100dvh")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,216 @@
+"""What is said to Redis and what it answers; without one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+
+
+class Pieces(io.RawIOBase):
+    """A connection on which bytes come in these pieces, and then its end."""
+
+    def __init__(self, pieces: typing.Iterable[bytes]) -> None:
+        self.pieces = iter(pieces)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: typing.Any) -> int:
+        piece = next(self.pieces, b"")
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def read_replies(*pieces: bytes) -> list[typing.Any]:
+    """All replies in bytes that come in these pieces, up to the end of the connection."""
+    file = io.BufferedReader(Pieces(pieces), max(map(len, pieces), default=1))
+    replies = []
+    with contextlib.suppress(ConnectionError):
+        while True:
+            replies.append(pywebsock.parse_reply(file))
+    return [comparable(reply) for reply in replies]
+
+
+def comparable(reply: typing.Any) -> typing.Any:
+    """A reply in which errors are equal where their words are."""
+    if isinstance(reply, list):
+        return [comparable(item) for item in reply]
+    return ("error", str(reply)) if isinstance(reply, pywebsock.RedisError) else reply
+
+
+EXAMPLES: list[tuple[bytes, typing.Any]] = [  # of the RESP specification, version 2
+    (b"+OK\r\n", b"OK"),
+    (b"-Error message\r\n", ("error", "Error message")),
+    (b"-ERR unknown command 'asdf'\r\n", ("error", "ERR unknown command 'asdf'")),
+    (
+        b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n",
+        ("error", "WRONGTYPE Operation against a key holding the wrong kind of value"),
+    ),
+    (b":0\r\n", 0),
+    (b":1000\r\n", 1000),
+    (b":+7\r\n", 7),
+    (b":-9223372036854775808\r\n", -(2**63)),
+    (b"$5\r\nhello\r\n", b"hello"),
+    (b"$0\r\n\r\n", b""),
+    (b"$-1\r\n", None),
+    (b"$4\r\n\r\n\r\n\r\n", b"\r\n\r\n"),
+    (b"*0\r\n", []),
+    (b"*2\r\n$5\r\nhello\r\n$5\r\nworld\r\n", [b"hello", b"world"]),
+    (b"*3\r\n:1\r\n:2\r\n:3\r\n", [1, 2, 3]),
+    (b"*5\r\n:1\r\n:2\r\n:3\r\n:4\r\n$5\r\nhello\r\n", [1, 2, 3, 4, b"hello"]),
+    (b"*-1\r\n", None),
+    (b"*2\r\n*3\r\n:1\r\n:2\r\n:3\r\n*2\r\n+Hello\r\n-World\r\n", [[1, 2, 3], [b"Hello", ("error", "World")]]),
+    (b"*3\r\n$5\r\nhello\r\n$-1\r\n$5\r\nworld\r\n", [b"hello", None, b"world"]),
+]
+
+
+class CommandTest(unittest.TestCase):
+    def test_an_array_of_bulk_strings(self) -> None:
+        self.assertEqual(pywebsock.serialize_command("LLEN", "mylist"), b"*2\r\n$4\r\nLLEN\r\n$6\r\nmylist\r\n")
+
+    def test_text_bytes_and_numbers(self) -> None:
+        self.assertEqual(
+            pywebsock.serialize_command("é", b"\r\n\xff", -12, ""),
+            b"*4\r\n$2\r\n\xc3\xa9\r\n$3\r\n\r\n\xff\r\n$3\r\n-12\r\n$0\r\n\r\n",
+        )
+
+    def test_a_word_that_was_no_utf8_on_the_command_line(self) -> None:
+        self.assertEqual(pywebsock.serialize_command("a\udcff"), b"*1\r\n$2\r\na\xff\r\n")
+
+
+class ReplyTest(unittest.TestCase):
+    def test_examples(self) -> None:
+        for data, reply in EXAMPLES:
+            self.assertEqual(read_replies(data), [reply], data)
+
+    def test_cut_at_every_byte(self) -> None:
+        whole = b"".join([data for data, _ in EXAMPLES])
+        replies = [reply for _, reply in EXAMPLES]
+        for cut in range(1, len(whole)):
+            self.assertEqual(read_replies(whole[:cut], whole[cut:]), replies, cut)
+        self.assertEqual(read_replies(*[whole[i : i + 1] for i in range(len(whole))]), replies)
+
+    def test_the_connection_ends_at_every_byte(self) -> None:
+        for data, _ in EXAMPLES:
+            for end in range(len(data)):
+                with self.assertRaises(ConnectionError):
+                    pywebsock.parse_reply(io.BufferedReader(Pieces([data[:end]])))
+
+    def test_garbage(self) -> None:
+        for data in (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n",
+            b"\x15\x03\x01\x00\x02\x02F",  # TLS
+            b"220 smtp.example.com ESMTP\r\n",
+            b"\r\n",
+            b"\0" * 100,
+            b"$five\r\nhello\r\n",
+            b"$\r\n",
+            b"$ 5\r\nhello\r\n",
+            b"$5\r\nhello world\r\n",
+            b"$5\r\nhello\n\r",
+            b":\r\n",
+            b":1.5\r\n",
+            b":\xd9\xa1\r\n",
+            b"*1\r\nx\r\n",
+            b"+" + b"x" * 100_000,
+            b"$" + b"1" * 100_000,
+            b"$9999999999999999999\r\n",
+            b"*9999999999999999999\r\n",
+            b"$" + b"9" * 5000 + b"\r\n",
+            b"*1\r\n" * 100_000,
+        ):
+            with self.subTest(data[:30]), self.assertRaisesRegex(pywebsock.RedisError, "is not Redis"):
+                read_replies(data)
+
+    def test_any_change_of_a_byte(self) -> None:
+        """Nothing but replies, RedisError or the end."""
+        data = EXAMPLES[-2][0]
+        for position in range(len(data)):
+            for byte in range(256):
+                changed = data[:position] + bytes([byte]) + data[position + 1 :]
+                with contextlib.suppress(pywebsock.RedisError):
+                    read_replies(changed)
+
+    def test_a_line_without_an_end_takes_no_memory(self) -> None:
+        pieces = iter([b"+" + b"x" * 1000] * 1_000_000)
+        with self.assertRaises(pywebsock.RedisError):
+            pywebsock.parse_reply(io.BufferedReader(Pieces(pieces)))
+        self.assertGreater(sum(1 for _ in pieces), 999_900)
+
+    def test_entries(self) -> None:
+        reply = [[b"stream", [[b"1-0", [b"name", b"value"]], [b"1-1", [b"a", b"b", b"c", b"d"]]]]]
+        self.assertEqual(
+            pywebsock.parse_entries(reply), [(b"1-0", b"", 0, b"text", b"value"), (b"1-1", b"", 0, b"text", b"b")]
+        )
+        name = b"0123456789abcdef:17:binary"
+        reply = [[b"stream", [[b"1-0", [name, b"\xff"]], [b"1-1", [b"a", b"\xff"]]]]]
+        self.assertEqual(
+            pywebsock.parse_entries(reply),
+            [(b"1-0", name[:16], 17, b"binary", b"\xff"), (b"1-1", b"", 0, b"text", "\ufffd".encode())],
+        )
+        self.assertEqual(pywebsock.parse_entries(None), [])
+        for entry in (
+            *([b"1-0", []], [b"1-0"], [b"1-0", [b"a"]], [b"1", [b"a", b"b"]], [7, [b"a", b"b"]]),
+            *([b"1-0", [7, b"b"]], [b"1-0", [b"a", 7]], [b"1-0", [b"a", None]], [b"1-0", [b"a", [b"b"]]], 7),
+        ):
+            with self.assertRaises(pywebsock.RedisError):
+                pywebsock.parse_entries([[b"stream", [entry]]])
+        for wrong in (b"OK ready", 7, [1], [[b"x", 7]]):
+            with self.assertRaises(pywebsock.RedisError):
+                pywebsock.parse_entries(wrong)
+
+
+class UrlTest(unittest.TestCase):
+    def test_good_ones(self) -> None:
+        for url, *expected in (
+            ("redis://", False, "localhost", 6379, "", "", 0, "pywebsock"),
+            ("redis://example.com", False, "example.com", 6379, "", "", 0, "pywebsock"),
+            ("rediss://example.com:6380/", True, "example.com", 6380, "", "", 0, "pywebsock"),
+            ("redis://[::1]:7/15", False, "::1", 7, "", "", 15, "pywebsock"),
+            ("redis://:secret@h", False, "h", 6379, "", "secret", 0, "pywebsock"),
+            ("redis://user:p%40ss%2F%3F%23@h", False, "h", 6379, "user", "p@ss/?#", 0, "pywebsock"),
+            ("redis://user@h", False, "h", 6379, "user", "", 0, "pywebsock"),
+            ("redis://h/3?stream=a%20room", False, "h", 6379, "", "", 3, "a room"),
+            ("redis://h?stream=x", False, "h", 6379, "", "", 0, "x"),
+        ):
+            self.assertEqual(pywebsock.parse_redis_url(url), tuple(expected), url)
+
+    BAD = (
+        "",
+        "localhost:6379",
+        "http://localhost",
+        "unix:///run/redis.sock",
+        "redis://h:port",
+        "redis://h:65536",
+        "redis://h/zero",
+        "redis://h/-1",
+        "redis://h/1/2",
+        "redis://h/\u0661",
+        "redis://h?room=x",
+        "redis://h?stream",
+        "redis://user:12#3@h",  # would connect to a host named user
+        "redis://a..b",
+        "redis://" + "a" * 64,
+        "redis://[::1",
+    )
+
+    def test_bad_ones(self) -> None:
+        for url in self.BAD:
+            with self.subTest(url), self.assertRaises(ValueError):
+                pywebsock.parse_redis_url(url)
+
+    def test_a_bad_one_on_the_command_line(self) -> None:
+        for url, why in (("http://localhost", "a Redis URL is redis://"), ("redis://h:port", "Port could not be cast")):
+            with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
+                pywebsock.main(["--redis", url])
+            self.assertEqual(caught.exception.code, 2)
+            self.assertRegex(said.getvalue(), f"(?s)^usage: .*\npywebsock: error: {why}")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,359 @@
+"""What a Redis refuses, how much it may be given, and what goes on while it is away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import re
+import socket
+import time
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+from tests.tools.faults import paused
+from tests.tools.redis import Redis, RedisTestCase, fill, frame_of, memory, numbered, read_until, say
+from tests.tools.support import DEADLINE, Client, compress, eventually, exchange, free_port, in_thread, require
+
+
+class RefusalTest(RedisTestCase):
+    """What Redis refuses is lost, alone."""
+
+    shared = False
+
+    def setUp(self) -> None:
+        self.redis = Redis("--appendonly", "no")
+        self.addCleanup(self.redis.close)
+        super().setUp()
+
+    def test_out_of_memory(self) -> None:
+        """Full of this stream: it is trimmed, and the room goes on."""
+        used = int(re.findall(rb"\r\nused_memory:([0-9]+)", self.redis.call("INFO", "memory"))[0])
+        self.redis.call("CONFIG", "SET", "maxmemory", used + 30_000_000)
+        servers = [self.process("--quiet", "--max-backlog", "1G") for _ in range(2)]
+        one, two = (self.client(server, Sec_WebSocket_Extensions="permessage-deflate") for server in servers)
+        payload = compress(bytes(5_000_000))
+        for _ in range(10):
+            one.frame(2, payload, rsv=4)
+        say(one, ["after"])
+        for client in (one, two):
+            while len(heard := client.read()) == 5_000_000:
+                pass
+            self.assertEqual(heard, "after")
+        self.assertIn("Redis refuses messages, which are lost: OOM", servers[0].log())
+        eventually(lambda: "Redis accepts messages again" in servers[0].log())
+        self.assertNotIn("away", servers[0].log())
+        say(two, ["to the end"])
+        self.assertEqual(one.read(), "to the end")
+
+    def test_out_of_memory_by_others(self) -> None:
+        """Nothing goes through while that lasts, everything after it; and the log is not filled."""
+        server = self.process("--quiet")
+        client = self.client(server)
+        self.redis.call("CONFIG", "SET", "maxmemory", 1)
+        say(client, numbered("lost", 100))
+        eventually(lambda: "Redis refuses messages, which are lost: OOM" in server.log())
+        self.redis.call("CONFIG", "SET", "maxmemory", 0)
+        client.send("heard")
+        while (heard := client.read()) != "heard":
+            self.assertIn("lost", heard)
+        eventually(lambda: "Redis accepts messages again" in server.log())
+        self.assertEqual(server.log().count("\n"), 2, server.log())
+
+    def test_too_big(self) -> None:
+        """For Redis, which answers and ends the connection; others that were sent with it are written once."""
+        self.redis.call("CONFIG", "SET", "proto-max-bulk-len", 1_048_576)
+        servers = [self.process("--quiet"), self.process("--quiet")]
+        one, two = map(self.client, servers)
+        one.send_raw(b"".join(map(frame_of, numbered("before", 20))))
+        one.send("x" * 1_048_577)
+        one.send_raw(b"".join(map(frame_of, numbered("after", 20))))
+        for client in (one, two):
+            self.assertEqual([client.read() for _ in range(40)], [*numbered("before", 20), *numbered("after", 20)])
+        eventually(lambda: "messages again, 1 are lost" in servers[0].log())
+        self.assertEqual(servers[1].log(), "")
+        self.assertEqual(self.redis.call("XLEN", self.stream), 40)
+
+    def test_too_big_without_an_answer(self) -> None:
+        """Where Redis just ends the connection, each time."""
+        self.redis.call("CONFIG", "SET", "client-query-buffer-limit", 1_048_576)
+        server = self.process("--quiet")
+        client = self.client(server)
+        say(client, ["before", "x" * 3_000_000, "after"])
+        self.assertEqual((client.read(), client.read()), ("before", "after"))
+        eventually(lambda: "messages again, 1 are lost" in server.log())
+
+    def test_a_state_of_redis_is_waited_for(self) -> None:
+        """One that accepts nothing for now; what was sent meanwhile comes in its order."""
+        for refuse, accept, why in (
+            (("REPLICAOF", "127.0.0.1", free_port()), ("REPLICAOF", "NO", "ONE"), "READONLY"),
+            (
+                ("CONFIG", "SET", "min-replicas-to-write", 1),
+                ("CONFIG", "SET", "min-replicas-to-write", 0),
+                "NOREPLICAS",
+            ),
+        ):
+            with self.subTest(why):
+                server = self.process("--quiet")
+                client = self.client(server)
+                self.redis.call(*refuse)
+                say(client, numbered(why, 300))
+                eventually(lambda: f"is away, senders wait: {why}" in server.log(), server.log())  # noqa: B023
+                self.redis.call(*accept)
+                self.assertEqual([client.read() for _ in range(300)], numbered(why, 300))
+                eventually(lambda: "is back" in server.log())  # noqa: B023
+                self.assertEqual(server.log().count("\n"), 2, server.log())
+
+    def test_refused_in_the_middle(self) -> None:
+        """Whatever the answers are, nothing comes out of its order or twice."""
+        for answers in (
+            [b"-OOM no", None, None],
+            [None, b"-OOM no", None],
+            [None, b"-READONLY no", None],
+            [None, b"-READONLY no", b"-READONLY no"],
+            [b"-READONLY no", b"-OOM no", b"-READONLY no"],
+            [None, b"-READONLY no", b"-ERR no"],
+            [b"-ERR no"] * 3,
+        ):
+            with self.subTest(answers):
+                self.check_answers(answers)
+
+    def check_answers(self, answers: typing.Sequence[bytes | None]) -> None:
+        server = self.serve(redis=self.url)
+        client, link = self.client(server), server._link
+        assert link
+        pipeline, expected = pywebsock.RedisConnection.pipeline, numbered(answers, len(answers))
+        final = max(i for i in range(-1, 3) if i < 0 or not (answers[i] or b"").startswith(b"-READONLY"))
+        lost = [i for i in range(final + 1) if answers[i]]
+        left = [answers]
+
+        def refusing(self: typing.Any, commands: typing.Sequence[bytes]) -> typing.Iterator[typing.Any]:
+            if b"XADD" not in commands[0] or not left:
+                yield from pipeline(self, commands)
+                return
+            for command, answer in zip(commands, left.pop()):
+                yield pywebsock.RedisError(answer[1:].decode()) if answer else next(pipeline(self, [command]))
+
+        with link._news, unittest.mock.patch.object(pywebsock.RedisConnection, "pipeline", refusing):
+            for message in expected:
+                link.put(pywebsock.Outgoing(message))
+            link._news.wait_for(lambda: not link._outbox and not link._unread, DEADLINE)
+        client.send("end")
+        self.assertEqual(read_until(client, {"end"}), [*(m for i, m in enumerate(expected) if i not in lost), "end"])
+
+
+class BoundsTest(RedisTestCase):
+    """What a stream may hold."""
+
+    options = ("--appendonly", "no")
+
+    def test_bytes_in_the_stream(self) -> None:
+        """400 KB, inflated: 400 MB; of which Redis keeps no more than it should."""
+        server = self.process("--quiet")
+        client, sender = self.client(server), self.client(server, Sec_WebSocket_Extensions="permessage-deflate")
+        size, number = 16 * 1024 * 1024, 24
+        payload = compress(bytes(size))
+        with in_thread(lambda: [sender.read_frame() for _ in range(number)]):
+            for _ in range(number):
+                sender.frame(2, payload, rsv=4)
+                receive(client, size + 10)
+        used = int(re.findall(rb"\r\nused_memory_peak:([0-9]+)", self.redis.call("INFO", "memory"))[0])
+        self.assertLess(used, 2 * pywebsock.STREAM_SIZE)
+        self.assertLess(self.redis.call("XLEN", self.stream), 12)
+        say(client, numbered("small", 500))
+        self.assertEqual([client.read() for _ in range(500)], numbered("small", 500))
+        self.assertGreaterEqual(self.redis.call("XLEN", self.stream), 500)
+
+    def test_history_is_bounded_in_bytes(self) -> None:
+        """It is read from the end, in small pieces, up to half of the backlog that a client may have."""
+        for number in range(200):
+            self.redis.call("XADD", self.stream, "*", "text", f"{number:4}" + "x" * 1_000_000)
+        server = self.process("--history", "1000", "--max-backlog", "8M")
+        self.assertLess(memory(server.pid), 120_000_000)
+        client = self.client(server)
+        self.assertEqual([int(client.read()[:4]) for _ in range(4)], [196, 197, 198, 199])
+
+    def test_history_without_what_is_no_message(self) -> None:
+        for number in range(50):
+            self.redis.call("XADD", self.stream, "*", "text", str(number))
+            self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
+        client = self.client(self.serve(redis=self.url, history=20))
+        self.assertEqual([client.read() for _ in range(20)], [str(number) for number in range(30, 50)])
+
+
+def receive(client: Client, size: int) -> None:
+    """Let so many bytes come."""
+    while size > 0:
+        size -= len(client.socket.recv(min(size, 1 << 20)))
+
+
+class DeletedTest(RedisTestCase):
+    """Streams that are not what they were."""
+
+    def test_an_idle_one(self) -> None:
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.1), self.assertLogs("pywebsock", "WARNING") as logs:
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            for number in range(3):
+                say(one, [f"before {number}"])
+                self.assertEqual((one.read(), two.read()), (f"before {number}",) * 2)
+                self.redis.call("DEL", self.stream)
+                eventually(lambda: str(logs.output).count("lost the end of the stream") == 2 * number + 2)  # noqa: B023
+            say(one, ["after"])
+            self.assertEqual((one.read(), two.read()), ("after", "after"))
+        self.assertEqual(len(logs.output), 6)
+
+    def test_one_in_use(self) -> None:
+        """With ids that go back: what is written before the servers notice is heard, too."""
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.3), self.assertLogs("pywebsock", "WARNING") as logs:
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
+            self.assertEqual((one.read(), two.read()), ("from the future",) * 2)
+            self.redis.call("DEL", self.stream)
+            say(one, numbered("one", 50))
+            say(two, numbered("two", 50))
+            self.assert_order([one, two], [numbered("one", 50), numbered("two", 50)])
+        eventually(lambda: len(logs.output) == 2)
+
+    def test_an_older_state(self) -> None:
+        """Of which what was heard before is not heard again."""
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.3), self.assertLogs("pywebsock", "WARNING"):
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            say(one, numbered("before", 30))
+            for client in (one, two):
+                self.assertEqual([client.read() for _ in range(30)], numbered("before", 30))
+            kept = self.redis.call("DUMP", self.stream)
+            self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
+            self.assertEqual((one.read(), two.read()), ("from the future",) * 2)
+            self.redis.call("RESTORE", self.stream, 0, kept, "REPLACE")
+            say(one, ["after"])
+            self.assertEqual((one.read(), two.read()), ("after", "after"))
+
+    def test_nothing_is_wrong_with_an_idle_one(self) -> None:
+        with (
+            unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.05),
+            self.assertLogs("pywebsock", "WARNING") as logs,
+        ):
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            for number in range(5):
+                say(one, [str(number)])
+                self.assertEqual((one.read(), two.read()), (str(number),) * 2)
+                asked = b"calls=0"
+                for _ in range(3):
+                    before = asked
+                    eventually(lambda: self.calls("xlen") != before)  # noqa: B023
+                    asked = self.calls("xlen")
+            pywebsock.log.warning("the end")
+        self.assertEqual(len(logs.output), 1)
+
+    def calls(self, command: str) -> bytes:
+        """How often Redis was given a command."""
+        found = re.search(b"cmdstat_%b:(calls=[0-9]+)" % command.encode(), self.redis.call("INFO", "commandstats"))
+        return found[1] if found else b""
+
+
+class Talkative(logging.Handler):
+    """Broadcasts what is logged."""
+
+    server: pywebsock.BroadcastServer | None = None
+    lines: typing.ClassVar[list[str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by a logger, with this handler locked."""
+        self.lines.append(record.getMessage())
+        if self.server:
+            self.server.broadcast(record.getMessage())
+
+
+class AwayTest(RedisTestCase):
+    """While Redis is away."""
+
+    shared = False
+
+    def setUp(self) -> None:
+        self.redis = Redis("--appendonly", "no")
+        self.addCleanup(self.redis.close)
+        super().setUp()
+
+    def test_posts_do_not_wait(self) -> None:
+        server = self.process("--quiet")
+        self.redis.kill()
+        eventually(lambda: "is away" in server.log())
+        threads, start = threads_of(server.pid), time.monotonic()
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+        posts = [Client(server.port, handshake=False) for _ in range(50)]
+        for post in posts:
+            self.addCleanup(post.__exit__)
+            post.send_raw(head)  # and nothing of the body
+        for post in posts:
+            self.assertRegex(post.read_head(), b"(?s)^HTTP/1.1 503 .*Retry-After: ")
+            post.socket.close()
+        self.assertLess(time.monotonic() - start, 5)
+        eventually(lambda: threads_of(server.pid) <= threads)
+        self.redis.start()
+        eventually(lambda: "is back" in server.log())
+        self.assertEqual(exchange(server.port, head.replace(b"1000000", b"2") + b"hi")[0], 202)
+
+    def test_posts_that_wait_give_up(self) -> None:
+        """Those that wait for room when Redis goes, and those that have put their message into what is full."""
+        server = self.process("--quiet")
+        with contextlib.suppress(ProcessLookupError), paused(self.redis.pid), Client(server.port) as client:
+            client.socket.settimeout(0.5)
+            with contextlib.suppress(TimeoutError, socket.timeout):
+                while True:
+                    client.socket.sendall(frame_of("x" * 100) * 1000)
+            head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi"
+            with Client(server.port, handshake=False) as post:
+                post.send_raw(head)
+                self.redis.kill()
+                self.assertRegex(post.read_head(), b"^HTTP/1.1 503 ")
+
+    def test_a_log_that_is_broadcast(self) -> None:
+        """Its handler waits for room while it is locked, and the link has something to say."""
+        handler = Talkative()
+        pywebsock.log.addHandler(handler)
+        self.addCleanup(pywebsock.log.removeHandler, handler)
+        server = handler.server = self.serve(redis=self.url)
+        client = self.client(server)
+        self.redis.kill()
+        eventually(lambda: server._link and server._link.away)
+        for _ in range(3):
+            self.in_background(fill, server.server_address[1], frame_of("x" * 100) * 10_000, 10_000_000)
+        eventually(lambda: server._link and not server._link._has_room())
+        self.in_background(pywebsock.log.warning, "locks the handler")
+        self.redis.start()
+        self.in_background(lambda: eventually(lambda: server._link and not server._link.away))
+        heard = read_until(client, {"locks the handler", "Redis is back"})
+        self.assertIn("x" * 100, heard)
+        self.redis.call("CONFIG", "SET", "maxmemory", 1)  # and no line about what was refused begets the next one
+        client.send("lost")
+        eventually(lambda: server._link and server._link._refused and not server._link._outbox)
+        self.redis.call("CONFIG", "SET", "maxmemory", 0)
+        client.send("heard")
+        read_until(client, {"heard"})
+        self.assertLessEqual(sum("refuses" in line for line in handler.lines), 2)
+
+    def test_no_reader_for_a_moment(self) -> None:
+        """A word to the other servers that Redis refuses does not end the reading."""
+        server = self.process("--quiet")
+        client = self.client(server)
+        self.redis.call("CONFIG", "SET", "maxmemory", 1)
+        with paused(server.pid):
+            self.redis.call("CONFIG", "SET", "maxmemory", 0)
+            for number in range(1000):
+                self.redis.call("XADD", self.stream, "*", "x", str(number))
+            self.redis.call("CONFIG", "SET", "maxmemory", 1)
+        self.assertEqual([client.read() for _ in range(1000)], [str(number) for number in range(1000)])
+        self.assertNotIn("away", server.log())
+
+
+def threads_of(pid: int) -> int:
+    """How many threads a process has (Linux)."""
+    folder = pathlib.Path(f"/proc/{pid}/task")
+    require(folder.exists(), "/proc")
+    return len(list(folder.iterdir()))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,196 @@
+"""Settings and the log: what a setting may be, by which address others reach a server, and floods of log lines."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import subprocess
+import sys
+import unittest
+import unittest.mock
+
+import pywebsock
+from pywebsock import BroadcastServer, check_setting
+from tests.tools.support import DEADLINE, ROOT
+
+
+class Settings(unittest.TestCase):
+    """check_setting: errors at once, by name."""
+
+    def check(self, name: str, value: object) -> object:
+        """The setting as the server uses it."""
+        return check_setting(name, value, getattr(BroadcastServer, name))
+
+    def test_good(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        for name, value in (
+            ("max_message", 0),
+            ("max_backlog", 1 << 40),
+            ("max_clients", 1),
+            ("history", 3),
+            ("compression", False),
+            ("rate", 2.5),
+            ("rate", 3),
+            ("ping_interval", 0),
+            ("send_timeout", 1e9),
+            ("tls_context", None),
+            ("tls_context", context),
+            ("redis", None),
+            ("redis", "redis://localhost"),
+            ("address_family", socket.AF_INET6),
+            ("timeout", 5),
+        ):
+            with self.subTest(name, value=value):
+                self.assertIs(self.check(name, value), value)
+
+    def test_defaults(self) -> None:
+        """Each is a good one."""
+        for name in ("max_message", "max_clients", "origins", "compression", "rate", "tls_context", "redis"):
+            default = getattr(BroadcastServer, name)
+            self.assertEqual(self.check(name, default) or None, default or None)
+
+    def test_origins(self) -> None:
+        """As a browser sends them."""
+        for value in (["HTTPS://Example.com:443/", "*"], ("https://example.com", "*")):
+            self.assertEqual(self.check("origins", value), ["https://example.com", "*"])
+        self.assertEqual(self.check("origins", ()), [])
+
+    def test_wrong(self) -> None:
+        for name, value, line in (
+            ("history", "3", "history must be a whole number from 0 on, not '3'"),
+            ("history", -1, "history must be a whole number from 0 on, not -1"),
+            ("history", 1.0, "history must be a whole number from 0 on, not 1.0"),
+            ("history", True, "history must be a whole number from 0 on, not True"),
+            ("max_clients", 0, "max_clients must be a whole number from 1 on, not 0"),
+            ("max_message", None, "max_message must be a whole number from 0 on, not None"),
+            ("rate", -0.5, "rate must be a number from 0 on, not -0.5"),
+            ("rate", "5", "rate must be a number from 0 on, not '5'"),
+            ("rate", float("nan"), "rate must be a number from 0 on, not nan"),
+            ("ping_timeout", float("inf"), "ping_timeout must be a number from 0 on, not inf"),
+            ("compression", 1, "compression must be True or False, not 1"),
+            ("compression", "no", "compression must be True or False, not 'no'"),
+            (
+                "origins",
+                "https://example.com",
+                """origins must be a list such as ["https://example.com"], not 'https://example.com'""",
+            ),
+            ("origins", None, """origins must be a list such as ["https://example.com"], not None"""),
+            ("origins", [None], "an origin is a scheme and a host, such as https://example.com, not 'None'"),
+            (
+                "origins",
+                ["example.com"],
+                "an origin is a scheme and a host, such as https://example.com, not 'example.com'",
+            ),
+            ("tls_context", "cert.pem", "tls_context must be of the type SSLContext, not 'cert.pem'"),
+            ("redis", 6379, "redis must be of the type str, not 6379"),
+        ):
+            with self.subTest(name, value=value):
+                with self.assertRaises(ValueError) as caught:
+                    self.check(name, value)
+                self.assertEqual(str(caught.exception), line)
+
+
+class NetworkAddress(unittest.TestCase):
+    """network_address: what a phone on the same network needs."""
+
+    def test_given(self) -> None:
+        for bound, expected in (
+            ("127.0.0.1", None),
+            ("127.1.2.3", None),
+            ("::1", None),
+            ("192.168.1.2", "192.168.1.2"),
+            ("fe80::1", "fe80::1"),
+        ):
+            with self.subTest(bound):
+                self.assertEqual(pywebsock.network_address(bound), expected)
+
+    def test_all(self) -> None:
+        """The address from which this machine would speak, by IPv4 or else IPv6; none without a network."""
+        for bound, ways, expected in (
+            ("0.0.0.0", {socket.AF_INET: "10.0.0.7"}, "10.0.0.7"),
+            ("0.0.0.0", {socket.AF_INET6: "2001:db8::7"}, None),
+            ("0.0.0.0", {}, None),
+            ("::", {socket.AF_INET: "10.0.0.7", socket.AF_INET6: "2001:db8::7"}, "10.0.0.7"),
+            ("::", {socket.AF_INET6: "2001:db8::7"}, "2001:db8::7"),
+            ("::", {}, None),
+        ):
+
+            class Probe(socket.socket):
+                """A socket of a machine with only these ways."""
+
+                def connect(self, address: object, ways: dict[socket.AddressFamily, str] = ways) -> None:
+                    if self.family not in ways or self.type != socket.SOCK_DGRAM:
+                        raise OSError("Network is unreachable")
+
+                def getsockname(self, ways: dict[socket.AddressFamily, str] = ways) -> object:
+                    return (ways[socket.AddressFamily(self.family)], 40000)
+
+            with self.subTest(bound, ways=ways), unittest.mock.patch("pywebsock.socket.socket", Probe):
+                self.assertEqual(pywebsock.network_address(bound), expected)
+
+    def test_here(self) -> None:
+        """On this machine, whatever network it has."""
+        for bound in ("0.0.0.0", "::"):
+            address = pywebsock.network_address(bound)
+            if address:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
+                with socket.socket(family) as probe:
+                    probe.bind((address, 0))  # it is one of its own
+
+
+class Flood(unittest.TestCase):
+    """is_no_flood: a stranger cannot fill the disk."""
+
+    def setUp(self) -> None:
+        self.now = 1000.0
+        clock = unittest.mock.patch("pywebsock.time.monotonic", lambda: self.now)
+        clock.start()
+        self.addCleanup(clock.stop)
+        pywebsock.log_lines.clear()
+        self.addCleanup(pywebsock.log_lines.clear)
+
+    def log(self, place: int, message: str = "%s refused", *arguments: object) -> str | None:
+        """The line that is logged from this place, if it is."""
+        record = logging.LogRecord(
+            "pywebsock", logging.WARNING, "pywebsock.py", place, message, arguments or ("x",), None
+        )
+        return record.getMessage() if pywebsock.is_no_flood(record) else None
+
+    def test_each_place_has_its_own_number(self) -> None:
+        for place in (1, 2):
+            lines = [self.log(place, "%s, %s", place, i) for i in range(100)]
+            self.assertEqual(lines[:20], [f"{place}, {i}" for i in range(20)])
+            self.assertEqual(lines[20:], [None] * 80)
+
+    def test_what_was_left_out(self) -> None:
+        for _ in range(50):
+            self.log(1)
+        self.now += 9.9
+        self.assertIsNone(self.log(1))
+        self.now += 0.2
+        self.assertEqual(self.log(1), "x refused (31 more like this were left out)")
+        self.assertEqual(self.log(1), "x refused")
+
+    def test_few_lines(self) -> None:
+        for _ in range(100):
+            self.assertEqual(self.log(1), "x refused")
+            self.now += 1.0
+
+    def test_memory(self) -> None:
+        """Whatever is in the lines."""
+        for i in range(100):
+            self.log(1, f"{i} %s")
+        self.assertEqual(len(pywebsock.log_lines), 1)
+
+    def test_of_the_module(self) -> None:
+        """It holds for programs that use the library, too; the tests of this project take it off."""
+        program = "import pywebsock; print(pywebsock.is_no_flood in pywebsock.log.filters)"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=DEADLINE, check=True
+        )
+        self.assertEqual(done.stdout.split(), [b"True"])
+
+
+if __name__ == "__main__":
+    unittest.main()

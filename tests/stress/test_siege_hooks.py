@@ -1,0 +1,247 @@
+"""Hooks that reject, hooks that raise anything at all, and a memory that is out wherever it can be.
+
+Light tests, for the basic run, and the same in a busy room: PYWEBSOCK_TESTS=siege, or everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import signal
+import threading
+import typing
+
+import pywebsock
+from tests.tools import load, siege, support
+
+REJECTED = 100
+
+
+class Gate(support.Recorder):
+    """Closes those who come to /rejected, and those who say "bad"."""
+
+    def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+        if client.target == "/rejected":
+            client.close(1008, "not you")
+        super().on_open(client)
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        if message == "bad":
+            client.close(1008, "not that")
+        if client.target != "/talker":
+            self._tell("message", message)
+        self.broadcast(message)
+
+
+class ClosedTest(support.ServerTestCase):
+    """After `client.close()` in a hook nothing more of that client reaches a hook."""
+
+    def check(self, server: Gate, first: bytes, expected: list[tuple[str, str]]) -> None:
+        """Clients that say all this with their handshakes."""
+        clients = [self.connect(server, handshake=False) for _ in range(REJECTED)]
+        for client in clients:
+            client.send_raw(first)
+        support.eventually(lambda: len([what for what in server.heard if what[0] == "open"]) == REJECTED)
+        for client in clients:
+            client.frame(8, b"\x03\xf0")
+        support.eventually(lambda: len([what for what in server.heard if what[0] == "close"]) == REJECTED)
+        heard = collections.Counter(what for what in server.heard if what[0] == "message")
+        self.assertEqual(heard, collections.Counter(expected * REJECTED))
+
+    def talk(self, server: Gate) -> None:
+        """Keep the turn busy: threads that say something large again and again, to some clients."""
+        listeners = load.Load(server.server_address[1])
+        talkers = [load.Sender(peer, i, 4000, at_once=8) for i, peer in enumerate(listeners.join(20, target="/talker"))]
+        server.heard.clear()
+        ended = threading.Event()
+
+        def go_on() -> None:
+            while not ended.is_set():
+                for talker in talkers:
+                    talker.go_on()
+                listeners.step()
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        self.addCleanup(listeners.__exit__)
+        self.addCleanup(thread.join, support.DEADLINE)
+        self.addCleanup(ended.set)
+
+    TEXTS = b"".join([support.masked_frame(1, text) for text in (b"good", b"bad", b"never", b"never")])
+
+    def test_in_on_message(self) -> None:
+        self.check(self.serve(Gate), support.request() + self.TEXTS, [("message", "good"), ("message", "bad")])
+
+    def test_in_on_open(self) -> None:
+        self.check(self.serve(Gate), support.request(target="/rejected") + self.TEXTS, [])
+
+    @siege.heavy
+    def test_in_on_open_of_a_busy_room(self) -> None:
+        server = self.serve(Gate)
+        self.talk(server)
+        self.check(server, support.request(target="/rejected") + self.TEXTS, [])
+
+
+class Failing(support.Recorder):
+    """Each hook raises what the class says, for the clients whose target names the hook."""
+
+    error: BaseException = SystemExit(3)
+
+    def _fail(self, client: pywebsock.WebSocketHandler, where: str) -> None:
+        if client.target == f"/{where}":
+            raise self.error
+
+    def admit(self, client: pywebsock.WebSocketHandler) -> None:
+        self._fail(client, "admit")
+
+    def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+        super().on_open(client)
+        self._fail(client, "on_open")
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        self._fail(client, "on_message")
+        super().on_message(client, message)
+
+    def on_close(self, client: pywebsock.WebSocketHandler, code: int, reason: str) -> None:
+        super().on_close(client, code, reason)
+        self._fail(client, "on_close")
+
+
+ERRORS: typing.Sequence[BaseException] = (
+    SystemExit(3),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    asyncio.CancelledError(),
+    BaseException("anything"),
+    StopIteration(),
+    MemoryError(),
+    RecursionError(),
+    TimeoutError(),
+    ConnectionResetError(),
+    pywebsock.ProtocolError(pywebsock.CloseCode.POLICY_VIOLATION, "of the program's own"),
+)
+
+
+class AnythingTest(support.ServerTestCase):
+    """Whatever a hook raises ends that client alone, with on_close, out of the room before its socket is closed."""
+
+    def check(self, error: BaseException, where: str) -> None:
+        server = self.serve(Failing, error=error)
+        witness = self.connect(server)
+        with self.assertLogs("pywebsock"):
+            with self.connect(server, target=f"/{where}") as client:
+                client.send("hello")
+                if where == "on_close":
+                    client.close(1000)
+                    client.read()
+                code, _ = client.read_close()
+            support.eventually(lambda: [what for what in server.heard if what[0] == "close"])
+        told = [what for what in server.heard if what[0] == "close"]
+        self.assertEqual([what[1] for what in told], [code], "on_close is told what the client is told, once")
+        self.assertIn(code, (1000,) if where == "on_close" else (1008, 1009, 1011))
+        witness.send("still here")
+        texts = [witness.read()]
+        while texts[-1] != "still here":
+            texts.append(witness.read())
+        support.eventually(lambda: len(server.clients) == 1, "it is still in the room")
+
+    def test_on_open(self) -> None:
+        for error in ERRORS:
+            with self.subTest(repr(error)):
+                self.check(error, "on_open")
+
+    def test_on_message(self) -> None:
+        for error in ERRORS:
+            with self.subTest(repr(error)):
+                self.check(error, "on_message")
+
+    def test_on_close(self) -> None:
+        for error in ERRORS:
+            with self.subTest(repr(error)):
+                self.check(error, "on_close")
+
+    def test_admit(self) -> None:
+        for error in ERRORS:
+            with self.subTest(repr(error)):
+                server = self.serve(Failing, error=error)
+                with self.assertLogs("pywebsock"):
+                    status, _, _ = support.exchange(server.server_address[1], support.request(target="/admit"))
+                self.assertEqual(status, 500)
+                self.assertEqual(server.heard, [])
+
+
+# With SIGUSR1, the server is out of memory a few times in each of these places.
+SHORTAGE = """
+import selectors, signal, socket
+def failing(owner, name):
+    act, left = getattr(owner, name), [0]
+    def once(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError(name)
+        return act(*arguments)
+    setattr(owner, name, once)
+    return left
+class Selector(selectors.DefaultSelector):
+    pass
+class Alarm(socket.socket):
+    def recv(self, size):
+        return super().recv(size)
+pair = socket.socketpair
+socket.socketpair = lambda: [Alarm(fileno=end.detach()) for end in pair()]
+{places}
+selectors.DefaultSelector = Selector
+def strike(number, frame):
+    for left in places:
+        left[0] = {times}
+signal.signal(signal.SIGUSR1, strike)
+"""
+
+
+class ShortageTest(siege.SiegeTestCase):
+    """A MemoryError must not be the end, wherever it strikes."""
+
+    def check(self, *places: str, times: int = 3) -> None:
+        failing = [f"failing({place.rpartition('.')[0]}, {place.rpartition('.')[2]!r})" for place in places]
+        code = SHORTAGE.format(places=f"places = [{', '.join(failing)}]", times=times)
+        server = self.serve(code=code)
+        with support.Client(server.port) as client:
+            os.kill(server.pid, signal.SIGUSR1)
+            for _ in range(3 * times):  # some of them may be lost
+                with contextlib.suppress(EOFError, ConnectionError), support.Client(server.port, small=True) as other:
+                    other.send("hello")
+                    other.read()
+            with support.Client(server.port, small=True) as other:  # what it does not read at once is the housekeeper's
+                other.send(bytes(8_000_000))
+                self.assertEqual(other.read(), bytes(8_000_000))
+            while client.read() == "hello":
+                pass
+            server.send_signal(signal.SIGTERM)
+            self.assertEqual(client.read_frame().payload, b"\x03\xe9")
+        self.assertEqual(server.wait(), 0, server.log())
+        self.assertNotIn("Exception in thread", server.log())
+        self.assertNotIn("Unhandled exception", server.log())
+
+    def test_housekeeper(self) -> None:
+        self.check("Selector.select", times=1)
+
+    def test_alarm(self) -> None:
+        """What wakes the housekeeper."""
+        self.check("Alarm.recv", times=1)
+
+    def test_recv(self) -> None:
+        self.check("socket.socket.recv")
+
+    def test_backlog(self) -> None:
+        self.check("Selector.register")
+
+    def test_accept(self) -> None:
+        self.check("socket.socket.accept")
+
+    def test_start_of_a_thread(self) -> None:
+        self.check("pywebsock.start_new_thread")
+
+    def test_close(self) -> None:
+        self.check("socket.socket.shutdown", "socket.socket.close", "socket.socket.setsockopt")

@@ -1,0 +1,174 @@
+"""What strangers can make the server remember: unfinished messages and bodies, backlogs, histories; who waits for whom.
+
+Heavy: PYWEBSOCK_TESTS=siege, or everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+
+from tests.tools import load, siege, support
+
+BOMB = 16 * 1024 * 1024 - 1  # bytes that one may keep unfinished
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
+# What a network takes at once is less than what the loopback interface does.
+SHORT_BUFFERS = """
+import socket
+bind = pywebsock.BroadcastServer.server_bind
+def server_bind(self):
+    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    bind(self)
+pywebsock.BroadcastServer.server_bind = server_bind
+"""
+
+
+@functools.cache
+def fragment() -> bytes:
+    """A compressed fragment, not the last one, of 16 KB on the wire and 16 MB inflated."""
+    payload = support.compress(bytes(BOMB))
+    return support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
+
+
+@siege.heavy
+class UnfinishedTest(siege.SiegeTestCase):
+    """What has begun and does not end."""
+
+    def hold(self, besieged: siege.Siege, clients: load.Load, what: str, number: int) -> None:
+        """The attackers have sent all that they will, or were turned away; they stay as long as they may."""
+        clients.run_for(3)
+        held = len(clients.peers)
+        support.Client(besieged.port).__exit__()  # others still get in
+        clients.__exit__()
+        self.withstand(besieged, f"{what}: {held} of {number} were still there")
+
+    def test_compressed_fragments(self) -> None:
+        besieged = self.besiege()
+        clients = self.clients(besieged)
+        for peer in clients.join(150, Sec_WebSocket_Extensions="permessage-deflate"):
+            peer.send(fragment())
+        self.hold(besieged, clients, "150 compressed fragments of 16 KB", 150)
+
+    def test_compressed_fragments_in_single_bytes(self) -> None:
+        """One byte every now and then: each is a sign of life."""
+        besieged = self.besiege()
+        clients = self.clients(besieged)
+        peers = clients.join(150, Sec_WebSocket_Extensions="permessage-deflate")
+        whole = fragment()
+        for peer in peers:
+            peer.send(whole[:-100])
+        for i in range(-100, -60):
+            clients.run_for(0.05)
+            for peer in tuple(clients.peers):
+                peer.send(whole[i : i + 1])
+        self.hold(besieged, clients, "150 compressed fragments that go on", 150)
+
+    def test_frames(self) -> None:
+        """Without compression it costs the attacker as much as the server."""
+        besieged = self.besiege()
+        clients = self.clients(besieged)
+        whole = support.masked_frame(2, length=BOMB + 1, key=bytes(4)) + bytes(BOMB)
+        for peer in clients.join(100):
+            peer.send(whole)
+        clients.run(lambda: not any(peer.unsent for peer in clients.peers), 60)
+        self.hold(besieged, clients, "100 frames without their last byte", 100)
+
+    def test_posts(self) -> None:
+        besieged = self.besiege("--max-clients", "10")
+        clients = self.clients(besieged)
+        whole = HEAD + bytes(BOMB)
+        for _ in range(200):
+            clients.start(raw=whole)
+        clients.run(lambda: not any(peer.unsent for peer in clients.peers), 60)
+        self.hold(besieged, clients, "200 POSTs without their last byte", 200)
+
+
+@siege.heavy
+class StuckTest(siege.SiegeTestCase):
+    """Clients that do not read."""
+
+    def test_tls(self) -> None:
+        """What waits for them waits as plain shared bytes."""
+        besieged = self.besiege(tls=True)
+        clients = self.clients(besieged)
+        for peer in clients.join(100, tls=True, small=True):
+            peer.stop_reading()
+        sender = clients.join(1, tls=True, Sec_WebSocket_Extensions="permessage-deflate")[0]
+        payload = support.compress(bytes(BOMB))
+        sender.send(support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload)
+        clients.run_for(3)
+        clients.__exit__()
+        self.withstand(besieged, "16 MiB for 100 that do not read, over TLS")
+
+    def test_history(self) -> None:
+        """Ten a second join and do not read what they get first."""
+        besieged = self.besiege("--history", "1000")
+        clients = self.clients(besieged)
+        sender = clients.join(1)[0]
+        for _ in range(1000):
+            sender.send(load.frame(os.urandom(16_000)))
+        clients.run(lambda: sender.received > 15_900_000)
+        besieged.witness.figures()
+        for _ in range(80):
+            clients.start(small=True).stop_reading()
+            clients.run_for(0.1)
+        clients.__exit__()
+        self.withstand(besieged, "80 joiners who do not read 16 MB of history")
+
+    def push(self, besieged: siege.Siege, size: int, pace: float) -> siege.Pusher:
+        """A client of it that sends so many bytes a second."""
+        pusher = siege.Pusher(besieged.port, size, pace)
+        self.addCleanup(pusher.end)
+        return pusher
+
+    def test_reconnecting_in_a_fast_room(self) -> None:
+        """They do not read, are dropped, and come back at once."""
+        besieged = self.besiege("--no-compression")
+        pusher, clients = self.push(besieged, 256 * 1024, 200e6), self.clients(besieged)
+        clients.run_for(1)
+        self.watch(besieged, "200 MB/s")
+        pusher.rate()
+        for _ in range(20):
+            clients.join(1, small=True)[0].stop_reading()
+            clients.run_for(0.2)
+        rate = pusher.rate()
+        clients.__exit__()
+        pusher.end()
+        self.withstand(besieged, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
+        self.assertGreater(rate, 150, "MB a second of who sends 200")
+
+    def test_slow_reader_with_a_short_backlog(self) -> None:
+        """What counts as quick must not follow from --max-backlog."""
+        besieged = self.besiege("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
+        pusher, clients = self.push(besieged, 4096, 5e6), self.clients(besieged)
+        clients.run_for(0.5)
+        clients.join(1, small=True)[0].read_at(150_000)
+        pusher.rate()
+        clients.run_for(3)
+        rate = pusher.rate()
+        self.watch(besieged, f"{rate:.1f} of 5 MB/s beside a reader of 0.15 MB/s")
+        self.assertGreater(rate, 4, "MB a second of who sends 5")
+        pusher.end()
+        self.stop(besieged)
+
+    def test_joins_and_closes_beside_a_quick_reader(self) -> None:
+        """It holds back those who send, and nobody else."""
+        besieged = self.besiege("--no-compression")
+        pusher, clients = self.push(besieged, 64 * 1024, 1e9), self.clients(besieged)
+        clients.join(1)[0].read_at(20e6)
+        clients.run_for(1)
+        spent = []
+        for _ in range(10):
+            start = time.monotonic()
+            peer = clients.join(1)[0]
+            spent.append(time.monotonic() - start)
+            start = time.monotonic()
+            peer.send(load.frame(b"", 8))
+            clients.run(functools.partial(getattr, peer, "ended"), 30)
+            spent.append(time.monotonic() - start)
+        worst = besieged.witness.figures().worst  # it sends, too
+        self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s, echo {worst:.3f} s")
+        self.assertLess(max(spent), 0.5)
+        pusher.end()
+        self.stop(besieged)

@@ -1,0 +1,220 @@
+"""Time: a process that was stopped, clocks that are set, signals that come twice, and all of it under load.
+
+Light tests, for the basic run, and heavy ones: PYWEBSOCK_TESTS=siege, or everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import unittest
+
+from tests.tools import faults, load, siege, support
+
+# The wall clock, and what a suspended machine does to the monotonic one: SIGUSR1 sets it by so many seconds.
+CLOCK = """
+import signal, time
+offset = [0.0]
+for name, factor in (("time", 1), ("time_ns", 10**9), *{more}):
+    real = getattr(time, name)
+    setattr(time, name, lambda real=real, factor=factor: real() + type(real())(offset[0] * factor))
+signal.signal(signal.SIGUSR1, lambda number, frame: offset.__setitem__(0, {seconds}))
+"""
+
+
+@unittest.skipUnless(hasattr(signal, "SIGSTOP"), "there is no SIGSTOP")
+class PauseTest(siege.SiegeTestCase):
+    """A pause of the process is nobody's silence: who answers the Ping that comes after it, stays."""
+
+    def check(self, ping: float, pause: float, number: int, times: int = 1) -> None:
+        server = self.serve("--ping", str(ping))
+        clients = [support.Client(server.port) for _ in range(number)]
+        for client in clients:
+            self.addCleanup(client.__exit__)
+        silent = clients.pop()
+        for _ in range(times):
+            with faults.paused(server.pid):
+                time.sleep(pause)
+            for client in clients:  # each waits for its Ping
+                self.assertEqual(client.read_frame().opcode, support.PING)
+                client.frame(support.PONG)
+        with self.assertRaises((EOFError, ConnectionError)):  # nothing but the silent one's own silence
+            while silent.read_frame().opcode == support.PING:
+                pass
+        clients[0].send("all here")
+        for client in clients:
+            frame = client.read_frame()
+            while frame.opcode == support.PING:
+                client.frame(support.PONG)
+                frame = client.read_frame()
+            self.assertEqual(frame.payload, b"all here")
+        self.assertIn("it was silent", server.log())
+        self.assertEqual(server.stop(), 0)
+
+    def test_longer_than_both_timeouts(self) -> None:
+        self.check(0.2, 0.6, 4)
+
+    @siege.heavy
+    def test_again_and_again(self) -> None:
+        """Also for hundreds, of which each has its own thread."""
+        self.check(1, 4, 300, times=3)
+
+    @siege.heavy
+    def test_while_data_flows(self) -> None:
+        """Stopped in the middle of all that it does, again and again: nobody is dropped, nothing is lost."""
+        server = self.serve("--ping", "0.5", "--no-compression")
+        clients = load.Load(server.port)
+        self.addCleanup(clients.__exit__)
+        senders = [load.Sender(peer, i, 3000, at_once=4) for i, peer in enumerate(clients.join(20))]
+
+        def go_on() -> None:
+            for sender in senders:
+                sender.go_on()
+
+        for i in range(40):
+            clients.run_for(0.01 + 0.003 * i, go_on)
+            with faults.paused(server.pid):
+                clients.run_for(0.02 if i % 10 else 1.5, go_on)
+        for sender in senders:
+            sender.stop()
+        total = sum(sender.count for sender in senders)
+        clients.run(lambda: all(sender.stream.messages == total for sender in senders), 30)
+        self.assertEqual([sender.peer.ended for sender in senders if sender.peer.ended], [])
+        self.assertEqual((server.stop(), siege.TROUBLE.findall(server.log())), (0, []))
+
+
+class ClockTest(siege.SiegeTestCase):
+    """The wall clock is nobody's timer."""
+
+    def serve_with_clock(self, seconds: float, *arguments: str, code: str = "") -> support.Process:
+        """A server whose wall clock is set by so many seconds with SIGUSR1."""
+        return self.serve(*arguments, code=CLOCK.format(seconds=seconds, more=()) + code)
+
+    def check(self, seconds: float) -> None:
+        """Keepalive, the log and the status go on."""
+        server = self.serve_with_clock(seconds, "--ping", "0.2", code="pywebsock.LINES_TIME = 0.2\n")
+        with support.Client(server.port) as silent, support.Client(server.port) as client:
+            for _ in range(25):  # more lines than pass
+                support.exchange(server.port, b"nonsense\r\n\r\n")
+            os.kill(server.pid, signal.SIGUSR1)
+            time.sleep(0.3)
+            for _ in range(2):
+                support.exchange(server.port, b"GET /afterwards HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            support.eventually(lambda: "there are / and /status" in server.log(), "the log says no more")
+            _, _, body = support.exchange(server.port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertLess(abs(json.loads(body)["uptime"] - 1), 5)
+            self.assertEqual(client.read_frame().opcode, support.PING)
+            client.frame(support.PONG)
+            client.send("still here")
+            while client.read_frame().payload != b"still here":
+                client.frame(support.PONG)
+            with self.assertRaises((EOFError, ConnectionError)):
+                while silent.read_frame():
+                    pass
+        self.assertEqual(server.stop(), 0)
+
+    def test_set_back(self) -> None:
+        self.check(-1e6)
+
+    def test_set_forward(self) -> None:
+        self.check(1e6)
+
+    def test_rate(self) -> None:
+        """Set back for a day: who may send ten a second still may."""
+        server = self.serve_with_clock(-86400, "--rate", "50")
+        with support.Client(server.port) as client:
+            client.send("before")
+            client.read()
+            os.kill(server.pid, signal.SIGUSR1)
+            start = time.monotonic()
+            for i in range(60):
+                client.send(f"{i}")
+            self.assertEqual([client.read() for _ in range(60)], [f"{i}" for i in range(60)])
+            self.assertLess(time.monotonic() - start, 2)
+        self.assertEqual(server.stop(), 0)
+
+    def test_monotonic_clock_forward(self) -> None:
+        """Where it counts a machine's sleep: that is a pause like any other."""
+        more = (("monotonic", 1),)
+        server = self.serve("--ping", "5", code=CLOCK.format(seconds=3600, more=more))
+        with support.Client(server.port) as idle, support.Client(server.port) as client:
+            os.kill(server.pid, signal.SIGUSR1)
+            time.sleep(0.1)
+            client.send("still here")
+            for each in (idle, client):
+                frame = each.read_frame()
+                while frame.opcode == support.PING:
+                    each.frame(support.PONG)
+                    frame = each.read_frame()
+                self.assertEqual(frame.payload, b"still here")
+        self.assertEqual(server.stop(), 0)
+
+
+@siege.heavy
+class SignalTest(siege.SiegeTestCase):
+    """SIGTERM and SIGHUP, once or many times, find a busy server: everybody gets 1001, and the end is 0."""
+
+    def check(self, *numbers: int, pause: float = 0.0) -> None:
+        server = self.serve("--no-compression")
+        crowd, clients = siege.Crowd(server.port), load.Load(server.port)
+        self.addCleanup(crowd.reset)
+        self.addCleanup(clients.__exit__)
+        crowd.join(300)
+        senders = [load.Sender(peer, i, 500, at_once=1) for i, peer in enumerate(clients.join(5))]
+
+        def go_on() -> None:
+            end = time.monotonic() + support.DEADLINE
+            while clients.peers and time.monotonic() < end:
+                for sender in senders:
+                    if not sender.stream.close:
+                        sender.go_on()
+                    elif not sender.peer.unsent:
+                        sender.peer.send(load.frame(b"\x03\xe9", 8))
+                clients.step()
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            time.sleep(0.3)
+            start = time.monotonic()
+            for number in numbers:
+                server.send_signal(number)
+                time.sleep(pause)
+            ends = crowd.ends()
+            status = server.wait(siege.CLOSE_TIMEOUT + 2)
+        finally:
+            thread.join()
+        self.report(f"{len(numbers)} signals: {status} after {time.monotonic() - start:.1f} s, {dict(ends)}")
+        self.assertEqual(status, 0, server.log()[-3000:])
+        self.assertEqual(dict(ends), {siege.GOING_AWAY: 300})
+        self.assertEqual({sender.stream.close for sender in senders}, {siege.GOING_AWAY})
+        self.assertEqual(siege.TROUBLE.findall(server.log()), [], server.log()[-3000:])
+
+    def test_term_twice(self) -> None:
+        self.check(signal.SIGTERM, signal.SIGTERM)
+
+    def test_term_many_times(self) -> None:
+        self.check(*[signal.SIGTERM] * 50, pause=0.002)
+
+    def test_hup(self) -> None:
+        self.check(signal.SIGHUP, signal.SIGHUP, pause=0.002)
+
+    def test_hup_and_term(self) -> None:
+        self.check(signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)
+
+    def test_second_interrupt(self) -> None:
+        """It stops at once, whoever has not answered."""
+        besieged = self.besiege()
+        crowd = self.crowd(besieged)
+        crowd.join(300)
+        besieged.server.send_signal(signal.SIGINT)
+        support.eventually(lambda: besieged.witness.figures().end == "1001")
+        start = time.monotonic()
+        besieged.server.send_signal(signal.SIGINT)
+        besieged.server.wait(1)
+        self.report(f"the end {time.monotonic() - start:.2f} s after the second")
+        self.assertNotIn("Traceback", besieged.log())
+
