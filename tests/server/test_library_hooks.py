@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import subprocess
@@ -174,6 +175,9 @@ class Admit(ServerTestCase):
             eventually(lambda: server._room.now > now + 0.3)
             go_on.set()
             self.assertIn(b" 101 ", client.read_head())
+            for text in ("in time", "and still here"):
+                client.send(text)
+                self.assertEqual(client.read(), text)
 
 
 class Post(ServerTestCase):
@@ -293,7 +297,8 @@ class Raising(ServerTestCase):
         witness = self.connect(server)
         for number, what in enumerate(EVERYTHING):
             with self.subTest(what=what), Client(server.server_address[1], handshake=False) as client:
-                client.send_raw((post if where == "on_post" else request)(target=f"/?{where}={number}"))
+                target = f"/?{where}={number}"
+                client.send_raw(post(bytes(200_000), target=target) if where == "on_post" else request(target=target))
                 end(client)
                 witness.send("still here")
                 self.assertEqual(witness.read(), "still here")
@@ -333,7 +338,9 @@ class Raising(ServerTestCase):
         self.check("on_post", self.status(500, 401, 503))
 
     def test_on_close(self) -> None:
-        self.check("on_close", self.closed())
+        with self.assertLogs("pywebsock", "ERROR") as logged:
+            self.check("on_close", self.closed())
+        self.assertEqual(len(logged.records), len(EVERYTHING))
 
 
 class Stopping(ServerTestCase):
@@ -416,6 +423,8 @@ class Stopping(ServerTestCase):
             server.server_close()
             self.assertLess(time.monotonic() - start, 2.0)
             self.assertEqual(client.read_frame().payload, b"\x03\xe9")
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(client.read_all(), b"")  # its connection has ended, whatever the hook does
             go_on.set()
             eventually(lambda: server.heard[-1][:2] == ("close", 1006))
             eventually(lambda: not server._connections.handlers)
