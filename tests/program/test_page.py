@@ -14,8 +14,8 @@ import threading
 import unittest
 
 from tests.tools.browser import BROWSERS, ENGINES, PageTestCase, Tab, in_each_engine
-from tests.tools.screenshot import take
 from tests.tools.faults import paused
+from tests.tools.screenshot import take
 from tests.tools.support import ROOT, Client, Process, free_port
 
 RECONNECTION = 40.0  # seconds; attempts are up to 15 seconds apart

@@ -219,4 +219,3 @@ class SignalTest(siege.SiegeTestCase):
         besieged.server.wait(1)
         self.report(f"the end {time.monotonic() - start:.2f} s after the second")
         self.assertNotIn("Traceback", besieged.log())
-
