@@ -344,6 +344,7 @@ SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the
 FINAL_BLOCK = b"\x03\x00"  # an empty one: zlib takes it for the end only where all before it is whole
 MAX_FINALS = 1000  # in one message
 INFLATE_SIZE = 64 * 1024  # bytes
+INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
 INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
 
 PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|\Z)')
@@ -424,7 +425,8 @@ class Inflater:
             if self._finals > MAX_FINALS:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
             try:
-                plain = self._zlib.decompress(data, INFLATE_SIZE)
+                with INFLATING:
+                    plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
@@ -1154,7 +1156,7 @@ class TLS:
 # ======================================================================================
 
 SEND_SIZE = 64 * 1024  # bytes of many pieces given to a socket at once
-SENDS_AT_ONCE = 16  # to one slow client, before others have the turn
+SENDS_AT_ONCE = 8  # to one slow client, before others have the turn
 QUICK_TIME = 0.25  # seconds in which a quick client takes QUICK_SIZE
 QUICK_SIZE = 4 * 1024 * 1024  # bytes
 
@@ -1181,21 +1183,25 @@ class Outbox:
         self._quick_until = 0.0
         self._quick_size = 0  # bytes taken since it last was
 
-    def write(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
-        """Send what the socket takes at once of what follows the first `sent` bytes; the rest waits."""
+    def write(self, pieces: Iterable[bytes], now: float) -> None:
+        """Send what the socket takes at once; the rest waits."""
         empty = not self._pieces
+        self.keep(pieces, now)
         if empty:
+            self.flush(now)
+
+    def keep(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
+        """Let wait what follows the first `sent` bytes: the socket took no more."""
+        if not self._pieces:
             self._sent, self.size, self.moved = sent, -sent, now
+            start = time.monotonic()
+            self._quick_until = start + QUICK_TIME if start > self._joined + 4 * QUICK_TIME else 0.0
+            self._quick_size = 0
         elif self.size > self._limit and not self._is_quick():
             raise ConnectionAbortedError(f"it was {self.size} bytes behind")
         for piece in pieces:
             self._pieces.append(piece)
             self.size += len(piece)
-        if empty:
-            start = time.monotonic()
-            self._quick_until = start + QUICK_TIME if start > self._joined + 4 * QUICK_TIME else 0.0
-            self._quick_size = 0
-            self.flush(now)
 
     def flush(self, now: float) -> None:
         """Send what the socket takes now; of much only a part, since others wait for the turn."""
@@ -1831,7 +1837,7 @@ class Room:
             if sent < size:
                 rest.append((client, sent))
         for client, sent in rest:
-            self.write(client, [data], sent)
+            self._try(client, client._outbox.keep, [data], self.now, sent)
         for client, why in broken:
             self._fail(client, why)
 
@@ -1849,9 +1855,9 @@ class Room:
 
     # ---- one connection: what can be done with its outbox ----
 
-    def write(self, client: WebSocketHandler, pieces: Iterable[bytes], sent: int = 0) -> None:
-        """Send bytes to one connection, all but so many of them."""
-        self._try(client, client._outbox.write, pieces, self.now, sent)
+    def write(self, client: WebSocketHandler, pieces: Iterable[bytes]) -> None:
+        """Send bytes to one connection."""
+        self._try(client, client._outbox.write, pieces, self.now)
 
     def pong(self, client: WebSocketHandler, frames: Sequence[bytes]) -> None:
         """Answer Pings."""
@@ -2101,8 +2107,11 @@ class Housekeeper(threading.Thread):
 
     def _work(self, ready: Iterable[WebSocketHandler]) -> bool:
         """In the turn: send more to those who can take it; once in a while look at everybody."""
+        until = time.monotonic() + 2 * TURN_TIME
         for client in ready:
             self._room.flush(client)
+            if time.monotonic() > until:
+                break  # the others will still be ready
         now, woken = self._room.now, 0
         if now >= self._next_round:
             self._connections.adapt_switch_interval()
