@@ -1309,7 +1309,9 @@ class Turn:
         self._looks = 0  # that the successor has yet to make; 0 while it sleeps
         self._errors: deque[Exception] = deque()  # of operations, to be logged by whoever held the turn
 
-        self._tally = threading.Lock()  # guards the next three; held for a few instructions
+        # Guards the next three, for a few instructions; an RLock, since among them the garbage
+        # collector may run, and a __del__ that broadcasts.
+        self._tally = threading.RLock()
         self._size = 0  # bytes in the queue
         self.held = False  # senders wait for a client that is behind
         self._space = threading.Event()  # set while senders may go on
@@ -1449,6 +1451,7 @@ class Turn:
 # ======================================================================================
 
 READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
+SLOWEST_POST = 256 * 1024  # bytes a second
 MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
 
 
@@ -1589,7 +1592,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server = self.server
         if server._link and server._link.away:
             raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
-        self._deadline += length / READ_SIZE  # one of some size may take its time, but not for ever
+        self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             piece = self._read_in_time()
@@ -2220,7 +2223,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             raise
 
     def _prepare(self) -> None:
-        self._started = time.time()
+        self._started = time.monotonic()
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
         self._room = Room(self)
@@ -2231,7 +2234,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose thread this is
-        self._seats = threading.Lock()  # guards the next one
+        self._seats = threading.RLock()  # guards the next one; for the same reason as that of Turn an RLock
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
 
     # ---- hooks ----
@@ -2289,7 +2292,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "clients": len(self._clients),
             "messages": self._room.messages,
             "bytes": self._room.bytes,
-            "uptime": round(time.time() - self._started, 3),
+            "uptime": round(time.monotonic() - self._started, 3),
             "connections": len(self._connections.handlers),
             "refused": self._refused,
             "dropped": self._room.dropped,
@@ -2475,7 +2478,7 @@ MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in a
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
 ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
 ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
+KINDS = {TEXT: b"text", BINARY: b"binary"}
 NOT_REDIS = "what answers is not Redis"
 PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")  # answers of a Redis to wait for
 REFUSING = ("OOM", "ERR")  # answers that concern an entry; all others, the state of Redis: READONLY, MISCONF
@@ -2594,6 +2597,18 @@ def fitting(entries: Sequence[Entry]) -> int:
     return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
 
 
+def choose_history(entries: Iterable[Entry], number: int, size: int) -> list[Entry]:
+    """The messages among the first of these, so many and with so many bytes at most; in the other direction."""
+    chosen: list[Entry] = []
+    for entry in entries:
+        size -= len(entry.value)
+        if len(chosen) == number or size < 0:
+            break
+        if entry.kind in KINDS.values():
+            chosen.append(entry)
+    return chosen[::-1]
+
+
 class Tail:
     """The last entries, as many as the stream is to keep: for their number and their bytes there are limits."""
 
@@ -2607,6 +2622,9 @@ class Tail:
         """One more entry, whose id this is."""
         self._entries.append((entry, size))
         self._size += size
+        self._shrink()
+
+    def _shrink(self) -> None:
         while len(self._entries) > 1 and (self._size > self._limit or len(self._entries) > STREAM_LENGTH):
             size = self._entries.popleft()[1]
             self._size -= size
@@ -2615,12 +2633,71 @@ class Tail:
     def halve(self) -> None:
         """From now on, keep half as much: Redis is out of memory."""
         self._limit = max(self._size // 2, RUN_SIZE)
-        self.add(*self._entries.pop())
+        self._shrink()
+
+    def has(self, entry: bytes) -> bool:
+        """Whether an entry is among them."""
+        return any(entry == other for other, _ in self._entries)
 
     @property
     def first(self) -> bytes:
         """The id of the oldest entry to keep."""
         return self._entries[0][0]
+
+
+class Transit:
+    """This server's messages on their way to the stream and back; guarded by `news`."""
+
+    def __init__(self) -> None:
+        self.name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
+        self.news = threading.Condition()  # notified when something changes; guards more of the link
+        self._number = 0  # of the last message put in
+        self._waiting: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
+        self.size = 0  # bytes of them
+        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
+        self._unread_size = 0  # bytes of them
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._unread)
+
+    def put(self, message: Outgoing) -> None:
+        """One more."""
+        self._number += 1
+        self._waiting.append((self._number, message))
+        self.size += message.size + MESSAGE_COST
+
+    def has_room(self, fullness: float) -> bool:
+        """Whether senders may go on."""
+        return self.size <= QUEUE_SIZE * fullness and len(self._waiting) <= IN_FLIGHT * fullness
+
+    def may_be_written(self) -> bool:
+        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
+        return bool(self._waiting) and len(self._unread) < IN_FLIGHT and self._unread_size <= QUEUE_SIZE
+
+    def first(self) -> list[tuple[int, Outgoing]]:
+        """What is to be written at once."""
+        batch = list(itertools.islice(self._waiting, WRITE_MOST))
+        sizes = itertools.accumulate([message.size for _, message in batch])
+        return batch[: max(sum([size <= RUN_SIZE for size in sizes]), 1)]
+
+    def settle(self, replies: Sequence[Any], read: int) -> None:
+        """These are the answers for the first ones, of which those up to a number have been read already."""
+        for reply in replies:
+            number, message = self._waiting.popleft()
+            self.size -= message.size + MESSAGE_COST
+            if not isinstance(reply, RedisError) and number > read:
+                self._unread.append((number, message.size))
+                self._unread_size += message.size
+
+    @property
+    def written(self) -> int:
+        """The number of the last one that was written and not yet read, or 0."""
+        return self._unread[-1][0] if self._unread else 0
+
+    def note_read(self, number: int) -> None:
+        """All up to a number were read, or are lost."""
+        while self._unread and self._unread[0][0] <= number:
+            self._unread_size -= self._unread.popleft()[1]
 
 
 # ---- the link ----
@@ -2630,6 +2707,7 @@ class RedisConnection:
     """A connection that has said who it is, and has been answered; for one thread. Raises OSError everywhere."""
 
     def __init__(self, address: RedisAddress) -> None:
+        self._stream = address.stream
         self.placed = False  # for its reader: whether it knows where in the stream to go on
         self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         try:
@@ -2673,6 +2751,157 @@ class RedisConnection:
         except socket.timeout:
             raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
 
+    def add(self, name: bytes, value: bytes) -> bytes:
+        """The command that adds an entry."""
+        return serialize_command("XADD", self._stream, "*", name, value)
+
+    def read(self, after: bytes, count: int, seconds: float) -> list[Entry]:
+        """The next entries; waits for one."""
+        options = ("COUNT", count, "BLOCK", int(seconds * 1000))
+        return parse_entries(self.call("XREAD", *options, "STREAMS", self._stream, after))
+
+    def last(self, count: int = 1, end: str | bytes = "+") -> list[Entry]:
+        """The last entries up to one, backwards."""
+        return parse_entries([("", self.call("XREVRANGE", self._stream, end, "-", "COUNT", count))])
+
+    def backwards(self) -> Iterator[Entry]:
+        """All entries from the end of the stream, in small pieces."""
+        entries = self.last()
+        while entries:
+            yield from entries
+            entries = self.last(fitting(entries), b"(" + entries[-1].id)
+
+    def trim(self, first: bytes) -> None:
+        """Remove what is before an entry."""
+        self.ask("XTRIM", self._stream, "MINID", "~", first)
+
+    def shorten(self) -> None:
+        """Trim a stream that is too large, of which nobody has read all, by its mean size."""
+        used = self.ask("MEMORY", "USAGE", self._stream, "SAMPLES", 0)
+        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
+            self.ask("XTRIM", self._stream, "MAXLEN", self.length * STREAM_SIZE // used)
+
+    def has_changed(self) -> bool:
+        """Whether the length of the stream has, since this was last asked."""
+        before, self.length = self.length, self.call("XLEN", self._stream)
+        return bool(before != self.length)
+
+
+def say(text: str, *arguments: object) -> None:
+    """Log in a thread of its own: a handler may wait for room, or for a thread that does, and so for the link."""
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        start_new_thread(lambda: log.warning(text, *arguments), ())
+
+
+class StreamReader:
+    """What a server has read of the stream. Its thread alone changes that, in part with the link's lock."""
+
+    def __init__(
+        self,
+        transit: Transit,
+        deliver: Callable[[Iterable[Outgoing]], None],
+        history: tuple[int, int],
+        limit: int,
+    ) -> None:
+        self._transit, self._name, self._news = transit, transit.name, transit.news
+        self._hand_over = deliver  # messages to the server, in the order of the stream
+        self._history = history  # messages, bytes
+        self.others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
+        self.behind = False  # so is this one: more entries are waiting than it asked for
+        self.tail = Tail(limit)
+        self.last = self._begin = b""  # id of the last entry read; of the last that was there at the start
+        self.seen: dict[bytes, int] = {}  # the last number from each server
+        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+
+    def lets_write(self) -> bool:
+        """Whether nobody is behind."""
+        now = time.monotonic()
+        return bool(self.last) and not self.behind and all(now > until for until in self.others_behind.values())
+
+    def read(self, connection: RedisConnection) -> None:
+        """Deliver what has been added to the stream."""
+        if not connection.placed:
+            self.find_place(connection)
+        with self._news:
+            written, place = self._transit.written, self.last
+        entries = connection.read(place, self._count, 0.001 if self.behind else LISTEN_TIME)
+        self._keep_together(connection, len(entries) == self._count)
+        missed = self._deliver(entries)
+        if missed and not connection.last(1, place):  # trimmed, and not refused
+            say("missed %d messages that Redis has no longer", missed)
+        if len(entries) < self._count:
+            with self._news:
+                self._transit.note_read(written)  # or lost
+                self._news.notify_all()
+        if self.tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
+            self.tail.dropped = 0.0
+            connection.trim(self.tail.first)
+        if entries:
+            self._count, connection.length = fitting(entries), -1
+        elif connection.has_changed():  # is it another stream by now?
+            connection.placed = False
+
+    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
+        """Let the others wait while this server is behind."""
+        before, self.behind = self.behind, behind
+        if before or behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
+            list(connection.pipeline([connection.add(name, b"")]))
+
+    def find_place(self, connection: RedisConnection) -> None:
+        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
+        if not self.last:
+            connection.shorten()
+            end = connection.last()
+            self._deliver(choose_history(connection.backwards(), *self._history))
+            self._begin = self.last or (end[0].id if end else b"0-0")
+            self.tail.add(self._begin, 0)
+            self.last = self._begin
+        elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
+            say("Redis has lost the end of the stream")
+            known = (entry.id for entry in connection.backwards() if self._knows(entry))
+            self.last = next(known, b"0-0")
+        connection.placed = True
+
+    def _is_lost(self, connection: RedisConnection) -> bool:
+        """Whether the last entry that was read has gone, and not by trimming."""
+        last = connection.last(1, self.last)
+        if last:
+            return last[0].id != self.last or not self._knows(last[0])
+        return self.last != b"0-0" and not connection.last()
+
+    def _knows(self, entry: Entry) -> bool:
+        """Whether an entry was read, or there before."""
+        if entry.number and entry.server in self.seen:
+            return entry.number <= self.seen[entry.server]
+        return parse_id(entry.id) <= parse_id(self._begin) or self.tail.has(entry.id)
+
+    def _deliver(self, entries: Sequence[Entry]) -> int:
+        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
+        seen, waits, missed = self.seen.copy(), {}, 0
+        messages: list[Outgoing] = []
+        for entry in entries:
+            before = seen.get(entry.server, 0)
+            if entry.kind not in KINDS.values():
+                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
+            elif not entry.number or entry.number > before:
+                messages.append(Outgoing(entry.value, opcode=BINARY if entry.kind == b"binary" else TEXT))
+                if before and before == self.seen.get(entry.server):  # what is left out later was never there
+                    missed += entry.number - before - 1
+                if entry.number:
+                    seen[entry.server] = entry.number
+        self._hand_over(messages)
+        waits.pop(self._name, None)
+        with self._news:
+            self.others_behind.update(waits)
+            self.seen = seen
+            self.last = entries[-1].id if entries else self.last
+            for entry in entries:
+                self.tail.add(entry.id, len(entry.value))
+            self._transit.note_read(seen.get(self._name, 0))
+            self._news.notify_all()
+        return missed
+
 
 class RedisLink:
     """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
@@ -2684,28 +2913,16 @@ class RedisLink:
         self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
     ) -> None:
         self._address = parse_redis_url(url)
-        self._hand_over = deliver  # messages to the server, in the order of the stream
-        self._history, self._history_size = history, history_size  # messages, bytes
-        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        works = (self._write, self._read)
-        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
-
-        self._news = threading.Condition()  # guards these, and is notified when they change
-        self._outbox: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
-        self._waiting = 0  # bytes in it
-        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
-        self._unread_size = 0  # bytes of them
-        self._number = 0  # of the last message put in
+        self._transit = Transit()
+        self._name, self._news = self._transit.name, self._transit.news
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
-        self._others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
-        self._behind = False  # so is this one: more entries are waiting than it asked for
-        self._tail = Tail(max(STREAM_SIZE, 8 * max_message))
-        self._last = b""  # id of the last entry read
         self._stopped = False
         self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
 
-        self._seen: dict[bytes, int] = {}  # the last number from each server; the reader's, as the next one
-        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+        limit = max(STREAM_SIZE, 8 * max_message)
+        self._reader = StreamReader(self._transit, deliver, (history, history_size), limit)
+        works = (self._write, self._reader.read)
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
         self._tries, self._refused = 0, 0  # of the first in the outbox; messages in a row: the writer's
 
     # ---- for the server; put() and wait_for_room() from any thread ----
@@ -2715,12 +2932,12 @@ class RedisLink:
         try:
             connection = RedisConnection(self._address)
             with connection.socket:
-                self._find_place(connection)
+                self._reader.find_place(connection)
         except OSError as error:
             if is_final(error):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
-            self._report("_read", error)
+            self._report("read", error)
         for thread in self._threads:
             thread.start()
 
@@ -2732,9 +2949,7 @@ class RedisLink:
     def put(self, message: Outgoing) -> None:
         """Send a message on its way."""
         with self._news:
-            self._number += 1
-            self._outbox.append((self._number, message))
-            self._waiting += message.size + MESSAGE_COST
+            self._transit.put(message)
             self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
@@ -2744,23 +2959,20 @@ class RedisLink:
         """
         if threading.current_thread() in self._threads:  # for which all others wait
             return True
-        if self._has_room():
+        if self._transit.has_room(1):
             return timeout is None or not self.away
 
         def enough() -> bool:
-            return self._stopped or self._has_room(0.5) or (timeout is not None and self.away)
+            return self._stopped or self._transit.has_room(0.5) or (timeout is not None and self.away)
 
         with self._news:
             return self._news.wait_for(enough, timeout) and (timeout is None or not self.away)
 
-    def _has_room(self, fullness: float = 1.0) -> bool:
-        return self._waiting <= QUEUE_SIZE * fullness and len(self._outbox) <= IN_FLIGHT * fullness
-
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
-            self._news.wait_for(lambda: not self._outbox and not self._unread, seconds)
-            left = len(self._outbox) + len(self._unread)
+            self._news.wait_for(lambda: not self._transit, seconds)
+            left = len(self._transit)
             self._stopped = True
             self._news.notify_all()
         if left:
@@ -2780,7 +2992,7 @@ class RedisLink:
         while not self._stopped:
             try:
                 connection = RedisConnection(self._address)
-                self._connections[who == "_read"] = connection
+                self._connections[who == "read"] = connection
                 with connection.socket:
                     while not self._stopped:
                         work(connection)
@@ -2801,14 +3013,9 @@ class RedisLink:
             self._news.notify_all()
             back = before and not self.away
         if error and not before:
-            self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+            say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
         elif back:
-            self._say("Redis is back")
-
-    def _say(self, text: str, *arguments: object) -> None:
-        """Log in a thread of its own. A handler may wait for room, or for a thread that does, and so for this one."""
-        with contextlib.suppress(RuntimeError):  # there can be no more threads
-            start_new_thread(lambda: log.warning(text, *arguments), ())
+            say("Redis is back")
 
     # ---- the writer ----
 
@@ -2817,10 +3024,9 @@ class RedisLink:
         with self._news:
             if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
                 return
-            batch = list(itertools.islice(self._outbox, WRITE_MOST))
-        sizes = itertools.accumulate([message.size for _, message in batch])
-        del batch[max(sum([size <= RUN_SIZE for size in sizes]), 1) :]
-        commands = [self._serialize(number, message) for number, message in batch]
+            batch = self._transit.first()
+        names = [b"%b:%d:%b" % (self._name, number, KINDS[message.opcode]) for number, message in batch]
+        commands = [connection.add(name, message.payload) for name, (_, message) in zip(names, batch)]
         replies: list[Any] = []
         error: OSError | None = None
         try:
@@ -2834,158 +3040,29 @@ class RedisLink:
         while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
             error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
         if replies:
-            self._settle(connection, batch, replies)
+            self._settle(connection, replies)
         if error:
             raise error
 
     def _may_write(self) -> bool:
-        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
-        ahead = len(self._unread) >= IN_FLIGHT or self._unread_size > QUEUE_SIZE
-        go = not self._behind and all(time.monotonic() > until for until in self._others_behind.values())
-        return self._stopped or bool(self._outbox and self._last and go and not ahead)
+        return self._stopped or (self._reader.lets_write() and self._transit.may_be_written())
 
-    def _serialize(self, number: int, message: Outgoing) -> bytes:
-        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
-        return serialize_command("XADD", self._address.stream, "*", name, message.payload)
-
-    def _settle(self, connection: RedisConnection, batch: Sequence[tuple[int, Outgoing]], replies: list[Any]) -> None:
-        """Take from the outbox what was accepted, and what was refused."""
+    def _settle(self, connection: RedisConnection, replies: list[Any]) -> None:
+        """Take out what was accepted, and what was refused."""
         errors = [reply for reply in replies if isinstance(reply, RedisError)]
         with self._news:
-            for (number, message), reply in zip(batch, replies):
-                self._outbox.popleft()
-                self._waiting -= message.size + MESSAGE_COST
-                if reply not in errors and number > self._seen.get(self._name, 0):
-                    self._unread.append((number, message.size))
-                    self._unread_size += message.size
+            self._transit.settle(replies, self._reader.seen.get(self._name, 0))
             full = any(str(error).startswith("OOM") for error in errors)
             if full:
-                self._tail.halve()
+                self._reader.tail.halve()
             self._news.notify_all()
         lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
         if errors and not lost:
-            self._say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
+            say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
         elif lost and not errors:
-            self._say("Redis accepts messages again, %d are lost", lost)
+            say("Redis accepts messages again, %d are lost", lost)
         if full:  # perhaps of this stream
-            self._trim(connection)
-
-    def _trim(self, connection: RedisConnection) -> None:
-        """Only what this server has read is trimmed: where many are writing, nobody knows what else there is."""
-        with self._news:
-            first, self._tail.dropped = self._tail.first, 0.0
-        connection.ask("XTRIM", self._address.stream, "MINID", "~", first)
-
-    # ---- the reader ----
-
-    def _read(self, connection: RedisConnection) -> None:
-        """Deliver what has been added to the stream."""
-        if not connection.placed:
-            self._find_place(connection)
-        with self._news:
-            written, place = self._unread[-1][0] if self._unread else 0, self._last
-        options = ("COUNT", self._count, "BLOCK", 1 if self._behind else int(LISTEN_TIME * 1000))
-        reply = connection.call("XREAD", *options, "STREAMS", self._address.stream, place)
-        entries = parse_entries(reply)
-        self._keep_together(connection, len(entries) == self._count)
-        missed = self._deliver(entries)
-        if missed and not self._range(connection, place):  # trimmed, and not refused
-            self._say("missed %d messages that Redis has no longer", missed)
-        if len(entries) < self._count:
-            self._note_read(written)  # or lost
-        if self._tail.dropped > TRIM_PART:
-            self._trim(connection)
-        if entries:
-            self._count, connection.length = fitting(entries), -1
-        else:
-            length, connection.length = connection.length, connection.call("XLEN", self._address.stream)
-            connection.placed = length == connection.length  # or is it another stream by now?
-
-    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
-        """Let the others wait while this server is behind."""
-        before, self._behind = self._behind, behind
-        if before or behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
-            connection.ask("XADD", self._address.stream, "*", name, "")
-
-    def _range(self, connection: RedisConnection, end: str | bytes, count: int = 1) -> list[Entry]:
-        """The last entries up to one, backwards."""
-        reply = connection.call("XREVRANGE", self._address.stream, end, "-", "COUNT", count)
-        return parse_entries([("", reply)])
-
-    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
-        """All entries from the end of the stream, in small pieces."""
-        entries, count = self._range(connection, "+"), 1
-        while entries:
-            yield from entries
-            count = fitting(entries)
-            entries = self._range(connection, b"(" + entries[-1].id, count)
-
-    def _find_place(self, connection: RedisConnection) -> None:
-        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        entries = self._backwards(connection)
-        newest = [*itertools.islice(entries, 1)]
-        end = newest[0].id if newest else b"0-0"
-        everything = itertools.chain(newest, entries)
-        if not self._last:
-            self._deliver(self._choose_history(everything))
-            self._last = end
-            self._tail.add(end, 0)
-            self._shorten(connection)
-        elif parse_id(end) < parse_id(self._last):  # deleted, or an older state: what is new in it is yet to be read
-            self._say("Redis has lost the end of the stream")
-            known = (entry.id for entry in everything if 0 < entry.number <= self._seen.get(entry.server, 0))
-            self._last = next(known, b"0-0")
-        connection.placed = True
-
-    def _shorten(self, connection: RedisConnection) -> None:
-        """At the start, trim a stream that is too large, of which this server has not read all, by its mean size."""
-        used = connection.ask("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0)
-        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
-            connection.ask("XTRIM", self._address.stream, "MAXLEN", connection.length * STREAM_SIZE // used)
-
-    def _choose_history(self, entries: Iterable[Entry]) -> list[Entry]:
-        chosen: list[Entry] = []
-        size = 0
-        for entry in entries:
-            size += len(entry.value)
-            if len(chosen) == self._history or size > self._history_size:
-                break
-            if entry.kind in MESSAGE_KINDS:
-                chosen.append(entry)
-        return chosen[::-1]
-
-    def _deliver(self, entries: Sequence[Entry]) -> int:
-        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
-        seen, waits, missed = self._seen.copy(), {}, 0
-        messages: list[Outgoing] = []
-        for entry in entries:
-            before = seen.get(entry.server, 0)
-            if entry.kind not in MESSAGE_KINDS:
-                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
-            elif not entry.number or entry.number > before:
-                messages.append(Outgoing(entry.value, opcode=MESSAGE_KINDS[entry.kind]))
-                if before and before == self._seen.get(entry.server):  # what is left out later was never there
-                    missed += entry.number - before - 1
-                if entry.number:
-                    seen[entry.server] = entry.number
-        self._hand_over(messages)
-        waits.pop(self._name, None)
-        with self._news:
-            self._others_behind.update(waits)
-            self._seen = seen
-            self._last = entries[-1].id if entries else self._last
-            for entry in entries:
-                self._tail.add(entry.id, len(entry.value))
-        self._note_read(seen.get(self._name, 0))
-        return missed
-
-    def _note_read(self, number: int) -> None:
-        """What this server has written up to a number was read, or is lost."""
-        with self._news:
-            while self._unread and self._unread[0][0] <= number:
-                self._unread_size -= self._unread.popleft()[1]
-            self._news.notify_all()
+            connection.trim(self._reader.tail.first)
 
 
 # ======================================================================================

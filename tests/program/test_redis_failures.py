@@ -113,7 +113,7 @@ class NotRedisTest(ServerTestCase):
             sent = fill(server.server_address[1], b"\x81\x80\0\0\0\0" * 100_000)  # empty messages: they count, too
             self.assertLess(sent, 5_000_000)
             assert server._link
-            self.assertLess(server._link._waiting, pywebsock.QUEUE_SIZE + 100 * 1024 * 1024 // 6)
+            self.assertLess(server._link._transit.size, pywebsock.QUEUE_SIZE + 100 * 1024 * 1024 // 6)
             start = time.monotonic()
             server.server_close()
             self.assertLess(time.monotonic() - start, 3)
@@ -206,7 +206,7 @@ class FaultTest(RedisTestCase):
                 for client in clients:
                     self.assertEqual([client.read() for _ in messages], messages, cut)
                 self.assertEqual(proxy.cuts, [])
-                eventually(lambda: near._link and not near._link._outbox)  # it has recovered from this one
+                eventually(lambda: near._link and not near._link._transit)  # it has recovered from this one
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
         self.assertGreaterEqual(self.redis.call("XLEN", self.stream), count + 6)  # some are there twice

@@ -131,8 +131,9 @@ class RoomTest(RedisTestCase):
         """It asks them to wait, lest what it has not read be trimmed."""
         with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
             servers = [self.serve(redis=self.url) for _ in range(2)]
-            slow = servers[1]._link
-            assert slow
+            link = servers[1]._link
+            assert link
+            slow = link._reader
             deliver = slow._deliver
 
             def deliver_slowly(entries: typing.Sequence[typing.Any]) -> int:
@@ -153,9 +154,9 @@ class RoomTest(RedisTestCase):
         server = self.serve(redis=self.url)
         client = self.client(server)
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
-        eventually(lambda: server._link and server._link._others_behind)
+        eventually(lambda: server._link and server._link._reader.others_behind)
         client.send("hello")
-        eventually(lambda: server._link and server._link._outbox)
+        eventually(lambda: server._link and server._link._transit)
         return client
 
     def test_waiting_for_another_server(self) -> None:

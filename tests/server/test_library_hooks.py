@@ -475,7 +475,7 @@ class Log(logging.Handler):
 
 # A program whose objects broadcast when they are collected, which happens anywhere: also inside of a broadcast.
 DEL = """
-import gc, threading
+import gc, threading, time
 from pywebsock import BroadcastServer
 
 class Thing:
@@ -498,6 +498,9 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
     with server._turn._tally, server._seats:  # wherever a lock is held
         Thing()
         gc.collect()
+    end = time.monotonic() + 10
+    while server.status()["messages"] <= 35_000 and time.monotonic() < end:
+        time.sleep(0.01)
     print(server.status()["messages"] > 35_000)
     server.shutdown()
     thread.join()

@@ -200,6 +200,7 @@ signal.signal(signal.SIGUSR1, strike)
 """
 
 
+@siege.heavy
 class ShortageTest(siege.SiegeTestCase):
     """A MemoryError must not be the end, wherever it strikes."""
 

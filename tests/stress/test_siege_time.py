@@ -13,6 +13,7 @@ import time
 import unittest
 
 from tests.tools import faults, load, siege, support
+from tests.tools.stress import GOING_AWAY, TROUBLE
 
 # The wall clock, and what a suspended machine does to the monotonic one: SIGUSR1 sets it by so many seconds.
 CLOCK = """
@@ -60,7 +61,7 @@ class PauseTest(siege.SiegeTestCase):
     @siege.heavy
     def test_again_and_again(self) -> None:
         """Also for hundreds, of which each has its own thread."""
-        self.check(1, 4, 300, times=3)
+        self.check(0.5, 1.5, 200, times=3)
 
     @siege.heavy
     def test_while_data_flows(self) -> None:
@@ -74,7 +75,7 @@ class PauseTest(siege.SiegeTestCase):
             for sender in senders:
                 sender.go_on()
 
-        for i in range(40):
+        for i in range(30):
             clients.run_for(0.01 + 0.003 * i, go_on)
             with faults.paused(server.pid):
                 clients.run_for(0.02 if i % 10 else 1.5, go_on)
@@ -83,9 +84,10 @@ class PauseTest(siege.SiegeTestCase):
         total = sum(sender.count for sender in senders)
         clients.run(lambda: all(sender.stream.messages == total for sender in senders), 30)
         self.assertEqual([sender.peer.ended for sender in senders if sender.peer.ended], [])
-        self.assertEqual((server.stop(), siege.TROUBLE.findall(server.log())), (0, []))
+        self.assertEqual((server.stop(), TROUBLE.findall(server.log())), (0, []))
 
 
+@siege.heavy
 class ClockTest(siege.SiegeTestCase):
     """The wall clock is nobody's timer."""
 
@@ -189,9 +191,9 @@ class SignalTest(siege.SiegeTestCase):
             thread.join()
         self.report(f"{len(numbers)} signals: {status} after {time.monotonic() - start:.1f} s, {dict(ends)}")
         self.assertEqual(status, 0, server.log()[-3000:])
-        self.assertEqual(dict(ends), {siege.GOING_AWAY: 300})
-        self.assertEqual({sender.stream.close for sender in senders}, {siege.GOING_AWAY})
-        self.assertEqual(siege.TROUBLE.findall(server.log()), [], server.log()[-3000:])
+        self.assertEqual(dict(ends), {GOING_AWAY: 300})
+        self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
+        self.assertEqual(TROUBLE.findall(server.log()), [], server.log()[-3000:])
 
     def test_term_twice(self) -> None:
         self.check(signal.SIGTERM, signal.SIGTERM)
@@ -217,4 +219,3 @@ class SignalTest(siege.SiegeTestCase):
         besieged.server.wait(1)
         self.report(f"the end {time.monotonic() - start:.2f} s after the second")
         self.assertNotIn("Traceback", besieged.log())
-

@@ -78,7 +78,9 @@ def chromium(*arguments: str, binary: str | None = None) -> typing.Iterator[typi
         for argument in (*ARGUMENTS, f"--user-data-dir={profile}", *arguments):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        with _driven(webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))) as browser:
+        with _driven(
+            webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+        ) as browser:
             yield browser
 
 
@@ -147,7 +149,10 @@ def firefox() -> typing.Iterator[typing.Any]:
 
 
 class Firefox:
-    """A client of Marionette: `[0, id, command, parameters]` goes, `[1, id, error, result]` comes, each after its length."""
+    """A client of Marionette: `[0, id, command, parameters]` goes, `[1, id, error, result]` comes.
+
+    Before each is its length in digits and a colon.
+    """
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), START)
@@ -389,6 +394,7 @@ BROWSERS = Browsers()
 EXPECTED = (  # in Chromium's log, where a server is away or refuses
     "net::ERR_CONNECTION_REFUSED",
     "net::ERR_CONNECTION_RESET",
+    "net::ERR_EMPTY_RESPONSE",
     "net::ERR_NAME_NOT_RESOLVED",
     "404 (Not Found)",
     "WebSocket connection to",
