@@ -495,6 +495,9 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
         server.broadcast("on purpose")
         server.clients
     gc.set_threshold(700, 10, 10)
+    with server._turn._tally, server._seats:  # wherever a lock is held
+        Thing()
+        gc.collect()
     end = time.monotonic() + 10
     while server.status()["messages"] <= 35_000 and time.monotonic() < end:
         time.sleep(0.01)
