@@ -25,7 +25,7 @@ DEBIAN = (
     *("chromium", "chromium-driver", "curl", "firefox-esr", "fonts-inter", "fonts-noto-color-emoji", "gcc", "iproute2"),
     *("nginx", "openssl", "redis-server", "webkit2gtk-driver", "xvfb"),
 )
-NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc")
+NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda")
 CODE = ("pywebsock.py", "tests", ".ci/run.py")
 UNITTEST = ("-m", "unittest")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -208,7 +208,9 @@ def run_all(run: Run, folder: str) -> None:
     stress = steps.pop("stress")
     # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
     valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
-    steps["valkey"] = Step("valkey", python, *UNITTEST, "tests.program.test_redis", more=valkey)
+    steps["valkey"] = Step(
+        "valkey", python, *UNITTEST, "discover", "-t", ".", "-s", "tests/program", "-p", "test_redis*.py", more=valkey
+    )
     run.side_by_side(*steps.values())
     run.side_by_side(stress)
 

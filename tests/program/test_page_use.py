@@ -13,7 +13,6 @@ import shutil
 import socketserver
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 import typing
@@ -22,7 +21,7 @@ import urllib.request
 import zlib
 
 from tests.tools.browser import BROWSERS, PageTestCase, Tab, in_each_engine
-from tests.tools.support import ROOT, Client, Process, eventually, free_port, require
+from tests.tools.support import ROOT, Client, Process, eventually, free_port, require, scratch
 
 NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
 UP, PAGE_UP = "\ue013", "\ue00e"  # WebDriver 17.4.2
@@ -447,7 +446,7 @@ class Chrome92:
         packed = NODE_MODULES / "chrome-aws-lambda" / "bin" / "chromium.br"
         node = shutil.which("node")
         require(packed.is_file() and node, "chrome-aws-lambda (Chromium 92)")
-        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        folder = stack.enter_context(scratch())
         binary = os.path.join(folder, "chromium")
         unpack = "const f = require('fs'), z = require('zlib'), [from, to] = process.argv.slice(1);"
         unpack += "f.writeFileSync(to, z.brotliDecompressSync(f.readFileSync(from)), { mode: 0o755 })"

@@ -22,7 +22,7 @@ import tempfile
 import typing
 import unittest
 
-from tests.tools.support import ROOT, Process, eventually, package, require
+from tests.tools.support import ROOT, Process, eventually, package, require, scratch
 
 START = 60.0  # seconds that a browser may take to start on a busy machine
 PATIENCE = 20.0  # seconds that a test of the page waits for anything
@@ -72,7 +72,7 @@ def chromium(*arguments: str, binary: str | None = None) -> typing.Iterator[typi
     driver = shutil.which("chromedriver")  # named, or selenium looks for one on the network
     require(binary, "chromium")
     require(driver, "chromedriver")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with scratch() as profile:
         options = webdriver.ChromeOptions()
         options.binary_location = binary
         for argument in (*ARGUMENTS, f"--user-data-dir={profile}", *arguments):
@@ -93,7 +93,7 @@ def webkit() -> typing.Iterator[typing.Any]:
     binary = next(pathlib.Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"), None)
     require(driver and binary, "WebKitWebDriver with MiniBrowser")
     require(screen, "Xvfb")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+    with scratch() as home:
         command = [str(screen), "-displayfd", "1", "-screen", "0", "1280x1024x24", "-nolisten", "tcp"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as xvfb:
             try:
@@ -125,7 +125,7 @@ def firefox() -> typing.Iterator[typing.Any]:
     """A headless Firefox, with the methods of a selenium driver that are used here."""
     binary = shutil.which("firefox-esr") or shutil.which("firefox")
     require(binary, "firefox")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+    with scratch() as profile:
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});\n" for name, value in PREFERENCES.items()]
         pathlib.Path(profile, "user.js").write_text("".join(lines))
         command = [str(binary), "--headless", "--marionette", "--no-remote", "--profile", profile]

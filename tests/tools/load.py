@@ -382,10 +382,11 @@ def main(argv: typing.Sequence[str]) -> int:
         connection.sendall(support.request(Host=argv[0]))
         data = connection.recv(65536)
         print("open", flush=True)
-        while data:
-            if data.endswith(b"\x89\0"):
-                connection.sendall(support.masked_frame(10))
-            data = connection.recv(65536)
+        with contextlib.suppress(ConnectionError):  # it was stopped, and dropped meanwhile
+            while data:
+                if data.endswith(b"\x89\0"):
+                    connection.sendall(support.masked_frame(10))
+                data = connection.recv(65536)
     return 0
 
 

@@ -20,6 +20,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -80,6 +81,16 @@ def package(name: str) -> typing.Any:
         return importlib.import_module(name)
     except ImportError:
         return require(None, f"the package {name.partition('.')[0]}")
+
+
+@contextlib.contextmanager
+def scratch() -> typing.Iterator[str]:
+    """A folder that is gone afterwards, although a browser may still write into it."""
+    folder = tempfile.mkdtemp(prefix="pywebsock-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:
