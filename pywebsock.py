@@ -1320,8 +1320,8 @@ class Turn:
         self._tally = threading.RLock()
         self._size = 0  # bytes in the queue
         self.held = False  # senders wait for a client that is behind
-        self._space = threading.Event()  # set while senders may go on
-        self._space.set()
+        self._space = threading.Condition(self._tally)  # notified when the next one becomes true
+        self.has_space = True  # senders may go on
 
     # ---- any thread ----
 
@@ -1332,7 +1332,7 @@ class Turn:
             self._queue.append((operation, size))
             self._size += size
             if self._size > QUEUE_SIZE:
-                self._space.clear()
+                self.has_space = False
 
     def run(self, wait: bool = False) -> None:
         """Carry out what is queued, where no other thread is at it.
@@ -1359,16 +1359,12 @@ class Turn:
             self._looks = MOMENTS
             self._wake()
 
-    @property
-    def has_space(self) -> bool:
-        """Whether senders may go on."""
-        return self._space.is_set()
-
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is queued, or a client is behind; whether that has an end."""
-        if threading.get_ident() in (self._holder, self._successor):  # for whom others wait
+        if self.has_space or threading.get_ident() in (self._holder, self._successor):  # for whom others wait
             return True
-        return self._space.wait(timeout)
+        with self._space:
+            return self._space.wait_for(lambda: self.has_space, timeout)
 
     # ---- the holder ----
 
@@ -1414,9 +1410,10 @@ class Turn:
             self._size -= size
             self.held = held and not self._retired
             if self.held:
-                self._space.clear()
-            elif self._size <= QUEUE_SIZE // 2 and not self._space.is_set():
-                self._space.set()
+                self.has_space = False
+            elif self._size <= QUEUE_SIZE // 2 and not self.has_space:
+                self.has_space = True
+                self._space.notify_all()
 
     # ---- the successor ----
 
@@ -1523,6 +1520,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._transport = server._transport(self.request, self.address)  # the socket, or what stands before it
         self._outbox = Outbox(self._transport, server.max_backlog)
         self._pinged_at = math.inf  # when the Ping was sent that is unanswered
+        self._early = b""  # a Close that was asked for before it joined
         self._late = False  # its request took too long
         self._lost = ""  # why it was given up
         server._connections.handlers[self.request] = server._local.client = self
@@ -1557,7 +1555,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request, self._rest = parse_request(iter(self._read_in_time, None))
-            self.target, self.headers, head = request.target, request.headers, request.method == "HEAD"
+            self.target = MARK.sub("", request.target)  # which is between the page and join()
+            self.headers, head = request.headers, request.method == "HEAD"
             if request.upgrades:
                 self._serve_websocket(request)
             else:
@@ -1915,10 +1914,14 @@ class Room:
         self.write(client, [response, *[message.frame(client._window) for message in self._history], *end])
         if self.closing:
             self.close(client, serialize_close(CloseCode.GOING_AWAY))
+        if client._early:
+            self.close(client, client._early)
 
     def close(self, client: WebSocketHandler, last: bytes, ends: bool = False) -> None:
         """To CLOSING: send the last bytes, a Close or a response; where nothing is awaited, end the own side."""
-        if client._state is State.OPEN or (client._state is State.CONNECTING and ends):
+        if client._state is State.CONNECTING and not ends:
+            client._early = last
+        elif client._state in (State.CONNECTING, State.OPEN):
             self._leave_lines(client)
             client._unheard, client._state = True, State.CLOSING
             client._deadline = self.now + self._close_timeout
@@ -2156,7 +2159,7 @@ class Housekeeper(threading.Thread):
 # Server
 # ======================================================================================
 
-MARK = re.compile("[?&]mark=([0-9a-f]{1,32})(?:&|$)")
+MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
 class Pace:

@@ -129,6 +129,23 @@ class Joining(ServerTestCase):
         server.broadcast("5")
         self.assertEqual(late.read(), "5")
 
+    def test_mark(self) -> None:
+        """A page that asks for it in its query gets a mark behind the history; no hook sees that, no other client."""
+        for history, query, target in ((2, "?mark=1f", "/"), (0, "?mark=1f", "/"), (2, "?a=b&mark=0", "/?a=b")):
+            with self.subTest(history=history, query=query):
+                server = self.serve(history=history)
+                for message in ("1", "2", "3"):
+                    server.broadcast(message)
+                client = self.connect(server, target="/" + query)
+                server.broadcast("4")
+                expected = [*("1", "2", "3")[3 - history :], query.partition("mark=")[2], "4"]
+                self.assertEqual([client.read() for _ in expected], expected)
+                server.wait_for("open", target)
+        for query in ("?mark=", "?mark=xyz", "?mark=" + "a" * 33, "?marks=1", "?mark=1&a=b"):
+            client = self.connect(server, target="/" + query)
+            self.assertEqual([client.read(), client.read()], ["3", "4"], query)
+            server.wait_for("open", "/" + query)
+
     def test_history_is_compressed_by_who_joins(self) -> None:
         """Not in the turn, in which it would hold up everybody."""
         server = self.serve(history=1)

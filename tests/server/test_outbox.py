@@ -90,7 +90,7 @@ class Order(OutboxTestCase):
             with self.subTest(sent=sent):
                 self.setUp()
                 self.pipe.room = 1
-                self.outbox.write([b"Hello"], self.clock, sent)
+                self.outbox.keep([b"Hello"], self.clock, sent)
                 self.outbox.write([b", world"], self.clock)
                 self.flush_all()
                 self.assertEqual((self.pipe.stream, self.outbox.size), (b"Hello, world"[sent:], 0))
