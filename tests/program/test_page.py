@@ -25,9 +25,11 @@ import re, sys
 sys.path.insert(0, {root!r})
 from pywebsock import BroadcastServer, main
 class Chat(BroadcastServer):
+    def on_open(self, client):
+        client.send("welcome")
     def on_message(self, client, message):
         self.broadcast(f"{{client.address}}: {{message}}")
-with Chat(("127.0.0.1", 0)) as server:
+with Chat(("127.0.0.1", 0), history=50) as server:
     print(f"listening on http://localhost:{{server.server_address[1]}}/", flush=True)
     import signal
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -320,8 +322,14 @@ class Outbox(PageTestCase):
         tab = self.open(self.from_disk(server))
         for text in "one", "two":
             tab.send(text)
-        tab.wait_for_messages(2)
+        tab.wait_for_messages(3)
         self.assertEqual([each.rpartition(" ")[2] for each in tab.messages(".mine")], ["one", "two"])
+        tab.send("three")
+        tab.wait_for_messages(4)
+        for count in 5, 6:  # a welcome each time, which is in no history
+            tab.run("drop('moved')")
+            tab.wait_for_messages(count)
+        self.assertEqual(len(tab.messages()), 6)
         server.stop()
         tab.wait_for_state("offline")
         self.assertEqual(tab.outbox(), [])

@@ -20,7 +20,7 @@ import unittest
 import urllib.request
 import zlib
 
-from tests.tools.browser import BROWSERS, PageTestCase, Tab, in_each_engine
+from tests.tools.browser import BROWSERS, START, PageTestCase, Tab, in_each_engine
 from tests.tools.support import ROOT, Client, Process, eventually, free_port, require, scratch
 
 NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
@@ -460,8 +460,15 @@ class Chrome92:
         stack.callback(process.stderr.close)
         line = next(line for line in process.stderr if b"DevTools listening" in line)
         port = int(re.findall(rb":(\d+)/", line)[0])
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10) as pages:
-            target = json.load(pages)[0]["webSocketDebuggerUrl"].partition(str(port))[2]
+        pages: list[typing.Any] = []
+
+        def look() -> bool:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10) as answer:
+                pages[:] = json.load(answer)
+            return bool(pages)
+
+        eventually(look, "a page in Chromium 92", START)
+        target = pages[0]["webSocketDebuggerUrl"].partition(str(port))[2]
         self._client = stack.enter_context(Client(port, target=target, Host=f"127.0.0.1:{port}"))
         self._id = 0
         self.complaints: list[str] = []
@@ -491,7 +498,7 @@ class Floor(unittest.TestCase):
             browser = Chrome92(stack)
             browser.command("Runtime.enable")
             browser.command("Page.navigate", url=f"http://localhost:{server.port}/")
-            eventually(lambda: browser.run("document.documentElement.dataset.state") == "connected", "connected", 30)
+            eventually(lambda: browser.run("document.documentElement.dataset.state") == "connected", "connected", START)
             self.assertIn("Chrome/92.", browser.run("navigator.userAgent"))
             browser.command(
                 "Input.insertText", text="half a character: \ud83d".encode("utf-16", "replace").decode("utf-16")
