@@ -123,6 +123,7 @@ def _driven(browser: typing.Any) -> typing.Iterator[typing.Any]:
 @contextlib.contextmanager
 def firefox() -> typing.Iterator[typing.Any]:
     """A headless Firefox, with the methods of a selenium driver that are used here."""
+    package("selenium.webdriver")  # not used here, but without it the other two are not tested either
     binary = shutil.which("firefox-esr") or shutil.which("firefox")
     require(binary, "firefox")
     with scratch() as profile:
