@@ -367,6 +367,7 @@ class Accessibility(PageTestCase):
         """Look at the page empty, in use, with its settings open, and offline with something in the outbox."""
         self.assert_accessible(tab, "empty")
         tab.send("mine, with http://example.com/")
+        tab.wait_for_messages(1)
         with Client(server.port) as program:
             program.send("theirs " * 1000)
             program.send(picture())
@@ -398,6 +399,7 @@ class Accessibility(PageTestCase):
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.send("mine")
+        tab.wait_for_messages(1)
         with Client(server.port) as program:
             program.send("theirs")
             tab.wait_for_messages(2)

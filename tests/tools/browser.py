@@ -412,6 +412,10 @@ class PageTestCase(unittest.TestCase):
 
     engine: typing.ClassVar[str] = "Chromium"
 
+    @classmethod
+    def setUpClass(cls) -> None:
+        BROWSERS[cls.engine]  # or skip them all
+
     def serve(self, *arguments: str, port: int = 0) -> Process:
         """A server in a process of its own, which ends with the test."""
         server = Process(*(("--port", str(port)) if port else ()), *arguments)
