@@ -1072,7 +1072,8 @@ class TLS:
     """A socket's recv, send and shutdown with TLS behind them. Nothing else knows of TLS.
 
     One thread reads while another sends, and OpenSSL wants one at a time: what touches its
-    object has the lock, which nobody keeps while waiting.
+    object has the lock, which nobody keeps while waiting. Whoever is next holds the door: so a
+    peer that keeps the reader busy (with KeyUpdates, say) does not keep the sender out.
     """
 
     PIECE = 64 * 1024  # bytes encrypted at once: all that a slow client has of its own
@@ -1081,7 +1082,7 @@ class TLS:
         self._socket = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._lock = threading.Lock()
+        self._door, self._lock = threading.Lock(), threading.Lock()
         self._established = False  # the TLS handshake is over
         self._ended = False  # the peer has said that nothing more comes
         self._records = b""  # that the socket has yet to take
@@ -1101,9 +1102,18 @@ class TLS:
                     self._socket.sendall(self._outgoing.read())
         return plain
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._door:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _decrypt(self, records: bytes, size: int) -> bytes:
         pieces = []
-        with self._lock:
+        with self._alone():
             self._incoming.write(records)
             try:
                 if not self._established:
@@ -1124,7 +1134,7 @@ class TLS:
         The last byte of a piece is done with when the socket has taken all of its records: so
         whoever sends comes again, as with a socket that is full.
         """
-        with self._lock:
+        with self._alone():
             done = 1 if self._records else 0
             if self._records:
                 self._send_records(flags)
@@ -1142,7 +1152,7 @@ class TLS:
 
     def shutdown(self, how: int) -> None:
         """Say that nothing more is sent: a close_notify (6.1), then the end of TCP. Raises OSError."""
-        with self._lock:
+        with self._alone():
             try:
                 self._object.unwrap()
             except ssl.SSLError:

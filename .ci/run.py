@@ -23,10 +23,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEBIAN = (
     *("chromium", "chromium-driver", "curl", "firefox-esr", "fonts-inter", "fonts-noto-color-emoji", "gcc", "iproute2"),
-    *("nginx", "openssl", "redis-server", "webkit2gtk-driver", "xvfb"),
+    *("nginx", "openssl", "redis-server", "systemd", "webkit2gtk-driver", "xvfb"),
 )
 NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda")
-CODE = ("pywebsock.py", "tests", ".ci/run.py")
+CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
 UNITTEST = ("-m", "unittest")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 1200.0  # seconds that a step may take

@@ -30,6 +30,7 @@ INTERVAL = 0.05  # seconds between two messages of a witness
 CLOSE_TIMEOUT = 5.0  # seconds: of the server
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends a reset
 
+STRICT = os.environ.get("PYWEBSOCK_TESTS") == "siege"  # on a quiet machine; others may be twice as slow, or ten times
 heavy = unittest.skipUnless(ASKED, "takes minutes: PYWEBSOCK_TESTS=siege")
 
 
@@ -443,7 +444,8 @@ class SiegeTestCase(unittest.TestCase):
             f"memory +{siege.growth:.0f} MB, {spent:.1f} s of CPU in {took:.1f} s"
         )
         self.assertEqual(seen.end, "", "the witness was cut off")
-        self.assertLess(seen.worst, worst, f"{what}: seconds of an honest client's worst echo")
+        limit = worst if STRICT else 4 * worst  # before the siege was withstood it took ten times as long, or for ever
+        self.assertLess(seen.worst, limit, f"{what}: seconds of an honest client's worst echo")
         self.assertLess(siege.growth, growth, f"{what}: MB more than before")
 
     def withstand(self, siege: Siege, what: str, worst: float = 0.5, growth: float = 500.0, within: float = 30) -> None:
