@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import threading
 import time
 import typing
@@ -13,41 +11,7 @@ import unittest.mock
 
 import pywebsock
 from tests.tools.support import DEADLINE, in_thread
-
-
-class TurnTestCase(unittest.TestCase):
-    """A turn that writes down what it carries out; who succeeds in it is up to the test."""
-
-    def setUp(self) -> None:
-        self.delivered: list[list[str]] = []
-        self.wakes = 0
-        self.should_wait = False  # what deliver() says
-        self.turn = pywebsock.Turn(self.deliver, self.wake)
-        self.hand_over_after(DEADLINE)
-
-    def deliver(self, messages: list[str]) -> bool:
-        """Messages, carried out."""
-        self.delivered.append(messages)
-        return self.should_wait
-
-    def wake(self) -> None:
-        """The successor is called."""
-        self.wakes += 1
-
-    def say(self, *operations: typing.Any) -> None:
-        """Put some operations, and see to it that they are carried out."""
-        for operation in operations:
-            self.turn.put(operation)
-        self.turn.run()
-
-    def hand_over_after(self, seconds: float) -> None:
-        """Let each holder hand over after so many seconds; after one operation where that is less than none."""
-        carry_out = pywebsock.Turn._carry_out
-        self.turn._carry_out = lambda _=0.0: carry_out(self.turn, seconds)  # type: ignore[method-assign, assignment]
-
-    def take_over(self) -> None:
-        """Be the successor, without any work of its own, once."""
-        self.turn.take_over(lambda: False)
+from tests.tools.turn import LateLock, Successor, TurnTestCase, eager_switches
 
 
 class Order(TurnTestCase):
@@ -341,138 +305,6 @@ class Errors(TurnTestCase):
         self.assertEqual(self.turn._holder, 0)
 
 
-class Space(TurnTestCase):
-    """Senders wait while too much is queued, or while deliver() asks for it."""
-
-    def test_the_queue_is_full(self) -> None:
-        """And has space again when half of it is gone: not at each message."""
-        self.hand_over_after(-1)
-        half = pywebsock.QUEUE_SIZE // 2
-        for _ in range(3):
-            self.turn.put(lambda: None, half)
-        self.assertFalse(self.turn.has_space)
-        self.assertFalse(self.turn.wait_for_space(0.01))
-        self.turn.run()
-        self.assertFalse(self.turn.has_space)
-        self.take_over()
-        self.assertFalse(self.turn.has_space)  # more than half of it, by what a message costs
-        self.take_over()
-        self.assertTrue(self.turn.has_space)
-        self.assertTrue(self.turn.wait_for_space(DEADLINE))
-
-    def test_the_successor_does_not_wait(self) -> None:
-        """Without it, nobody would make space: what it says in a log may be broadcast."""
-        self.take_over()
-        self.turn.put("a", pywebsock.QUEUE_SIZE)
-        self.assertFalse(self.turn.has_space)
-        self.assertTrue(self.turn.wait_for_space(0))
-
-    def test_who_waits_goes_on(self) -> None:
-        self.turn.put("a", pywebsock.QUEUE_SIZE)
-        with in_thread(self.turn.wait_for_space) as sender:
-            sender.join(0.05)
-            self.assertTrue(sender.is_alive())
-            self.turn.run()
-
-    def test_empty_messages_count(self) -> None:
-        """Each takes memory, too."""
-        for _ in range(pywebsock.QUEUE_SIZE // pywebsock.MESSAGE_COST + 1):
-            self.turn.put("")
-        self.assertFalse(self.turn.has_space)
-
-    def test_a_client_is_behind(self) -> None:
-        """The successor is called once, and says when they may go on."""
-        self.should_wait = True
-        self.say("a")
-        self.say("b", lambda: None)
-        self.assertEqual((self.turn.held, self.turn.has_space, self.wakes), (True, False, 1))
-        self.turn.take_over(lambda: True)
-        self.assertEqual((self.turn.held, self.turn.has_space), (True, False))
-        self.take_over()
-        self.assertEqual((self.turn.held, self.turn.has_space), (False, True))
-
-
-class Soon(TurnTestCase):
-    """What a hook says may wait for more to come, for a moment."""
-
-    def test_more_comes(self) -> None:
-        for message in "abc":
-            self.turn.put(message)
-            self.turn.soon()
-        self.assertEqual((self.delivered, self.wakes), ([], 1))
-        self.turn.run()
-        self.assertEqual(self.delivered, [["a", "b", "c"]])
-
-    def test_nobody_else_sees_to_it(self) -> None:
-        self.turn.put("a")
-        self.turn.soon()
-        self.assertTrue(self.turn.look())
-        self.assertEqual(self.delivered, [["a"]])
-
-    def test_the_successor_sleeps_again(self) -> None:
-        """When there was nothing for a while; the next soon() wakes it."""
-        self.assertFalse(self.turn.look())
-        self.turn.soon()
-        self.assertEqual(self.looks(), pywebsock.MOMENTS)
-        self.assertEqual(self.wakes, 1)
-        self.turn.soon()
-        self.assertEqual(self.wakes, 2)
-
-    def test_a_while_begins_anew_when_something_came(self) -> None:
-        self.turn.soon()
-        for _ in range(pywebsock.MOMENTS // 2):
-            self.turn.look()
-        self.turn.put("a")
-        self.assertEqual(self.looks(), pywebsock.MOMENTS + 1)
-
-    def looks(self) -> int:
-        """Be a successor that looks until it may sleep; how often."""
-        looks = 1
-        while self.turn.look() and looks < 10 * pywebsock.MOMENTS:
-            looks += 1
-        return looks
-
-    def test_soon_at_the_successors_last_look(self) -> None:
-        """It is seen by that look, or it wakes the successor."""
-
-        class Late(pywebsock.Turn):
-            """Somebody speaks while the last look is being counted."""
-
-            @property
-            def _looks(self) -> int:
-                return int(self.__dict__["looks"])
-
-            @_looks.setter
-            def _looks(self, value: int) -> None:
-                if value == 0:
-                    self.put("late")
-                    self.soon()
-                self.__dict__["looks"] = value
-
-        self.turn.__class__ = Late
-        self.turn.__dict__["looks"] = 1
-        self.turn.look()
-        self.assertEqual(self.delivered, [["late"]])
-
-    def test_soon_while_the_successor_is_about_to_sleep(self) -> None:
-        """Ten thousand times: whatever is put is seen, by the look, or by the one that a wake-up brings."""
-        one = unittest.mock.patch.object(pywebsock, "MOMENTS", 1)  # it is always about to sleep
-        with one, Successor(self, pause=0.0), eager_switches():
-            for number in range(10_000):
-                self.turn.put(str(number))
-                self.turn.soon()
-                if number % 10 == 0:
-                    self.wait_for(str(number))
-            self.wait_for("9999")
-
-    def wait_for(self, message: str) -> None:
-        """Wait until it has been delivered."""
-        end = time.monotonic() + DEADLINE
-        while not self.delivered or self.delivered[-1][-1] != message:
-            self.assertLess(time.monotonic(), end, f"{message} is left behind")
-            time.sleep(0)
-
-
 class NothingIsLeftBehind(TurnTestCase):
     """Ten thousand times, with threads that switch as often as they can."""
 
@@ -515,64 +347,3 @@ class NothingIsLeftBehind(TurnTestCase):
     def test_many_threads_that_hand_over(self) -> None:
         self.hand_over_after(-1)
         self.check(8)
-
-
-class LateLock:
-    """A lock with something that is done just before its first release."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.at_release: typing.Callable[[], None] | None = None
-        self.acquire, self.locked = self._lock.acquire, self._lock.locked
-
-    def release(self) -> None:
-        """The holder's last look is behind it."""
-        act, self.at_release = self.at_release, None
-        if act:
-            act()
-        self._lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-class Successor:
-    """A thread that does what the housekeeper does with the turn, and nothing else."""
-
-    def __init__(self, test: TurnTestCase, pause: float = 0.001) -> None:
-        self._turn, self._pause = test.turn, pause
-        self._woken, self._ended = threading.Event(), False
-        self._turn._wake = self._woken.set
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def _work(self) -> None:
-        while not self._ended:
-            self._woken.wait(self._pause if self._turn.look() else DEADLINE)
-            self._woken.clear()
-            if self._turn.promised or self._turn.held:
-                self._turn.take_over(lambda: False)
-
-    def __enter__(self) -> Successor:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended = True
-        self._woken.set()
-        self._thread.join(DEADLINE)
-        assert not self._thread.is_alive()
-        self._turn.retire()
-
-
-@contextlib.contextmanager
-def eager_switches() -> typing.Iterator[None]:
-    """Threads switch after a microsecond, and not after five thousand."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
