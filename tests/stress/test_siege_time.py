@@ -52,7 +52,7 @@ class PauseTest(siege.SiegeTestCase):
                 client.frame(support.PONG)
                 frame = client.read_frame()
             self.assertEqual(frame.payload, b"all here")
-        self.assertIn("it was silent", server.log())
+        support.eventually(lambda: "it was silent" in server.log(), "a line in the log")
         self.assertEqual(server.stop(), 0)
 
     def test_longer_than_both_timeouts(self) -> None:
