@@ -25,7 +25,7 @@ DEBIAN = (
     *("chromium", "chromium-driver", "curl", "firefox-esr", "fonts-inter", "fonts-noto-color-emoji", "gcc", "iproute2"),
     *("nginx", "openssl", "redis-server", "systemd", "webkit2gtk-driver", "xvfb"),
 )
-NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda")
+NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda@10.1.0")
 CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
 UNITTEST = ("-m", "unittest")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
