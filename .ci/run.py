@@ -211,6 +211,7 @@ def run_all(run: Run, folder: str) -> None:
     steps["valkey"] = Step(
         "valkey", python, *UNITTEST, "discover", "-t", ".", "-s", "tests/program", "-p", "test_redis*.py", more=valkey
     )
+    run.side_by_side(steps.pop("program"))  # its browsers are slow enough
     run.side_by_side(*steps.values())
     run.side_by_side(stress)
 

@@ -20,7 +20,7 @@ import unittest
 import urllib.request
 import zlib
 
-from tests.tools.browser import BROWSERS, START, PageTestCase, Tab, in_each_engine
+from tests.tools.browser import BROWSERS, START, PageTestCase, Tab, in_each_engine, only_in
 from tests.tools.support import ROOT, Client, Process, eventually, free_port, require, scratch
 
 NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
@@ -307,12 +307,11 @@ class Explanations(PageTestCase):
             self.why(self.from_disk(server)), r"The server says: 403 .*origin \S+ may not connect \(--origin"
         )
 
+    @only_in("Chromium", "Firefox")  # WebKit resolves no names under localhost
     def test_a_page_that_came_by_another_name(self) -> None:
         """The server serves it, and refuses its WebSocket, as the name could have been made to point there."""
         server = self.serve()
         name = "page.localhost"
-        if self.engine == "WebKit":
-            self.skipTest("it resolves no names under localhost")
         said = self.why(f"http://{name}:{server.port}/")
         self.assertIn(f"origin http://{name}:{server.port} may not connect", said)
 
@@ -386,9 +385,8 @@ class Accessibility(PageTestCase):
         server = self.serve()
         self.in_states(self.open(self.from_disk(server)), server)
 
+    @only_in("Chromium")  # which can be told to be dark
     def test_axe_in_the_dark(self) -> None:
-        if self.engine != "Chromium":
-            self.skipTest("only Chromium can be told to be dark")
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])

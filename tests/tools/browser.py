@@ -453,9 +453,20 @@ class PageTestCase(unittest.TestCase):
         eventually(condition, f"{what} ({self.engine})", PATIENCE)
 
 
+def only_in(*engines: str) -> typing.Callable[[typing.Any], typing.Any]:
+    """A test that says nothing about the other engines: they do not have it."""
+
+    def mark(test: typing.Any) -> typing.Any:
+        test.engines = engines
+        return test
+
+    return mark
+
+
 def in_each_engine(case: type[PageTestCase]) -> None:
     """Put a class for each engine into the module of a class of tests, whose name is then free for nobody to run."""
     module = sys.modules[case.__module__]
     for engine in ENGINES:
         name = f"{case.__name__}In{engine}"
-        setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__}))
+        elsewhere = {each: None for each in dir(case) if engine not in getattr(getattr(case, each), "engines", ENGINES)}
+        setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__, **elsewhere}))
