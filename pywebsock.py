@@ -64,8 +64,8 @@ many machines by whoever has one.
     command line          main()
 
 Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
-hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more keep
-the link.  Any other may call broadcast(), send() and close().
+hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, three more
+keep the link.  Any other may call broadcast(), send() and close().
 
 The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
 closing or leaving.  Operations are carried out one at a time, in one order, by whichever
@@ -106,6 +106,7 @@ import math
 import operator
 import os
 import pathlib
+import queue
 import re
 import select
 import selectors
@@ -2473,39 +2474,17 @@ def plural(number: int, noun: str) -> str:
 # ======================================================================================
 # Many machines (Redis streams; its protocol, RESP2)
 #
-# With a link to a stream in Redis any number of servers are one room. The seam is where a
-# message is accepted into the order, BroadcastServer.broadcast(): without a link that is
-# the queue; with one, the message goes to the stream and comes back from there, like those
-# of all other servers, in the one order of the stream. Whoever reads about one server can
-# stop here.
-#
-# An entry of the stream has one field, whose name is server:number:kind. Where a connection
-# fails, nobody knows which entries arrived, so those without an answer are written once
-# more, and every server passes over the numbers that it has seen. So nothing is lost and
-# nothing comes twice, as long as Redis itself loses nothing. An entry that Redis refuses is
-# gone, and its number with it. A server that the others leave behind adds entries of the
-# kind "wait", so that what it has not read is not trimmed, and in the end "go".
+# With --redis any number of servers are one room. What is broadcast goes to a stream in
+# Redis and comes back from there, like that of all other servers, in the one order of the
+# stream. Whoever reads about one server can stop here.
 # ======================================================================================
 
-STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-STREAM_SIZE = 128 * 1024 * 1024  # bytes of them, about; where messages may be very large, eight of those
-TRIM_PART = 1 / 16  # of the limits: with so much more it is trimmed
-IN_FLIGHT = 1000  # entries of this server that it may have yet to read; with more to write, senders wait
-WRITE_MOST, READ_MOST = 100, 300  # entries at once
-ANSWER_TIME = 10.0  # seconds for an answer of Redis
-LISTEN_TIME = 2.0  # seconds that one reading waits for news
-WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
-MAX_TRIES = 3  # connections that end without an answer to a large entry: then it is to blame
 MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
 ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
 ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-KINDS = {TEXT: b"text", BINARY: b"binary"}
 NOT_REDIS = "what answers is not Redis"
-PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")  # answers of a Redis to wait for
-REFUSING = ("OOM", "ERR")  # answers that concern an entry; all others, the state of Redis: READONLY, MISCONF
-
-# ---- the protocol: pure ----
+PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 
 
 class RedisError(OSError):
@@ -2525,13 +2504,13 @@ class RedisAddress(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry of the stream: one message, or a word from a server to the others."""
+    """An entry of the stream: its one field has the name server:number:kind. What anybody else adds is text."""
 
     id: bytes
-    server: bytes  # empty where somebody else has added it
-    number: int  # among those of its server; 0 for what is no message of a server
-    kind: bytes
-    value: bytes
+    server: bytes  # that has written it; empty for anybody else
+    number: int  # of the message, among those of the server
+    kind: bytes  # text, binary, wait, go
+    payload: bytes
 
 
 def parse_redis_url(url: str) -> RedisAddress:
@@ -2578,33 +2557,28 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
 
 
 def parse_entries(reply: Any) -> list[Entry]:
-    """The reply to XREAD: of each entry, the first field. Raises RedisError."""
+    """The entries in a reply to XREAD. Raises RedisError."""
     try:
-        return [parse_entry(*entry, *fields[:2]) for _, entries in reply or () for *entry, fields in entries]
-    except (TypeError, ValueError):
+        return [parse_entry(entry, *fields[:2]) for _, entries in reply or () for entry, fields in entries]
+    except (TypeError, ValueError, AttributeError):
         raise RedisError(NOT_REDIS) from None
 
 
-def parse_entry(entry: bytes, name: bytes, value: bytes) -> Entry:
-    """Whoever has access to Redis may add text. Raises ValueError, TypeError."""
+def parse_entry(entry: bytes, name: bytes, payload: bytes) -> Entry:
+    """An entry from its id and its first field. Raises TypeError, ValueError."""
     parse_id(entry)
-    if not isinstance(value, bytes):
-        raise TypeError("not the value of an entry")
     match = ENTRY_NAME.fullmatch(name)
     server, number, kind = match.groups() if match else (b"", b"0", b"text")
-    if kind == b"text" and not value.isascii():
-        try:
-            value.decode()
-        except UnicodeDecodeError:
-            value = value.decode(errors="replace").encode()
-    return Entry(entry, server, int(number), kind, value)
+    if kind == b"text" and not payload.isascii():
+        payload = payload.decode(errors="replace").encode()
+    return Entry(entry, server, int(number), kind, payload + b"")
 
 
 def parse_id(entry: bytes) -> tuple[int, int]:
-    """An entry's id: milliseconds, and a number within them. Raises ValueError, TypeError."""
+    """An entry's id: milliseconds, and a number within each. Raises TypeError, ValueError."""
     match = ENTRY_ID.fullmatch(entry)
     if not match:
-        raise ValueError("not the id of an entry")
+        raise ValueError("not an id")
     return int(match[1]), int(match[2])
 
 
@@ -2613,478 +2587,440 @@ def is_final(error: OSError) -> bool:
     return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(PASSING)
 
 
-def fitting(entries: Sequence[Entry]) -> int:
-    """How many entries like these have about RUN_SIZE bytes."""
-    size = sum([len(entry.value) + 1 for entry in entries])
-    return max(2, min(READ_MOST, RUN_SIZE * len(entries) // size))
-
-
-def choose_history(entries: Iterable[Entry], number: int, size: int) -> list[Entry]:
-    """The messages among the first of these, so many and with so many bytes at most; in the other direction."""
-    chosen: list[Entry] = []
-    for entry in entries:
-        size -= len(entry.value)
-        if len(chosen) == number or size < 0:
-            break
-        if entry.kind in KINDS.values():
-            chosen.append(entry)
-    return chosen[::-1]
-
-
-class Tail:
-    """The last entries, as many as the stream is to keep: for their number and their bytes there are limits."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit  # bytes
-        self._entries: deque[tuple[bytes, int]] = deque()  # ids and sizes
-        self._size = 0
-        self.dropped = 0.0  # since somebody set it to 0, as a part of the limits
-
-    def add(self, entry: bytes, size: int) -> None:
-        """One more entry, whose id this is."""
-        self._entries.append((entry, size))
-        self._size += size
-        self._shrink()
-
-    def _shrink(self) -> None:
-        while len(self._entries) > 1 and (self._size > self._limit or len(self._entries) > STREAM_LENGTH):
-            size = self._entries.popleft()[1]
-            self._size -= size
-            self.dropped += max(size / self._limit, 1 / STREAM_LENGTH)
-
-    def halve(self) -> None:
-        """From now on, keep half as much: Redis is out of memory."""
-        self._limit = max(self._size // 2, RUN_SIZE)
-        self._shrink()
-
-    def has(self, entry: bytes) -> bool:
-        """Whether an entry is among them."""
-        return any(entry == other for other, _ in self._entries)
-
-    @property
-    def first(self) -> bytes:
-        """The id of the oldest entry to keep."""
-        return self._entries[0][0]
-
-
-class Transit:
-    """This server's messages on their way to the stream and back; guarded by `news`."""
-
-    def __init__(self) -> None:
-        self.name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self.news = threading.Condition()  # notified when something changes; guards more of the link
-        self._number = 0  # of the last message put in
-        self._waiting: deque[tuple[int, Outgoing]] = deque()  # messages with their numbers, without an answer yet
-        self.size = 0  # bytes of them
-        self._unread: deque[tuple[int, int]] = deque()  # numbers and sizes: written, but not read yet
-        self._unread_size = 0  # bytes of them
-
-    def __len__(self) -> int:
-        return len(self._waiting) + len(self._unread)
-
-    def put(self, message: Outgoing) -> None:
-        """One more."""
-        self._number += 1
-        self._waiting.append((self._number, message))
-        self.size += message.size + MESSAGE_COST
-
-    def has_room(self, fullness: float) -> bool:
-        """Whether senders may go on."""
-        return self.size <= QUEUE_SIZE * fullness and len(self._waiting) <= IN_FLIGHT * fullness
-
-    def may_be_written(self) -> bool:
-        """Whether there is something to write, not too far ahead of what is read: that would be trimmed."""
-        return bool(self._waiting) and len(self._unread) < IN_FLIGHT and self._unread_size <= QUEUE_SIZE
-
-    def first(self) -> list[tuple[int, Outgoing]]:
-        """What is to be written at once."""
-        batch = list(itertools.islice(self._waiting, WRITE_MOST))
-        sizes = itertools.accumulate([message.size for _, message in batch])
-        return batch[: max(sum([size <= RUN_SIZE for size in sizes]), 1)]
-
-    def settle(self, replies: Sequence[Any], read: int) -> None:
-        """These are the answers for the first ones, of which those up to a number have been read already."""
-        for reply in replies:
-            number, message = self._waiting.popleft()
-            self.size -= message.size + MESSAGE_COST
-            if not isinstance(reply, RedisError) and number > read:
-                self._unread.append((number, message.size))
-                self._unread_size += message.size
-
-    @property
-    def written(self) -> int:
-        """The number of the last one that was written and not yet read, or 0."""
-        return self._unread[-1][0] if self._unread else 0
-
-    def note_read(self, number: int) -> None:
-        """All up to a number were read, or are lost."""
-        while self._unread and self._unread[0][0] <= number:
-            self._unread_size -= self._unread.popleft()[1]
-
-
 # ---- the link ----
+#
+# A server numbers its messages, and keeps each one until it has come back. Where it does
+# not come back, since a connection was cut or Redis has lost it, it is written once more;
+# every server passes over the numbers that it has seen. So nothing is lost and nothing
+# comes twice, other than what Redis loses when some have read it and others have not.
+#
+# An answer such as OOM refuses one message, and costs it. One such as READONLY is about
+# Redis itself: that is as good as away, and nothing is lost.
+#
+# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN), and STREAM_SIZE bytes: each
+# server counts what it reads, and trims what lies farther back (XTRIM MINID). An id means
+# the same for all servers, whatever is added meanwhile, other than a length; and Redis
+# carries out XTRIM also when there is no memory for XADD.
+#
+# A server that cannot keep up with the others adds entries of the kind "wait", since they
+# would trim what it has not read, and in the end "go".
+
+STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
+STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps, about; at least eight of the longest messages
+ENTRY_COST = 4096  # bytes that an entry counts for besides its payload
+ANSWER_TIME = 10.0  # seconds for an answer of Redis
+LISTEN_TIME = 2.0  # seconds that one reading waits for news
+WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
+MAX_TRIES = 3  # connections that end before a large message has an answer: then it is to blame
+REFUSALS = ("OOM ", "ERR ")  # there is no memory for a message, or it is too long for this Redis
+MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
+LOST = "Redis has lost the end of the stream"
+Deliver = Callable[["list[Outgoing]"], object]
+
+
+def total_cost(entries: Iterable[Entry | Outgoing]) -> int:
+    """What entries count for, in bytes: an empty one costs something, too."""
+    return sum([len(entry.payload) + ENTRY_COST for entry in entries])
+
+
+def fitting(entries: Sequence[Entry]) -> int:
+    """How many entries of this kind cost RUN_SIZE."""
+    return max(1, RUN_SIZE * len(entries) // total_cost(entries))
 
 
 class RedisConnection:
-    """A connection that has said who it is, and has been answered; for one thread. Raises OSError everywhere."""
+    """A connection that has said who it is; for one thread. Raises OSError everywhere, of which RedisError is one."""
 
     def __init__(self, address: RedisAddress) -> None:
-        self._stream = address.stream
-        self.placed = False  # for its reader: whether it knows where in the stream to go on
         self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if address.tls:
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
+            self._replies = self.socket.makefile("rb")
             credentials = (address.user, address.password) if address.user else (address.password,)
             if any(credentials):
                 self.call("AUTH", *credentials)
             if address.database:
                 self.call("SELECT", address.database)
-            self.length = self.call("XLEN", address.stream)  # of the stream, when last asked for
-            if not isinstance(self.length, int):
-                raise RedisError(NOT_REDIS)
         except BaseException:
             self.socket.close()
             raise
 
-    def call(self, *words: str | bytes | int) -> Any:
-        """The reply to a command. Raises RedisError where that is an error."""
-        reply = self.ask(*words)
-        if isinstance(reply, RedisError):
+    def send(self, *commands: Iterable[str | bytes | int]) -> None:
+        """Send commands in one go."""
+        data = memoryview(b"".join([serialize_command(*words) for words in commands]))
+        with contextlib.suppress(ConnectionError):  # what Redis said before it closed the connection can be read
+            while data:  # the time is for each piece: a long message may take its time
+                data = data[self.socket.send(data) :]
+
+    def receive(self, expected: tuple[str, ...] = ()) -> Any:
+        """The next reply. Raises RedisError where it is one, other than those that begin like this."""
+        reply = parse_reply(self._replies)
+        if isinstance(reply, RedisError) and not str(reply).startswith(expected):
             raise reply
         return reply
 
-    def ask(self, *words: str | bytes | int) -> Any:
-        """The reply to a command, an error too."""
-        (reply,) = self.pipeline([serialize_command(*words)])
-        return reply
+    def call(self, *words: str | bytes | int) -> Any:
+        """The reply to a command. Raises RedisError where it is one."""
+        self.send(words)
+        return self.receive()
 
-    def pipeline(self, commands: Sequence[bytes]) -> Iterator[Any]:
-        """Send commands in one go. Their replies one by one, errors too."""
-        data = memoryview(b"".join(commands))
-        try:
-            with contextlib.suppress(OSError):  # what has been answered until then counts
-                while data:  # the time is for each piece: a long message may take its time
-                    data = data[self.socket.send(data) :]
-            with self.socket.makefile("rb") as file:  # no reply comes before its command
-                for _ in commands:
-                    yield parse_reply(file)
-        except socket.timeout:
-            raise RedisError(f"no answer within {ANSWER_TIME:g} s") from None
-
-    def add(self, name: bytes, value: bytes) -> bytes:
-        """The command that adds an entry."""
-        return serialize_command("XADD", self._stream, "*", name, value)
-
-    def read(self, after: bytes, count: int, seconds: float) -> list[Entry]:
-        """The next entries; waits for one."""
-        options = ("COUNT", count, "BLOCK", int(seconds * 1000))
-        return parse_entries(self.call("XREAD", *options, "STREAMS", self._stream, after))
-
-    def last(self, count: int = 1, end: str | bytes = "+") -> list[Entry]:
-        """The last entries up to one, backwards."""
-        return parse_entries([("", self.call("XREVRANGE", self._stream, end, "-", "COUNT", count))])
-
-    def backwards(self) -> Iterator[Entry]:
-        """All entries from the end of the stream, in small pieces."""
-        entries = self.last()
-        while entries:
-            yield from entries
-            entries = self.last(fitting(entries), b"(" + entries[-1].id)
-
-    def trim(self, first: bytes) -> None:
-        """Remove what is before an entry."""
-        self.ask("XTRIM", self._stream, "MINID", "~", first)
-
-    def shorten(self) -> None:
-        """Trim a stream that is too large, of which nobody has read all, by its mean size."""
-        used = self.ask("MEMORY", "USAGE", self._stream, "SAMPLES", 0)
-        if isinstance(used, int) and used > 1.1 * STREAM_SIZE:
-            self.ask("XTRIM", self._stream, "MAXLEN", self.length * STREAM_SIZE // used)
-
-    def has_changed(self) -> bool:
-        """Whether the length of the stream has, since this was last asked."""
-        before, self.length = self.length, self.call("XLEN", self._stream)
-        return bool(before != self.length)
+    def close(self) -> None:
+        """End it."""
+        self._replies.close()
+        self.socket.close()
 
 
-def say(text: str, *arguments: object) -> None:
-    """Log in a thread of its own: a handler may wait for room, or for a thread that does, and so for the link."""
-    with contextlib.suppress(RuntimeError):  # there can be no more threads
-        start_new_thread(lambda: log.warning(text, *arguments), ())
+class RedisStream:
+    """The stream as a server reads it: each message once. For one thread.
 
+    For others to read:
 
-class StreamReader:
-    """What a server has read of the stream. Its thread alone changes that, in part with the link's lock."""
+    - placed: whether it is known where to go on
+    - behind: whether there is more to read at once
+    - seen: the number of the last message read of each server
+    - waits: servers that are behind, and until when that counts; never changed, but replaced
 
-    def __init__(
-        self,
-        transit: Transit,
-        deliver: Callable[[Iterable[Outgoing]], None],
-        history: tuple[int, int],
-        limit: int,
-    ) -> None:
-        self._transit, self._name, self._news = transit, transit.name, transit.news
-        self._hand_over = deliver  # messages to the server, in the order of the stream
-        self._history = history  # messages, bytes
-        self.others_behind: dict[bytes, float] = {}  # servers that said "wait", and until when it holds
-        self.behind = False  # so is this one: more entries are waiting than it asked for
-        self.tail = Tail(limit)
-        self.last = self._begin = b""  # id of the last entry read; of the last that was there at the start
-        self.seen: dict[bytes, int] = {}  # the last number from each server
-        self._count = 2  # entries to ask for: about RUN_SIZE bytes
+    And to set: full, where Redis has no memory left. More is trimmed then.
+    """
 
-    def lets_write(self) -> bool:
-        """Whether nobody is behind."""
-        now = time.monotonic()
-        return bool(self.last) and not self.behind and all(now > until for until in self.others_behind.values())
+    def __init__(self, key: str, size: int, history: int, history_size: int, say: Callable[..., object]) -> None:
+        self.placed = self.behind = self.full = False
+        self.seen: dict[bytes, int] = {}
+        self.waits: dict[bytes, float] = {}
+        self._key, self._size, self._history, self._history_size, self._say = key, size, history, history_size, say
+        self._connection: RedisConnection | None = None  # the one in use
+        self._last = self._last_before = b"0-0"  # the id of the last entry read, or the beginning; and one reading ago
+        self._missed = 0  # numbers that were left out in the last reading
+        self._count = 64  # entries to ask for
+        self._window: deque[tuple[bytes, int]] = deque()  # the last entries read, and what they cost
+        self._cost = 0  # of these together
 
-    def read(self, connection: RedisConnection) -> None:
-        """Deliver what has been added to the stream."""
-        if not connection.placed:
-            self.find_place(connection)
-        with self._news:
-            written, place = self._transit.written, self.last
-        entries = connection.read(place, self._count, 0.001 if self.behind else LISTEN_TIME)
-        self._keep_together(connection, len(entries) == self._count)
-        missed = self._deliver(entries)
-        if missed and not connection.last(1, place):  # trimmed, and not refused
-            say("missed %d messages that Redis has no longer", missed)
-        if len(entries) < self._count:
-            with self._news:
-                self._transit.note_read(written)  # or lost
-                self._news.notify_all()
-        if self.tail.dropped > TRIM_PART:  # only what was read: where many write, nobody knows what else there is
-            self.tail.dropped = 0.0
-            connection.trim(self.tail.first)
-        if entries:
-            self._count, connection.length = fitting(entries), -1
-        elif connection.has_changed():  # is it another stream by now?
-            connection.placed = False
+    def read(self, connection: RedisConnection) -> list[Outgoing]:
+        """What was added, or at first the history; nothing where nothing comes in LISTEN_TIME. Raises OSError."""
+        if self._missed and not connection.call("XREVRANGE", self._key, self._last_before, "-", "COUNT", 1):
+            self._say("missed %d messages that Redis has no longer", self._missed)  # which were not only refused
+        self._missed, self._last_before = 0, self._last
+        if connection is self._connection:
+            entries = self._go_on(connection)
+        else:
+            if connection.call("WATCH", self._key) != b"OK":
+                raise RedisError(NOT_REDIS)
+            connection.call("XTRIM", self._key, "MINID", "~", "0-0")  # trims nothing, but shows whether it could
+            entries, self._connection = self._find_place(connection), connection
+        self._window.extend((entry.id, total_cost([entry])) for entry in entries)
+        self._cost += total_cost(entries)
+        return self._sort_out(entries)
 
-    def _keep_together(self, connection: RedisConnection, behind: bool) -> None:
-        """Let the others wait while this server is behind."""
-        before, self.behind = self.behind, behind
-        if before or behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if behind else b"go")
-            list(connection.pipeline([connection.add(name, b"")]))
+    def _sort_out(self, entries: Iterable[Entry]) -> list[Outgoing]:
+        """The messages among entries that were not there before."""
+        messages = []
+        for _, server, number, kind, payload in entries:
+            before = self.seen.get(server, 0)
+            if kind in (b"wait", b"go"):
+                self.waits = {**self.waits, server: time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0}
+            elif not server or number > before:
+                messages.append(Outgoing(payload, opcode=MESSAGE_KINDS[kind]))
+                if server:
+                    self.seen[server] = number
+                    self._missed += number - before - 1 if before else 0
+        return messages
 
-    def find_place(self, connection: RedisConnection) -> None:
-        """At first, go to the end of the stream by way of the history; later, see whether the end is still there."""
-        if not self.last:
-            connection.shorten()
-            end = connection.last()
-            self._deliver(choose_history(connection.backwards(), *self._history))
-            self._begin = self.last or (end[0].id if end else b"0-0")
-            self.tail.add(self._begin, 0)
-            self.last = self._begin
-        elif self._is_lost(connection):  # deleted, or an older state: what is new in it is yet to be read
-            say("Redis has lost the end of the stream")
-            known = (entry.id for entry in connection.backwards() if self._knows(entry))
-            self.last = next(known, b"0-0")
-        connection.placed = True
+    def _go_on(self, connection: RedisConnection) -> list[Entry]:
+        block = 1 if self.behind else int(LISTEN_TIME * 1000)
+        read = ("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self._last)
+        commands = (*self._trim(), read, ("XLEN", self._key), ("MULTI",), ("EXEC",), ("WATCH", self._key))
+        connection.send(*commands)
+        *_, reply, length, _, unchanged, _ = [connection.receive() for _ in commands]
+        entries = parse_entries(reply)
+        self.behind = len(entries) == self._count
+        if not entries:  # and whatever was changed, it was not at the end
+            return [] if unchanged is not None else self._find_place(connection)
+        if length <= len(entries) and self._last != b"0-0":
+            self._say(LOST)
+        self._count, self._last = max(2, fitting(entries)), entries[-1].id
+        return entries
 
-    def _is_lost(self, connection: RedisConnection) -> bool:
-        """Whether the last entry that was read has gone, and not by trimming."""
-        last = connection.last(1, self.last)
-        if last:
-            return last[0].id != self.last or not self._knows(last[0])
-        return self.last != b"0-0" and not connection.last()
+    def _find_place(self, connection: RedisConnection) -> list[Entry]:
+        """At first, go to the end by way of the history. Later, where the end was lost, to what has come after it."""
+        entries = self._backwards(connection)
+        newest = list(itertools.islice(entries, 1))
+        end, found = newest[0].id if newest else b"0-0", []
+        entries = itertools.chain(newest, entries)
+        if not self.placed:
+            self._shorten(connection)
+            found, self._last, self.placed = self._read_history(entries), end, True
+        elif parse_id(end) < parse_id(self._last):
+            self._say(LOST)
+            known = {self._last, *(entry for entry, _ in self._window)}
+            found = list(itertools.takewhile(lambda entry: entry.id not in known, entries))
+            self._window, self._cost, self._last = deque(), 0, end
+        return found[::-1]
 
-    def _knows(self, entry: Entry) -> bool:
-        """Whether an entry was read, or there before."""
-        if entry.number and entry.server in self.seen:
-            return entry.number <= self.seen[entry.server]
-        return parse_id(entry.id) <= parse_id(self._begin) or self.tail.has(entry.id)
+    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
+        """All entries from the end, in small pieces: never in one reply."""
+        start, count = b"+", 1
+        while reply := connection.call("XREVRANGE", self._key, start, "-", "COUNT", count):
+            piece = parse_entries([(self._key, reply)])
+            yield from piece
+            start, count = b"(" + piece[-1].id, min(2 * count, fitting(piece))
 
-    def _deliver(self, entries: Sequence[Entry]) -> int:
-        """Hand over what these bring that was not there before. How many others were there, by their numbers."""
-        seen, waits, missed = self.seen.copy(), {}, 0
-        messages: list[Outgoing] = []
-        for entry in entries:
-            before = seen.get(entry.server, 0)
-            if entry.kind not in KINDS.values():
-                waits[entry.server] = time.monotonic() + WAIT_TIME if entry.kind == b"wait" else 0.0
-            elif not entry.number or entry.number > before:
-                messages.append(Outgoing(entry.value, opcode=BINARY if entry.kind == b"binary" else TEXT))
-                if before and before == self.seen.get(entry.server):  # what is left out later was never there
-                    missed += entry.number - before - 1
-                if entry.number:
-                    seen[entry.server] = entry.number
-        self._hand_over(messages)
-        waits.pop(self._name, None)
-        with self._news:
-            self.others_behind.update(waits)
-            self.seen = seen
-            self.last = entries[-1].id if entries else self.last
-            for entry in entries:
-                self.tail.add(entry.id, len(entry.value))
-            self._transit.note_read(seen.get(self._name, 0))
-            self._news.notify_all()
-        return missed
+    def _read_history(self, entries: Iterator[Entry]) -> list[Entry]:
+        """The last messages, newest first: as many as are wanted, and only a little more bytes."""
+        found, wanted, size = [], self._history, self._history_size
+        while wanted > 0 and size > 0 and (entry := next(entries, None)):
+            found.append(entry)
+            wanted -= entry.kind in MESSAGE_KINDS
+            size -= len(entry.payload)
+        return found
+
+    def _shorten(self, connection: RedisConnection) -> None:
+        """Trim what was left by servers that were never there for long enough to do it."""
+        connection.send(("MEMORY", "USAGE", self._key, "SAMPLES", 0), ("XLEN", self._key))
+        used, length = connection.receive(("",)), connection.receive()
+        if isinstance(used, int) and used > 2 * self._size:
+            connection.call("XTRIM", self._key, "MAXLEN", "~", length * self._size // used)
+
+    def _trim(self) -> Sequence[Sequence[str | bytes]]:
+        """A command that trims what lies too far back, where it is time for that."""
+        most = self._cost // 2 if self.full else self._size
+        if self._cost <= most + most // 16:
+            return ()
+        while self._cost > most and len(self._window) > 1:
+            self._cost -= self._window.popleft()[1]
+        self.full = False
+        return (("XTRIM", self._key, "MINID", "~", self._window[0][0]),)
 
 
 class RedisLink:
-    """A server's part in a room of many servers: two threads, one writes to the stream, one reads it.
+    """A server's part in a room of many servers: what is put in comes back in the one order of the stream.
 
-    Neither waits for a sender, nor for a log's handler, which may be one.
+    One thread writes to the stream, one reads it. They wait neither for senders nor for the
+    log: a logging.Handler may broadcast, and while it waits for room it has a lock. So a
+    third thread says what they have to say.
     """
 
-    def __init__(
-        self, url: str, deliver: Callable[[Iterable[Outgoing]], None], history: int, history_size: int, max_message: int
-    ) -> None:
-        self._address = parse_redis_url(url)
-        self._transit = Transit()
-        self._name, self._news = self._transit.name, self._transit.news
+    def __init__(self, url: str, *, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
+        """`deliver` gets what comes back, in a thread of the link, and may wait there while the server is busy.
+
+        First comes the history: so many of the last messages, with about so many bytes at most.
+        Raises ValueError for a wrong URL.
+        """
+        self._address, self._deliver = parse_redis_url(url), deliver
+        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
+        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
+        self._threads.append(threading.Thread(target=self._speak))
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for the log; None at the end
+        size = max(STREAM_SIZE, 8 * max_message)
+        self._stream = RedisStream(self._address.stream, size, history, history_size, self._say)  # the reader's
+        self._refused = self._tries = 0  # messages since Redis took one; attempts at the next; the writer's
+
+        lock = threading.RLock()  # guards what follows; whoever has it waits for nothing else
+        self._news = threading.Condition(lock)  # notified when that changes
+        self._space = threading.Condition(lock)  # notified when senders should look again
+        self._outbox: dict[int, Outgoing] = {}  # messages that have not come back, by number
+        self._cost = 0  # of these together
+        self._number = 0  # of the last message put in
+        self._full = False  # senders wait
+        self._readings = 0  # that came to the end of the stream
         self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
+        self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
         self._stopped = False
-        self._connections: list[RedisConnection | None] = [None, None]  # the last one of each thread
 
-        limit = max(STREAM_SIZE, 8 * max_message)
-        self._reader = StreamReader(self._transit, deliver, (history, history_size), limit)
-        works = (self._write, self._reader.read)
-        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
-        self._tries, self._refused = 0, 0  # of the first in the outbox; messages in a row: the writer's
-
-    # ---- for the server; put() and wait_for_room() from any thread ----
+    # ---- for the server: any thread ----
 
     def start(self) -> None:
         """Begin. Raises RedisError where waiting would not help; a Redis that is not there yet is waited for."""
         try:
-            connection = RedisConnection(self._address)
-            with connection.socket:
-                self._reader.find_place(connection)
+            with contextlib.closing(RedisConnection(self._address)) as connection:
+                self._read(connection)
         except OSError as error:
             if is_final(error):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
-            self._report("read", error)
+            self._report("_read", error)
         for thread in self._threads:
+            thread.daemon = True
             thread.start()
 
     @property
     def away(self) -> bool:
-        """Whether Redis cannot be reached, or does not do what it is asked for. Any thread."""
+        """Whether Redis does not answer, or not as it should."""
         return bool(self._failing)
 
     def put(self, message: Outgoing) -> None:
-        """Send a message on its way."""
+        """Send a message on its way. Never waits: that is what wait_for_room() is for."""
         with self._news:
-            self._transit.put(message)
-            self._news.notify_all()
+            if not self._stopped:
+                self._number += 1
+                self._outbox[self._number] = message
+                self._cost += total_cost([message])
+                self._full = self._full or self._cost > QUEUE_SIZE
+                self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
-        """Hold a sender back while too much is on its way: its thread would take time from the reader's, too.
+        """Wait while too much is on its way; whether that has an end.
 
-        Whether that has an end. With a timeout, Redis is not waited for while it is away.
+        A sender with a timeout (seconds) does not wait for a Redis that is away, nor put anything in.
         """
-        if threading.current_thread() in self._threads:  # for which all others wait
+        in_vain = timeout is not None and self.away
+        if not in_vain and (not self._full or threading.get_ident() in [thread.ident for thread in self._threads]):
             return True
-        if self._transit.has_room(1):
-            return timeout is None or not self.away
-
-        def enough() -> bool:
-            return self._stopped or self._transit.has_room(0.5) or (timeout is not None and self.away)
-
-        with self._news:
-            return self._news.wait_for(enough, timeout) and (timeout is None or not self.away)
+        with self._space:
+            self._space.wait_for(lambda: not self._full or (timeout is not None and self.away), timeout)
+            return not self._full and not (timeout is not None and self.away)
 
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end."""
         with self._news:
-            self._news.wait_for(lambda: not self._transit, seconds)
-            left = len(self._transit)
-            self._stopped = True
+            number = 0 if self._stopped else self._number
+            if not self._news.wait_for(lambda: not self._has_any(number), seconds):
+                self._say("Redis did not bring back %d messages", sum([each <= number for each in self._outbox]))
+            self._stopped, self._full = True, False
             self._news.notify_all()
-        if left:
-            log.warning("Redis did not bring back %d messages", left)
-        for connection in self._connections:
-            if connection:
+            self._space.notify_all()
+            for connection in self._connections.values():
                 shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
+        self._lines.put(None)
         for thread in self._threads:
-            if thread.is_alive() and thread is not threading.current_thread():
+            if thread.is_alive() and thread.ident != threading.get_ident():
                 thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
 
-    # ---- in the link's threads ----
+    def _has_any(self, number: int) -> bool:
+        """Whether any message up to this one is still on its way."""
+        return next(iter(self._outbox), math.inf) <= number
+
+    # ---- its threads ----
 
     def _persist(self, work: Callable[[RedisConnection], None]) -> None:
         """Do a piece of work again and again; where it fails, over a new connection, the second time after a while."""
         who, delay = work.__name__, 0.0
         while not self._stopped:
             try:
-                connection = RedisConnection(self._address)
-                self._connections[who == "read"] = connection
-                with connection.socket:
+                with contextlib.closing(RedisConnection(self._address)) as connection:
+                    with self._news:
+                        self._connections[who] = connection  # stop() finds it there, or has been called before
                     while not self._stopped:
                         work(connection)
                         self._report(who)
                         delay = 0.0
             except Exception as error:
-                if delay and not self._stopped:
+                if delay or isinstance(error, socket.timeout):  # a connection that is cut once is not worth a line
                     self._report(who, error)
             with self._news:
                 self._news.wait_for(lambda: self._stopped, delay)
             delay = min(2 * delay, 2.0) or 0.05
 
     def _report(self, who: str, error: Exception | None = None) -> None:
-        """Log once that Redis is away, and once that it is back."""
+        """Say once that Redis is away, and once that it is back."""
         with self._news:
             before = self.away
             (self._failing.add if error else self._failing.discard)(who)
-            self._news.notify_all()
-            back = before and not self.away
-        if error and not before:
-            say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
-        elif back:
-            say("Redis is back")
+            if error and not before and not self._stopped:
+                self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+                self._space.notify_all()
+            if before and not self.away:
+                self._say("Redis is back")
+
+    def _say(self, *line: Any) -> None:
+        self._lines.put(line)
+
+    def _speak(self) -> None:
+        """The third thread."""
+        for line in iter(self._lines.get, None):
+            log.warning(*line)
 
     # ---- the writer ----
 
     def _write(self, connection: RedisConnection) -> None:
-        """Write what is in the outbox, in its order."""
+        """Write messages, and wait until they are back."""
+        batch = self._next_batch()
+        if batch:
+            try:
+                self._transact(connection, batch)
+                self._tries = 0
+            except ConnectionError:  # again and again? so Redis, or a proxy, refuses it without a word
+                self._tries += 1
+                if self._tries == MAX_TRIES and total_cost(batch.values()) > RUN_SIZE:
+                    self._tries = 0
+                    self._check(min(batch), RedisError("ERR the connection ends"))
+                raise
+
+    def _transact(self, connection: RedisConnection, batch: dict[int, Outgoing]) -> None:
+        """Write messages as one transaction: all or none, which keeps their order."""
+        connection.send(("MULTI",), *itertools.starmap(self._entry, batch.items()), ("EXEC",))
+        connection.receive()
+        for number in batch:  # one that is refused here already takes the whole back
+            self._check(number, connection.receive(REFUSALS))
+        result = connection.receive(("EXECABORT ",))
+        if isinstance(result, list):
+            if self._refused and bytes in map(type, result):
+                self._say("Redis accepts messages again, %d are lost", self._refused)
+                self._refused = 0
+            for number, reply in zip(batch, result):
+                self._check(number, reply)
+            with self._news:
+                end = self._readings + 2  # the second reading begins after this: what it does not bring is lost
+                self._news.wait_for(lambda: self._stopped or not self._has_any(number) or self._readings >= end)
+
+    def _entry(self, number: int, message: Outgoing) -> Sequence[str | bytes | int]:
+        """The command that adds a message to the stream."""
+        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
+        return "XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, message.payload
+
+    def _next_batch(self) -> dict[int, Outgoing]:
+        """Wait for something to write: messages that cost RUN_SIZE, or one."""
+        batch: dict[int, Outgoing] = {}
+        cost = 0
         with self._news:
-            if not self._news.wait_for(self._may_write, WAIT_TIME) or self._stopped:
-                return
-            batch = self._transit.first()
-        names = [b"%b:%d:%b" % (self._name, number, KINDS[message.opcode]) for number, message in batch]
-        commands = [connection.add(name, message.payload) for name, (_, message) in zip(names, batch)]
-        replies: list[Any] = []
-        error: OSError | None = None
-        try:
-            for reply in connection.pipeline(commands):
-                replies.append(reply)
-        except OSError as caught:
-            error = caught
-        self._tries = 0 if replies else self._tries + 1
-        if self._tries >= MAX_TRIES and batch[0][1].size > RUN_SIZE:
-            replies.append(RedisError(f"ERR {error}"))
-        while replies and isinstance(replies[-1], RedisError) and not str(replies[-1]).startswith(REFUSING):
-            error = replies.pop()  # nothing behind it was accepted: it can be tried again in its order
-        if replies:
-            self._settle(connection, replies)
-        if error:
-            raise error
+            self._news.wait_for(lambda: self._stopped or self._may_write(), WAIT_TIME)
+            for number, message in self._outbox.items() if self._may_write() else ():
+                cost += total_cost([message])
+                if batch and cost > RUN_SIZE:
+                    break
+                batch[number] = message
+        return batch
 
     def _may_write(self) -> bool:
-        return self._stopped or (self._reader.lets_write() and self._transit.may_be_written())
+        """Whether there is something to write that all servers can read before it is trimmed."""
+        go = not self._stream.behind and all(time.monotonic() > until for until in self._stream.waits.values())
+        return go and self._stream.placed and bool(self._outbox)
 
-    def _settle(self, connection: RedisConnection, replies: list[Any]) -> None:
-        """Take out what was accepted, and what was refused."""
-        errors = [reply for reply in replies if isinstance(reply, RedisError)]
+    def _check(self, number: int, reply: Any) -> None:
+        """Give up a message that Redis refuses. Raises RedisError where it takes none at all for now."""
+        if isinstance(reply, RedisError):
+            if not str(reply).startswith(REFUSALS):
+                raise reply
+            self._forget([number])
+            self._stream.full = self._stream.full or str(reply).startswith("OOM ")
+            if not self._refused:
+                self._say("Redis refuses messages, which are lost: %s", printable(str(reply)))
+            self._refused += 1
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Messages have come back, or never will."""
         with self._news:
-            self._transit.settle(replies, self._reader.seen.get(self._name, 0))
-            full = any(str(error).startswith("OOM") for error in errors)
-            if full:
-                self._reader.tail.halve()
+            self._cost -= total_cost([self._outbox.pop(number) for number in numbers if number in self._outbox])
+            if self._full and self._cost <= QUEUE_SIZE // 2:
+                self._full = False
+                self._space.notify_all()
             self._news.notify_all()
-        lost, self._refused = self._refused, self._refused + len(errors) if errors else 0
-        if errors and not lost:
-            say("Redis refuses messages, which are lost: %s", printable(str(errors[0])))
-        elif lost and not errors:
-            say("Redis accepts messages again, %d are lost", lost)
-        if full:  # perhaps of this stream
-            connection.trim(self._reader.tail.first)
+
+    # ---- the reader ----
+
+    def _read(self, connection: RedisConnection) -> None:
+        """Deliver what has been added to the stream."""
+        stream, before = self._stream, self._stream.behind
+        messages = stream.read(connection)
+        if before or stream.behind:
+            name = b"%b:0:%b" % (self._name, b"wait" if stream.behind else b"go")
+            with contextlib.suppress(OSError):  # of the connection: the next reading will tell
+                connection.call("XADD", self._address.stream, "*", name, b"")
+        self._deliver(messages)
+        with self._news:
+            self._readings += not stream.behind
+            self._forget([number for number in self._outbox if number <= stream.seen.get(self._name, 0)])
 
 
 # ======================================================================================

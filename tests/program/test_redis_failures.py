@@ -88,8 +88,12 @@ class NotRedisTest(ServerTestCase):
         )
 
     def test_a_silent_server(self) -> None:
+        """It may be a Redis that has stopped for a while."""
         with answering(None) as port, unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 0.1):
-            self.check_refused(port, "no answer within 0.1 s$")
+            with self.assertLogs("pywebsock", "WARNING") as logs:
+                self.serve(redis=f"redis://localhost:{port}")
+                eventually(lambda: logs.output)
+            self.assertIn("Redis is away, senders wait: timed out", logs.output[0])
 
     def check_refused(self, port: int, why: str) -> None:
         """A server does not start, and says why."""
@@ -113,7 +117,7 @@ class NotRedisTest(ServerTestCase):
             sent = fill(server.server_address[1], b"\x81\x80\0\0\0\0" * 100_000)  # empty messages: they count, too
             self.assertLess(sent, 5_000_000)
             assert server._link
-            self.assertLess(server._link._transit.size, pywebsock.QUEUE_SIZE + 100 * 1024 * 1024 // 6)
+            self.assertLess(server._link._cost, 2 * pywebsock.QUEUE_SIZE)
             start = time.monotonic()
             server.server_close()
             self.assertLess(time.monotonic() - start, 3)
@@ -206,7 +210,8 @@ class FaultTest(RedisTestCase):
                 for client in clients:
                     self.assertEqual([client.read() for _ in messages], messages, cut)
                 self.assertEqual(proxy.cuts, [])
-                eventually(lambda: near._link and not near._link._transit)  # it has recovered from this one
+                say(clients[0], [f"after {cut}"])  # and it has recovered from this one
+                self.assertEqual([client.read() for client in clients], [f"after {cut}"] * 2)
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
         self.assertGreaterEqual(self.redis.call("XLEN", self.stream), count + 6)  # some are there twice
@@ -261,7 +266,7 @@ class FaultTest(RedisTestCase):
             self.assertNotIn("Redis", self.stop(server))
 
     def test_redis_hangs(self) -> None:
-        """No answer in time is like a lost connection; what was on its way arrives twice."""
+        """No answer in time is like a lost connection; what was on its way may be written twice."""
         with unittest.mock.patch.multiple(pywebsock, ANSWER_TIME=0.3, LISTEN_TIME=0.1):
             with self.assertLogs("pywebsock", "WARNING") as logs:
                 one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
@@ -270,11 +275,10 @@ class FaultTest(RedisTestCase):
                 with paused(self.redis.pid):
                     say(one, numbered("one", 50))
                     say(two, numbered("two", 50))
-                    eventually(lambda: str(logs.output).count("no answer within 0.3 s") == 2)
+                    eventually(lambda: str(logs.output).count("senders wait: timed out") == 2)
                 self.assert_order([one, two], [numbered("one", 50), numbered("two", 50)])
                 eventually(lambda: str(logs.output).count("Redis is back") == 2)
             self.assertEqual(len(logs.output), 4)
-        self.assertGreater(self.redis.call("XLEN", self.stream), 101)
 
     def test_the_stream_is_trimmed(self) -> None:
         servers = [self.process("--quiet"), self.process("--quiet")]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import pathlib
 import re
 import socket
+import threading
 import time
 import typing
 import unittest
@@ -125,22 +127,37 @@ class RefusalTest(RedisTestCase):
         server = self.serve(redis=self.url)
         client, link = self.client(server), server._link
         assert link
-        pipeline, expected = pywebsock.RedisConnection.pipeline, numbered(answers, len(answers))
-        final = max(i for i in range(-1, 3) if i < 0 or not (answers[i] or b"").startswith(b"-READONLY"))
-        lost = [i for i in range(final + 1) if answers[i]]
-        left = [answers]
+        expected, left = numbered(answers, len(answers)), [answers]
+        states = [i for i, answer in enumerate(answers) if answer and answer.startswith(b"-READONLY")]
+        lost = [i for i, answer in enumerate(answers) if answer and i < min(states, default=len(answers))]
+        send, receive = pywebsock.RedisConnection.send, pywebsock.RedisConnection.receive
+        replies: list[bytes] = []
 
-        def refusing(self: typing.Any, commands: typing.Sequence[bytes]) -> typing.Iterator[typing.Any]:
-            if b"XADD" not in commands[0] or not left:
-                yield from pipeline(self, commands)
-                return
-            for command, answer in zip(commands, left.pop()):
-                yield pywebsock.RedisError(answer[1:].decode()) if answer else next(pipeline(self, [command]))
+        def refusing_send(self: pywebsock.RedisConnection, *commands: typing.Any) -> None:
+            if commands[0] != ("MULTI",) or not left:
+                send(self, *commands)
+            else:  # as Redis does: a transaction of which one command is refused is not carried out
+                replies[:] = [b"+OK", *(answer or b"+QUEUED" for answer in left.pop()), b"-EXECABORT discarded"]
 
-        with link._news, unittest.mock.patch.object(pywebsock.RedisConnection, "pipeline", refusing):
+        def scripted_receive(self: pywebsock.RedisConnection, *expected: typing.Any) -> typing.Any:
+            if not replies or threading.current_thread() is not link._threads[0]:
+                return receive(self, *expected)
+            kept, self._replies = self._replies, io.BytesIO(replies.pop(0) + b"\r\n")  # type: ignore[assignment]
+            try:
+                return receive(self, *expected)
+            except pywebsock.RedisError:
+                replies.clear()
+                raise
+            finally:
+                self._replies = kept
+
+        with (
+            link._news,
+            unittest.mock.patch.multiple(pywebsock.RedisConnection, send=refusing_send, receive=scripted_receive),
+        ):
             for message in expected:
                 link.put(pywebsock.Outgoing(message))
-            link._news.wait_for(lambda: not link._transit, DEADLINE)
+            link._news.wait_for(lambda: not link._outbox, DEADLINE)
         client.send("end")
         self.assertEqual(read_until(client, {"end"}), [*(m for i, m in enumerate(expected) if i not in lost), "end"])
 
@@ -322,7 +339,7 @@ class AwayTest(RedisTestCase):
         eventually(lambda: server._link and server._link.away)
         for _ in range(3):
             self.in_background(fill, server.server_address[1], frame_of("x" * 100) * 10_000, 10_000_000)
-        eventually(lambda: server._link and not server._link._transit.has_room(1))
+        eventually(lambda: server._link and server._link._full)
         self.in_background(pywebsock.log.warning, "locks the handler")
         self.redis.start()
         self.in_background(lambda: eventually(lambda: server._link and not server._link.away))
@@ -330,7 +347,7 @@ class AwayTest(RedisTestCase):
         self.assertIn("x" * 100, heard)
         self.redis.call("CONFIG", "SET", "maxmemory", 1)  # and no line about what was refused begets the next one
         client.send("lost")
-        eventually(lambda: server._link and server._link._refused and not server._link._transit)
+        eventually(lambda: server._link and server._link._refused and not server._link._outbox)
         self.redis.call("CONFIG", "SET", "maxmemory", 0)
         client.send("heard")
         read_until(client, {"heard"})

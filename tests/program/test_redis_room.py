@@ -83,6 +83,14 @@ class RoomTest(RedisTestCase):
             self.redis.call("XADD", self.stream, "*", name, "hello", "more", "fields")
             self.assertEqual(client.read(), "hello")
 
+    def test_what_is_written_twice(self) -> None:
+        """Comes once, in its first place; each server has numbers of its own."""
+        client = self.client(self.serve(redis=self.url))
+        for name in ("a:1", "a:2", "a:1", "b:1", "a:2", "a:3", "b:1", "a:3", "c:1"):
+            server, _, number = name.partition(":")
+            self.redis.call("XADD", self.stream, "*", f"{server * 16}:{number}:text", name)
+        self.assertEqual([client.read() for _ in range(5)], ["a:1", "a:2", "b:1", "a:3", "c:1"])
+
     def test_history(self) -> None:
         one = self.serve(redis=self.url)
         with self.client(one) as client:
@@ -133,14 +141,13 @@ class RoomTest(RedisTestCase):
             servers = [self.serve(redis=self.url) for _ in range(2)]
             link = servers[1]._link
             assert link
-            slow = link._reader
-            deliver = slow._deliver
+            deliver = link._deliver
 
-            def deliver_slowly(entries: typing.Sequence[typing.Any]) -> int:
-                time.sleep(len(entries) / 5000)
-                return deliver(entries)
+            def deliver_slowly(messages: list[pywebsock.Outgoing]) -> None:
+                time.sleep(len(messages) / 5000)
+                deliver(messages)
 
-            slow._deliver = deliver_slowly  # type: ignore[method-assign]
+            link._deliver = deliver_slowly
             clients = [self.client(server) for server in servers]
             sent = [numbered("quick", 15_000), numbered("slow", 1000)]
             for client, messages in zip(clients, sent):
@@ -154,9 +161,9 @@ class RoomTest(RedisTestCase):
         server = self.serve(redis=self.url)
         client = self.client(server)
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
-        eventually(lambda: server._link and server._link._reader.others_behind)
+        eventually(lambda: server._link and server._link._stream.waits)
         client.send("hello")
-        eventually(lambda: server._link and server._link._transit)
+        eventually(lambda: server._link and server._link._outbox)
         return client
 
     def test_waiting_for_another_server(self) -> None:
@@ -198,7 +205,7 @@ class StartTest(RedisTestCase):
         self.assertRegex(said, f"^{self.at}NOAUTH ")
 
     def test_a_user_who_may_no_more_than_needed(self) -> None:
-        rights = ["+xadd", "+xread", "+xrevrange", "+xlen", "+xtrim"]
+        rights = ["+multi", "+exec", "+watch", "+xadd", "+xread", "+xrevrange", "+xlen", "+xtrim"]
         self.redis.call("ACL", "SETUSER", "room", "on", ">pass", f"~{self.stream}", *rights)
         url = f"redis://room:pass@127.0.0.1:{self.redis.port}?stream="
         self.check_room(url + self.stream, url + self.stream)

@@ -86,7 +86,7 @@ class Redis:
         try:
             return connection.call(*words)
         finally:
-            connection.socket.close()
+            connection.close()
 
     def close(self) -> None:
         """End it and forget all that it kept."""
