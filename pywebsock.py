@@ -1192,7 +1192,8 @@ class Outbox:
         # or whose socket has taken all until just now. One that has just joined has shown nothing yet.
         self._joined = time.monotonic()
         self._quick_until = 0.0
-        self._quick_size = 0  # bytes taken since it last was
+        self._quick_size = 0  # bytes taken in the QUICK_TIME that ends next
+        self._quick_end = 0.0
 
     def write(self, pieces: Iterable[bytes], now: float) -> None:
         """Send what the socket takes at once; the rest waits."""
@@ -1205,10 +1206,8 @@ class Outbox:
         """Let wait what follows the first `sent` bytes: the socket took no more."""
         if not self._pieces:
             self._sent, self.size, self.moved = sent, -sent, now
-            start = time.monotonic()
-            self._quick_until = start + QUICK_TIME if start > self._joined + 4 * QUICK_TIME else 0.0
-            self._quick_size = 0
-        elif self.size > self._limit and not self._is_quick():
+            self._quick_until = time.monotonic() + QUICK_TIME
+        elif self.is_too_far_behind():
             raise ConnectionAbortedError(f"it was {self.size} bytes behind")
         for piece in pieces:
             self._pieces.append(piece)
@@ -1248,16 +1247,24 @@ class Outbox:
         while self._pieces and self._sent >= len(self._pieces[0]):
             self._sent -= len(self._pieces.popleft())
         self.moved = now
+        clock = time.monotonic()
+        if clock > self._quick_end:
+            self._quick_size, self._quick_end = 0, clock + QUICK_TIME
         self._quick_size += sent
         if self._quick_size >= QUICK_SIZE:
-            self._quick_size, self._quick_until = 0, time.monotonic() + QUICK_TIME
+            self._quick_until = clock + QUICK_TIME
 
     def _is_quick(self) -> bool:
         return time.monotonic() < self._quick_until
 
+    def is_too_far_behind(self) -> bool:
+        """Whether it is to be dropped."""
+        return self.size > self._limit and not self._is_quick()
+
     def is_quick_but_behind(self) -> bool:
-        """Whether senders should wait for it, a moment at most at a time."""
-        return self.size > self._limit // 2 and self._is_quick()
+        """Whether senders should wait for it, a moment at most at a time; not for one that has just joined."""
+        fresh = time.monotonic() < self._joined + 4 * QUICK_TIME
+        return self.size > self._limit // 2 and not fresh and self._is_quick()
 
     def write_pongs(self, frames: Sequence[bytes], now: float) -> None:
         """Answer Pings; only the newest where they would have to wait (RFC 6455 5.5.3)."""
@@ -2045,9 +2052,10 @@ class Connections:
         return []
 
     def wait_for_fewer(self, shortage: str) -> bool:
-        """Wait a moment until one more could be accepted."""
+        """Wait a moment until one more can be accepted."""
         log.warning("cannot accept for now: %s", shortage)
-        return self.wait_for(min(len(self.handlers), self._most) - 1, time.monotonic() + 0.5)
+        number = self._most if self.are_too_many else len(self.handlers)
+        return self.wait_for(number - 1, time.monotonic() + 0.5)
 
     def wait_for(self, number: int, end: float) -> bool:
         """Wait until there are no more than so many, or until some time on the clock."""
@@ -2139,6 +2147,8 @@ class Housekeeper(threading.Thread):
         """Every deadline of a connection; whether its thread wakes up."""
         outbox, state = client._outbox, client._state
         if state is State.OPEN:
+            if outbox.is_too_far_behind():
+                return self._room.drop(client, f"it was {outbox.size} bytes behind")
             if outbox.size and now - outbox.moved > self._settings.send_timeout:
                 return self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
             return self._settings.ping_interval > 0 and self._keep_alive(client, now)
@@ -2398,7 +2408,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         try:
             if self._connections.are_too_many:
                 self._perform(self._reset, *self._connections.pop_stranger(self._room.now))
-                if not self._connections.wait_for_fewer("too many connections"):
+                if self._connections.are_too_many and not self._connections.wait_for_fewer("too many connections"):
                     raise BlockingIOError
             return super().get_request()
         except (OSError, MemoryError) as error:
