@@ -70,7 +70,7 @@ class CrowdedTest(siege.SiegeTestCase):
                     count[1] += 1
                     chance.choice((peer.reset, peer.stop_reading, self.say_goodbye(peer), self.say_nonsense(peer)))()
 
-        clients.run_for(10, go_on)
+        clients.run_for(6, go_on)
         self.watch(besieged, f"{count[0]} came, {count[1]} went or got stuck", 1.0)
         clients.__exit__()
         self.withstand(besieged, "thousands came and went", 1.0, within=60)
@@ -117,9 +117,7 @@ class BusyTest(siege.SiegeTestCase):
         self.flood(besieged, clients, peers, support.masked_frame(9, b"x" * 125) * 2000)
         self.withstand(besieged, "ten who ping and do not read")
 
-    def flood(
-        self, besieged: siege.Siege, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes
-    ) -> None:
+    def flood(self, besieged: siege.Siege, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes) -> None:
         """As much as they can send, for three seconds."""
         besieged.witness.figures()
 
@@ -144,7 +142,7 @@ class BusyTest(siege.SiegeTestCase):
             clients.run_for(2)
             for peer in tuple(clients.peers):
                 peer.reset()
-        self.withstand(besieged, "three times 20 bombs", 1.0)
+        self.withstand(besieged, "three times 20 bombs", 1.0, 700)  # of which 300 are what malloc keeps
 
     def test_every_window(self) -> None:
         """Large messages that do not compress, for each window of permessage-deflate."""
