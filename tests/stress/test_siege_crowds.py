@@ -40,8 +40,8 @@ class CrowdTest(siege.SiegeTestCase):
     def test_resets_of_a_full_room(self) -> None:
         """Nearly as many as --max-clients allows.
 
-        In one of some twenty runs it takes ten times as long, all of it in the kernel: Linux 6.17 and later keep who waits
-        for a lock in 16 lists a process, and a lock that is in the same one as 9,900 others is slow. That is not ours.
+        In one of some twenty runs it takes ten times as long, all of it in the kernel: Linux 6.17 and later keep who
+        waits for a lock in 16 lists a process, and a lock in the same one as 9,900 others is slow. That is not ours.
         """
         for last in (False, True):
             besieged, crowd = self.enter(9900, 1.0)

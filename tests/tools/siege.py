@@ -351,7 +351,7 @@ def last_bytes(one: socket.socket) -> bytes:
 
 def descriptors() -> int:
     """How many this process may have; as many as it may be given."""
-    import resource  # noqa: PLC0415
+    import resource  # not on Windows
 
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
