@@ -41,7 +41,7 @@ class UnfinishedTest(siege.SiegeTestCase):
         held = len(clients.peers)
         support.Client(besieged.port).__exit__()  # others still get in
         clients.__exit__()
-        self.withstand(besieged, f"{what}: {held} of {number} were still there")
+        self.withstand(besieged, f"{what}: {held} of {number} were still there", 2.0)  # a hundred send all they can
 
     def test_compressed_fragments(self) -> None:
         besieged = self.besiege()
@@ -141,14 +141,14 @@ class StuckTest(siege.SiegeTestCase):
     def test_slow_reader_with_a_short_backlog(self) -> None:
         """What counts as quick must not follow from --max-backlog."""
         besieged = self.besiege("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
-        pusher, clients = self.push(besieged, 4096, 5e6), self.clients(besieged)
+        pusher, clients = self.push(besieged, 4096, 1e6), self.clients(besieged)
         clients.run_for(0.5)
         clients.join(1, small=True)[0].read_at(150_000)
         pusher.rate()
         clients.run_for(3)
         rate = pusher.rate()
-        self.watch(besieged, f"{rate:.1f} of 5 MB/s beside a reader of 0.15 MB/s")
-        self.assertGreater(rate, 4, "MB a second of who sends 5")
+        self.watch(besieged, f"{rate:.1f} of 1 MB/s beside a reader of 0.15 MB/s")
+        self.assertGreater(rate, 0.8, "MB a second of who sends 1")
         pusher.end()
         self.stop(besieged)
 

@@ -349,6 +349,15 @@ def last_bytes(one: socket.socket) -> bytes:
 # ---- the server ----
 
 
+def descriptors() -> int:
+    """How many this process may have; as many as it may be given."""
+    import resource  # not on Windows
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most if most != resource.RLIM_INFINITY else 1 << 20
+
+
 def processor(pid: int, seconds: float) -> float:
     """The part of one processor that a process uses."""
     before, start = load.cpu(pid), time.monotonic()
