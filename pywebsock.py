@@ -2035,7 +2035,7 @@ class Connections:
         With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
         The price: a hook that computes without a pause keeps all others waiting for as long.
         """
-        sys.setswitchinterval(max(self._switch_interval, len(self.handlers) / 2000))
+        sys.setswitchinterval(max(self._switch_interval, len(self.handlers) / 10_000))
 
     @property
     def are_too_many(self) -> bool:
