@@ -447,18 +447,16 @@ class MessageReader:
     - frames: how many have come, or pieces of them; whoever counts them sets it to 0
     - size: bytes kept for a message that is not finished
 
-    `charge` is called with every change of `size`, of at most INFLATE_SIZE or a piece at once,
-    and may raise ProtocolError. At the end of a connection `size` is still charged.
+    `keep` is called with each new `size`, which grows by at most INFLATE_SIZE or a piece at once,
+    and may raise ProtocolError.
     """
 
-    def __init__(
-        self, max_message: int, compressed: bool = False, charge: Callable[[int], object] = lambda change: None
-    ) -> None:
+    def __init__(self, max_message: int, compressed: bool = False, keep: Callable[[int], object] = bool) -> None:
         self.frames = 0
         self.size = 0
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
-        self._charge = charge
+        self._keep = keep
         self._opcode = 0  # of the message whose fragments are coming; 0 between messages
         self._payload = bytearray()  # one buffer: a list of a million empty fragments would not be small
         self._inflater: Inflater | None = None
@@ -483,7 +481,7 @@ class MessageReader:
                 self._append(fin, payload, left)
                 if fin:
                     yield self._opcode, self._finish()
-                    self._count()
+                    self._count()  # only now: until it is handed on, a message is kept
             del payload  # as in parse_frames()
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
@@ -532,10 +530,10 @@ class MessageReader:
         return decode_text(payload) if text else bytes(payload)
 
     def _count(self) -> None:
-        change = len(self._payload) + (INFLATER_SIZE if self._inflater else 0) - self.size
-        if change:
-            self.size += change
-            self._charge(change)
+        size = len(self._payload) + (INFLATER_SIZE if self._inflater else 0)
+        if size != self.size:
+            self.size = size
+            self._keep(size)
 
 
 class Budget:
@@ -543,45 +541,37 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self._left = size
+        self._kept: dict[object, int] = {}  # by connection
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """For one connection, in its own thread: what to call with each change of what it keeps.
-
-        That raises ProtocolError where too little is left. At the end all is given back.
-        """
-        kept = 0
-
-        def charge(change: int) -> None:
-            nonlocal kept
-            with self._lock:
-                if change > self._left:
-                    raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
-                self._left -= change
-            kept += change
-
-        try:
-            yield charge
-        finally:
-            with self._lock:
-                self._left += kept
+    def keep(self, connection: object, size: int) -> None:
+        """A connection keeps so many bytes now, in the end none; any thread. Raises ProtocolError for more than are left."""
+        with self._lock:
+            change = size - self._kept.get(connection, 0)
+            if change > max(0, self._left):
+                raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+            self._left -= change
+            self._kept[connection] = size
+            if not size:
+                del self._kept[connection]
 
 
 class Outgoing:
-    """A message on its way to clients: one frame without compression, and one for each window in use."""
+    """A message on its way to clients: a frame for each window in use, made once and shared by all."""
 
-    __slots__ = ("_deflated", "_plain", "opcode", "payload", "size", "to")
+    __slots__ = ("_frames", "opcode", "payload", "size", "to")
 
     def __init__(
         self, message: Message, to: Iterable[WebSocketHandler] | None = None, opcode: Opcode = Opcode.BINARY
     ) -> None:
         """The opcode is that of bytes.
 
-        Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str."""
+        Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str.
+        """
         self.to = to if to is None else tuple(to)  # the clients that get it; None for all
-        if not all(isinstance(client, WebSocketHandler) for client in self.to or ()):
-            raise TypeError("a message goes to clients")
+        for client in self.to or ():
+            if not isinstance(client, WebSocketHandler):
+                raise TypeError("a message goes to clients")
         if isinstance(message, str):
             self.opcode, self.payload = TEXT, message.encode()
         elif isinstance(message, (bytes, bytearray, memoryview)):
@@ -589,24 +579,18 @@ class Outgoing:
         else:
             raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
         self.size = len(self.payload)  # bytes
-        self._plain = b""  # for a link it is never made
-        self._deflated: dict[int, bytes] = {}  # by window
-
-    @property
-    def plain(self) -> bytes:
-        """The frame without compression."""
-        self._plain = self._plain or serialize_frame(self.opcode, self.payload)
-        return self._plain
+        self._frames: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
-        """The frame for clients with this window, compressed at most once (any thread: a race costs only time)."""
-        if not window or self.size < DEFLATE_THRESHOLD:
-            return self._plain or self.plain
-        if window not in self._deflated:
-            payload = deflate(self.payload, window)
-            shorter = len(payload) < self.size
-            self._deflated[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else self.plain
-        return self._deflated[window]
+        """The frame for clients with this window (any thread: a race costs only time)."""
+        if window not in self._frames:
+            compress = window and self.size >= DEFLATE_THRESHOLD
+            payload = deflate(self.payload, window) if compress else self.payload
+            if len(payload) < self.size:
+                self._frames[window] = serialize_frame(self.opcode, payload, rsv1=True)
+            else:
+                self._frames[window] = self.frame(0) if window else serialize_frame(self.opcode, payload)
+        return self._frames[window]
 
 
 # ======================================================================================
@@ -882,8 +866,7 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     if request.expects_continue:
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
-        with server._budget.share() as charge:
-            client._call(server.on_post, client, decode_body(request, client._read_body(length, charge)))
+        client._call(server.on_post, client, decode_body(request, client._read_body(length)))
     except ProtocolError as error:
         raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
 
@@ -1061,16 +1044,28 @@ log.addFilter(is_no_flood)
 
 
 # ======================================================================================
-# TLS (RFC 8446)
+# Transports: a socket, or what stands before it and has its recv, send and shutdown
 # ======================================================================================
 
-# With this flag a send does not wait, although the socket's recv does. Windows lacks it: there
-# no socket of a connection waits, and its thread waits in select() before it reads.
+# With this flag a send does not wait, although the socket's recv does. Windows lacks it.
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
+class Waiting:
+    """For where DONT_WAIT is missing: the socket never waits, so whoever reads from it waits in select()."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket, self.send, self.shutdown = connection, connection.send, connection.shutdown
+
+    def recv(self, size: int) -> bytes:
+        """As that of a socket that waits."""
+        select.select([self._socket], [], [])
+        return self._socket.recv(size)
+
+
 class TLS:
-    """A socket's recv, send and shutdown with TLS behind them. Nothing else knows of TLS.
+    """TLS (RFC 8446) in front of a socket. Nothing else knows of it.
 
     One thread reads while another sends, and OpenSSL wants one at a time: what touches its
     object has the lock, which nobody keeps while waiting. Whoever is next holds the door: so a
@@ -1079,7 +1074,7 @@ class TLS:
 
     PIECE = 64 * 1024  # bytes encrypted at once: all that a slow client has of its own
 
-    def __init__(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+    def __init__(self, connection: Any, context: ssl.SSLContext) -> None:
         self._socket = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -1100,7 +1095,7 @@ class TLS:
                 plain = self._decrypt(records, size)
             finally:
                 if not established:  # nobody else sends yet; where it failed, an alert says why
-                    self._socket.sendall(self._outgoing.read())
+                    self._socket.send(self._outgoing.read())
         return plain
 
     @contextlib.contextmanager
@@ -1154,10 +1149,8 @@ class TLS:
     def shutdown(self, how: int) -> None:
         """Say that nothing more is sent: a close_notify (6.1), then the end of TCP. Raises OSError."""
         with self._alone():
-            try:
+            with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify has not come; nobody waits for it
                 self._object.unwrap()
-            except ssl.SSLError:
-                pass  # the peer's own close_notify has not come; nobody waits for it
             self._socket.send(self._outgoing.read(), DONT_WAIT)
         self._socket.shutdown(how)
 
@@ -1175,7 +1168,8 @@ QUICK_SIZE = 4 * 1024 * 1024  # bytes
 class Outbox:
     """The way out to one connection. What waits in it are plain bytes, shared with other outboxes.
 
-    Owned by the turn. It calls the connection's socket, or TLS, and raises the OSError of that.
+    Owned by the turn. It calls the connection's transport, and raises the OSError of that.
+    `now` is the housekeeper's time, which stands while the process does.
     """
 
     def __init__(self, transport: Any, limit: int) -> None:
@@ -1183,17 +1177,14 @@ class Outbox:
         self._limit = limit  # bytes
         self._pieces: deque[bytes] = deque()
         self._sent = 0  # bytes of the first one that are sent
+        self._ending = False  # nothing will follow
         self.size = 0  # bytes that wait
         self.moved = 0.0  # when the socket last took some, or they began to wait
-        self._pong = b""  # the newest, while others wait
-        self._ending = False  # nothing will follow
 
-        # Whether senders should give it a moment: a client that takes QUICK_SIZE in QUICK_TIME,
-        # or whose socket has taken all until just now. One that has just joined has shown nothing yet.
+        # A client is quick for a moment after its socket has taken all there was, and as long as
+        # it takes QUICK_SIZE in QUICK_TIME: what it has taken lasts at that pace until `_lasts`.
         self._joined = time.monotonic()
-        self._quick_until = 0.0
-        self._quick_size = 0  # bytes taken in the QUICK_TIME that ends next
-        self._quick_end = 0.0
+        self._lasts = 0.0
 
     def write(self, pieces: Iterable[bytes], now: float) -> None:
         """Send what the socket takes at once; the rest waits."""
@@ -1206,7 +1197,7 @@ class Outbox:
         """Let wait what follows the first `sent` bytes: the socket took no more."""
         if not self._pieces:
             self._sent, self.size, self.moved = sent, -sent, now
-            self._quick_until = time.monotonic() + QUICK_TIME
+            self._lasts = time.monotonic() + 2 * QUICK_TIME
         elif self.is_too_far_behind():
             raise ConnectionAbortedError(f"it was {self.size} bytes behind")
         for piece in pieces:
@@ -1215,24 +1206,16 @@ class Outbox:
 
     def flush(self, now: float) -> None:
         """Send what the socket takes now; of much only a part, since others wait for the turn."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             for _ in range(SENDS_AT_ONCE):
                 if self._pieces:
                     self._count(self._transport.send(self._next_piece(), DONT_WAIT), now)
-        except BlockingIOError:
-            return
-        if not self._pieces and self._pong:
-            pong, self._pong = self._pong, b""
-            self.write([pong], now)
-        if not self._pieces and self._ending:
-            self._transport.shutdown(socket.SHUT_WR)
+            if self._ending and not self._pieces:
+                self._transport.shutdown(socket.SHUT_WR)
 
     def _next_piece(self) -> bytes | memoryview:
         """Something to send: many short pieces as one."""
-        first = self._pieces[0]
-        if not self._sent and len(self._pieces) == 1:
-            return first
-        pieces = [memoryview(first)[self._sent :]]
+        pieces = [memoryview(self._pieces[0])[self._sent :]]
         size = len(pieces[0])
         for piece in itertools.islice(self._pieces, 1, None):
             if size > SEND_SIZE:
@@ -1246,16 +1229,12 @@ class Outbox:
         self.size -= sent
         while self._pieces and self._sent >= len(self._pieces[0]):
             self._sent -= len(self._pieces.popleft())
-        self.moved = now
-        clock = time.monotonic()
-        if clock > self._quick_end:
-            self._quick_size, self._quick_end = 0, clock + QUICK_TIME
-        self._quick_size += sent
-        if self._quick_size >= QUICK_SIZE:
-            self._quick_until = clock + QUICK_TIME
+        self.moved, clock = now, time.monotonic()
+        lasts = max(self._lasts, clock) + sent / QUICK_SIZE * QUICK_TIME
+        self._lasts = min(lasts, clock + 2 * QUICK_TIME)
 
     def _is_quick(self) -> bool:
-        return time.monotonic() < self._quick_until
+        return time.monotonic() + QUICK_TIME < self._lasts
 
     def is_too_far_behind(self) -> bool:
         """Whether it is to be dropped."""
@@ -1266,16 +1245,9 @@ class Outbox:
         fresh = time.monotonic() < self._joined + 4 * QUICK_TIME
         return self.size > self._limit // 2 and not fresh and self._is_quick()
 
-    def write_pongs(self, frames: Sequence[bytes], now: float) -> None:
-        """Answer Pings; only the newest where they would have to wait (RFC 6455 5.5.3)."""
-        if self._pieces:
-            self._pong = frames[-1]
-        else:
-            self.write(frames, now)
-
     def end(self, now: float) -> None:
         """Nothing will follow: end the own side as soon as all is sent."""
-        self._ending, self._pong = True, b""
+        self._ending = True
         self.flush(now)
 
     def clear(self) -> None:
@@ -1358,12 +1330,10 @@ class Turn:
         A client that floods the server with tiny frames waits: parsing them would take the
         interpreter from the holder, at each of its sends.
         """
-        if wait:
-            with self._lock:
-                self._carry_out()
-        while self._queue and not self.promised:
-            if not self._lock.acquire(blocking=False):
+        while wait or (self._queue and not self.promised):
+            if not self._lock.acquire(blocking=wait):
                 return
+            wait = False
             try:
                 self._carry_out()
             finally:
@@ -1473,7 +1443,8 @@ class Turn:
 
 READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
 SLOWEST_POST = 256 * 1024  # bytes a second
-MANY_FRAMES = 500  # read at once: whoever sends as many waits for the turn
+MANY_FRAMES = 500  # in what was read at once: who sends as many waits for the turn, and is read in small pieces
+FLOOD_SIZE = 8 * 1024  # bytes of such a piece
 
 
 class State(enum.Enum):
@@ -1583,34 +1554,31 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._refuse(error, head)
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
-        while not self._lost and self._wait_for_bytes():
+        self.server._budget.keep(self, 0)
+        while not self._lost and self._read():
             pass  # until the peer ends TCP, too
 
     def _read_in_time(self) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
-        data = self._wait_for_bytes()
+        data = self._read()
         if not data and self._late:
             raise HandshakeError(408, "the request took too long")
         if not data:
             raise ConnectionError(self._lost or "the connection ended")
         return data
 
-    def _wait_for_bytes(self) -> bytes:
-        """The next bytes; none at the end of the connection, whatever ended it."""
+    def _read(self, size: int = READ_SIZE) -> Any:
+        """Wait for the next bytes; none at the end of the connection, whatever ended it."""
         self._quiet_since = self.server._room.now
         try:
-            while True:
-                if not DONT_WAIT:
-                    select.select([self.request], [], [])
-                with contextlib.suppress(BlockingIOError):  # without DONT_WAIT: TLS wants the rest of a record
-                    return bytes(self._transport.recv(READ_SIZE))
+            return self._transport.recv(size)
         except OSError as error:  # of which ssl.SSLError is one
             self._lost = self._lost or str(error)
             return b""
         finally:
             self._quiet_since = math.inf
 
-    def _read_body(self, length: int, charge: Callable[[int], None]) -> bytes:
+    def _read_body(self, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
         if server._link and server._link.away:
@@ -1618,9 +1586,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
-            piece = self._read_in_time()
-            charge(len(piece))
-            pieces += piece
+            pieces += self._read_in_time()
+            server._budget.keep(self, len(pieces))
         if server.rate and not server._post_pace.wait(server.rate, server.handshake_timeout):
             raise HandshakeError(429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
         if not server._wait_for_space(server.handshake_timeout):
@@ -1669,6 +1636,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         finally:
             server._free_seat(self)
         reason = self._lost or reason
+        self._answer_pings()
         server._perform(server._room.close, self, last, bool(last))
         log.info("%s left: %d %s", self.address, code, printable(reason))
         try:
@@ -1711,51 +1679,45 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def _converse(self) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
-        with self.server._budget.share() as charge:
-            reader = MessageReader(self.server.max_message, bool(self._window), charge)
-            try:
-                for opcode, payload in reader.read(self._pieces(reader)):
-                    if opcode == CLOSE:
-                        return bytes(payload)
-                    self._hand_on(opcode, payload)
-                    if reader.frames > MANY_FRAMES:  # or they would all lie in the queue
-                        reader.frames = 0
-                        self.server._settle(wait=True)
-                    del payload  # a client that is silent now must not hold its memory
-            finally:
-                self._answer_pings()
+        keep = functools.partial(self.server._budget.keep, self)
+        reader = MessageReader(self.server.max_message, bool(self._window), keep)
+        for opcode, payload in reader.read(self._pieces(reader)):
+            if opcode == CLOSE:
+                return bytes(payload)
+            if opcode == PING:
+                self._pongs.append(serialize_frame(PONG, payload))
+            elif opcode != PONG and not self._unheard:  # nothing counts after the server's Close (5.5.1)
+                self._hand_on(payload)
+            del payload  # a client that is silent now must not hold its memory
         return None
 
     def _pieces(self, reader: MessageReader) -> Iterator[bytes]:
         """The bytes that this client sends, as they come. What has come is handled before more is waited for."""
-        data, self._rest = self._rest or self._wait_for_bytes(), b""
+        data, self._rest = self._rest or self._read(), b""
         while data:
             reader.frames = 0
             yield data
             del data
             self._answer_pings()
-            self.server._settle(wait=reader.frames > MANY_FRAMES)
-            data = self._wait_for_bytes()
+            flood = reader.frames > MANY_FRAMES
+            self.server._settle(wait=flood)
+            data = self._read(FLOOD_SIZE if flood else READ_SIZE)
 
-    def _hand_on(self, opcode: int, payload: Any) -> None:
-        """Hand on one message, or note a Ping. Nothing counts after the server's Close (5.5.1) or the end."""
-        if opcode == PING:
-            self._pongs.append(serialize_frame(PONG, payload))
-        elif opcode != PONG and not self._unheard:
-            self._answer_pings()
-            if self.server.read_only:
-                raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
-            if self.server.rate:
-                self.server._settle()  # what it has sent so far need not wait
-                self._pace.wait(self.server.rate)
-            self.server.on_message(self, payload)
+    def _hand_on(self, message: Message) -> None:
+        self._answer_pings()
+        if self.server.read_only:
+            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+        if self.server.rate:
+            self.server._settle()  # what it has sent so far need not wait
+            self._pace.wait(self.server.rate)
+        self.server.on_message(self, message)
 
     def _answer_pings(self) -> None:
         """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
         if self._pongs:
             pongs, self._pongs = self._pongs, []
-            size = sum([len(frame) + MESSAGE_COST for frame in pongs])
-            self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), size)
+            frames = b"".join(pongs)
+            self.server._turn.put(functools.partial(self.server._room.pong, self, frames), len(frames))
 
 
 # ======================================================================================
@@ -1807,8 +1769,9 @@ class Room:
 
     def compress(self, message: Outgoing) -> None:
         """Compress a message for all who are here, so that it need not be done in the turn."""
-        for window in list(self._lines):
-            message.frame(window)
+        if message.size >= DEFLATE_THRESHOLD:
+            for window in list(self._lines):
+                message.frame(window)
 
     def compress_history(self, window: int) -> None:
         """The same for somebody who is about to join."""
@@ -1876,10 +1839,10 @@ class Room:
         """Send bytes to one connection."""
         self._try(client, client._outbox.write, pieces, self.now)
 
-    def pong(self, client: WebSocketHandler, frames: Sequence[bytes]) -> None:
+    def pong(self, client: WebSocketHandler, frames: bytes) -> None:
         """Answer Pings."""
         if client._state is State.OPEN:
-            self._try(client, client._outbox.write_pongs, frames, self.now)
+            self.write(client, [frames])
 
     def flush(self, client: WebSocketHandler) -> None:
         """Send what waits, since the socket takes more."""
@@ -2344,7 +2307,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _queue(self, message: Outgoing) -> None:
         self._room.compress(message)
-        self._turn.put(message, len(message.plain))
+        self._turn.put(message, message.size)
 
     def _perform(self, operation: Callable[..., None], *arguments: Any) -> None:
         """Queue an operation of the room and see that it is carried out."""
@@ -2382,10 +2345,10 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             self._clients.discard(client)
 
     def _transport(self, request: socket.socket, address: str) -> Any:
-        """What stands between a connection and its socket."""
-        if not DONT_WAIT:
-            request.setblocking(False)
-        transport: Any = TLS(request, self.tls_context) if self.tls_context else request
+        """What a connection reads from and writes to."""
+        transport: Any = request if DONT_WAIT else Waiting(request)
+        if self.tls_context:
+            transport = TLS(transport, self.tls_context)
         return Traced(transport, address) if self.trace else transport
 
     # ---- connections, as socketserver has it ----

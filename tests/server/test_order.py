@@ -153,7 +153,7 @@ class Joining(ServerTestCase):
         with contextlib.ExitStack() as stack, server._turn._lock:
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
             eventually(lambda: server._turn._queue)
-            self.assertEqual(list(server._room._history[0]._deflated), [15])
+            self.assertEqual(list(server._room._history[0]._frames), [15])
 
     def test_no_history(self) -> None:
         server = self.serve()
@@ -201,16 +201,20 @@ class HeldBack(ServerTestCase):
         eventually(lambda: server._turn._size == 0)
 
     def test_tiny_messages(self) -> None:
-        """Many that come at once are not all put in the queue at once."""
+        """What lies in the queue costs more than its bytes, and counts for more."""
         server = self.serve(self.Server)
-        client = self.connect(server)
-        count = 50_000
+        senders = [self.connect(server) for _ in range(3)]
+        count = 20_000
         with contextlib.ExitStack() as stack:
             with server._turn._lock:
-                stack.enter_context(in_thread(client.send_raw, masked_frame(BINARY, b"") * count))
-                eventually(lambda: len(server._turn._queue) > pywebsock.MANY_FRAMES // 2)
-            self.check_all(client, b"", count)
-        self.assertLess(server.peak, 2 * pywebsock.MANY_FRAMES * (pywebsock.MESSAGE_COST + 2))
+                for sender in senders:
+                    stack.enter_context(in_thread(sender.send_raw, masked_frame(BINARY, b"") * count))
+                eventually(lambda: server._turn._size > pywebsock.QUEUE_SIZE)
+            server._turn.run()
+            for sender in senders:
+                stack.enter_context(in_thread(self.check_all, sender, b"", count * len(senders)))
+        self.assertGreater(server.peak, 0.9 * pywebsock.QUEUE_SIZE)
+        self.assertLess(server.peak, pywebsock.QUEUE_SIZE + len(senders) * (pywebsock.MESSAGE_COST + 2))
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:
         """Read so many times this message."""
