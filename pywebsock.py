@@ -1635,12 +1635,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             code, reason, last = self._be_client()
         finally:
             server._free_seat(self)
-        reason = self._lost or reason
         self._answer_pings()
-        server._perform(server._room.close, self, last, bool(last))
-        log.info("%s left: %d %s", self.address, code, printable(reason))
+        with contextlib.nullcontext() if last else server._exit:  # with a Close to send, it would be kept for longer
+            server._perform(server._room.close, self, last, bool(last))
+            log.info("%s left: %d %s", self.address, code, printable(self._lost or reason))
         try:
-            server.on_close(self, code, reason)
+            server.on_close(self, code, self._lost or reason)
         except BaseException:
             log.exception("%s: an error in on_close", self.address)
         server._turn.run()
@@ -1964,7 +1964,7 @@ def reset(connection: socket.socket) -> None:
 
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-WAKE_AT_ONCE = 500  # threads whose time is over, so that others can work as well
+WAKE_AT_ONCE = 500  # threads, so that others can work as well
 
 
 class Connections:
@@ -2136,6 +2136,7 @@ class Housekeeper(threading.Thread):
         elif client._pinged_at == math.inf and not outbox.size:
             client._pinged_at = now
             self._room.write(client, [serialize_frame(PING, b"")])
+            return True  # its thread will have a Pong to read
         return False
 
 
@@ -2230,6 +2231,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose thread this is
+        self._exit = threading.Lock()  # of thousands that are cut off at once, one leaves at a time
         self._seats = threading.RLock()  # guards the next one; for the same reason as that of Turn an RLock
         self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
 

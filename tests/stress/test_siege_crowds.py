@@ -37,6 +37,20 @@ class CrowdTest(siege.SiegeTestCase):
         crowd.reset()
         self.withstand(besieged, "5,000 Close frames", 0.5, within=90)
 
+    def test_pings(self) -> None:
+        """Those who came together are silent together: all are pinged, and all answer."""
+        besieged = self.besiege("--ping", "4")
+        crowd = self.crowd(besieged)
+        crowd.join(5000)
+        self.watch(besieged, "5,000 joined")
+        for _ in range(3):
+            time.sleep(4)  # they are pinged, or will be in a moment
+            crowd.send(support.masked_frame(10, b""))
+        self.watch(besieged, "5,000 Pings and Pongs")
+        self.assertNotIn(" left: ", besieged.log())
+        crowd.reset()
+        self.withstand(besieged, "their resets", 0.5, within=90)
+
     def test_resets_of_a_full_room(self) -> None:
         """Nearly as many as --max-clients allows."""
         besieged, crowd = self.enter(9900, 1.0)
