@@ -53,7 +53,7 @@ many machines by whoever has one.
     HTTP                  the page, the status, POST           RFC 9110
     trace                 what passes, drawn as in 5.2
     settings, log         what can be set, and what is said
-    TLS                   looks like a socket                  RFC 8446
+    transports            TLS that looks like a socket         RFC 8446
     Outbox                what one socket has yet to take
     Turn                  one order for all operations
     connections           State, WebSocketHandler              RFC 6455 5.5, 7
@@ -861,12 +861,12 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     server = client.server
     if server.read_only:
         raise HandshakeError(403, "this server only sends")
-    client._admit()
+    client._call(server.admit)
     length = body_length(request, server.max_message)
     if request.expects_continue:
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
-        client._call(server.on_post, client, decode_body(request, client._read_body(length)))
+        client._call(server.on_post, decode_body(request, client._read_body(length)))
     except ProtocolError as error:
         raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
 
@@ -1044,7 +1044,7 @@ log.addFilter(is_no_flood)
 
 
 # ======================================================================================
-# Transports: a socket, or what stands before it and has its recv, send and shutdown
+# Transports (RFC 8446): a socket, or what stands before it and has its recv, send, shutdown
 # ======================================================================================
 
 # With this flag a send does not wait, although the socket's recv does. Windows lacks it.
@@ -1477,7 +1477,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     For hooks and for every other thread:
 
     - send(message), close(code, reason)
-    - target: of the request, with its query
+    - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
     - address: the peer's address and port, for people
     - data: whatever the program likes to keep here; None at first
@@ -1491,7 +1491,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.target = ""
+        self.method = self.target = ""
         self.headers: dict[str, str] = {}
         self.data: Any = None
 
@@ -1544,8 +1544,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request, self._rest = parse_request(iter(self._read_in_time, None))
+            self.method, self.headers, head = request.method, request.headers, request.method == "HEAD"
             self.target = MARK.sub("", request.target)  # which is between the page and join()
-            self.headers, head = request.headers, request.method == "HEAD"
             if request.upgrades:
                 self._serve_websocket(request)
             else:
@@ -1605,21 +1605,17 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
         self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
-    def _admit(self) -> None:
-        """Let the program say who gets in. Raises HandshakeError."""
-        self._call(self.server.admit, self)
-        if self._unheard:
-            raise HandshakeError(403, "not admitted")
-
     def _call(self, hook: Callable[..., None], *arguments: Any) -> None:
-        """Call a hook for a request. Raises HandshakeError: that of the hook, or 500."""
+        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 where it has called close(), or 500."""
         try:
-            hook(*arguments)
+            hook(self, *arguments)
         except HandshakeError:
             raise
         except BaseException:
             log.exception("%s: an error in a hook", self.address)
             raise HandshakeError(500, "internal error") from None
+        if self._unheard:
+            raise HandshakeError(403, "not admitted")
 
     # ---- in its own thread: as a client ----
 
@@ -1655,7 +1651,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
             if extension:
                 fields.append(("Sec-WebSocket-Extensions", extension))
-        self._admit()
+        self._call(self.server.admit)
         return serialize_response(101, fields)
 
     def _be_client(self) -> tuple[int, str, bytes]:
@@ -2241,7 +2237,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         """Somebody wants to open a WebSocket, or to POST. Who may not: raise HandshakeError(401, "why").
 
         In the connection's own thread, like the other hooks; before the 101, and before the
-        body of a POST is read. There are client.target, client.headers and client.address.
+        body of a POST is read: client.method says which, "GET" or "POST". There are client.target,
+        client.headers and client.address, too. close() refuses as well, with 403.
         """
 
     def on_open(self, client: WebSocketHandler) -> None:
@@ -2252,7 +2249,10 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self.broadcast(message)
 
     def on_post(self, client: WebSocketHandler, message: Message) -> None:
-        """A program has sent a message with POST; `client` is its connection. By default, all clients get it."""
+        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
+
+        By default, all clients get the message. HandshakeError and close() refuse it.
+        """
         self.broadcast(message)
 
     def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
@@ -2418,7 +2418,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
 
         In a hook it does not wait for the client whose hook it is; one that is stuck in a hook
-        is reset after the close timeout, and its thread ends when the hook does.
+        is reset after the close timeout, and its thread ends when the hook does. It does not end
+        serve_forever(): as in socketserver, call shutdown() before.
         """
         super().server_close()  # nobody else is accepted
         end = time.monotonic() + self.close_timeout

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import pathlib
-import shutil
 import tempfile
 from typing import Any
 
@@ -16,11 +16,35 @@ class Stubs(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called before a wheel is built; `version` is its kind. In an editable one, the stub would soon be old."""
         if version == "standard":
-            self.folder = tempfile.mkdtemp()
-            stub = shutil.copy(pathlib.Path(self.root, "pywebsock.py"), self.folder)  # one path cannot go to two places
-            build_data["force_include"][stub] = "pywebsock-stubs/__init__.pyi"
+            text = name_settings(pathlib.Path(self.root, "pywebsock.py").read_text(encoding="utf-8"))
+            self.folder = tempfile.TemporaryDirectory()
+            stub = pathlib.Path(self.folder.name, "pywebsock.pyi")
+            stub.write_text(text, encoding="utf-8")
+            build_data["force_include"][str(stub)] = "pywebsock-stubs/__init__.pyi"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Called afterwards."""
         if version == "standard":
-            shutil.rmtree(self.folder)
+            self.folder.cleanup()
+
+
+def name_settings(text: str) -> str:
+    """The module, with the settings in place of **settings: so a wrong one is found before the program runs."""
+    (settings,) = (each for each in ast.parse(text).body if isinstance(each, ast.ClassDef) and each.name == "Settings")
+    named = []
+    for each in settings.body:
+        if isinstance(each, ast.AnnAssign):
+            named.append(f"{ast.unparse(each.target)}: {ast.unparse(each.annotation)} = ...")
+        elif isinstance(each, ast.Assign):
+            named.append(f"{ast.unparse(each.targets[0])}: {type(ast.literal_eval(fold(each.value))).__name__} = ...")
+    before, wanted, after = text.partition("**settings: Any,")
+    if not (named and wanted):
+        raise ValueError("the settings are not where they were")
+    return f"{before}*, {', '.join(named)}, **settings: Any,{after}"
+
+
+def fold(value: ast.expr) -> ast.expr:
+    """A product is as good as its first factor, to tell the type."""
+    while isinstance(value, ast.BinOp):
+        value = value.left
+    return value

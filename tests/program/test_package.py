@@ -24,7 +24,7 @@ class Chat(BroadcastServer):
     max_message = 1000
 
     def admit(self, client: WebSocketHandler) -> None:
-        if client.headers.get("x-name", "") + client.target != "":
+        if client.headers.get("x-name", "") + client.method + client.target != "":
             raise HandshakeError(401, "why", ("WWW-Authenticate", "Bearer"))
         raise HandshakeError(401, b"why")  # type: ignore[arg-type]
 
@@ -39,7 +39,9 @@ class Chat(BroadcastServer):
         print(self.status()["clients"])
 
 
-with Chat(("localhost", 4545), history=10) as server:
+Chat(("localhost", 4545), history="10")  # type: ignore[arg-type]
+Chat(("localhost", 4545), rate=1, tls_context="x")  # type: ignore[arg-type]
+with Chat(("localhost", 4545), history=10, origins=["*"], redis=None) as server:
     server.serve_forever()
 server.nothing()  # type: ignore[attr-defined]
 """

@@ -146,6 +146,38 @@ class Admit(ServerTestCase):
         self.assertEqual(status, 403)
         self.assertTrue(logged.output[0].isprintable() and logged.output[0].isascii(), logged.output)
 
+    def test_method(self) -> None:
+        """What is asked for, whatever else the header says that a stranger would like to be taken for."""
+        methods: list[str] = []
+
+        class Ears(BroadcastServer):
+            """Lets in who listens with one token, and who posts with another."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                methods.append(client.method)
+                if client.headers.get("authorization") != f"Bearer {client.method}":
+                    raise HandshakeError(401, "who are you?")
+
+        server = self.serve(Ears)
+        port = server.server_address[1]
+        for fields in ({"Upgrade": "h2c, websocket"}, {"Upgrade": "WebSocket"}, {"Content_Length": "0"}):
+            self.assertEqual(exchange(port, request(Authorization="Bearer POST", **fields))[0], 401)
+        self.connect(server, Authorization="Bearer GET")
+        self.assertEqual(exchange(port, post(Authorization="Bearer GET"))[0], 401)
+        self.assertEqual(exchange(port, post(Authorization="Bearer POST"))[0], 202)
+        self.assertEqual(methods, [*["GET"] * 4, "POST", "POST"])
+
+    def test_close_of_a_post(self) -> None:
+        """In on_post, client.close() refuses: on_post may be the same function as on_message."""
+
+        class Refuses(BroadcastServer):
+            """Takes nothing."""
+
+            def on_post(self, client: WebSocketHandler, message: pywebsock.Message) -> None:
+                client.close(1008, "you may not")
+
+        self.assertEqual(exchange(self.serve(Refuses).server_address[1], post())[0], 403)
+
     def test_close(self) -> None:
         """client.close() in it refuses, too."""
 
