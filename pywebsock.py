@@ -545,7 +545,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def keep(self, connection: object, size: int) -> None:
-        """A connection keeps so many bytes now, in the end none; any thread. Raises ProtocolError for more than are left."""
+        """A connection keeps so many bytes now, in the end none. Any thread. Raises ProtocolError for too many."""
         with self._lock:
             change = size - self._kept.get(connection, 0)
             if change > max(0, self._left):
@@ -1445,6 +1445,7 @@ READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a mess
 SLOWEST_POST = 256 * 1024  # bytes a second
 MANY_FRAMES = 500  # in what was read at once: who sends as many waits for the turn, and is read in small pieces
 FLOOD_SIZE = 8 * 1024  # bytes of such a piece
+TOO_LATE = "the request took too long"
 
 
 class State(enum.Enum):
@@ -1502,15 +1503,13 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._pongs: list[bytes] = []  # for the Pings in what is being read
         self._pace = Pace()
         self._quiet_since = math.inf  # when it began to wait for bytes; inf while it does not
-        self._deadline = server._room.now + server.handshake_timeout  # of CONNECTING, later of CLOSING
+        self._deadline = server._room.now + server.handshake_timeout  # of CONNECTING; of a Pong; of CLOSING
 
         # Owned by the turn.
         self._state = State.CONNECTING
         self._transport = server._transport(self.request, self.address)  # the socket, or what stands before it
         self._outbox = Outbox(self._transport, server.max_backlog)
-        self._pinged_at = math.inf  # when the Ping was sent that is unanswered
         self._early = b""  # a Close that was asked for before it joined
-        self._late = False  # its request took too long
         self._lost = ""  # why it was given up
         server._connections.handlers[self.request] = server._local.client = self
 
@@ -1560,9 +1559,9 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
     def _read_in_time(self) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
-        data = self._read()
-        if not data and self._late:
-            raise HandshakeError(408, "the request took too long")
+        data: bytes = self._read()
+        if not data and self._lost == TOO_LATE:
+            raise HandshakeError(408, TOO_LATE)
         if not data:
             raise ConnectionError(self._lost or "the connection ended")
         return data
@@ -1606,7 +1605,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
     def _call(self, hook: Callable[..., None], *arguments: Any) -> None:
-        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 where it has called close(), or 500."""
+        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 after a close() in it, or 500."""
         try:
             hook(self, *arguments)
         except HandshakeError:
@@ -1713,7 +1712,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         if self._pongs:
             pongs, self._pongs = self._pongs, []
             frames = b"".join(pongs)
-            self.server._turn.put(functools.partial(self.server._room.pong, self, frames), len(frames))
+            self.server._turn.put(functools.partial(self.server._room.write, self, [frames]), len(frames))
 
 
 # ======================================================================================
@@ -1832,13 +1831,9 @@ class Room:
     # ---- one connection: what can be done with its outbox ----
 
     def write(self, client: WebSocketHandler, pieces: Iterable[bytes]) -> None:
-        """Send bytes to one connection."""
-        self._try(client, client._outbox.write, pieces, self.now)
-
-    def pong(self, client: WebSocketHandler, frames: bytes) -> None:
-        """Answer Pings."""
-        if client._state is State.OPEN:
-            self.write(client, [frames])
+        """Send bytes to one connection; no more after its Close."""
+        if client._state in (State.CONNECTING, State.OPEN):
+            self._try(client, client._outbox.write, pieces, self.now)
 
     def flush(self, client: WebSocketHandler) -> None:
         """Send what waits, since the socket takes more."""
@@ -1885,7 +1880,7 @@ class Room:
         """
         if client._state is not State.CONNECTING:
             return
-        client._state = State.OPEN
+        client._state, client._deadline = State.OPEN, math.inf
         self._lines.setdefault(client._window, {})[client] = client._transport.send
         end = [serialize_frame(TEXT, mark.encode())] if mark else []
         self.write(client, [response, *[message.frame(client._window) for message in self._history], *end])
@@ -1903,18 +1898,17 @@ class Room:
             client._unheard, client._state = True, State.CLOSING
             client._deadline = self.now + self._close_timeout
             if last:
-                self.write(client, [last])
+                self._try(client, client._outbox.write, [last], self.now)
         if ends and client._state is State.CLOSING:
             self._try(client, client._outbox.end, self.now)
 
-    def drop(self, client: WebSocketHandler, why: str) -> bool:
-        """To CLOSED: give a connection up. It is reset, and so its thread wakes up: True."""
+    def drop(self, client: WebSocketHandler, why: str) -> None:
+        """To CLOSED: give a connection up. It is reset, and so its thread wakes up."""
         if client._state is State.OPEN:
             self.dropped += 1
         client._lost = client._lost or why
         self.forget(client)
         reset(client.request)
-        return True
 
     def forget(self, client: WebSocketHandler) -> None:
         """To CLOSED: nothing is sent to it any more."""
@@ -1960,7 +1954,7 @@ def reset(connection: socket.socket) -> None:
 
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-WAKE_AT_ONCE = 500  # threads, so that others can work as well
+LOOKS_AT_ONCE = 500  # after connections, whose threads may all wake up then: so that others can work as well
 
 
 class Connections:
@@ -2052,7 +2046,8 @@ class Housekeeper(threading.Thread):
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout", "handshake_timeout"
         set_to = [float(getattr(settings, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two rounds
-        self._next_round = 0.0
+        self._unseen: list[WebSocketHandler | None] = []  # by this round
+        self._next_look = 0.0
         self._before = time.monotonic()
         self._ended = threading.Event()
 
@@ -2060,11 +2055,11 @@ class Housekeeper(threading.Thread):
         """What the thread does."""
         while not self._ended.is_set():
             try:
-                pause = min(self._interval, self._next_round - self._room.now)
+                pause = min(self._interval, self._next_look - self._room.now)
                 pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else max(pause, MOMENT)
                 ready = self._room.wait_for_slow(pause)
                 self._advance_clock()
-                if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_round:
+                if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_look:
                     self._turn.take_over(functools.partial(self._work, ready))
             except Exception:
                 log.exception("an error in housekeeping")
@@ -2084,56 +2079,51 @@ class Housekeeper(threading.Thread):
         passed, self._before = now - self._before, now
         self._room.now += min(passed, self._interval)
         if passed > 3 * self._interval:  # the process stood: first its threads hear what has come meanwhile
-            self._next_round = self._room.now + self._interval
+            self._next_look = self._room.now + self._interval
 
     def _work(self, ready: Iterable[WebSocketHandler]) -> bool:
-        """In the turn: send more to those who can take it; once in a while look at everybody."""
+        """In the turn: send more to those who can take it, and look after some connections, in rounds."""
         until = time.monotonic() + 2 * TURN_TIME
         for client in ready:
             self._room.flush(client)
             if time.monotonic() > until:
                 break  # the others will still be ready
-        now, woken = self._room.now, 0
-        if now >= self._next_round:
+        now = self._room.now
+        if now >= self._next_look:
             self._connections.adapt_switch_interval()
-            for handler in self._connections.handlers.copy().values():
-                if handler and woken < WAKE_AT_ONCE:
-                    woken += self._look_after(handler, now)
-            self._next_round = now + (self._interval if woken < WAKE_AT_ONCE else 10 * MOMENT)
+            handlers = self._unseen or list(self._connections.handlers.copy().values())
+            for handler in filter(None, handlers[:LOOKS_AT_ONCE]):
+                self._look_after(handler, now)
+            self._unseen = handlers[LOOKS_AT_ONCE:]
+            self._next_look = now + (10 * MOMENT if self._unseen else self._interval)
         return self._room.should_wait()
 
-    def _look_after(self, client: WebSocketHandler, now: float) -> bool:
-        """Every deadline of a connection; whether its thread wakes up."""
+    def _look_after(self, client: WebSocketHandler, now: float) -> None:
+        """Every deadline of a connection."""
         outbox, state = client._outbox, client._state
-        if state is State.OPEN:
-            stuck = outbox.size and now - outbox.moved > self._settings.send_timeout
-            if stuck or outbox.is_too_far_behind():
-                behind, timeout = f"it was {outbox.size} bytes behind", f"{self._settings.send_timeout:g} s"
-                return self._room.drop(client, f"it took nothing for {timeout}" if stuck else behind)
-            return self._settings.ping_interval > 0 and self._keep_alive(client, now)
-        if now <= client._deadline:
-            return False
-        if state is State.CLOSING or client._late:
-            return self._room.drop(client, "it did not end the connection in time")
-        if state is State.CONNECTING and client._quiet_since <= now:
-            client._late, client._deadline = True, now + self._settings.close_timeout
+        if state is State.OPEN and outbox.is_too_far_behind():
+            self._room.drop(client, f"it was {outbox.size} bytes behind")
+        elif state is State.OPEN and outbox.size and now - outbox.moved > self._settings.send_timeout:
+            self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
+        elif state is State.OPEN and self._settings.ping_interval:
+            self._keep_alive(client, now)
+        elif now > client._deadline and (state is State.CLOSING or client._lost == TOO_LATE):
+            self._room.drop(client, "it did not end the connection in time")
+        elif now > client._deadline and state is State.CONNECTING and client._quiet_since <= now:
+            client._lost, client._deadline = TOO_LATE, now + self._settings.close_timeout
             shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
-            return True
-        return False
 
-    def _keep_alive(self, client: WebSocketHandler, now: float) -> bool:
+    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
         """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
         outbox = client._outbox
         silence = now - max(client._quiet_since, outbox.moved if outbox.size else 0.0)
         if silence <= self._settings.ping_interval:
-            client._pinged_at = math.inf
-        elif now - client._pinged_at > self._settings.ping_timeout:
-            return self._room.drop(client, f"it was silent for {silence:.0f} s")
-        elif client._pinged_at == math.inf and not outbox.size:
-            client._pinged_at = now
+            client._deadline = math.inf
+        elif now > client._deadline:
+            self._room.drop(client, f"it was silent for {silence:.0f} s")
+        elif client._deadline == math.inf and not outbox.size:
+            client._deadline = now + self._settings.ping_timeout
             self._room.write(client, [serialize_frame(PING, b"")])
-            return True  # its thread will have a Pong to read
-        return False
 
 
 # ======================================================================================
