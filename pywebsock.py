@@ -1181,9 +1181,10 @@ class Outbox:
         self.size = 0  # bytes that wait
         self.moved = 0.0  # when the socket last took some, or they began to wait
 
-        # A client is quick for a moment after its socket has taken all there was, and as long as
-        # it takes QUICK_SIZE in QUICK_TIME: what it has taken lasts at that pace until `_lasts`.
-        self._joined = time.monotonic()
+        # A client is quick while it takes QUICK_SIZE in QUICK_TIME, and for QUICK_TIME after that: what it
+        # has taken lasts until `_lasts`, at that pace. One that has just joined has shown nothing yet;
+        # later, who has nothing waiting has taken all there was.
+        self._joined = self._behind_since = time.monotonic()
         self._lasts = 0.0
 
     def write(self, pieces: Iterable[bytes], now: float) -> None:
@@ -1197,7 +1198,9 @@ class Outbox:
         """Let wait what follows the first `sent` bytes: the socket took no more."""
         if not self._pieces:
             self._sent, self.size, self.moved = sent, -sent, now
-            self._lasts = time.monotonic() + 2 * QUICK_TIME
+            self._behind_since = time.monotonic()
+            if self._behind_since > self._joined + 4 * QUICK_TIME:
+                self._lasts = self._behind_since + 1.25 * QUICK_TIME
         elif self.is_too_far_behind():
             raise ConnectionAbortedError(f"it was {self.size} bytes behind")
         for piece in pieces:
@@ -1231,19 +1234,19 @@ class Outbox:
             self._sent -= len(self._pieces.popleft())
         self.moved, clock = now, time.monotonic()
         lasts = max(self._lasts, clock) + sent / QUICK_SIZE * QUICK_TIME
-        self._lasts = min(lasts, clock + 2 * QUICK_TIME)
+        self._lasts = min(lasts, clock + 1.25 * QUICK_TIME)
 
     def _is_quick(self) -> bool:
-        return time.monotonic() + QUICK_TIME < self._lasts
+        return time.monotonic() + QUICK_TIME / 4 < self._lasts  # one large send does not make it quick
 
     def is_too_far_behind(self) -> bool:
-        """Whether it is to be dropped."""
-        return self.size > self._limit and not self._is_quick()
+        """Whether it is to be dropped; not before it had a moment to take what it got."""
+        late = time.monotonic() > self._behind_since + QUICK_TIME
+        return late and self.size > self._limit and not self._is_quick()
 
     def is_quick_but_behind(self) -> bool:
-        """Whether senders should wait for it, a moment at most at a time; not for one that has just joined."""
-        fresh = time.monotonic() < self._joined + 4 * QUICK_TIME
-        return self.size > self._limit // 2 and not fresh and self._is_quick()
+        """Whether senders should wait for it, a moment at most at a time."""
+        return self.size > self._limit // 2 and self._is_quick()
 
     def end(self, now: float) -> None:
         """Nothing will follow: end the own side as soon as all is sent."""

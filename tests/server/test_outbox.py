@@ -235,6 +235,32 @@ class Behind(OutboxTestCase):
         """Whoever joins, gets a long history and does not read has shown nothing yet."""
         self.fall_behind()
         self.assertFalse(self.outbox.is_quick_but_behind())
+        self.outbox.write([b"x"], self.clock)
+        self.clock += pywebsock.QUICK_TIME * 1.01
+        self.assertTrue(self.outbox.is_too_far_behind())
+
+    def test_just_joined_and_quick(self) -> None:
+        """Whoever joins a room that is faster, and reads much, is waited for: else what waits would have no bound."""
+        self.fall_behind()
+        for _ in range(10):
+            self.clock += pywebsock.QUICK_TIME / 10
+            self.outbox.write([bytes(pywebsock.QUICK_SIZE // 4)], self.clock)
+            self.pipe.room = pywebsock.QUICK_SIZE // 5
+            self.outbox.flush(self.clock)
+        self.assertTrue(self.outbox.is_quick_but_behind())
+        self.assertFalse(self.outbox.is_too_far_behind())
+
+    def test_not_quite_quick(self) -> None:
+        """However long it goes on, and however large the pieces are that it takes."""
+        self.grow_up()
+        self.fall_behind()
+        self.outbox.write([bytes(20 * pywebsock.QUICK_SIZE)], self.clock)
+        self.clock += pywebsock.QUICK_TIME * 2
+        for _ in range(40):
+            self.clock += pywebsock.QUICK_TIME / 4
+            self.pipe.room = pywebsock.QUICK_SIZE // 5
+            self.outbox.flush(self.clock)
+            self.assertFalse(self.outbox.is_quick_but_behind())
 
     def test_quick_and_not_behind(self) -> None:
         self.grow_up()

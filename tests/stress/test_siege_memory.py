@@ -167,8 +167,8 @@ class StuckTest(siege.SiegeTestCase):
             peer.send(load.frame(b"", 8))
             clients.run(functools.partial(getattr, peer, "ended"), 30)
             spent.append(time.monotonic() - start)
-        worst = besieged.witness.figures().worst  # it sends, too
-        self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s, echo {worst:.3f} s")
+        self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s")
         self.assertLess(max(spent), 0.5)
+        self.watch(besieged, "beside a quick reader", growth=150)  # the witness sends, too
         pusher.end()
         self.stop(besieged)
