@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socketserver
 import threading
+import types
 import typing
 
 import pywebsock
@@ -185,6 +186,31 @@ class Subclass(ServerTestCase):
         client = self.connect(server)
         client.send("hello")
         self.assertEqual(client.read(), "hello")
+
+    def test_threads_that_tools_see(self) -> None:
+        """Debuggers and measures of coverage follow threads of threading.Thread alone; the README says how to have them."""
+        traced: list[str] = []
+
+        class Traced(Chat):
+            """With the threads of socketserver."""
+
+            process_request = socketserver.ThreadingMixIn.process_request
+
+        def trace(frame: types.FrameType, *_: object) -> None:
+            if frame.f_code.co_filename == __file__:
+                traced.append(frame.f_code.co_name)
+
+        threading.settrace(trace)
+        self.addCleanup(threading.settrace, None)  # type: ignore[arg-type]
+        server = self.serve(Traced)
+        with self.connect(server) as client:
+            client.read()
+            client.send("Hello")
+            self.assertEqual(client.read(), f"{address(client)}: Hello")
+            client.close()
+            self.assertEqual(client.read_close(), (1000, ""))
+        eventually(lambda: not server._connections.handlers)
+        self.assertEqual(traced, ["on_open", "on_message", "on_close"])
 
     def test_before_the_constructor(self) -> None:
         """A hook may use what the program sets after super().__init__(): nobody is served before serve_forever()."""
