@@ -188,7 +188,7 @@ class Subclass(ServerTestCase):
         self.assertEqual(client.read(), "hello")
 
     def test_threads_that_tools_see(self) -> None:
-        """Debuggers and measures of coverage follow threads of threading.Thread alone; the README says how to have them."""
+        """Debuggers and measures of coverage follow threads of threading.Thread alone: the README says how."""
         traced: list[str] = []
 
         class Traced(Chat):
@@ -201,7 +201,7 @@ class Subclass(ServerTestCase):
                 traced.append(frame.f_code.co_name)
 
         threading.settrace(trace)
-        self.addCleanup(threading.settrace, None)  # type: ignore[arg-type]
+        self.addCleanup(threading.settrace, None)
         server = self.serve(Traced)
         with self.connect(server) as client:
             client.read()
