@@ -1660,7 +1660,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
         try:
             self.server.on_open(self)
-            self.server._settle()
+            self.server._turn.run()
             payload = self._converse()
             if payload is None:
                 return CloseCode.ABNORMAL_CLOSURE, "", b""
@@ -1698,7 +1698,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             del data
             self._answer_pings()
             flood = reader.frames > MANY_FRAMES
-            self.server._settle(wait=flood)
+            self.server._turn.run(wait=flood)
             data = self._read(FLOOD_SIZE if flood else READ_SIZE)
 
     def _hand_on(self, message: Message) -> None:
@@ -1706,7 +1706,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         if self.server.read_only:
             raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
         if self.server.rate:
-            self.server._settle()  # what it has sent so far need not wait
+            self.server._turn.run()  # what it has sent so far need not wait
             self._pace.wait(self.server.rate)
         self.server.on_message(self, message)
 
@@ -2310,9 +2310,9 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._turn.put(functools.partial(operation, *arguments), size)
         self._turn.run()
 
-    def _settle(self, wait: bool = False) -> None:
+    def _settle(self) -> None:
         """See that what this thread has said is carried out, and wait while too much is queued."""
-        self._turn.run(wait)
+        self._turn.run()
         self._wait_for_space()
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import typing
+import unittest.mock
 
 import pywebsock
 from tests.tools import faults
 from tests.tools.support import (
     BINARY,
     DEFLATE,
+    PING,
+    PONG,
     TEXT,
     Client,
+    Frame,
     Recorder,
     ServerTestCase,
     eventually,
@@ -215,6 +219,22 @@ class HeldBack(ServerTestCase):
                 stack.enter_context(in_thread(self.check_all, sender, b"", count * len(senders)))
         self.assertGreater(server.peak, 0.9 * pywebsock.QUEUE_SIZE)
         self.assertLess(server.peak, pywebsock.QUEUE_SIZE + len(senders) * (pywebsock.MESSAGE_COST + 2))
+
+    def test_nobody_else(self) -> None:
+        """While senders wait for somebody who is behind, others come, ping and go."""
+        server = self.serve()
+        sender = self.connect(server)
+        with unittest.mock.patch.object(server._room, "should_wait", lambda: True):
+            for message in ("sent", "sent, and waits", "not yet"):
+                sender.send(message)
+            self.assertEqual([sender.read(), sender.read()], ["sent", "sent, and waits"])
+            other = self.connect(server)
+            other.frame(PING, b"?")
+            self.assertEqual(other.read_frame(), Frame(True, False, PONG, b"?"))
+            other.close()
+            self.assertEqual(other.read_close(), (1000, ""))
+            self.assertFalse(server._turn.has_space)
+        self.assertEqual(sender.read(), "not yet")
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:
         """Read so many times this message."""
