@@ -76,9 +76,9 @@ hold everywhere:
 - A connection's own thread only reads from its socket.  What sends on it, shuts it down or
   closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
 - In the turn nothing waits, and no hook is called.
-- Locks are taken in the order: turn, then one of the others (the tally of the turn, that of a
-  TLS, the seats, the budget, the pace, the news of the link), which are held alone, for a few
-  instructions.
+- Locks are taken in the order: exit (one of those that are cut off at once leaves), turn, then
+  one of the others (the tally of the turn, that of a TLS, the seats, the budget, the pace, the
+  news of the link), which are held alone, for a few instructions.
 
 Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
 the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
