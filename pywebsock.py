@@ -642,9 +642,8 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     if lengths[0] > MAX_LINE:
         raise HandshakeError(414, f"the request line is longer than {MAX_LINE} bytes")
     if len(lengths) > MAX_FIELDS + 1 or max(lengths) > MAX_LINE or size > MAX_HEAD:
-        raise HandshakeError(
-            431, f"the header has over {MAX_FIELDS} fields, {MAX_HEAD} bytes, or {MAX_LINE} in a field"
-        )
+        limits = f"{MAX_FIELDS} fields, {MAX_HEAD} bytes in all, or {MAX_LINE} in one"
+        raise HandshakeError(431, f"the header has more than {limits}")
     return parse_head(head), bytes(data[size:])
 
 
@@ -652,9 +651,7 @@ def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
     match = HEAD.fullmatch(head)
     if not match:
-        raise HandshakeError(
-            400, "that is not HTTP/1.1, or incomplete, or a line is malformed or does not end in CR LF"
-        )
+        raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
     headers: dict[str, str] = {}
     for name, value in re.findall(FIELD, match[4]):
         before = f"{headers[name.lower()]}, " if name.lower() in headers else ""
@@ -891,11 +888,8 @@ def follow(name: str) -> Generator[None, bytes, None]:
 def describe_frame(first: int, second: int, length: int, key: bytes, payload: bytes) -> str:
     """The fields of a frame in their order on the wire, and the beginning of its payload, given as it came: masked."""
     opcode, bits = first & 0x0F, {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
-    name, size = NAMES.get(opcode, "?"), f"len={length} ({bits} bits)"
-    mask = f"key={key.hex()}" if key else ""
-    header = (
-        f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21} {mask:12}"
-    )
+    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {NAMES.get(opcode, '?'):6} MASK={second >> 7}"
+    size, mask = f"len={length} ({bits} bits)", f"key={key.hex()}" if key else ""
     plain, what = bytes(apply_mask(payload, key or bytes(4))), ""
     if opcode == CLOSE and plain:
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
@@ -904,8 +898,9 @@ def describe_frame(first: int, second: int, length: int, key: bytes, payload: by
         with contextlib.suppress(zlib.error):
             plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
-    shown = (f'"{text[:SHOW]}"' if text else "") + ("..." if len(text) > SHOW else "")
-    return f"{header} {payload[:4].hex():8} {what}{shown}".rstrip()
+    if text:
+        what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
+    return f"{start} {size:21} {mask:12} {payload[:4].hex():8} {what}".rstrip()
 
 
 # ======================================================================================
