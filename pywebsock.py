@@ -705,10 +705,9 @@ def check_upgrade(request: Request) -> str:
         raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
     if request.version < (1, 1):
         raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
-    if "websocket" not in request.tokens("upgrade"):
-        raise HandshakeError(400, "the Upgrade header field does not say websocket")
-    if "upgrade" not in request.tokens("connection"):
-        raise HandshakeError(400, "the Connection header field does not say Upgrade")
+    for name, token in (("Upgrade", "websocket"), ("Connection", "upgrade")):
+        if token not in request.tokens(name.lower()):
+            raise HandshakeError(400, f"the {name} header field does not say {token}")
     if request.headers.get("sec-websocket-version") != "13":
         fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
         raise HandshakeError(426, "the WebSocket version is not 13", *fields)
@@ -746,9 +745,8 @@ def decode_body(request: Request, body: bytes) -> Message:
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
     """A response; all but 101 end the connection (RFC 9112 4)."""
-    lines = [f"HTTP/1.1 {int(status)} {http.HTTPStatus(status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in fields]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    lines = [f"{name}: {value}\r\n" for name, value in fields]
+    return f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode("latin-1") + body
 
 
 def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
@@ -785,7 +783,11 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     if request.method not in allowed:
         raise HandshakeError(405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
-    check_page(request, server.origins)
+    # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
+    # same origin, the browser sends no Origin with GET: so the page says it in the query.
+    said = re.search("[?&]origin=([^&]*)", request.target)
+    origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
+    check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
     if request.method == "POST":
         take_post(client, request)
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
@@ -794,16 +796,6 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     else:
         kind, content = "text/html; charset=utf-8", read_page()
     return http_response(200, kind, content, head=request.method == "HEAD")
-
-
-def check_page(request: Request, origins: Sequence[str]) -> None:
-    """Tell a page that may not connect why: its browser does not say. Raises HandshakeError.
-
-    Where page and server have the same origin, the browser sends no Origin with GET: so the page says it in the query.
-    """
-    said = re.search("[?&]origin=([^&]*)", request.target)
-    origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
-    check_origin(request._replace(headers={**origin, **request.headers}), origins)
 
 
 def read_page() -> bytes:
@@ -2998,9 +2990,10 @@ EXAMPLES = """examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The options, most of which have the names of settings: BroadcastServer checks those."""
-    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
+    parser = argparse.ArgumentParser("pywebsock", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES)
+    parser.description = (
+        "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
@@ -3075,9 +3068,7 @@ def broadcast_lines(server: BroadcastServer) -> None:
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error: one line for each client that left or was refused, and what went wrong."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of a line's price
-    for level in logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR:
-        logging.addLevelName(level, "warning: " if level >= logging.WARNING else "")
-    logging.basicConfig(format="%(asctime)s %(levelname)s%(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
     trace_log.addHandler(logging.StreamHandler())
     trace_log.propagate = False

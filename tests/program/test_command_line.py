@@ -346,7 +346,7 @@ class StandardInput(CommandLineTestCase):
         os.set_blocking(stdin, False)  # an error to whoever reads
         process = self.start("--stdin", stdin=stdin)
         os.close(stdin)
-        eventually(lambda: "warning: standard input: " in process.log())
+        eventually(lambda: " WARNING standard input: " in process.log())
         client = self.connect(process)
         client.send("it goes on")
         self.assertEqual(client.read(), "it goes on")
@@ -426,12 +426,12 @@ class Log(CommandLineTestCase):
             self.assertEqual(log.count(word), count, word)
 
     def test_lines(self) -> None:
-        """The time, a level where somebody should look, and nothing at the end of a line."""
+        """The time, the level, and what has happened."""
         lines = self.log_of("--verbose").splitlines()
         self.assertEqual(len(lines), 4)
         for line in lines:
-            warning = "warning: " if "refused" in line else ""
-            self.assertRegex(line, rf"\A\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} {warning}(?!warning)[!-~].*[!-~]\Z")
+            level = "WARNING" if "refused" in line else "DEBUG" if "joined" in line else "INFO"
+            self.assertRegex(line, rf"\A\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} {level} [!-~].*[!-~]\Z")
 
     def test_stays_short(self) -> None:
         """A stranger cannot fill the disk."""
