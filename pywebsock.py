@@ -2990,10 +2990,9 @@ EXAMPLES = """examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The options, most of which have the names of settings: BroadcastServer checks those."""
-    parser = argparse.ArgumentParser("pywebsock", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLES)
-    parser.description = (
-        "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
-    )
+    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
