@@ -210,7 +210,7 @@ class ProtocolError(Exception):
 
 OPCODES = frozenset(map(int, Opcode))
 MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
-Header = tuple[int, int, int, bytes, int]  # first and second byte, payload length, masking key, start of the payload
+Header = tuple[int, int, bytes, int]  # first byte, payload length, masking key, start of the payload
 
 # A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
@@ -251,49 +251,49 @@ def parse_frames(pieces: Iterable[bytes]) -> Iterator[tuple[bool, bool, int, Oct
     first = length = left = 0
     for piece in pieces:
         data += piece
-        header = parse_header(data, 0)
+        position = 0
         if left:  # a payload goes on, as behind a header of a continuation, with the key turned
             turn = (length - left) % 4
-            header = first & 0x80, 0x80, left, key[turn:] + key[:turn], 0
-        position = 0
+            header: Header | None = (first & 0x80, left, key[turn:] + key[:turn], 0)
+        else:
+            header = parse_header(data, 0)
         while header:
-            first, second, length, key, start = header
-            check_header(first, second, length)
+            first, length, key, start = header
             payload = data[start : start + length]
             left = length - len(payload)
             if left and first & 0x08:  # control frames are short: wait for the whole
                 left = 0
                 break
-            position = start + len(payload)
+            position = start + length - left
             yield first >= 0x80 and not left, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
             header = parse_header(data, position) if position < len(data) else None
         data, payload = data[position:], b""
         del piece  # a client that is silent now must not hold the memory of what it sent
 
 
-def parse_header(data: bytes, position: int) -> Header | None:
-    """The frame header at `position` (5.2), whatever it says; None where more bytes are needed."""
+def parse_header(data: bytes, position: int, strict: bool = True) -> Header | None:
+    """The frame header at `position` (5.2); None where more bytes are needed.
+
+    Raises ProtocolError, if `strict`, as soon as the bytes show what no client may send.
+    """
     if len(data) < position + 2:
         return None
     first, second = data[position], data[position + 1]
+    if strict:
+        if first & 0x3F not in OPCODES:  # 5.2: no extension here gives the others a meaning
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"RSV2, RSV3 or opcode {first & 0x0F} is reserved")
+        if second < 0x80:  # 5.1
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
+        if first & 0x08 and (first < 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
     length, key = second & 0x7F, position + 2
     if length > 125:  # it follows, in 16 or 64 bits
-        key += 2 if length == 126 else 8
+        least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
         length = int.from_bytes(data[position + 2 : key], "big")
+        if strict and key <= len(data) and not least <= length < 1 << 63:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
     start = key + 4 if second >= 0x80 else key
-    return (first, second, length, data[key:start], start) if start <= len(data) else None
-
-
-def check_header(first: int, second: int, length: int) -> None:
-    """Raise ProtocolError for what no client may send (5.1, 5.2, 5.5)."""
-    if first & 0x3F not in OPCODES:  # 5.2: no extension here gives the others a meaning
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"RSV2, RSV3 or opcode {first & 0x0F} is reserved")
-    if second < 0x80:  # 5.1
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
-    if first & 0x08 and (first < 0x80 or length > MAX_CONTROL_PAYLOAD):  # 5.5
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
-    if second >= 0xFE and not (126 if second == 0xFE else 1 << 16) <= length < 1 << 63:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
+    return (first, length, data[key:start], start) if start <= len(data) else None
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
@@ -867,11 +867,11 @@ def follow(name: str) -> Generator[None, bytes, None]:
     while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
         yield
     while True:
-        header = parse_header(data, position)
-        if header and header[4] + min(header[2], LOOK_AT) <= len(data):
-            first, second, length, key, start = header
+        header = parse_header(data, position, strict=False)
+        if header and header[3] + min(header[1], LOOK_AT) <= len(data):
+            first, length, key, start = header
             payload = data[start : start + min(length, LOOK_AT)]
-            trace_log.info("%s %s", name, describe_frame(first, second, length, key, payload))
+            trace_log.info("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
             position = start + length
         else:
             data, position = data[position:] + (yield), max(0, position - len(data))
