@@ -334,7 +334,6 @@ def decode_text(payload: Octets) -> str:
 
 DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
 SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
-FINAL_BLOCK = b"\x03\x00"  # an empty one: zlib takes it for the end only where all before it is whole
 MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere (7.2.1), zlib ends at each
 INFLATE_SIZE = 64 * 1024  # bytes
 INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
@@ -398,7 +397,7 @@ class Inflater:
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
         if fin:
-            data += SYNC_TAIL + FINAL_BLOCK
+            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
         while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
                 self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
@@ -920,11 +919,11 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
 
 def network_address(bound: str) -> str | None:
     """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
-    if ipaddress.ip_address(bound).is_unspecified:
+    address = ipaddress.ip_address(bound)
+    if address.is_unspecified:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect(("192.0.2.1", 9))  # it sends nothing, but finds out which way it would go
             return str(probe.getsockname()[0])
-    address = ipaddress.ip_address(bound)
     return None if address.is_loopback or address.is_unspecified else bound
 
 
@@ -3049,16 +3048,12 @@ def locations(server: BroadcastServer, host: str) -> str:
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own."""
-    rest, data, decoder = "", b"more", codecs.getincrementaldecoder("utf-8")("replace")
+    """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
+    # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
     try:
-        while data:
-            data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
-            *lines, rest = (rest + decoder.decode(data, not data)).split("\n")
-            if rest and (not data or len(rest) > server.max_message):  # it may never end: it comes in pieces
-                lines, rest = [*lines, rest], ""
-            for line in lines:
-                server.broadcast(line.rstrip("\r"))
+        with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
+            for line in iter(functools.partial(stdin.readline, server.max_message + 1), ""):
+                server.broadcast(line.rstrip("\r\n"))
         log.info("standard input has ended")
     except OSError as error:
         log.warning("standard input: %s", error.strerror)
