@@ -594,12 +594,12 @@ class Outgoing:
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
-HEAD_END = re.compile(rb"\r?\n\r?\n|\A[^A-Za-z]")  # a good one is CR LF CR LF; with such a first byte, nothing is good
+HEAD_END = re.compile(rb"\r?\n\r?\n|\A[^A-Za-z]")  # however wrong: even a first byte with which no head begins
 FIELD = rf"\r\n({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])((?:{FIELD})*)\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # of the hosts, those that are no other name
+ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:))/?")
 
 
@@ -756,7 +756,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
-        ("Access-Control-Allow-Origin", "*"),  # a page that may not connect gets no more than the reason
+        ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     return serialize_response(status, (*standard, *fields), b"" if head else body)
@@ -826,7 +826,6 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
 # ======================================================================================
 
 LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters that are shown of them
-NAMES = {int(each): each.name for each in (*Opcode, *CloseCode)}
 trace_log = logging.getLogger("pywebsock.trace")
 
 
@@ -879,19 +878,20 @@ def follow(name: str) -> Generator[None, bytes, None]:
 def describe_frame(first: int, second: int, length: int, key: bytes, payload: bytes) -> str:
     """The fields of a frame in their order on the wire, and the beginning of its payload, given as it came: masked."""
     opcode, bits = first & 0x0F, {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
-    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {NAMES.get(opcode, '?'):6} MASK={second >> 7}"
-    size, mask = f"len={length} ({bits} bits)", f"key={key.hex()}" if key else ""
+    name, size = Opcode(opcode).name if opcode in OPCODES else "?", f"len={length} ({bits} bits)"
+    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+    mask = f"key={key.hex()}" if key else ""
     plain, what = bytes(apply_mask(payload, key or bytes(4))), ""
     if opcode == CLOSE and plain:
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
-        what = f"{code} {NAMES.get(code, '?')} "
+        what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
         with contextlib.suppress(zlib.error):
             plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
     if text:
         what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
-    return f"{start} {size:21} {mask:12} {payload[:4].hex():8} {what}".rstrip()
+    return f"{start} {mask:12} {payload[:4].hex():8} {what}".rstrip()
 
 
 # ======================================================================================
@@ -3025,7 +3025,7 @@ def create_server(options: argparse.Namespace) -> Program:
     if options.stdin and not sys.stdin:  # its descriptor may soon be another's
         raise OSError("standard input is closed")
     context = None
-    if options.cert:
+    if options.cert is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
@@ -3072,7 +3072,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until a signal; the exit status."""
     parser = argument_parser()
     options = parser.parse_args(argv)
-    if options.key and not options.cert:
+    if options.key is not None and options.cert is None:
         parser.error("--key needs --cert")
     start_logging(options)
     raise_file_limit()

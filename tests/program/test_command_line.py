@@ -188,6 +188,7 @@ class Errors(CommandLineTestCase):
             self.assertIn("bad.pem", self.check("--cert", str(path)))
             self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
             self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
+        self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
 
     @unittest.skipIf(os.name == "nt", "POSIX shell")
     def test_standard_input_is_closed(self) -> None:

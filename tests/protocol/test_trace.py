@@ -144,6 +144,7 @@ class Frames(TraceTestCase):
             (b"\x0f\xa0own", '4000 ? "own"'),
             (b"\x03\xec", "1004 ?"),
             (b"\x03", "3 ?"),
+            (b"\x00\x01", "1 ?"),
         ):
             with self.subTest(payload):
                 (line,) = self.frames(masked_frame(8, payload, key=bytes(4)))
