@@ -595,8 +595,8 @@ GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
 HEAD_END = re.compile(rb"\r?\n\r?\n|\A[^A-Za-z]")  # however wrong: even a first byte with which no head begins
-FIELD = rf"\r\n({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)"
-HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])((?:{FIELD})*)\r\n\r\n")
+FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
+HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
 ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
@@ -652,7 +652,8 @@ def parse_head(head: str) -> Request:
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
     headers: dict[str, str] = {}
-    for name, value in re.findall(FIELD, match[4]):
+    for line in match[4].split("\r\n")[1:]:
+        name, _, value = line.partition(":")
         before = f"{headers[name.lower()]}, " if name.lower() in headers else ""
         headers[name.lower()] = before + value.strip(" \t")
     return Request(match[1], match[2], (1, int(match[3])), headers)
