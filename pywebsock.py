@@ -204,6 +204,12 @@ class ProtocolError(Exception):
         self.code = code
 
 
+def demand(good: object, status: int, message: str, *fields: tuple[str, str]) -> None:
+    """Refuse a request in which something is not good: raises HandshakeError."""
+    if not good:
+        raise HandshakeError(status, message, *fields)
+
+
 # ======================================================================================
 # Base framing (RFC 6455 5)
 # ======================================================================================
@@ -638,11 +644,10 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
-    if lengths[0] > MAX_LINE:
-        raise HandshakeError(414, f"the request line is longer than {MAX_LINE} bytes")
-    if len(lengths) > MAX_FIELDS + 1 or max(lengths) > MAX_LINE or size > MAX_HEAD:
-        limits = f"{MAX_FIELDS} fields, {MAX_HEAD} bytes in all, or {MAX_LINE} in one"
-        raise HandshakeError(431, f"the header has more than {limits}")
+    demand(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
+    demand(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    demand(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
+    demand(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
@@ -665,10 +670,9 @@ def check_host(request: Request) -> str:
     RFC 9112 3.2. Raises HandshakeError.
     """
     host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
-    if not HOST.fullmatch(host) and (host or request.version >= (1, 1)):
-        raise HandshakeError(400, "the Host header field is missing or malformed")
-    if absolute and not HOST.fullmatch(absolute[1]):
-        raise HandshakeError(400, "the host in the target is malformed")
+    may_lack = not host and request.version < (1, 1)
+    demand(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    demand(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
@@ -701,37 +705,28 @@ def parse_origin(text: str) -> str:
 
 def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    if request.method != "GET":
-        raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    if request.version < (1, 1):
-        raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
-    for name, token in (("Upgrade", "websocket"), ("Connection", "upgrade")):
-        if token not in request.tokens(name.lower()):
-            raise HandshakeError(400, f"the {name} header field does not say {token}")
-    if request.headers.get("sec-websocket-version") != "13":
-        fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-        raise HandshakeError(426, "the WebSocket version is not 13", *fields)
+    demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
+    demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
+    demand(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
 def compute_accept(key: str) -> str:
     """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
-    if not re.fullmatch("[0-9A-Za-z+/]{22}==", key):
-        raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
 def body_length(request: Request, max_message: int) -> int:
     """The number of bytes of a request's body, which is to be one message (RFC 9112 6). Raises HandshakeError."""
-    field = request.headers.get("content-length", "")
-    if request.headers.get("content-type", "").lower().startswith("multipart/"):
-        raise HandshakeError(415, "the body is the message: send no form")  # curl -F
-    if "transfer-encoding" in request.headers or not field:
-        raise HandshakeError(411, "the body needs a Content-Length")
-    if not re.fullmatch("[0-9]{1,18}", field):
-        raise HandshakeError(400, "Content-Length is malformed")
-    if int(field) > max_message:
-        raise HandshakeError(413, f"a message has at most {max_message} bytes")
+    field, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "").lower()
+    demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    demand(field and "transfer-encoding" not in request.headers, 411, "the body needs a Content-Length")
+    demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
+    demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
 
 
@@ -777,11 +772,9 @@ METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
-    server, allowed = client.server, METHODS.get(request.path)
-    if not allowed:
-        raise HandshakeError(404, "there are / and /status, and a WebSocket on any path")
-    if request.method not in allowed:
-        raise HandshakeError(405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    server, allowed = client.server, METHODS.get(request.path, ())
+    demand(allowed, 404, "there are / and /status, and a WebSocket on any path")
+    demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
     # same origin, the browser sends no Origin with GET: so the page says it in the query.
@@ -809,8 +802,7 @@ def read_page() -> bytes:
 def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
-    if server.read_only:
-        raise HandshakeError(403, "this server only sends")
+    demand(not server.read_only, 403, "this server only sends")
     client._admit()
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
