@@ -778,25 +778,18 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
     # same origin, the browser sends no Origin with GET: so the page says it in the query.
-    said = re.search("[?&]origin=([^&]*)", request.target)
+    said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
     origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
     check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
     if request.method == "POST":
         take_post(client, request)
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
+    head = request.method == "HEAD"
     if request.path == "/status":
-        kind, content = "application/json", json.dumps(server.status()).encode() + b"\n"
-    else:
-        kind, content = "text/html; charset=utf-8", read_page()
-    return http_response(200, kind, content, head=request.method == "HEAD")
-
-
-def read_page() -> bytes:
-    """The page that lies beside this file. Raises HandshakeError."""
-    try:
-        return pathlib.Path(__file__).with_name("pywebsock.html").read_bytes()
-    except OSError:
-        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
+        return http_response(200, "application/json", json.dumps(server.status()).encode() + b"\n", head=head)
+    page = pathlib.Path(__file__).with_name("pywebsock.html")
+    demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
+    return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
@@ -3017,9 +3010,9 @@ def create_server(options: argparse.Namespace) -> Program:
     """A listening server. Raises OSError; ValueError and OverflowError for settings."""
     if options.stdin and not sys.stdin:  # its descriptor may soon be another's
         raise OSError("standard input is closed")
-    context = None
+    options.ping_timeout = options.ping_interval
     if options.cert is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        options.tls_context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(options.cert, options.key)
@@ -3027,7 +3020,6 @@ def create_server(options: argparse.Namespace) -> Program:
             files = " and ".join(filter(None, (options.cert, options.key)))
             raise OSError(f"no certificate and key in PEM in {files}: {error.strerror}") from None
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    settings.update(tls_context=context, ping_timeout=options.ping_interval)
     return Program((options.host, options.port), **settings)
 
 

@@ -334,6 +334,7 @@ class Origin(ServerTestCase):
                         self.assertNotIn("x-evil", answer[1])
                         self.assertEqual(len(answer[2]), int(answer[1]["content-length"]))
                         self.assertEqual(exchange(port, http("GET", target, Origin="null"))[0], 200)
+                self.assertEqual(exchange(port, http("POST", f"/?origin={said}", b"by a program"))[0], 202)
 
     def test_the_log_says_what_would_allow_it(self) -> None:
         port = self.serve().server_address[1]
