@@ -90,7 +90,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import codecs
 import contextlib
 import enum
@@ -205,12 +204,19 @@ class ProtocolError(Exception):
         self.code = code
 
 
+def demand(good: object, status: int, message: str, *fields: tuple[str, str]) -> None:
+    """Refuse a request in which something is not good: raises HandshakeError."""
+    if not good:
+        raise HandshakeError(status, message, *fields)
+
+
 # ======================================================================================
 # Base framing (RFC 6455 5)
 # ======================================================================================
 
 OPCODES = frozenset(map(int, Opcode))
 MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
+Header = tuple[int, int, bytes, int]  # first byte, payload length, masking key, start of the payload
 
 # A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
@@ -247,61 +253,53 @@ def parse_frames(pieces: Iterable[bytes]) -> Iterator[tuple[bool, bool, int, Oct
     as continuations. `left` is the number of bytes that its header still promises. Control
     frames come whole. Raises ProtocolError, after everything that was good before.
     """
-    data, position = b"", 0
-    fin, length, key, left = False, 0, b"", 0  # of the frame that is arriving
+    data = payload = key = b""
+    first = length = left = 0
     for piece in pieces:
-        data, position = data[position:] + piece, 0
-        if left:
-            turn = (length - left) % 4  # where its payload goes on in the key
-            position = min(left, len(data))
-            left -= position
-            yield fin and not left, False, CONT, apply_mask(data[:position], key[turn:] + key[:turn]), left
-        while position < len(data) and (header := parse_header(data, position)):
+        data += piece
+        position = 0
+        if left:  # a payload goes on, as behind a header of a continuation, with the key turned
+            turn = (length - left) % 4
+            header: Header | None = (first & 0x80, left, key[turn:] + key[:turn], 0)
+        else:
+            header = parse_header(data, 0)
+        while header:
             first, length, key, start = header
-            fin, rsv1, opcode = first >= 0x80, first & 0x40 != 0, first & 0x0F
-            if start + length <= len(data):
-                position = start + length
-                yield fin, rsv1, opcode, apply_mask(data[start:position], key), 0
-            elif opcode >= 8:  # control frames are short: wait for the whole
+            payload = data[start : start + length]
+            left = length - len(payload)
+            if left and first & 0x08:  # control frames are short: wait for the whole
+                left = 0
                 break
-            else:
-                position = len(data)
-                left = start + length - position
-                yield False, rsv1, opcode, apply_mask(data[start:], key), left
-        data, position = data[position:], 0
+            position = start + length - left
+            yield first >= 0x80 and not left, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
+            header = parse_header(data, position) if position < len(data) else None
+        data, payload = data[position:], b""
         del piece  # a client that is silent now must not hold the memory of what it sent
 
 
-def parse_header(data: bytes, position: int) -> tuple[int, int, bytes, int] | None:
-    """The frame header at `position` (5.2): (first byte, payload length, masking key, start of payload).
+def parse_header(data: bytes, position: int, strict: bool = True) -> Header | None:
+    """The frame header at `position` (5.2); None where more bytes are needed.
 
-    None where more bytes are needed. Raises ProtocolError.
+    Raises ProtocolError, if `strict`, as soon as the bytes show what no client may send.
     """
-    if len(data) - position < 2:
+    if len(data) < position + 2:
         return None
     first, second = data[position], data[position + 1]
-    length, start = second & 0x7F, position + 6
-    if first & 0x30:  # 5.2: no extension here gives them a meaning
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV2 or RSV3 is set")
-    if first & 0x0F not in OPCODES:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"opcode {first & 0x0F} is reserved")
-    if second < 0x80:  # 5.1: a client masks every frame
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
-    if first & 0x08 and (first < 0x80 or length > MAX_CONTROL_PAYLOAD):  # 5.5
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
-    if length == 126:  # 7+16 bits
-        start += 2
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        if start <= len(data) and length < 126:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes")
-    elif length == 127:  # 7+64 bits, of which the first must be 0
-        start += 8
-        length = int.from_bytes(data[position + 2 : position + 10], "big")
-        if start <= len(data) and not 1 << 16 <= length < 1 << 63:
+    if strict:
+        if first & 0x3F not in OPCODES:  # 5.2: no extension here gives the others a meaning
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"RSV2, RSV3 or opcode {first & 0x0F} is reserved")
+        if second < 0x80:  # 5.1
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
+        if first & 0x08 and (first < 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
+    length, key = second & 0x7F, position + 2
+    if length > 125:  # it follows, in 16 or 64 bits
+        least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
+        length = int.from_bytes(data[position + 2 : key], "big")
+        if strict and key <= len(data) and not least <= length < 1 << 63:
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
-    if start > len(data):
-        return None
-    return first, length, data[start - 4 : start], start
+    start = key + 4 if second >= 0x80 else key
+    return (first, length, data[key:start], start) if start <= len(data) else None
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
@@ -342,65 +340,51 @@ def decode_text(payload: Octets) -> str:
 
 DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
 SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
-FINAL_BLOCK = b"\x03\x00"  # an empty one: zlib takes it for the end only where all before it is whole
-MAX_FINALS = 1000  # in one message
+MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere (7.2.1), zlib ends at each
 INFLATE_SIZE = 64 * 1024  # bytes
 INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
 INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
 
-PARAMETER = re.compile(rf'[ \t]*({TOKEN})[ \t]*(?:=[ \t]*(?:({TOKEN})|"({TOKEN})")[ \t]*)?([;,]|\Z)')
-NOTHING = re.compile(r"[ \t,]*")  # a list may have empty elements (RFC 9110 5.6.1)
+PARAMETER = rf'({TOKEN})(?:[ \t]*=[ \t]*({TOKEN}|"{TOKEN}"))?'
+EXTENSION = re.compile(rf"({TOKEN})((?:[ \t]*;[ \t]*{PARAMETER})*)")
+
+# The parameters that an offer may have, and their values (7.1).  A client may announce that its own
+# window can be limited.  There is no need to: a window of 15 bits inflates all smaller ones, and costs
+# its memory for one message.  zlib has no raw deflate with a window of 8 bits: such an offer is declined.
+PARAMETERS = {
+    "server_no_context_takeover": "",
+    "client_no_context_takeover": "",
+    "client_max_window_bits": "([89]|1[0-5])?",
+    "server_max_window_bits": "9|1[0-5]",
+}
 
 
-def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or None)])].
+def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
 
-    In linear time: each match goes on where the last one ended. Raises HandshakeError.
+    In linear time. Raises HandshakeError.
     """
-    offers: list[tuple[str, list[tuple[str, str | None]]]] = []
-    position, separator = 0, ","
-    while separator:
-        if separator == ",":
-            position = NOTHING.match(field, position).end()  # type: ignore[union-attr]
-            if position == len(field):
-                break
-        match = PARAMETER.match(field, position)
-        if not match or (separator == "," and "=" in match[0]):
+    offers = []
+    for text in field.split(","):
+        match = EXTENSION.fullmatch(text.strip(" \t"))
+        if match:
+            parameters = re.findall(PARAMETER, match[2])
+            offers.append((match[1], [(name, value.strip('"')) for name, value in parameters]))
+        elif text.strip(" \t"):  # a list may have empty elements (RFC 9110 5.6.1)
             raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
-        if separator == ",":
-            offers.append((match[1], []))
-        else:
-            offers[-1][1].append((match[1], match[2] or match[3]))
-        position, separator = match.end(), match[4]
     return offers
 
 
 def negotiate_deflate(field: str) -> tuple[int, str]:
     """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1)."""
-    for name, parameters in parse_extensions(field) if field else ():
-        window = negotiate_window(parameters) if name == "permessage-deflate" else 0
-        if window:
-            limit = f"; server_max_window_bits={window}" if "server_max_window_bits" in dict(parameters) else ""
-            return window, f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
+    for name, parameters in parse_extensions(field):
+        known = all(key in PARAMETERS and re.fullmatch(PARAMETERS[key], value) for key, value in parameters)
+        asked = dict(parameters)
+        if name == "permessage-deflate" and known and len(asked) == len(parameters):  # each at most once
+            window = asked.get("server_max_window_bits", "")
+            limit = f"; server_max_window_bits={window}" if window else ""
+            return int(window or 15), f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
     return 0, ""
-
-
-def negotiate_window(parameters: Sequence[tuple[str, str | None]]) -> int:
-    """The window for what the server sends, in bits; 0 declines the offer (RFC 7692 7.1)."""
-    values = dict(parameters)
-    if len(values) < len(parameters):  # 7.1: a parameter stands at most once
-        return 0
-    for name in ("server_no_context_takeover", "client_no_context_takeover"):
-        if values.pop(name, None) is not None:  # they have no value
-            return 0
-    # A client may announce that its own window can be limited. There is no need to: a
-    # window of 15 bits inflates all smaller ones, and costs its memory for one message.
-    own = values.pop("client_max_window_bits", None)
-    window = values.pop("server_max_window_bits", "15")
-    if values or (own is not None and not re.fullmatch("[89]|1[0-5]", own)):
-        return 0
-    # zlib has no raw deflate with a window of 8 bits, which a decliner need not have.
-    return int(window) if window and re.fullmatch("9|1[0-5]", window) else 0
 
 
 def deflate(payload: bytes, window: int) -> bytes:
@@ -414,17 +398,15 @@ class Inflater:
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=-15)
-        self._finals = 0  # blocks with BFINAL before; they may stand anywhere (7.2.1), zlib ends at each
+        self._finals = 0
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
         if fin:
-            data += SYNC_TAIL + FINAL_BLOCK
-        while data:
+            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
+        while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
                 self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
-            if self._finals > MAX_FINALS:
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends too often")
             try:
                 with INFLATING:
                     plain = self._zlib.decompress(data, INFLATE_SIZE)
@@ -432,8 +414,10 @@ class Inflater:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
             yield plain
-        if fin and not self._zlib.eof:
-            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block")
+        if data or (fin and not self._zlib.eof):
+            raise ProtocolError(
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block or too often"
+            )
 
 
 # ======================================================================================
@@ -600,12 +584,13 @@ class Outgoing:
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
-HEAD_END = re.compile(rb"\r?\n\r?\n")  # of any head; a good one ends in CR LF CR LF
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-FIELD_LINE = re.compile(rf"({TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
+HEAD_END = re.compile(rb"\r?\n\r?\n|\A[^A-Za-z]")  # however wrong: even a first byte with which no head begins
+FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
+HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ORIGIN = re.compile(rf"(?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:)")
+ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
+ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:))/?")
 
 
 class Request(NamedTuple):
@@ -630,50 +615,37 @@ class Request(NamedTuple):
         """Whether it asks for a WebSocket, however badly."""
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
 
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the body comes only after a response of 100 (RFC 9110 10.1.1)."""
-        return self.version >= (1, 1) and "100-continue" in self.tokens("expect")
-
 
 def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     """The request whose head arrives in these pieces, and what has arrived after the head. Raises HandshakeError."""
-    head, end = bytearray(), None
+    data, end = bytearray(), None
     for piece in pieces:
-        seen = max(0, len(head) - 3)
-        head += piece if head else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
-        if head and not head[:1].isalpha():
-            raise HandshakeError(400, "that is not HTTP")  # TLS on a plain port, say
-        end = HEAD_END.search(head, seen)
-        if end or len(head) > MAX_HEAD:
+        seen = max(0, len(data) - 3)
+        data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
+        end = HEAD_END.search(data, seen)
+        if end or len(data) > MAX_HEAD:
             break
-    size = end.end() if end else len(head)
-    lines = head[: end.start() if end else size].decode("latin-1").split("\r\n")
-    if len(lines[0]) > MAX_LINE:
-        raise HandshakeError(414, f"the request line is longer than {MAX_LINE} bytes")
-    if len(lines) > MAX_FIELDS + 1 or max(map(len, lines)) > MAX_LINE or size > MAX_HEAD:
-        limits = f"{MAX_FIELDS} header fields, {MAX_HEAD} bytes of them, or {MAX_LINE} bytes in one"
-        raise HandshakeError(431, f"there are more than {limits}")
-    if not end or end[0] != b"\r\n\r\n":
-        raise HandshakeError(400, "the request is incomplete, or a line does not end in CR LF")
-    return parse_head(lines), bytes(head[size:])
+    size = end.end() if end else len(data)
+    head = data[:size].decode("latin-1")
+    lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
+    demand(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
+    demand(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    demand(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
+    demand(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    return parse_head(head), bytes(data[size:])
 
 
-def parse_head(lines: Sequence[str]) -> Request:
-    """The request in these lines (RFC 9112 3, 5). Raises HandshakeError."""
-    start = REQUEST_LINE.fullmatch(lines[0])
-    if not start:
-        raise HandshakeError(400, "the request line is malformed")
-    if start[3] != "1":
-        raise HandshakeError(505, "the protocol is not HTTP/1.1")
+def parse_head(head: str) -> Request:
+    """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
+    match = HEAD.fullmatch(head)
+    if not match:
+        raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
     headers: dict[str, str] = {}
-    for line in lines[1:]:
-        match = FIELD_LINE.fullmatch(line)
-        if not match:
-            raise HandshakeError(400, "a header field is malformed")
-        name, value = match[1].lower(), match[2].strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return Request(start[1], start[2], (1, int(start[4])), headers)
+    for line in match[4].split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        before = f"{headers[name.lower()]}, " if name.lower() in headers else ""
+        headers[name.lower()] = before + value.strip(" \t")
+    return Request(match[1], match[2], (1, int(match[3])), headers)
 
 
 def check_host(request: Request) -> str:
@@ -682,10 +654,9 @@ def check_host(request: Request) -> str:
     RFC 9112 3.2. Raises HandshakeError.
     """
     host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
-    if not HOST.fullmatch(host) and (host or request.version >= (1, 1)):
-        raise HandshakeError(400, "the Host header field is missing or malformed")
-    if absolute and not HOST.fullmatch(absolute[1]):
-        raise HandshakeError(400, "the host in the target is malformed")
+    may_lack = not host and request.version < (1, 1)
+    demand(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    demand(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
@@ -702,7 +673,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     if "origin" not in request.headers or "*" in allowed or origin in allowed:
         return
     host = check_host(request).lower()
-    if origin in (f"http://{host}", f"https://{host}") and is_address(host):
+    if origin in (f"http://{host}", f"https://{host}") and ADDRESS.fullmatch(host):
         return
     name = printable(request.headers["origin"])
     raise HandshakeError(403, f'origin {name} may not connect (--origin {name} or origins=["{name}"] allows it)')
@@ -710,80 +681,51 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
 
 def parse_origin(text: str) -> str:
     """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError."""
-    origin = text.lower()
-    if origin in ("*", "null", "file://"):
-        return origin
-    origin = origin.removesuffix("/")
-    if not ORIGIN.fullmatch(origin):
+    match = ORIGIN.fullmatch(text.lower())
+    if not match:
         raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")
-    return re.sub("^(http:.*):80$|^(https:.*):443$", r"\1\2", origin)
-
-
-def is_address(host: str) -> bool:
-    """Whether a Host is localhost or an IP address, with or without a port."""
-    name = re.sub(":[0-9]*$", "", host).strip("[]")
-    try:
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
+    return re.sub("^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1] or match[2])
 
 
 def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    if request.method != "GET":
-        raise HandshakeError(405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    if request.version < (1, 1):
-        raise HandshakeError(400, "a WebSocket is opened with HTTP/1.1")
-    if "websocket" not in request.tokens("upgrade"):
-        raise HandshakeError(400, "the Upgrade header field does not say websocket")
-    if "upgrade" not in request.tokens("connection"):
-        raise HandshakeError(400, "the Connection header field does not say Upgrade")
-    if request.headers.get("sec-websocket-version") != "13":
-        fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-        raise HandshakeError(426, "the WebSocket version is not 13", *fields)
+    demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
+    demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
+    demand(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
 def compute_accept(key: str) -> str:
     """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
-    try:
-        nonce = base64.b64decode(key, validate=True)
-    except (binascii.Error, ValueError):
-        nonce = b""
-    if len(nonce) != 16 or len(key) != 24:
-        raise HandshakeError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
 def body_length(request: Request, max_message: int) -> int:
     """The number of bytes of a request's body, which is to be one message (RFC 9112 6). Raises HandshakeError."""
-    field = request.headers.get("content-length", "")
-    if request.headers.get("content-type", "").lower().startswith("multipart/"):
-        raise HandshakeError(415, "the body is the message: send no form")  # curl -F
-    if "transfer-encoding" in request.headers or not field:
-        raise HandshakeError(411, "the body needs a Content-Length")
-    if not re.fullmatch("[0-9]{1,18}", field):
-        raise HandshakeError(400, "Content-Length is malformed")
-    if int(field) > max_message:
-        raise HandshakeError(413, f"a message has at most {max_message} bytes")
+    field, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "").lower()
+    demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    demand(field and "transfer-encoding" not in request.headers, 411, "the body needs a Content-Length")
+    demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
+    demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
 
 
 def decode_body(request: Request, body: bytes) -> Message:
     """The message in the body of a request: text where it is UTF-8 and does not say that it is binary."""
-    if request.headers.get("content-type", "").lower().startswith("application/octet-stream"):
-        return body
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        return body
+    if not request.headers.get("content-type", "").lower().startswith("application/octet-stream"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return body.decode()
+    return body
 
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
     """A response; all but 101 end the connection (RFC 9112 4)."""
-    lines = [f"HTTP/1.1 {int(status)} {http.HTTPStatus(status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in fields]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    lines = [f"{name}: {value}\r\n" for name, value in fields]
+    return f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode("latin-1") + body
 
 
 def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
@@ -794,6 +736,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
+        ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     return serialize_response(status, (*standard, *fields), b"" if head else body)
@@ -813,57 +756,33 @@ METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
-    server, allowed = client.server, METHODS.get(request.path)
-    if not allowed:
-        raise HandshakeError(404, "there are / and /status, and a WebSocket on any path")
-    if request.method not in allowed:
-        raise HandshakeError(405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    server, allowed = client.server, METHODS.get(request.path, ())
+    demand(allowed, 404, "there are / and /status, and a WebSocket on any path")
+    demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
+    # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
+    # same origin, the browser sends no Origin with GET: so the page says it in the query.
+    said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
+    origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
+    check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
     if request.method == "POST":
-        check_origin(request, server.origins)
         take_post(client, request)
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
-    cors = let_page_read(request, server.origins)
+    head = request.method == "HEAD"
     if request.path == "/status":
-        kind, content = "application/json", json.dumps(server.status()).encode() + b"\n"
-    else:
-        kind, content = "text/html; charset=utf-8", read_page()
-    return http_response(200, kind, content, *cors, head=request.method == "HEAD")
-
-
-def let_page_read(request: Request, origins: Sequence[str]) -> list[tuple[str, str]]:
-    """Fields that let a page read the answer: one that may connect, or one that asks why it may not.
-
-    A browser does not tell a page why its WebSocket was refused. Where page and server have the same
-    origin it does not send that with GET, so a page may say it in the query. Raises HandshakeError.
-    """
-    said = re.search("[?&]origin=([^&]*)", request.target)
-    if said and "origin" not in request.headers:
-        request.headers["origin"] = urllib.parse.unquote(said[1])
-    try:
-        check_origin(request, origins)
-    except HandshakeError as error:
-        raise HandshakeError(error.status, str(error), ("Access-Control-Allow-Origin", "*")) from None
-    origin = request.headers.get("origin")
-    return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin")] if origin else []
-
-
-def read_page() -> bytes:
-    """The page that lies beside this file. Raises HandshakeError."""
-    try:
-        return pathlib.Path(__file__).with_name("pywebsock.html").read_bytes()
-    except OSError:
-        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
+        return http_response(200, "application/json", json.dumps(server.status()).encode() + b"\n", head=head)
+    page = pathlib.Path(__file__).with_name("pywebsock.html")
+    demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
+    return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
-    if server.read_only:
-        raise HandshakeError(403, "this server only sends")
+    demand(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
     length = body_length(request, server.max_message)
-    if request.expects_continue:
+    if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
         client._call(server.on_post, decode_body(request, client._read_body(length)))
@@ -879,90 +798,69 @@ LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters
 trace_log = logging.getLogger("pywebsock.trace")
 
 
-class Trace:
-    """Logs what passes on a connection: its opening handshake line by line, each frame taken apart.
-
-    received(data) and sent(data) take the plain bytes of a direction, in whatever pieces.
-    It only looks, and shows what breaks the protocol as it is.
-    """
-
-    def __init__(self, name: str) -> None:
-        ways = self._follow(f"{name} in "), self._follow(f"{name} out")
-        for way in ways:
-            next(way)  # up to where it waits for bytes
-        self.received, self.sent = ways[0].send, ways[1].send
-
-    def _follow(self, name: str) -> Generator[None, bytes, None]:
-        data, skip = b"", 0
-        while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
-            data += yield
-        head, _, data = data.partition(b"\r\n\r\n")
-        for line in head.decode("latin-1").split("\r\n"):
-            trace_log.info("%s %s", name, printable(line))
-        while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
-            data = yield
-        while True:
-            frame = describe_frame(data[skip : skip + 14 + LOOK_AT])
-            if frame:
-                trace_log.info("%s %s", name, frame[0])
-                skip += frame[1]
-            else:
-                data, skip = data[skip:] + (yield), max(0, skip - len(data))
-
-
 class Traced:
-    """The recv, send and shutdown of a socket, or of TLS, under the eyes of a Trace."""
+    """The recv, send and shutdown of a socket, or of TLS; what passes is logged."""
 
     def __init__(self, transport: Any, name: str) -> None:
-        self._transport, self._trace = transport, Trace(name)
-        self.shutdown = transport.shutdown
+        self._transport, self.shutdown = transport, transport.shutdown
+        self._received, self._sent = follow(f"{name} in "), follow(f"{name} out")
+        for way in (self._received, self._sent):
+            next(way)  # up to where it waits for bytes
 
     def recv(self, size: int) -> bytes:
         """As a socket's."""
         data = bytes(self._transport.recv(size))
-        self._trace.received(data)
+        self._received.send(data)
         return data
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         """As a socket's."""
         sent = int(self._transport.send(data, flags))
-        self._trace.sent(bytes(data[:sent]))
+        self._sent.send(bytes(data[:sent]))
         return sent
 
 
-def describe_frame(data: bytes) -> tuple[str, int] | None:
-    """A line about the frame at the beginning of `data`, and its length in bytes; None where more are needed."""
-    if len(data) < 2:
-        return None
-    first, second, opcode = data[0], data[1], data[0] & 0x0F
-    extended = {126: 2, 127: 8}.get(second & 0x7F, 0)
-    start = 2 + extended + (4 if second & 0x80 else 0)
-    length = int.from_bytes(data[2 : 2 + extended], "big") if extended else second & 0x7F
-    payload, key = data[start : start + min(length, LOOK_AT)], data[2 + extended : start]
-    if len(data) < start + min(length, LOOK_AT):
-        return None
-    name = Opcode(opcode).name if opcode in OPCODES else "?"
-    size = f"len={length} ({f'7+{8 * extended}' if extended else 7} bits)"
-    fields = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+def follow(name: str) -> Generator[None, bytes, None]:
+    """Log what passes one way: a head line by line, each frame taken apart. Its bytes are sent to this, in any pieces.
+
+    It only looks, and shows what breaks the protocol as it is.
+    """
+    data, position = b"", 0
+    while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
+        data += yield
+    head, _, data = data.partition(b"\r\n\r\n")
+    for line in head.decode("latin-1").split("\r\n"):
+        trace_log.info("%s %s", name, printable(line))
+    while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
+        yield
+    while True:
+        header = parse_header(data, position, strict=False)
+        if header and header[3] + min(header[1], LOOK_AT) <= len(data):
+            first, length, key, start = header
+            payload = data[start : start + min(length, LOOK_AT)]
+            trace_log.info("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
+            position = start + length
+        else:
+            data, position = data[position:] + (yield), max(0, position - len(data))
+
+
+def describe_frame(first: int, second: int, length: int, key: bytes, payload: bytes) -> str:
+    """The fields of a frame in their order on the wire, and the beginning of its payload, given as it came: masked."""
+    opcode, bits = first & 0x0F, {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
+    name, size = Opcode(opcode).name if opcode in OPCODES else "?", f"len={length} ({bits} bits)"
+    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
     mask = f"key={key.hex()}" if key else ""
-    text = describe_payload(first, bytes(apply_mask(payload, key or bytes(4))))
-    return f"{fields} {mask:12} {payload[:4].hex():8} {text}".rstrip(), start + length
-
-
-def describe_payload(first: int, payload: bytes) -> str:
-    """The beginning of a payload; with its close code, or inflated, where the frame's first byte says so."""
-    what = ""
-    if first & 0x0F == CLOSE and payload:
-        code, payload = int.from_bytes(payload[:2], "big"), payload[2:]
+    plain, what = bytes(apply_mask(payload, key or bytes(4))), ""
+    if opcode == CLOSE and plain:
+        code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
         what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
-        try:
-            what, payload = "inflated ", zlib.decompressobj(wbits=-15).decompress(payload, SHOW + 1)
-        except zlib.error:
-            what = "not deflate "
-    text = payload.decode("latin-1" if first & 0x0F == BINARY else "utf-8", "replace")
-    size = max(size for size in range(SHOW + 1) if len(printable(text, size)) <= SHOW)
-    return what + (f'"{printable(text, size)}"' if text else "") + "..." * (len(text) > size)
+        with contextlib.suppress(zlib.error):
+            plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
+    text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
+    if text:
+        what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
+    return f"{start} {mask:12} {payload[:4].hex():8} {what}".rstrip()
 
 
 # ======================================================================================
@@ -972,36 +870,30 @@ def describe_payload(first: int, payload: bytes) -> str:
 
 def check_setting(name: str, value: Any, default: Any) -> Any:
     """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
-    good, kind, least = True, "", int(name == "max_clients")
-    if isinstance(default, bool):
-        good, kind = isinstance(value, bool), "True or False"
-    elif isinstance(default, (int, float)):
-        whole = isinstance(default, int)
-        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        good, kind = number and least <= value < float("inf"), f"a {'whole ' * whole}number from {least} on"
-    elif name == "origins":
-        good, kind = isinstance(value, (list, tuple)), 'a list such as ["https://example.com"]'
-    elif name in ("redis", "tls_context"):
-        expected = str if name == "redis" else ssl.SSLContext
-        good, kind = value is None or isinstance(value, expected), f"of the type {expected.__name__}"
-    if not good:
-        raise ValueError(f"{name} must be {kind}, not {value!r}")
+    least = int(name == "max_clients")
+    kinds: dict[object, tuple[Any, str]] = {
+        bool: (bool, "True or False"),
+        int: (int, f"a whole number from {least} on"),
+        float: ((int, float), f"a number from {least} on"),
+        tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
+        "redis": ((str, type(None)), "of the type str"),
+        "tls_context": ((ssl.SSLContext, type(None)), "of the type SSLContext"),
+    }
+    kind, words = kinds[name if default is None else type(default)]
+    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
+        raise ValueError(f"{name} must be {words}, not {value!r}")
     return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
 
 
 def network_address(bound: str) -> str | None:
     """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
     address = ipaddress.ip_address(bound)
-    if not address.is_unspecified:
-        return None if address.is_loopback else bound
-    for family, far in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))[: address.version // 3]:
-        try:
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
-                return str(probe.getsockname()[0])
-        except OSError:
-            pass  # there is no network, or none of this kind
-    return None
+    if address.is_unspecified:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # it sends nothing, but finds out which way it would go
+            return str(probe.getsockname()[0])
+    return None if address.is_loopback or address.is_unspecified else bound
 
 
 class Settings:
@@ -3022,23 +2914,8 @@ class Program(BroadcastServer):
         if self.signals:
             for number in OTHER_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
+            log.info("stopping")
             raise KeyboardInterrupt
-
-    def server_bind(self) -> None:
-        """Called by the constructor. Raises OSError that says where."""
-        try:
-            super().server_bind()
-        except OSError as error:
-            raise OSError("{} port {}: {}".format(*self.server_address[:2], error.strerror)) from None
-
-
-class LogFormatter(logging.Formatter):
-    """Time and message, and `warning: ` where somebody should look."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line."""
-        level = "warning: " if record.levelno >= logging.WARNING else ""
-        return f"{self.formatTime(record)} {level}{record.message}".rstrip()
 
 
 def parse_size(text: str) -> int:
@@ -3058,29 +2935,28 @@ EXAMPLES = """examples:
 def argument_parser() -> argparse.ArgumentParser:
     """The options, most of which have the names of settings: BroadcastServer checks those."""
     about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
-    kind = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
-    parser = argparse.ArgumentParser(prog="pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
     add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
-    add("--port", type=int, default=4545, help="port to listen on, 0 for any free one (%(default)s)")
+    add("--port", default=4545, type=int, help="port to listen on, 0 for any free one (%(default)s)")
     origin = "let pages of this origin connect, * for any; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="its private key, where it is not in the same file")
     add("--redis", metavar="URL", help="be one room with all servers on this Redis")
-    add("--no-compression", dest="compression", action="store_false", help="do not use permessage-deflate")
+    add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
     add("--read-only", action="store_true", help="clients may only listen")
-    add = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)").add_argument
-    add("--max-message", type=parse_size, metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add(
-        "--max-backlog", type=parse_size, metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)"
-    )
-    add("--max-clients", type=parse_size, metavar="N", default=10_000, help="clients at once (%(default)s)")
+    group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)")
+    add = functools.partial(group.add_argument, type=parse_size)
+    add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
+    add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
+    add("--max-clients", metavar="N", default=10_000, help="clients at once (%(default)s)")
     ping = "seconds of silence before a ping, and after it (%(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
-    add("--history", type=parse_size, metavar="N", default=0, help="messages that a new client gets first (0)")
+    add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")
     add("--rate", type=float, metavar="N", default=0.0, help="messages a second that a client may send (any)")
     add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
     add("--quiet", action="store_true", help="log only what needs attention")
@@ -3090,21 +2966,19 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def create_server(options: argparse.Namespace) -> Program:
-    """A listening server. Raises OSError, of which ssl.SSLError is one; ValueError and OverflowError for settings."""
+    """A listening server. Raises OSError; ValueError and OverflowError for settings."""
     if options.stdin and not sys.stdin:  # its descriptor may soon be another's
         raise OSError("standard input is closed")
-    context = None
-    if options.cert:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    options.ping_timeout = options.ping_interval
+    if options.cert is not None:
+        options.tls_context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where
             files = " and ".join(filter(None, (options.cert, options.key)))
-            what = "no certificate and key in PEM" if isinstance(error, ssl.SSLError) else error.strerror
-            raise OSError(f"{files}: {what}") from None
+            raise OSError(f"no certificate and key in PEM in {files}: {error.strerror}") from None
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    settings.update(tls_context=context, ping_timeout=options.ping_interval)
     return Program((options.host, options.port), **settings)
 
 
@@ -3119,31 +2993,20 @@ def locations(server: BroadcastServer, host: str) -> str:
 
 def broadcast_lines(server: BroadcastServer) -> None:
     """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
-    limit = max(server.max_message, 4)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    rest, data = "", b"more"
-    while data:
-        try:
-            data = os.read(0, READ_SIZE)  # sys.stdin has a lock that a thread must not hold when the program ends
-        except OSError as error:
-            log.warning("standard input: %s", error.strerror)
-            data = b""
-        *lines, rest = (rest + decoder.decode(data, not data)).split("\n")
-        if rest and (not data or len(rest) >= limit):
-            lines, rest = [*lines, rest], ""
-        for line in lines:
-            most = limit if line.isascii() else limit // 4  # characters
-            for start in range(0, len(line) or 1, most):
-                server.broadcast(line[start : start + most].rstrip("\r"))
-    log.info("standard input has ended")
+    # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
+    try:
+        with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
+            for line in iter(functools.partial(stdin.readline, server.max_message + 1), ""):
+                server.broadcast(line.rstrip("\r\n"))
+        log.info("standard input has ended")
+    except OSError as error:
+        log.warning("standard input: %s", error.strerror)
 
 
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error: one line for each client that left or was refused, and what went wrong."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of a line's price
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    log.addHandler(handler)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
     trace_log.addHandler(logging.StreamHandler())
     trace_log.propagate = False
@@ -3153,7 +3016,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until a signal; the exit status."""
     parser = argument_parser()
     options = parser.parse_args(argv)
-    if options.key and not options.cert:
+    if options.key is not None and options.cert is None:
         parser.error("--key needs --cert")
     start_logging(options)
     raise_file_limit()
@@ -3162,20 +3025,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = create_server(options)
         server.catch_signals()
         print(locations(server, options.host), flush=True)
-    except OSError as error:
-        print(f"pywebsock: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # one of the system comes from the address, and does not say so
+        where = f"{options.host} port {options.port}: " if error.strerror else ""
+        parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")
     except (ValueError, OverflowError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 130
-    with server:
+    with server, contextlib.suppress(KeyboardInterrupt):
         if options.stdin:
             threading.Thread(target=broadcast_lines, args=(server,), name="stdin", daemon=True).start()
-        try:
-            server.serve_forever(0.1)
-        except KeyboardInterrupt:
-            log.info("stopping")
+        server.serve_forever(0.1)
     return 0
 
 

@@ -13,6 +13,24 @@ RESPONSE = pywebsock.serialize_response(101, [("Upgrade", "websocket"), ("Sec-We
 OPEN = request()
 
 
+class Transport:
+    """What a socket does, without one; it takes no more than 1000 bytes at once."""
+
+    def __init__(self, received: typing.Iterable[bytes]) -> None:
+        self._received = iter(received)
+
+    def recv(self, size: int) -> bytes:
+        """The next piece."""
+        return next(self._received)
+
+    def send(self, data: bytes, flags: int) -> int:
+        """As a socket's."""
+        return min(len(data), 1000)
+
+    def shutdown(self, how: int) -> None:
+        """As a socket's."""
+
+
 class TraceTestCase(unittest.TestCase):
     """Lines of a connection called X."""
 
@@ -20,11 +38,13 @@ class TraceTestCase(unittest.TestCase):
         """What is logged when these pieces pass, first those that are received."""
         with self.assertLogs("pywebsock.trace", "INFO") as logged:
             pywebsock.trace_log.info("begin")  # some tests expect nothing
-            trace = pywebsock.Trace("X")
+            traced = pywebsock.Traced(Transport(received), "X")
             for piece in received:
-                trace.received(piece)
+                self.assertEqual(traced.recv(1 << 16), piece)
             for piece in sent:
-                trace.sent(piece)
+                rest = piece
+                while rest:
+                    rest = rest[traced.send(rest) :]
         return [record.getMessage() for record in logged.records[1:]]
 
     def frames(self, *received: bytes) -> list[str]:
@@ -124,6 +144,7 @@ class Frames(TraceTestCase):
             (b"\x0f\xa0own", '4000 ? "own"'),
             (b"\x03\xec", "1004 ?"),
             (b"\x03", "3 ?"),
+            (b"\x00\x01", "1 ?"),
         ):
             with self.subTest(payload):
                 (line,) = self.frames(masked_frame(8, payload, key=bytes(4)))
@@ -136,7 +157,7 @@ class Frames(TraceTestCase):
             (b"\xb3\x81abcdA", "FIN=1 RSV=011 opcode=3 ?      MASK=1 len=1 (7 bits)        key=61626364 41"),
             (b"\x09\x81abcdA", "FIN=0 RSV=000 opcode=9 PING "),
             (b"\x82\xfe\x00\x01abcdA", "len=1 (7+16 bits)"),
-            (b"\xc1\x81abcd\x9e", "not deflate"),
+            (b"\xc1\x81abcd\x9e", r'"\ufffd"'),  # not deflate
             (b"\x81\x81\x00\x00\x00\x00\xff", r'"\ufffd"'),
             (b"\x88\xfe\x00\xc8abcd" + b"x" * 200, "len=200 (7+16 bits)"),
         ):
@@ -181,9 +202,9 @@ class Frames(TraceTestCase):
         """Many frames in one piece."""
 
         def follow(size: int) -> None:
-            trace = pywebsock.Trace("X")
-            trace.received(OPEN)
-            trace.received(masked_frame(1, b"x") * size)
+            traced = pywebsock.Traced(Transport((OPEN, masked_frame(1, b"x") * size)), "X")
+            traced.recv(1)
+            traced.recv(1)
 
         self.assertLess(growth(follow, 1000), 9)
 

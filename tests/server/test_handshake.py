@@ -86,8 +86,8 @@ class OpeningHandshake(ServerTestCase):
         (431, "a field that does not end", request()[:-2] + b"X: " + b"x" * 32768),
         (431, "too many fields", request(**{f"X_{i}": "x" for i in range(96)})),
         (431, "too many bytes", request(**{f"X_{i}": "x" * 8000 for i in range(5)})),
-        (505, "HTTP/2", request(version="2.0")),
-        (505, "HTTP/0.9", request(version="0.9")),
+        (400, "HTTP/2", request(version="2.0")),
+        (400, "HTTP/0.9", request(version="0.9")),
     )
 
     def test_accepted(self) -> None:

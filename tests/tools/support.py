@@ -359,7 +359,7 @@ def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
         assert bool(window) == bool(extension)
         length = pywebsock.body_length(request, 1000) if "content-length" in request.headers else 0
         message = pywebsock.decode_body(request, rest[:length])
-        return request, rest, message, request.expects_continue, host, accept, extension, request.path, request.upgrades
+        return request, rest, message, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
         text = pywebsock.printable(str(error))
         assert text.isascii() and text.isprintable()
