@@ -877,10 +877,11 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         float: ((int, float), f"a number from {least} on"),
         tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
         "redis": ((str, type(None)), "of the type str"),
-        "tls_context": ((ssl.SSLContext, type(None)), "of the type SSLContext"),
+        "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext for servers"),
     }
     kind, words = kinds[name if default is None else type(default)]
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    good = good and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
     if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
         raise ValueError(f"{name} must be {words}, not {value!r}")
     return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
@@ -889,11 +890,14 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
 def network_address(bound: str) -> str | None:
     """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
     address = ipaddress.ip_address(bound)
-    if address.is_unspecified:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # it sends nothing, but finds out which way it would go
+    if not address.is_unspecified:
+        return None if address.is_loopback else bound
+    ways = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
+    for family, far in ways[: address.version // 3]:  # 0.0.0.0 is for IPv4 alone
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
             return str(probe.getsockname()[0])
-    return None if address.is_loopback or address.is_unspecified else bound
+    return None
 
 
 class Settings:
@@ -1475,17 +1479,16 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def _read_body(self, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
-        if server._link and server._link.away:
-            raise HandshakeError(503, "Redis is away", ("Retry-After", "1"))
+        demand(not server._link or not server._link.away, 503, "Redis is away", ("Retry-After", "1"))
         self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             pieces += self._read_in_time()
             server._budget.keep(self, len(pieces))
-        if server.rate and not server._post_pace.wait(server.rate, server.handshake_timeout):
-            raise HandshakeError(429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
-        if not server._wait_for_space(server.handshake_timeout):
-            raise HandshakeError(503, "too much waits to be sent", ("Retry-After", "1"))
+        paced = not server.rate or server._post_pace.wait(server.rate, server.handshake_timeout)
+        demand(paced, 429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
+        space = server._wait_for_space(server.handshake_timeout)
+        demand(space, 503, "too much waits to be sent", ("Retry-After", "1"))
         return bytes(pieces[:length])
 
     def _end(self, last: bytes) -> None:
@@ -1508,8 +1511,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         except BaseException:
             log.exception("%s: an error in a hook", self.address)
             raise HandshakeError(500, "internal error") from None
-        if self._unheard:
-            raise HandshakeError(403, "not admitted")
+        demand(not self._unheard, 403, "not admitted")
 
     # ---- in its own thread: as a client ----
 
@@ -1528,7 +1530,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._answer_pings()
         with contextlib.nullcontext() if last else server._exit:  # with a Close to send, it would be kept for longer
             server._perform(server._room.close, self, last, bool(last))
-            log.info("%s left: %d %s", self.address, code, printable(self._lost or reason))
+            log.info("%s left: %s", self.address, f"{code} {printable(self._lost or reason)}".rstrip())
         try:
             server.on_close(self, code, self._lost or reason)
         except BaseException:
@@ -2222,8 +2224,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _take_seat(self, client: WebSocketHandler) -> None:
         with self._seats:
-            if len(self._clients) >= self.max_clients:
-                raise HandshakeError(503, f"there are {self.max_clients} clients already")
+            demand(len(self._clients) < self.max_clients, 503, f"there are {self.max_clients} clients already")
             self._clients.add(client)
         self._connections.strangers.pop(client.request, None)
 

@@ -55,6 +55,7 @@ class Settings(unittest.TestCase):
         self.assertEqual(self.check("origins", ()), [])
 
     def test_wrong(self) -> None:
+        client = ssl.create_default_context()
         for name, value, line in (
             ("history", "3", "history must be a whole number from 0 on, not '3'"),
             ("history", -1, "history must be a whole number from 0 on, not -1"),
@@ -80,7 +81,8 @@ class Settings(unittest.TestCase):
                 ["example.com"],
                 "an origin is a scheme and a host, such as https://example.com, not 'example.com'",
             ),
-            ("tls_context", "cert.pem", "tls_context must be of the type SSLContext, not 'cert.pem'"),
+            ("tls_context", "cert.pem", "tls_context must be an SSLContext for servers, not 'cert.pem'"),
+            ("tls_context", client, f"tls_context must be an SSLContext for servers, not {client!r}"),
             ("redis", 6379, "redis must be of the type str, not 6379"),
         ):
             with self.subTest(name, value=value):
@@ -104,13 +106,13 @@ class NetworkAddress(unittest.TestCase):
                 self.assertEqual(pywebsock.network_address(bound), expected)
 
     def test_all(self) -> None:
-        """The address from which this machine would speak, by IPv4; none without such a network."""
+        """The address from which this machine would speak, by IPv4 or else IPv6; none without a network."""
         for bound, ways, expected in (
             ("0.0.0.0", {socket.AF_INET: "10.0.0.7"}, "10.0.0.7"),
             ("0.0.0.0", {socket.AF_INET6: "2001:db8::7"}, None),
             ("0.0.0.0", {}, None),
             ("::", {socket.AF_INET: "10.0.0.7", socket.AF_INET6: "2001:db8::7"}, "10.0.0.7"),
-            ("::", {socket.AF_INET6: "2001:db8::7"}, None),
+            ("::", {socket.AF_INET6: "2001:db8::7"}, "2001:db8::7"),
             ("::", {}, None),
         ):
 
