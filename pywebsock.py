@@ -193,7 +193,7 @@ class HandshakeError(Exception):
         self.status = http.HTTPStatus(status)
         self.fields = fields
         if status < 300 or not all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields):
-            raise ValueError(f"{status} {fields} cannot refuse a request")
+            raise ValueError(f"a refusal has a status from 300 on and fields in ASCII, not {status} and {fields}")
 
 
 class ProtocolError(Exception):
@@ -1892,14 +1892,9 @@ class Connections:
         """Whether one has to go before another is accepted."""
         return len(self.handlers) >= self._most
 
-    def pop_stranger(self, now: float) -> list[socket.socket]:
+    def oldest_stranger(self, now: float) -> list[socket.socket]:
         """The oldest that is no client, if it had time to become one."""
-        for stranger, since in self.strangers.copy().items():
-            if now - since > 1:
-                del self.strangers[stranger]
-                return [stranger]
-            break
-        return []
+        return [stranger for stranger, since in list(self.strangers.copy().items())[:1] if now - since > 1]
 
     def wait_for_fewer(self, shortage: str) -> bool:
         """Wait a moment until one more can be accepted."""
@@ -2258,7 +2253,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
         try:
             if self._connections.are_too_many:
-                self._perform(self._reset, *self._connections.pop_stranger(self._room.now))
+                self._perform(self._reset, *self._connections.oldest_stranger(self._room.now))
                 if self._connections.are_too_many and not self._connections.wait_for_fewer("too many connections"):
                     raise BlockingIOError
             return super().get_request()
@@ -2290,6 +2285,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     def _reset(self, *requests: socket.socket) -> None:
         """Operation: give connections up, where they have not ended; their threads wake up."""
         for request in requests:
+            self._connections.strangers.pop(request, None)
             if request in self._connections.handlers:
                 reset(request)
 
