@@ -1073,6 +1073,7 @@ class Outbox:
         self._limit = limit  # bytes
         self._pieces: deque[bytes] = deque()
         self._sent = 0  # bytes of the first one that are sent
+        self._pong = b""  # the newest, while others wait
         self._ending = False  # nothing will follow
         self.size = 0  # bytes that wait
         self.moved = 0.0  # when the socket last took some, or they began to wait
@@ -1109,6 +1110,9 @@ class Outbox:
             for _ in range(SENDS_AT_ONCE):
                 if self._pieces:
                     self._count(self._transport.send(self._next_piece(), DONT_WAIT), now)
+            if self._pong and not self._pieces:
+                pong, self._pong = self._pong, b""
+                self.write([pong], now)
             if self._ending and not self._pieces:
                 self._transport.shutdown(socket.SHUT_WR)
 
@@ -1144,9 +1148,16 @@ class Outbox:
         """Whether senders should wait for it, a moment at most at a time."""
         return self.size > self._limit // 2 and self._is_quick()
 
+    def write_pongs(self, frames: Sequence[bytes], now: float) -> None:
+        """Answer Pings; if that must wait, the newest alone (RFC 6455 5.5.3): these bytes are shared with nobody."""
+        if self._pieces:
+            self._pong = frames[-1]
+        else:
+            self.write([b"".join(frames)], now)
+
     def end(self, now: float) -> None:
         """Nothing will follow: end the own side as soon as all is sent."""
-        self._ending = True
+        self._ending, self._pong = True, b""
         self.flush(now)
 
     def clear(self) -> None:
@@ -1608,8 +1619,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
         if self._pongs:
             pongs, self._pongs = self._pongs, []
-            frames = b"".join(pongs)
-            self.server._turn.put(functools.partial(self.server._room.write, self, [frames]), len(frames))
+            self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), sum(map(len, pongs)))
 
 
 # ======================================================================================
@@ -1728,9 +1738,13 @@ class Room:
     # ---- one connection: what can be done with its outbox ----
 
     def write(self, client: WebSocketHandler, pieces: Iterable[bytes]) -> None:
-        """Send bytes to one connection; no more after its Close."""
-        if client._state in (State.CONNECTING, State.OPEN):
-            self._try(client, client._outbox.write, pieces, self.now)
+        """Send bytes to one connection."""
+        self._try(client, client._outbox.write, pieces, self.now)
+
+    def pong(self, client: WebSocketHandler, frames: Sequence[bytes]) -> None:
+        """Answer Pings."""
+        if client._state is State.OPEN:
+            self._try(client, client._outbox.write_pongs, frames, self.now)
 
     def flush(self, client: WebSocketHandler) -> None:
         """Send what waits, since the socket takes more."""
@@ -1795,7 +1809,7 @@ class Room:
             client._unheard, client._state = True, State.CLOSING
             client._deadline = self.now + self._close_timeout
             if last:
-                self._try(client, client._outbox.write, [last], self.now)
+                self.write(client, [last])
         if ends and client._state is State.CLOSING:
             self._try(client, client._outbox.end, self.now)
 

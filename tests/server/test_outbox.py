@@ -291,6 +291,36 @@ class Behind(OutboxTestCase):
         self.assertEqual(self.outbox.moved, 4.0)
 
 
+class Pongs(OutboxTestCase):
+    """Pings are answered; where the answers would have to wait, the newest is enough (RFC 6455 5.5.3)."""
+
+    def test_at_once(self) -> None:
+        self.outbox.write_pongs([b"1", b"2", b"3"], self.clock)
+        self.assertEqual(self.pipe.stream, b"123")
+
+    def test_the_newest(self) -> None:
+        """Behind what waits already, whatever follows."""
+        self.pipe.room = 0
+        self.outbox.write([b"message"], self.clock)
+        for i in range(10_000):
+            self.outbox.write_pongs([b"old", b"%d" % i], self.clock)
+        self.assertEqual(self.outbox.size, len(b"message"))
+        self.flush_all()
+        self.assertEqual((self.pipe.stream, self.outbox.size), (b"message9999", 0))
+        self.outbox.write_pongs([b"next"], self.clock)
+        self.assertEqual(self.pipe.stream, b"message9999next")
+
+    def test_the_pong_has_to_wait_itself(self) -> None:
+        self.pipe.room = 0
+        self.outbox.write([b"message"], self.clock)
+        self.outbox.write_pongs([b"pong"], self.clock)
+        self.pipe.room = len(b"messagepo")
+        self.outbox.flush(self.clock)
+        self.assertEqual((self.pipe.stream, self.outbox.size), (b"messagepo", 2))
+        self.flush_all()
+        self.assertEqual(self.pipe.stream, b"messagepong")
+
+
 class End(OutboxTestCase):
     """The own side of the connection is ended behind the last byte."""
 
@@ -300,8 +330,10 @@ class End(OutboxTestCase):
         self.assertEqual((self.pipe.stream, self.pipe.ends), (b"bye", [socket.SHUT_WR]))
 
     def test_behind_what_waits(self) -> None:
+        """And no Pong after the Close (5.5.1)."""
         self.pipe.room = 0
         self.outbox.write([b"message"], self.clock)
+        self.outbox.write_pongs([b"pong"], self.clock)
         self.outbox.write([b"close"], self.clock)
         self.outbox.end(self.clock)
         self.pipe.room = 8
