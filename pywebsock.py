@@ -584,7 +584,7 @@ class Outgoing:
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
 MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
-HEAD_END = re.compile(rb"\r?\n\r?\n|\A[^A-Za-z]")  # however wrong: even a first byte with which no head begins
+HEAD_END = re.compile(rb"\n\r?\n")  # of any head; a good one ends in CR LF CR LF
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
@@ -623,7 +623,7 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
         seen = max(0, len(data) - 3)
         data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
         end = HEAD_END.search(data, seen)
-        if end or len(data) > MAX_HEAD:
+        if end or len(data) > MAX_HEAD or (data and not data[:1].isalpha()):  # TLS on a plain port, say
             break
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
