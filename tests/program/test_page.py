@@ -154,7 +154,7 @@ class History(PageTestCase):
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
         """These are sent while a tab has no connection; then it is back. The last must be a new one."""
-        tab.run("drop('moved'); clearTimeout(timer)")
+        tab.run("drop('moved'); retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:
                 program.send(message)
@@ -197,7 +197,7 @@ class History(PageTestCase):
         with Client(server.port) as program:
             while program.read() != "third":
                 pass
-        tab.run("drop('moved'); clearTimeout(timer)")
+        tab.run("drop('moved'); retryAt = Infinity")
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"] * 2)
         tab.run("connect()")
         tab.wait_for_messages(3)
@@ -309,7 +309,7 @@ class Outbox(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("before")
         tab.wait_for_messages(1)
-        tab.run("submit(new ArrayBuffer(40e6), 'waiting', STATES.waiting, 'film.mp4')")
+        tab.run("submit(new ArrayBuffer(40e6), WAITING, 'film.mp4')")
         self.wait(lambda: tab.outbox_states() == ["not delivered: message too big"], "refused")
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
@@ -364,7 +364,7 @@ class Outbox(PageTestCase):
         self.assertFalse(tab.run(asks))
         tab.run("submit('small')")
         self.assertFalse(tab.run(asks))
-        tab.run("submit(new ArrayBuffer(5), 'waiting', STATES.waiting, 'a file')")
+        tab.run("submit(new ArrayBuffer(5), WAITING, 'a file')")
         self.assertTrue(tab.run(asks))
         tab.run("discard(pending[1])")
 
