@@ -309,7 +309,7 @@ class Outbox(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("before")
         tab.wait_for_messages(1)
-        tab.run("submit(new ArrayBuffer(40e6), WAITING, 'film.mp4')")
+        tab.run("submit(new Uint8Array(40e6), WAITING, 'film.mp4')")
         self.wait(lambda: tab.outbox_states() == ["not delivered: message too big"], "refused")
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
@@ -364,7 +364,7 @@ class Outbox(PageTestCase):
         self.assertFalse(tab.run(asks))
         tab.run("submit('small')")
         self.assertFalse(tab.run(asks))
-        tab.run("submit(new ArrayBuffer(5), WAITING, 'a file')")
+        tab.run("submit(new Uint8Array(5), WAITING, 'a file')")
         self.assertTrue(tab.run(asks))
         tab.run("discard(pending[1])")
 

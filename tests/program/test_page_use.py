@@ -154,8 +154,7 @@ class Reading(PageTestCase):
             for _ in range(250):
                 program.read()
         self.wait(lambda: tab.messages()[-1] == "new 249", "the last message")
-        self.assertTrue(tab.shows("#removed") or tab.run("return !removed.hidden"))
-        self.assertGreater(tab.run("return dropped"), 200)
+        self.assertGreater(int(tab.messages()[0].split()[1]), 100, "old ones have gone")
         self.assertLess(abs(tab.run(where) - before), 2, text)
 
     def test_a_huge_text_is_saved_and_a_long_one_shown(self) -> None:
@@ -207,7 +206,7 @@ class Sharing(PageTestCase):
         expected = ["pdf, 12 bytes", "png, 17 bytes", "binary, 76,800 bytes", "binary, 0 bytes"]
         self.assertEqual(self.tab.messages(".mine"), expected)
         self.assertEqual(self.tab.run("return Array.from(arguments[0], k => kindOf(Uint8Array.from(k, c => "
-            "c.charCodeAt(0)).buffer) ?? 'bin').join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
+            "c.charCodeAt(0))) ?? 'bin').join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
             "jpg,gif,zip,bin,webp")  # fmt: skip
 
     def test_files_wait_for_the_connection_like_text(self) -> None:
@@ -428,7 +427,7 @@ class Accessibility(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("mine")
         tab.wait_for_messages(1)
-        for selector in "#log .text", "#send":
+        for selector in "#log .text", "#composer .filled":
             style = tab.run(f"const s = getComputedStyle(document.querySelector('{selector}'));"
                             "return s.borderTopWidth + s.borderTopStyle + s.borderLeftWidth")  # fmt: skip
             self.assertEqual(style, "1pxsolid1px", selector)
