@@ -154,7 +154,7 @@ class History(PageTestCase):
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
         """These are sent while a tab has no connection; then it is back. The last must be a new one."""
-        tab.run("drop('moved'); retryAt = Infinity")
+        tab.run("if (socket) drop('moved'); retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:
                 program.send(message)
@@ -186,6 +186,19 @@ class History(PageTestCase):
         tab.wait_for_messages(3)
         self.assertEqual(tab.messages(), ["mine", "b", "end"])
         self.assertIn("may be missing", tab.notes()[-1])
+
+    def test_a_new_server_may_have_the_same_text(self) -> None:
+        """It is a new message, although what was known ended with it."""
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        tab.send("hello?")
+        tab.wait_for_messages(1)
+        server.stop()
+        tab.wait_for_state("offline")
+        tab.run("retryAt = Infinity")
+        self.away(tab, self.serve("--history", "50", port=server.port), "hello?")
+        tab.wait_for_messages(2)
+        self.assertEqual(tab.messages(), ["hello?", "hello?"])
 
     def test_messages_that_were_not_confirmed_turn_up_in_it(self) -> None:
         server = self.serve("--history", "50")
@@ -333,6 +346,17 @@ class Outbox(PageTestCase):
         server.stop()
         tab.wait_for_state("offline")
         self.assertEqual(tab.outbox(), [])
+
+    def test_the_same_text_again(self) -> None:
+        """An echo is that of what has just been sent, not of what was lost: that stays in doubt."""
+        tab = self.open(self.from_disk(self.serve()))
+        tab.run("socket.onmessage = null; submit('ok'); drop('moved'); retryAt = 0")
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
+        tab.wait_for_state("connected")
+        tab.send("ok")
+        tab.wait_for_messages(1)
+        self.assertEqual(tab.messages(".mine"), ["ok"])
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
 
     def test_goodbye_without_an_echo(self) -> None:
         """A server that says goodbye has passed on nothing that has not come back: it is sent again by itself."""
