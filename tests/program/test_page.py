@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import pathlib
+import random
 import re
 import socket
 import sys
@@ -419,6 +420,37 @@ class Engines(PageTestCase):
             self.assertEqual(sorted(tab.messages()), expected)
         orders = {tuple(text for text in tab.messages()) for tab in tabs}
         self.assertEqual(len(orders), 1, "the same order for all")
+
+    def test_cut_at_random(self) -> None:
+        """Cuts, reloads, a server that stands still: each message is everywhere, once, in one order."""
+        server = self.serve("--history", "200")
+        page = self.hasty(NO_ECHO=1500)
+        tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
+        scripts = {"drop": "if (socket) drop('moved')", "connect": "connect()", "close": "socket?.close()"}
+        chance = random.Random(6455)
+        sent: list[str] = []
+        for number in range(100):
+            which = chance.randrange(len(tabs))
+            tab = tabs[which]
+            action = chance.choices(["send", "drop", "connect", "close", "reload", "pause"], [65, 15, 5, 5, 4, 2])[0]
+            if action in scripts:
+                tab.run(scripts[action])
+            elif action == "reload":
+                tab.reload()
+            else:
+                sent.append(f"{number} from {which}")
+                with paused(server.pid) if action == "pause" else contextlib.nullcontext():
+                    tab.run("submit(arguments[0])", sent[-1])
+                    if action == "pause":
+                        tab.wait_for_state("offline")
+        for tab in tabs:
+            tab.run("connect()")
+            tab.wait_for_messages(len(sent), RECONNECTION)
+        for which, tab in enumerate(tabs):
+            self.assertEqual(tab.outbox(), [])
+            self.assertEqual(sorted(tab.messages()), sorted(sent))
+            self.assertEqual(tab.messages(".mine"), [text for text in tab.messages() if text.endswith(f"from {which}")])
+            self.assertEqual(tab.messages(), tabs[0].messages())
 
 
 class Screenshot(unittest.TestCase):
