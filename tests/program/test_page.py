@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import pathlib
+import random
 import re
 import socket
 import sys
@@ -154,7 +155,7 @@ class History(PageTestCase):
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
         """These are sent while a tab has no connection; then it is back. The last must be a new one."""
-        tab.run("drop('moved'); clearTimeout(timer)")
+        tab.run("if (socket) drop('moved'); retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:
                 program.send(message)
@@ -187,6 +188,19 @@ class History(PageTestCase):
         self.assertEqual(tab.messages(), ["mine", "b", "end"])
         self.assertIn("may be missing", tab.notes()[-1])
 
+    def test_a_new_server_may_have_the_same_text(self) -> None:
+        """It is a new message, although what was known ended with it."""
+        server = self.serve("--history", "50")
+        tab = self.open(self.from_disk(server))
+        tab.send("hello?")
+        tab.wait_for_messages(1)
+        server.stop()
+        tab.wait_for_state("offline")
+        tab.run("retryAt = Infinity")
+        self.away(tab, self.serve("--history", "50", port=server.port), "hello?")
+        tab.wait_for_messages(2)
+        self.assertEqual(tab.messages(), ["hello?", "hello?"])
+
     def test_messages_that_were_not_confirmed_turn_up_in_it(self) -> None:
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server))
@@ -197,7 +211,7 @@ class History(PageTestCase):
         with Client(server.port) as program:
             while program.read() != "third":
                 pass
-        tab.run("drop('moved'); clearTimeout(timer)")
+        tab.run("drop('moved'); retryAt = Infinity")
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"] * 2)
         tab.run("connect()")
         tab.wait_for_messages(3)
@@ -309,7 +323,7 @@ class Outbox(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("before")
         tab.wait_for_messages(1)
-        tab.run("submit(new ArrayBuffer(40e6), 'waiting', STATES.waiting, 'film.mp4')")
+        tab.run("submit(new Uint8Array(40e6), WAITING, 'film.mp4')")
         self.wait(lambda: tab.outbox_states() == ["not delivered: message too big"], "refused")
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
@@ -333,6 +347,17 @@ class Outbox(PageTestCase):
         server.stop()
         tab.wait_for_state("offline")
         self.assertEqual(tab.outbox(), [])
+
+    def test_the_same_text_again(self) -> None:
+        """An echo is that of what has just been sent, not of what was lost: that stays in doubt."""
+        tab = self.open(self.from_disk(self.serve()))
+        tab.run("socket.onmessage = null; submit('ok'); drop('moved'); retryAt = 0")
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
+        tab.wait_for_state("connected")
+        tab.send("ok")
+        tab.wait_for_messages(1)
+        self.assertEqual(tab.messages(".mine"), ["ok"])
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
 
     def test_goodbye_without_an_echo(self) -> None:
         """A server that says goodbye has passed on nothing that has not come back: it is sent again by itself."""
@@ -364,7 +389,7 @@ class Outbox(PageTestCase):
         self.assertFalse(tab.run(asks))
         tab.run("submit('small')")
         self.assertFalse(tab.run(asks))
-        tab.run("submit(new ArrayBuffer(5), 'waiting', STATES.waiting, 'a file')")
+        tab.run("submit(new Uint8Array(5), WAITING, 'a file')")
         self.assertTrue(tab.run(asks))
         tab.run("discard(pending[1])")
 
@@ -395,6 +420,37 @@ class Engines(PageTestCase):
             self.assertEqual(sorted(tab.messages()), expected)
         orders = {tuple(text for text in tab.messages()) for tab in tabs}
         self.assertEqual(len(orders), 1, "the same order for all")
+
+    def test_cut_at_random(self) -> None:
+        """Cuts, reloads, a server that stands still: each message is everywhere, once, in one order."""
+        server = self.serve("--history", "200")
+        page = self.hasty(NO_ECHO=1500)
+        tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
+        scripts = {"drop": "if (socket) drop('moved')", "connect": "connect()", "close": "socket?.close()"}
+        chance = random.Random(6455)
+        sent: list[str] = []
+        for number in range(100):
+            which = chance.randrange(len(tabs))
+            tab = tabs[which]
+            action = chance.choices(["send", "drop", "connect", "close", "reload", "pause"], [65, 15, 5, 5, 4, 2])[0]
+            if action in scripts:
+                tab.run(scripts[action])
+            elif action == "reload":
+                tab.reload()
+            else:
+                sent.append(f"{number} from {which}")
+                with paused(server.pid) if action == "pause" else contextlib.nullcontext():
+                    tab.run("submit(arguments[0])", sent[-1])
+                    if action == "pause":
+                        tab.wait_for_state("offline")
+        for tab in tabs:
+            tab.run("connect()")
+            tab.wait_for_messages(len(sent), RECONNECTION)
+        for which, tab in enumerate(tabs):
+            self.assertEqual(tab.outbox(), [])
+            self.assertEqual(sorted(tab.messages()), sorted(sent))
+            self.assertEqual(tab.messages(".mine"), [text for text in tab.messages() if text.endswith(f"from {which}")])
+            self.assertEqual(tab.messages(), tabs[0].messages())
 
 
 class Screenshot(unittest.TestCase):

@@ -154,8 +154,7 @@ class Reading(PageTestCase):
             for _ in range(250):
                 program.read()
         self.wait(lambda: tab.messages()[-1] == "new 249", "the last message")
-        self.assertTrue(tab.shows("#removed") or tab.run("return !removed.hidden"))
-        self.assertGreater(tab.run("return dropped"), 200)
+        self.assertGreater(int(tab.messages()[0].split()[1]), 100, "old ones have gone")
         self.assertLess(abs(tab.run(where) - before), 2, text)
 
     def test_a_huge_text_is_saved_and_a_long_one_shown(self) -> None:
@@ -164,7 +163,7 @@ class Reading(PageTestCase):
         with Client(server.port) as program:
             program.send("long " * 10_000)
             tab.wait_for_messages(1)
-            tab.click("#log button")
+            tab.click("#log summary")
             self.wait(lambda: len(tab.messages()[0]) == 50_000, "the whole text")
             program.send("x" * 16_000_000)
             tab.wait_for_messages(2)
@@ -207,7 +206,7 @@ class Sharing(PageTestCase):
         expected = ["pdf, 12 bytes", "png, 17 bytes", "binary, 76,800 bytes", "binary, 0 bytes"]
         self.assertEqual(self.tab.messages(".mine"), expected)
         self.assertEqual(self.tab.run("return Array.from(arguments[0], k => kindOf(Uint8Array.from(k, c => "
-            "c.charCodeAt(0)).buffer)[0]).join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
+            "c.charCodeAt(0))) ?? 'bin').join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
             "jpg,gif,zip,bin,webp")  # fmt: skip
 
     def test_files_wait_for_the_connection_like_text(self) -> None:
@@ -376,9 +375,7 @@ class Accessibility(PageTestCase):
         self.assert_accessible(tab, "in use")
         server.stop()
         tab.wait_for_state("offline")
-        tab.run(
-            "submit('lost', 'unconfirmed'); submit('x', 'refused', 'not delivered: message too big'); submit('waits')"
-        )
+        tab.run("submit('lost', UNCONFIRMED); submit('x', 'not delivered: message too big'); submit('waits')")
         self.assert_accessible(tab, "offline")
 
     def test_axe(self) -> None:
@@ -413,12 +410,12 @@ class Accessibility(PageTestCase):
         for coarse, expected in ((False, "draft"), (True, "scroller")):
             tab.run("window.matchMedia = query => ({ matches: arguments[0] && query === '(pointer: coarse)' })".replace(
                 "arguments[0]", str(coarse).lower()))  # fmt: skip
-            tab.run("drop('moved'); clearTimeout(timer); retry.focus()")
+            tab.run("drop('moved'); retryAt = Infinity; retry.focus()")
             self.assertEqual(tab.run(focus), "retry")
             tab.run("retry.click()")
             self.assertEqual(tab.run(focus), expected)
             tab.wait_for_state("connected")
-            tab.run("submit('x', 'refused'); outbox.querySelector('button:last-child').focus();"
+            tab.run("submit('x', 'not delivered: message too big'); outbox.querySelector('button:last-child').focus();"
                     "outbox.querySelector('button:last-child').click()")  # fmt: skip
             self.assertEqual(tab.run(focus), expected)
 
@@ -428,7 +425,7 @@ class Accessibility(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("mine")
         tab.wait_for_messages(1)
-        for selector in "#log .text", "#send":
+        for selector in "#log .text", "#composer .filled":
             style = tab.run(f"const s = getComputedStyle(document.querySelector('{selector}'));"
                             "return s.borderTopWidth + s.borderTopStyle + s.borderLeftWidth")  # fmt: skip
             self.assertEqual(style, "1pxsolid1px", selector)
