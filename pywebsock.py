@@ -1538,12 +1538,13 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             code, reason, last = self._be_client()
         finally:
             server._free_seat(self)
+        reason = self._lost or reason
         self._answer_pings()
         with contextlib.nullcontext() if last else server._exit:  # with a Close to send, it would be kept for longer
             server._perform(server._room.close, self, last, bool(last))
-            log.info("%s left: %s", self.address, f"{code} {printable(self._lost or reason)}".rstrip())
+            log.info("%s left: %s", self.address, f"{code} {printable(reason)}".rstrip())
         try:
-            server.on_close(self, code, self._lost or reason)
+            server.on_close(self, code, reason)
         except BaseException:
             log.exception("%s: an error in on_close", self.address)
         server._turn.run()
