@@ -37,6 +37,10 @@ with Chat(("127.0.0.1", 0), history=50) as server:
     server.serve_forever()
 """
 
+OTHERS = CHAT.replace("self.broadcast(f", "self.broadcast(to=self.clients - {{client}}, message=f").replace(
+    'client.send("welcome")', "pass"
+)
+
 
 class Nobody:
     """No server: a port that nobody listens on."""
@@ -347,6 +351,19 @@ class Outbox(PageTestCase):
         server.stop()
         tab.wait_for_state("offline")
         self.assertEqual(tab.outbox(), [])
+
+    def test_a_server_that_echoes_nothing(self) -> None:
+        """That it never answers a sender is noticed once, and not with every message."""
+        server = Process(program=[sys.executable, "-c", OTHERS.format(root=str(ROOT))])
+        self.addCleanup(server.stop)
+        tab = self.open(self.from_disk(server))
+        late = "submit('one'); pending[pending.length - 1].sentAt -= 60e3; heardAt -= 60e3; tick(); return state"
+        self.assertEqual(tab.run(late), "offline")
+        tab.wait_for_state("connected", RECONNECTION)
+        self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
+        for _ in range(3):
+            self.assertEqual(tab.run(late), "connected")
+        self.assertEqual(len(tab.outbox()), 1)
 
     def test_the_same_text_again(self) -> None:
         """An echo is that of what has just been sent, not of what was lost: that stays in doubt."""
