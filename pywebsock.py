@@ -2881,8 +2881,9 @@ class RedisLink:
         """Redis refuses an entry; which message it is, shows when each is alone. Raises what is no such error."""
         if not str(error).startswith(REFUSALS):
             raise error
-        self._alone = max(batch)
-        if len(batch) == 1:
+        if len(batch) > 1:
+            self._alone = max(batch)
+        else:
             self._forget(batch)
             if not self._refused:
                 warn("Redis refuses messages, which are lost: %s", printable(str(error)))
