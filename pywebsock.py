@@ -2600,6 +2600,7 @@ MESSAGE_COST = 4096  # bytes that a message counts for besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
+MEND_TIME = 60_000  # milliseconds by which a lost end is passed: some servers may have read more of it than others
 REFUSALS = ("OOM ", "ERR ")  # there is no memory for an entry, or it is too long for this Redis
 PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 Deliver = Callable[["list[Outgoing]"], object]
@@ -2608,11 +2609,6 @@ Deliver = Callable[["list[Outgoing]"], object]
 def total_cost(messages: Iterable[Field | Outgoing]) -> int:
     """What messages count for, in bytes: an empty one costs something, too."""
     return sum([len(message.payload) + MESSAGE_COST for message in messages])
-
-
-def fitting(count: int, messages: Iterable[Field | Outgoing]) -> int:
-    """How many of these cost RUN_SIZE: so many entries with these messages, or the messages themselves."""
-    return max(1, RUN_SIZE * count // total_cost(messages))
 
 
 def warn(*line: Any) -> None:
@@ -2700,7 +2696,7 @@ class RedisStream:
         fields = [field for entry in entries for field in parse_entry(*entry)]
         self.behind = len(entries) == self._count
         if entries:
-            self.last, self._count = entries[-1][0], max(2, fitting(len(entries), fields))
+            self.last, self._count = entries[-1][0], max(2, QUEUE_SIZE * len(entries) // total_cost(fields))
         return fields
 
     def _begin(self, connection: RedisConnection) -> list[Field]:
@@ -2717,7 +2713,7 @@ class RedisStream:
             size += sum(map(len, words))
             entries = connection.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", 1)
         self.last = last
-        return found[-self._history :] if self._history else []
+        return found[-self._history :]
 
 
 class RedisLink:
@@ -2850,21 +2846,21 @@ class RedisLink:
         with self._news:
             if not self._news.wait_for(self._may_write, WAIT_TIME):
                 return
-            count = fitting(len(self._outbox), self._outbox.values()) if min(self._outbox) > self._alone else 1
+            count = max(1, RUN_SIZE * len(self._outbox) // self._cost) if min(self._outbox) > self._alone else 1
             batch = dict(itertools.islice(self._outbox.items(), count))
         fields: list[bytes] = []
         for number, message in batch.items():
             kind = b"text" if message.opcode == TEXT else b"binary"
             fields += b"%b:%d:%b" % (self._name, number, kind), message.payload
-        last = self._stream.last
+        add, last = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH), parse_id(self._stream.last)
         try:
-            entry = connection.call("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", *fields)
+            entry = connection.call(*add, "*", *fields)
         except RedisError as error:
             self._refuse(connection, batch, error)
             return
-        if parse_id(entry) <= parse_id(last):  # then nobody will read it
-            self._mend(connection, last)
-            return
+        if parse_id(entry) <= last:  # where nobody looks any more
+            warn("Redis has lost the end of the stream")
+            connection.call(*add, b"%d-0" % ((last >> 64) + MEND_TIME), *fields)
         if self._refused:
             warn("Redis accepts messages again, %d are lost", self._refused)
             self._refused = 0
@@ -2890,13 +2886,6 @@ class RedisLink:
             self._refused += 1
         if str(error).startswith("OOM "):  # it may be this very stream that fills the memory
             self._shorten(connection, always=True)
-
-    def _mend(self, connection: RedisConnection, last: bytes) -> None:
-        """Redis has lost the end of the stream, and its clock went back: go on with ids that all are waiting for."""
-        warn("Redis has lost the end of the stream")
-        later = b"%d-0" % ((parse_id(last) >> 64) + 60_000)  # some may have read a little more
-        with contextlib.suppress(RedisError):  # another server was faster
-            connection.call("XADD", self._address.stream, later, self._name + b":0:go", b"")
 
     def _shorten(self, connection: RedisConnection, always: bool = False) -> None:
         """Trim the stream to half of its entries where it has too many bytes, or always.
