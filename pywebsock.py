@@ -2488,6 +2488,8 @@ def plural(number: int, noun: str) -> str:
 # stream. Whoever reads about one server can stop here.
 # ======================================================================================
 
+# ---- what is said to Redis and what it answers: pure ----
+
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
 MAX_DEPTH = 5  # arrays in arrays
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
@@ -2583,19 +2585,23 @@ def parse_id(entry: bytes) -> int:
 # every server passes over the numbers that it has seen. So nothing is lost and nothing
 # comes twice, other than what Redis loses when some have read it and others have not.
 #
-# Messages that are written together are one entry, and so all of them are there or none,
-# which keeps their order. An answer such as OOM refuses the entry. Then its messages are
+# Messages that are written together are one entry. All of them are there or none is, and
+# that keeps their order. An answer such as OOM refuses the entry. Then its messages are
 # written one by one, and what is refused alone is lost, alone. An answer such as READONLY
 # is about Redis itself: that is as good as away, and nothing is lost.
 #
-# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN) and STREAM_SIZE bytes: after
-# each writing a server asks how many there are (MEMORY USAGE), and trims.
+# A new entry has a higher id than all that were read. If not, Redis has lost the end of
+# the stream and its clock has gone back. Other servers would not read such an entry. So
+# it is written again, with an id that is higher than any of them can have read.
 #
-# A server that cannot keep up with the others adds a field of the kind "wait", since they
-# would trim what it has not read, and in the end "go".
+# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN). After each writing a server
+# asks how many bytes they have (MEMORY USAGE): above STREAM_SIZE, the older half goes.
+#
+# A server that cannot keep up with the others would lose what they trim. Whenever it reads
+# and there is more to read, it adds a "wait" for them, and in the end a "go".
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps, about; at least eight of the longest messages
+STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps at most, about; at least eight of the longest messages
 MESSAGE_COST = 4096  # bytes that a message counts for besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
@@ -2627,8 +2633,8 @@ class RedisConnection:
             if address.tls:
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
             self._replies = self.socket.makefile("rb")
-            login = ("AUTH", address.user or "default", address.password) if address.user or address.password else ()
-            greeting = self.call("HELLO", 2, *login)
+            login = ("AUTH", address.user or "default", address.password)
+            greeting = self.call("HELLO", 2, *(login if address.user or address.password else ()))
             if not isinstance(greeting, list) or b"server" not in greeting:
                 raise RedisError(NOT_REDIS)
             if address.database:
@@ -2655,13 +2661,13 @@ class RedisConnection:
 
 
 class RedisStream:
-    """The stream as a server reads it: each message once. It belongs to the thread that reads.
+    """The stream as a server reads it: each message once. All is owned by the thread that reads.
 
-    For the thread that writes to look at:
+    The thread that writes looks at these:
 
     - last: the id of the last entry read; empty, as long as it is not known where to begin
     - behind: whether there is more to read at once
-    - hold_until: since another server is behind (time.monotonic)
+    - hold_until: the time up to which nobody should write, since another server is behind (time.monotonic)
     """
 
     def __init__(self, key: str, name: bytes, history: int, history_size: int) -> None:
@@ -2684,8 +2690,9 @@ class RedisStream:
                 missed += number - seen - 1 if seen and server else 0
         with contextlib.suppress(OSError):  # what was read is not lost for it; the next reading will tell
             if self.behind or behind:
-                connection.call("XADD", self._key, "*", self._name + (b":0:wait" if self.behind else b":0:go"), b"")
-            if missed and not connection.call("XREVRANGE", self._key, last, "-", "COUNT", 1):
+                kind = b"wait" if self.behind else b"go"
+                connection.call("XADD", self._key, "*", b"%b:0:%b" % (self._name, kind), b"")
+            if missed and last and not connection.call("XREVRANGE", self._key, last, "-", "COUNT", 1):
                 warn("missed %d messages that Redis has no longer", missed)  # which were not only refused
         return messages
 
@@ -2700,9 +2707,9 @@ class RedisStream:
         return fields
 
     def _begin(self, connection: RedisConnection) -> list[Field]:
-        """Find the end, by way of the history: as many messages as are wanted, with only a little more bytes.
+        """Find the end, and the history: as many messages as are wanted, or only a little more bytes.
 
-        They are read from the end, one entry at a time, and never in one huge reply.
+        It is read from the end, one entry at a time: never in one huge reply.
         """
         found: list[Field] = []
         entries = connection.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
@@ -2730,11 +2737,12 @@ class RedisLink:
         """
         self._address, self._deliver = parse_redis_url(url), deliver
         self._name = os.urandom(8).hex().encode()  # of this server, in the names of its messages
-        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
-        self._stream = RedisStream(self._address.stream, self._name, history, history_size)  # the reader's
+        works = self._write, self._read
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
+        self._stream = RedisStream(self._address.stream, self._name, history, history_size)
         self._size = max(STREAM_SIZE, 8 * max_message)  # bytes that the stream may have
-        self._alone = 0  # messages up to this number are written one by one; the writer's
-        self._refused = 0  # messages since Redis took one; the writer's
+        self._alone = 0  # messages up to this number are written one by one (the writer's)
+        self._refused = 0  # messages since Redis took one (the writer's)
 
         lock = threading.RLock()  # guards what follows; whoever has it waits for nothing else
         self._news = threading.Condition(lock)  # notified when that changes
@@ -2760,7 +2768,6 @@ class RedisLink:
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
 
     def put(self, message: Outgoing) -> None:
@@ -2779,9 +2786,10 @@ class RedisLink:
         """
         if threading.current_thread() in self._threads:
             return True  # it makes the room
+        hurried = timeout is not None
         with self._space:
-            self._space.wait_for(lambda: self._cost <= QUEUE_SIZE or (timeout is not None and self.away), timeout)
-            return self._cost <= QUEUE_SIZE and not (timeout is not None and self.away)
+            self._space.wait_for(lambda: self._cost <= QUEUE_SIZE or (hurried and self.away), timeout)
+            return self._cost <= QUEUE_SIZE and not (hurried and self.away)
 
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end. The threads follow in LISTEN_TIME."""
@@ -2846,7 +2854,8 @@ class RedisLink:
         with self._news:
             if not self._news.wait_for(self._may_write, WAIT_TIME):
                 return
-            count = max(1, RUN_SIZE * len(self._outbox) // self._cost) if min(self._outbox) > self._alone else 1
+            alone = min(self._outbox) <= self._alone
+            count = 1 if alone else max(1, RUN_SIZE * len(self._outbox) // self._cost)
             batch = dict(itertools.islice(self._outbox.items(), count))
         fields: list[bytes] = []
         for number, message in batch.items():
@@ -2874,7 +2883,7 @@ class RedisLink:
         return bool(self._outbox and stream.last and not stream.behind and time.monotonic() >= stream.hold_until)
 
     def _refuse(self, connection: RedisConnection, batch: dict[int, Outgoing], error: RedisError) -> None:
-        """Redis refuses an entry; which message it is, shows when each is alone. Raises what is no such error."""
+        """Redis refuses an entry. Which message it means, each of them alone will show. Raises any other error."""
         if not str(error).startswith(REFUSALS):
             raise error
         if len(batch) > 1:
