@@ -2595,7 +2595,7 @@ def parse_id(entry: bytes) -> int:
 # it is written again, with an id that is higher than any of them can have read.
 #
 # The stream keeps about STREAM_LENGTH entries (XADD MAXLEN). After each writing a server
-# asks how many bytes they have (MEMORY USAGE): above STREAM_SIZE, the older half goes.
+# asks how many bytes they have (MEMORY USAGE). Above STREAM_SIZE, the older half goes.
 #
 # A server that cannot keep up with the others would lose what they trim. Whenever it reads
 # and there is more to read, it adds a "wait" for them, and in the end a "go".
@@ -2897,13 +2897,15 @@ class RedisLink:
             self._shorten(connection, always=True)
 
     def _shorten(self, connection: RedisConnection, always: bool = False) -> None:
-        """Trim the stream to half of its entries where it has too many bytes, or always.
+        """Trim the stream to half of its entries while it has too many bytes, or at least once.
 
         The length is asked for first: servers that do so at the same time come to the same half.
         """
         length = connection.call("XLEN", self._address.stream)
         if always or (connection.call("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0) or 0) > self._size:
             connection.call("XTRIM", self._address.stream, "MAXLEN", 1 + length // 2)
+            if length > 2:
+                self._shorten(connection)
 
 
 # ======================================================================================
