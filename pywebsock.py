@@ -2749,7 +2749,7 @@ class RedisLink:
         self._space = threading.Condition(lock)  # notified when senders should look again
         self._outbox: dict[int, Outgoing] = {}  # messages that have not come back, by number
         self._cost = 0  # of these together
-        self._number = 0  # of the last message put in
+        self._numbers = itertools.count(1)  # for the next messages
         self._failing: set[object] = set()  # what failed at the last attempt over a new connection: reading, writing
         self.away = False  # Redis does not answer, or not as it should
         self._stopped = False
@@ -2774,8 +2774,7 @@ class RedisLink:
         """Send a message on its way. Never waits: that is what wait_for_room() is for."""
         with self._news:
             if not self._stopped:
-                self._number += 1
-                self._outbox[self._number] = message
+                self._outbox[next(self._numbers)] = message
                 self._cost += total_cost([message])
                 self._news.notify_all()
 
@@ -2794,7 +2793,7 @@ class RedisLink:
     def stop(self, seconds: float) -> None:
         """Wait until what was put in has come back, for so long at most, and end. The threads follow in LISTEN_TIME."""
         with self._news:
-            last = self._number
+            last = max(self._outbox, default=0)
             self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, seconds)
             missing = sum([number <= last for number in self._outbox])
             self._stopped = True
@@ -2875,7 +2874,7 @@ class RedisLink:
             self._refused = 0
         self._shorten(connection)
         with self._news:  # what does not come back is lost, and written again
-            self._news.wait_for(lambda: max(batch) not in self._outbox, 2 * LISTEN_TIME)
+            self._news.wait_for(lambda: number not in self._outbox, 2 * LISTEN_TIME)
 
     def _may_write(self) -> bool:
         """Whether there is something to write that all servers can read before it is trimmed."""
