@@ -214,7 +214,7 @@ class FaultTest(RedisTestCase):
                 self.assertEqual([client.read() for client in clients], [f"after {cut}"] * 2)
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
-        self.assertGreaterEqual(len(self.names()), 4 * count // 3 + 6)  # some are there twice
+        self.assertGreaterEqual(len(self.names()), 4 * count // 3)  # some may be there twice
 
     def test_a_server_is_killed(self) -> None:
         servers = [self.process(), self.process(), self.process()]
