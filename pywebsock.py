@@ -2675,7 +2675,7 @@ class RedisStream:
         self.last, self.behind, self.hold_until = b"", False, 0.0
         self.seen: dict[bytes, int] = {}  # the number of the last message read of each server
         self._key, self._name, self._history, self._history_size = key, name, history, history_size
-        self._count = 64  # entries to ask for
+        self._count = 8  # entries to ask for
 
     def read(self, connection: RedisConnection) -> list[Outgoing]:
         """What was added, or at first the history; nothing where nothing comes in LISTEN_TIME. Raises OSError."""
@@ -2703,7 +2703,8 @@ class RedisStream:
         fields = [field for entry in entries for field in parse_entry(*entry)]
         self.behind = len(entries) == self._count
         if entries:
-            self.last, self._count = entries[-1][0], max(2, QUEUE_SIZE * len(entries) // total_cost(fields))
+            fitting = QUEUE_SIZE * len(entries) // total_cost(fields)  # but the next ones may be larger:
+            self.last, self._count = entries[-1][0], max(2, min(8 + len(entries), fitting))
         return fields
 
     def _begin(self, connection: RedisConnection) -> list[Field]:

@@ -138,7 +138,7 @@ class RoomTest(RedisTestCase):
 
     def test_a_server_slower_than_the_others(self) -> None:
         """It asks them to wait, lest what it has not read be trimmed."""
-        with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 20):
+        with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
             servers = [self.serve(redis=self.url) for _ in range(2)]
             link = servers[1]._link
             assert link
