@@ -105,7 +105,6 @@ import math
 import operator
 import os
 import pathlib
-import queue
 import re
 import select
 import selectors
@@ -2365,12 +2364,12 @@ def plural(number: int, noun: str) -> str:
 # stream. Whoever reads about one server can stop here.
 # ======================================================================================
 
-MAX_BULK, MAX_DEPTH = 512 * 1024 * 1024, 5  # bytes of a string, or replies in an array; arrays in arrays
-REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|[:$*][+-]?[0-9]{1,19}\r\n")
-ENTRY_ID = re.compile(b"([0-9]{1,20})-([0-9]{1,20})")
-ENTRY_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-NOT_REDIS = "what answers is not Redis"
-PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
+# ---- what is said to Redis and what it answers: pure ----
+
+REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
+MAX_DEPTH = 5  # arrays in arrays
+FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
+NOT_REDIS, CUT = "what answers is not Redis", "Redis closed the connection"
 
 
 class RedisError(OSError):
@@ -2389,12 +2388,11 @@ class RedisAddress(NamedTuple):
     stream: str
 
 
-class Entry(NamedTuple):
-    """An entry of the stream: its one field has the name server:number:kind. What anybody else adds is text."""
+class Field(NamedTuple):
+    """A message in an entry of the stream, which has a field for each. Its name is server:number:kind."""
 
-    id: bytes
-    server: bytes  # that has written it; empty for anybody else
-    number: int  # of the message, among those of the server
+    server: bytes  # that has written it; empty for anybody else, whose first field is text
+    number: int  # of the message; of one server, it only goes up
     kind: bytes  # text, binary, wait, go
     payload: bytes
 
@@ -2422,55 +2420,38 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
     """The next reply: bytes, int, None, a RedisError, or a list of them. Raises OSError."""
     line = file.readline(MAX_LINE)
     kind, text = line[:1], line[1:-2]
-    if not REPLY_LINE.fullmatch(line):
+    if depth > MAX_DEPTH or not REPLY_LINE.fullmatch(line):
         cut = kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n")
-        raise ConnectionError("Redis closed the connection") if cut else RedisError(NOT_REDIS)
+        raise ConnectionError(CUT) if cut else RedisError(NOT_REDIS)
     if kind in b"+-":
         return text if kind == b"+" else RedisError(text.decode(errors="replace"))
     number = int(text)
     if kind == b":":
         return number
-    if number > MAX_BULK or depth > MAX_DEPTH:
-        raise RedisError(NOT_REDIS)
     if number < 0:
         return None
     if kind == b"*":
         return [parse_reply(file, depth + 1) for _ in range(number)]
     bulk = file.read(number + 2)
-    if not bulk.endswith(b"\r\n") or len(bulk) < number + 2:
-        raise ConnectionError("Redis closed the connection") if len(bulk) < number + 2 else RedisError(NOT_REDIS)
+    if len(bulk) < number + 2 or not bulk.endswith(b"\r\n"):
+        raise ConnectionError(CUT) if len(bulk) < number + 2 else RedisError(NOT_REDIS)
     return bulk[:-2]
 
 
-def parse_entries(reply: Any) -> list[Entry]:
-    """The entries in a reply to XREAD. Raises RedisError."""
-    try:
-        return [parse_entry(entry, *fields[:2]) for _, entries in reply or () for entry, fields in entries]
-    except (TypeError, ValueError, AttributeError):
-        raise RedisError(NOT_REDIS) from None
+def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
+    """The fields of an entry, from its id and their names and payloads in turns."""
+    fields = []
+    for name, payload in zip(words[::2], words[1::2]):
+        match = FIELD_NAME.fullmatch(name)
+        server, number, kind = match.groups() if match else (b"", parse_id(entry), b"text")
+        fields.append(Field(server, int(number), kind, payload))
+    return fields
 
 
-def parse_entry(entry: bytes, name: bytes, payload: bytes) -> Entry:
-    """An entry from its id and its first field. Raises TypeError, ValueError."""
-    parse_id(entry)
-    match = ENTRY_NAME.fullmatch(name)
-    server, number, kind = match.groups() if match else (b"", b"0", b"text")
-    if kind == b"text" and not payload.isascii():
-        payload = payload.decode(errors="replace").encode()
-    return Entry(entry, server, int(number), kind, payload + b"")
-
-
-def parse_id(entry: bytes) -> tuple[int, int]:
-    """An entry's id: milliseconds, and a number within each. Raises TypeError, ValueError."""
-    match = ENTRY_ID.fullmatch(entry)
-    if not match:
-        raise ValueError("not an id")
-    return int(match[1]), int(match[2])
-
-
-def is_final(error: OSError) -> bool:
-    """Whether an error at the start will not go away by itself."""
-    return isinstance(error, (RedisError, ssl.SSLError, socket.gaierror)) and not str(error).startswith(PASSING)
+def parse_id(entry: bytes) -> int:
+    """An entry's id, milliseconds and a number within each (1700000000000-0), as one number that can be compared."""
+    milliseconds, _, number = entry.partition(b"-")
+    return int(milliseconds) << 64 | int(number)
 
 
 # ---- the link ----
@@ -2480,38 +2461,42 @@ def is_final(error: OSError) -> bool:
 # every server passes over the numbers that it has seen. So nothing is lost and nothing
 # comes twice, other than what Redis loses when some have read it and others have not.
 #
-# An answer such as OOM refuses one message, and costs it. One such as READONLY is about
-# Redis itself: that is as good as away, and nothing is lost.
+# Messages that are written together are one entry. All of them are there or none is, and
+# that keeps their order. An answer such as OOM refuses the entry. Then its messages are
+# written one by one, and what is refused alone is lost, alone. An answer such as READONLY
+# is about Redis itself: that is as good as away, and nothing is lost.
 #
-# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN), and STREAM_SIZE bytes: each
-# server counts what it reads, and trims what lies farther back (XTRIM MINID). An id means
-# the same for all servers, whatever is added meanwhile, other than a length; and Redis
-# carries out XTRIM also when there is no memory for XADD.
+# A new entry has a higher id than all that were read. If not, Redis has lost the end of
+# the stream and its clock has gone back. Other servers would not read such an entry. So
+# it is written again, with an id that is higher than any of them can have read.
 #
-# A server that cannot keep up with the others adds entries of the kind "wait", since they
-# would trim what it has not read, and in the end "go".
+# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN). After each writing a server
+# asks how many bytes they have (MEMORY USAGE). Above STREAM_SIZE, the older half goes.
+#
+# A server that cannot keep up with the others would lose what they trim. Whenever it reads
+# and there is more to read, it adds a "wait" for them, and in the end a "go".
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps, about; at least eight of the longest messages
-ENTRY_COST = 4096  # bytes that an entry counts for besides its payload
+STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps at most, about; at least eight of the longest messages
+MESSAGE_COST = 4096  # bytes that a message counts for besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
-MAX_TRIES = 3  # connections that end before a large message has an answer: then it is to blame
-REFUSALS = ("OOM ", "ERR ")  # there is no memory for a message, or it is too long for this Redis
-MESSAGE_KINDS = {b"text": TEXT, b"binary": BINARY}
-LOST = "Redis has lost the end of the stream"
+MEND_TIME = 60_000  # milliseconds by which a lost end is passed: some servers may have read more of it than others
+REFUSALS = ("OOM ", "ERR ")  # there is no memory for an entry, or it is too long for this Redis
+PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 Deliver = Callable[["list[Outgoing]"], object]
 
 
-def total_cost(entries: Iterable[Entry | Outgoing]) -> int:
-    """What entries count for, in bytes: an empty one costs something, too."""
-    return sum([len(entry.payload) + ENTRY_COST for entry in entries])
+def total_cost(messages: Iterable[Field | Outgoing]) -> int:
+    """What messages count for, in bytes: an empty one costs something, too."""
+    return sum([len(message.payload) + MESSAGE_COST for message in messages])
 
 
-def fitting(entries: Sequence[Entry]) -> int:
-    """How many entries of this kind cost RUN_SIZE."""
-    return max(1, RUN_SIZE * len(entries) // total_cost(entries))
+def warn(*line: Any) -> None:
+    """Log something, in a thread of its own: a logging.Handler may broadcast, and so wait for the thread that warns."""
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        threading.Thread(target=log.warning, args=line, daemon=True).start()
 
 
 class RedisConnection:
@@ -2524,33 +2509,26 @@ class RedisConnection:
             if address.tls:
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
             self._replies = self.socket.makefile("rb")
-            credentials = (address.user, address.password) if address.user else (address.password,)
-            if any(credentials):
-                self.call("AUTH", *credentials)
+            login = ("AUTH", address.user or "default", address.password)
+            greeting = self.call("HELLO", 2, *(login if address.user or address.password else ()))
+            if not isinstance(greeting, list) or b"server" not in greeting:
+                raise RedisError(NOT_REDIS)
             if address.database:
                 self.call("SELECT", address.database)
         except BaseException:
             self.socket.close()
             raise
 
-    def send(self, *commands: Iterable[str | bytes | int]) -> None:
-        """Send commands in one go."""
-        data = memoryview(b"".join([serialize_command(*words) for words in commands]))
+    def call(self, *words: str | bytes | int) -> Any:
+        """The reply to a command. Raises RedisError where it is one."""
+        data = memoryview(serialize_command(*words))
         with contextlib.suppress(ConnectionError):  # what Redis said before it closed the connection can be read
             while data:  # the time is for each piece: a long message may take its time
                 data = data[self.socket.send(data) :]
-
-    def receive(self, expected: tuple[str, ...] = ()) -> Any:
-        """The next reply. Raises RedisError where it is one, other than those that begin like this."""
         reply = parse_reply(self._replies)
-        if isinstance(reply, RedisError) and not str(reply).startswith(expected):
+        if isinstance(reply, RedisError):
             raise reply
         return reply
-
-    def call(self, *words: str | bytes | int) -> Any:
-        """The reply to a command. Raises RedisError where it is one."""
-        self.send(words)
-        return self.receive()
 
     def close(self) -> None:
         """End it."""
@@ -2559,132 +2537,73 @@ class RedisConnection:
 
 
 class RedisStream:
-    """The stream as a server reads it: each message once. For one thread.
+    """The stream as a server reads it: each message once. All is owned by the thread that reads.
 
-    For others to read:
+    The thread that writes looks at these:
 
-    - placed: whether it is known where to go on
+    - last: the id of the last entry read; empty, as long as it is not known where to begin
     - behind: whether there is more to read at once
-    - seen: the number of the last message read of each server
-    - waits: servers that are behind, and until when that counts; never changed, but replaced
-
-    And to set: full, where Redis has no memory left. More is trimmed then.
+    - hold_until: the time up to which nobody should write, since another server is behind (time.monotonic)
     """
 
-    def __init__(self, key: str, size: int, history: int, history_size: int, say: Callable[..., object]) -> None:
-        self.placed = self.behind = self.full = False
-        self.seen: dict[bytes, int] = {}
-        self.waits: dict[bytes, float] = {}
-        self._key, self._size, self._history, self._history_size, self._say = key, size, history, history_size, say
-        self._connection: RedisConnection | None = None  # the one in use
-        self._last = self._last_before = b"0-0"  # the id of the last entry read, or the beginning; and one reading ago
-        self._missed = 0  # numbers that were left out in the last reading
-        self._count = 64  # entries to ask for
-        self._window: deque[tuple[bytes, int]] = deque()  # the last entries read, and what they cost
-        self._cost = 0  # of these together
+    def __init__(self, key: str, name: bytes, history: int, history_size: int) -> None:
+        """The name is that of this server."""
+        self.last, self.behind, self.hold_until = b"", False, 0.0
+        self.seen: dict[bytes, int] = {}  # the number of the last message read of each server
+        self._key, self._name, self._history, self._history_size = key, name, history, history_size
+        self._count = 8  # entries to ask for
 
     def read(self, connection: RedisConnection) -> list[Outgoing]:
         """What was added, or at first the history; nothing where nothing comes in LISTEN_TIME. Raises OSError."""
-        if self._missed and not connection.call("XREVRANGE", self._key, self._last_before, "-", "COUNT", 1):
-            self._say("missed %d messages that Redis has no longer", self._missed)  # which were not only refused
-        self._missed, self._last_before = 0, self._last
-        if connection is self._connection:
-            entries = self._go_on(connection)
-        else:
-            if connection.call("WATCH", self._key) != b"OK":
-                raise RedisError(NOT_REDIS)
-            connection.call("XTRIM", self._key, "MINID", "~", "0-0")  # trims nothing, but shows whether it could
-            entries, self._connection = self._find_place(connection), connection
-        self._window.extend((entry.id, total_cost([entry])) for entry in entries)
-        self._cost += total_cost(entries)
-        return self._sort_out(entries)
-
-    def _sort_out(self, entries: Iterable[Entry]) -> list[Outgoing]:
-        """The messages among entries that were not there before."""
-        messages = []
-        for _, server, number, kind, payload in entries:
-            before = self.seen.get(server, 0)
+        last, behind, missed, messages = self.last, self.behind, 0, []
+        for server, number, kind, payload in self._go_on(connection) if last else self._begin(connection):
+            seen = self.seen.get(server, 0)
             if kind in (b"wait", b"go"):
-                self.waits = {**self.waits, server: time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0}
-            elif not server or number > before:
-                messages.append(Outgoing(payload, opcode=MESSAGE_KINDS[kind]))
-                if server:
-                    self.seen[server] = number
-                    self._missed += number - before - 1 if before else 0
+                self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
+            elif number > seen:
+                messages.append(Outgoing(payload.decode(errors="replace") if kind == b"text" else payload))
+                self.seen[server] = number
+                missed += number - seen - 1 if seen and server else 0
+        with contextlib.suppress(OSError):  # what was read is not lost for it; the next reading will tell
+            if self.behind or behind:
+                kind = b"wait" if self.behind else b"go"
+                connection.call("XADD", self._key, "*", b"%b:0:%b" % (self._name, kind), b"")
+            if missed and last and not connection.call("XREVRANGE", self._key, last, "-", "COUNT", 1):
+                warn("missed %d messages that Redis has no longer", missed)  # which were not only refused
         return messages
 
-    def _go_on(self, connection: RedisConnection) -> list[Entry]:
+    def _go_on(self, connection: RedisConnection) -> list[Field]:
         block = 1 if self.behind else int(LISTEN_TIME * 1000)
-        read = ("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self._last)
-        commands = (*self._trim(), read, ("XLEN", self._key), ("MULTI",), ("EXEC",), ("WATCH", self._key))
-        connection.send(*commands)
-        *_, reply, length, _, unchanged, _ = [connection.receive() for _ in commands]
-        entries = parse_entries(reply)
+        reply = connection.call("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self.last)
+        entries = reply[0][1] if reply else []
+        fields = [field for entry in entries for field in parse_entry(*entry)]
         self.behind = len(entries) == self._count
-        if not entries:  # and whatever was changed, it was not at the end
-            return [] if unchanged is not None else self._find_place(connection)
-        if length <= len(entries) and self._last != b"0-0":
-            self._say(LOST)
-        self._count, self._last = max(2, fitting(entries)), entries[-1].id
-        return entries
+        if entries:
+            fitting = QUEUE_SIZE * len(entries) // total_cost(fields)  # but the next ones may be larger:
+            self.last, self._count = entries[-1][0], max(2, min(8 + len(entries), fitting))
+        return fields
 
-    def _find_place(self, connection: RedisConnection) -> list[Entry]:
-        """At first, go to the end by way of the history. Later, where the end was lost, to what has come after it."""
-        entries = self._backwards(connection)
-        newest = list(itertools.islice(entries, 1))
-        end, found = newest[0].id if newest else b"0-0", []
-        entries = itertools.chain(newest, entries)
-        if not self.placed:
-            self._shorten(connection)
-            found, self._last, self.placed = self._read_history(entries), end, True
-        elif parse_id(end) < parse_id(self._last):
-            self._say(LOST)
-            known = {self._last, *(entry for entry, _ in self._window)}
-            found = list(itertools.takewhile(lambda entry: entry.id not in known, entries))
-            self._window, self._cost, self._last = deque(), 0, end
-        return found[::-1]
+    def _begin(self, connection: RedisConnection) -> list[Field]:
+        """Find the end, and the history: as many messages as are wanted, or only a little more bytes.
 
-    def _backwards(self, connection: RedisConnection) -> Iterator[Entry]:
-        """All entries from the end, in small pieces: never in one reply."""
-        start, count = b"+", 1
-        while reply := connection.call("XREVRANGE", self._key, start, "-", "COUNT", count):
-            piece = parse_entries([(self._key, reply)])
-            yield from piece
-            start, count = b"(" + piece[-1].id, min(2 * count, fitting(piece))
-
-    def _read_history(self, entries: Iterator[Entry]) -> list[Entry]:
-        """The last messages, newest first: as many as are wanted, and only a little more bytes."""
-        found, wanted, size = [], self._history, self._history_size
-        while wanted > 0 and size > 0 and (entry := next(entries, None)):
-            found.append(entry)
-            wanted -= entry.kind in MESSAGE_KINDS
-            size -= len(entry.payload)
-        return found
-
-    def _shorten(self, connection: RedisConnection) -> None:
-        """Trim what was left by servers that were never there for long enough to do it."""
-        connection.send(("MEMORY", "USAGE", self._key, "SAMPLES", 0), ("XLEN", self._key))
-        used, length = connection.receive(("",)), connection.receive()
-        if isinstance(used, int) and used > 2 * self._size:
-            connection.call("XTRIM", self._key, "MAXLEN", "~", length * self._size // used)
-
-    def _trim(self) -> Sequence[Sequence[str | bytes]]:
-        """A command that trims what lies too far back, where it is time for that."""
-        most = self._cost // 2 if self.full else self._size
-        if self._cost <= most + most // 16:
-            return ()
-        while self._cost > most and len(self._window) > 1:
-            self._cost -= self._window.popleft()[1]
-        self.full = False
-        return (("XTRIM", self._key, "MINID", "~", self._window[0][0]),)
+        It is read from the end, one entry at a time: never in one huge reply.
+        """
+        found: list[Field] = []
+        entries = connection.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        last, size = entries[0][0] if entries else b"0-0", 0
+        while entries and len(found) < self._history and size < self._history_size:
+            entry, words = entries[0]
+            found[:0] = [field for field in parse_entry(entry, words) if field.kind in (b"text", b"binary")]
+            size += sum(map(len, words))
+            entries = connection.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", 1)
+        self.last = last
+        return found[-self._history :]
 
 
 class RedisLink:
     """A server's part in a room of many servers: what is put in comes back in the one order of the stream.
 
-    One thread writes to the stream, one reads it. They wait neither for senders nor for the
-    log: a logging.Handler may broadcast, and while it waits for room it has a lock. So a
-    third thread says what they have to say.
+    One thread writes to the stream, one reads it. They wait neither for senders nor for the log.
     """
 
     def __init__(self, url: str, *, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
@@ -2694,24 +2613,22 @@ class RedisLink:
         Raises ValueError for a wrong URL.
         """
         self._address, self._deliver = parse_redis_url(url), deliver
-        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its entries
-        self._threads = [threading.Thread(target=self._persist, args=(work,)) for work in (self._write, self._read)]
-        self._threads.append(threading.Thread(target=self._speak))
-        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for the log; None at the end
-        size = max(STREAM_SIZE, 8 * max_message)
-        self._stream = RedisStream(self._address.stream, size, history, history_size, self._say)  # the reader's
-        self._refused = self._tries = 0  # messages since Redis took one; attempts at the next; the writer's
+        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its messages
+        works = self._write, self._read
+        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
+        self._stream = RedisStream(self._address.stream, self._name, history, history_size)
+        self._size = max(STREAM_SIZE, 8 * max_message)  # bytes that the stream may have
+        self._alone = 0  # messages up to this number are written one by one (the writer's)
+        self._refused = 0  # messages since Redis took one (the writer's)
 
         lock = threading.RLock()  # guards what follows; whoever has it waits for nothing else
         self._news = threading.Condition(lock)  # notified when that changes
         self._space = threading.Condition(lock)  # notified when senders should look again
         self._outbox: dict[int, Outgoing] = {}  # messages that have not come back, by number
         self._cost = 0  # of these together
-        self._number = 0  # of the last message put in
-        self._full = False  # senders wait
-        self._readings = 0  # that came to the end of the stream
-        self._failing: set[str] = set()  # the threads whose last attempt over a new connection failed
-        self._connections: dict[str, RedisConnection] = {}  # the last one of each thread
+        self._numbers = itertools.count(1)  # for the next messages
+        self._failing: set[object] = set()  # what failed at the last attempt over a new connection: reading, writing
+        self.away = False  # Redis does not answer, or not as it should
         self._stopped = False
 
     # ---- for the server: any thread ----
@@ -2721,28 +2638,21 @@ class RedisLink:
         try:
             with contextlib.closing(RedisConnection(self._address)) as connection:
                 self._read(connection)
+                self._shorten(connection)
         except OSError as error:
-            if is_final(error):
+            final = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
+            if final and not str(error).startswith(PASSING):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
-            self._report("_read", error)
         for thread in self._threads:
-            thread.daemon = True
             thread.start()
-
-    @property
-    def away(self) -> bool:
-        """Whether Redis does not answer, or not as it should."""
-        return bool(self._failing)
 
     def put(self, message: Outgoing) -> None:
         """Send a message on its way. Never waits: that is what wait_for_room() is for."""
         with self._news:
             if not self._stopped:
-                self._number += 1
-                self._outbox[self._number] = message
+                self._outbox[next(self._numbers)] = message
                 self._cost += total_cost([message])
-                self._full = self._full or self._cost > QUEUE_SIZE
                 self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
@@ -2750,163 +2660,128 @@ class RedisLink:
 
         A sender with a timeout (seconds) does not wait for a Redis that is away, nor put anything in.
         """
-        in_vain = timeout is not None and self.away
-        if not in_vain and (not self._full or threading.get_ident() in [thread.ident for thread in self._threads]):
-            return True
+        if threading.current_thread() in self._threads:
+            return True  # it makes the room
+        hurried = timeout is not None
         with self._space:
-            self._space.wait_for(lambda: not self._full or (timeout is not None and self.away), timeout)
-            return not self._full and not (timeout is not None and self.away)
+            self._space.wait_for(lambda: self._cost <= QUEUE_SIZE or (hurried and self.away), timeout)
+            return self._cost <= QUEUE_SIZE and not (hurried and self.away)
 
     def stop(self, seconds: float) -> None:
-        """Wait until what was put in has come back, for so long at most, and end."""
+        """Wait until what was put in has come back, for so long at most, and end. The threads follow in LISTEN_TIME."""
         with self._news:
-            number = 0 if self._stopped else self._number
-            if not self._news.wait_for(lambda: not self._has_any(number), seconds):
-                self._say("Redis did not bring back %d messages", sum([each <= number for each in self._outbox]))
-            self._stopped, self._full = True, False
-            self._news.notify_all()
-            self._space.notify_all()
-            for connection in self._connections.values():
-                shut(connection.socket, socket.SHUT_RDWR)  # its thread gets an OSError
-        self._lines.put(None)
-        for thread in self._threads:
-            if thread.is_alive() and thread.ident != threading.get_ident():
-                thread.join(LISTEN_TIME / 2)  # it may be stuck connecting
-
-    def _has_any(self, number: int) -> bool:
-        """Whether any message up to this one is still on its way."""
-        return next(iter(self._outbox), math.inf) <= number
+            last = max(self._outbox, default=0)
+            self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, seconds)
+            missing = sum([number <= last for number in self._outbox])
+            self._stopped = True
+            self._forget(list(self._outbox))
+        if missing:
+            log.warning("Redis did not bring back %d messages", missing)
 
     # ---- its threads ----
 
     def _persist(self, work: Callable[[RedisConnection], None]) -> None:
         """Do a piece of work again and again; where it fails, over a new connection, the second time after a while."""
-        who, delay = work.__name__, 0.0
+        delay = 0.0
         while not self._stopped:
             try:
                 with contextlib.closing(RedisConnection(self._address)) as connection:
-                    with self._news:
-                        self._connections[who] = connection  # stop() finds it there, or has been called before
                     while not self._stopped:
                         work(connection)
-                        self._report(who)
+                        self._report(work)
                         delay = 0.0
             except Exception as error:
                 if delay or isinstance(error, socket.timeout):  # a connection that is cut once is not worth a line
-                    self._report(who, error)
-            with self._news:
-                self._news.wait_for(lambda: self._stopped, delay)
+                    self._report(work, error)
+            time.sleep(delay)
             delay = min(2 * delay, 2.0) or 0.05
 
-    def _report(self, who: str, error: Exception | None = None) -> None:
+    def _report(self, work: object, error: Exception | None = None) -> None:
         """Say once that Redis is away, and once that it is back."""
         with self._news:
-            before = self.away
-            (self._failing.add if error else self._failing.discard)(who)
-            if error and not before and not self._stopped:
-                self._say("Redis is away, senders wait: %s", printable(str(error) or type(error).__name__))
+            (self._failing.add if error else self._failing.discard)(work)
+            if self.away != bool(self._failing):
+                self.away = bool(self._failing)
                 self._space.notify_all()
-            if before and not self.away:
-                self._say("Redis is back")
-
-    def _say(self, *line: Any) -> None:
-        self._lines.put(line)
-
-    def _speak(self) -> None:
-        """The third thread."""
-        for line in iter(self._lines.get, None):
-            log.warning(*line)
-
-    # ---- the writer ----
-
-    def _write(self, connection: RedisConnection) -> None:
-        """Write messages, and wait until they are back."""
-        batch = self._next_batch()
-        if batch:
-            try:
-                self._transact(connection, batch)
-                self._tries = 0
-            except ConnectionError:  # again and again? so Redis, or a proxy, refuses it without a word
-                self._tries += 1
-                if self._tries == MAX_TRIES and total_cost(batch.values()) > RUN_SIZE:
-                    self._tries = 0
-                    self._check(min(batch), RedisError("ERR the connection ends"))
-                raise
-
-    def _transact(self, connection: RedisConnection, batch: dict[int, Outgoing]) -> None:
-        """Write messages as one transaction: all or none, which keeps their order."""
-        connection.send(("MULTI",), *itertools.starmap(self._entry, batch.items()), ("EXEC",))
-        connection.receive()
-        for number in batch:  # one that is refused here already takes the whole back
-            self._check(number, connection.receive(REFUSALS))
-        result = connection.receive(("EXECABORT ",))
-        if isinstance(result, list):
-            if self._refused and bytes in map(type, result):
-                self._say("Redis accepts messages again, %d are lost", self._refused)
-                self._refused = 0
-            for number, reply in zip(batch, result):
-                self._check(number, reply)
-            with self._news:
-                end = self._readings + 2  # the second reading begins after this: what it does not bring is lost
-                self._news.wait_for(lambda: self._stopped or not self._has_any(number) or self._readings >= end)
-
-    def _entry(self, number: int, message: Outgoing) -> Sequence[str | bytes | int]:
-        """The command that adds a message to the stream."""
-        name = b"%b:%d:%b" % (self._name, number, b"text" if message.opcode == TEXT else b"binary")
-        return "XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH, "*", name, message.payload
-
-    def _next_batch(self) -> dict[int, Outgoing]:
-        """Wait for something to write: messages that cost RUN_SIZE, or one."""
-        batch: dict[int, Outgoing] = {}
-        cost = 0
-        with self._news:
-            self._news.wait_for(lambda: self._stopped or self._may_write(), WAIT_TIME)
-            for number, message in self._outbox.items() if self._may_write() else ():
-                cost += total_cost([message])
-                if batch and cost > RUN_SIZE:
-                    break
-                batch[number] = message
-        return batch
-
-    def _may_write(self) -> bool:
-        """Whether there is something to write that all servers can read before it is trimmed."""
-        go = not self._stream.behind and all(time.monotonic() > until for until in self._stream.waits.values())
-        return go and self._stream.placed and bool(self._outbox)
-
-    def _check(self, number: int, reply: Any) -> None:
-        """Give up a message that Redis refuses. Raises RedisError where it takes none at all for now."""
-        if isinstance(reply, RedisError):
-            if not str(reply).startswith(REFUSALS):
-                raise reply
-            self._forget([number])
-            self._stream.full = self._stream.full or str(reply).startswith("OOM ")
-            if not self._refused:
-                self._say("Redis refuses messages, which are lost: %s", printable(str(reply)))
-            self._refused += 1
+                why = printable(str(error) or type(error).__name__)
+                warn("Redis is %s", f"away, senders wait: {why}" if error else "back")
 
     def _forget(self, numbers: Iterable[int]) -> None:
         """Messages have come back, or never will."""
         with self._news:
             self._cost -= total_cost([self._outbox.pop(number) for number in numbers if number in self._outbox])
-            if self._full and self._cost <= QUEUE_SIZE // 2:
-                self._full = False
-                self._space.notify_all()
             self._news.notify_all()
+            if self._cost <= QUEUE_SIZE // 2:
+                self._space.notify_all()
 
     # ---- the reader ----
 
     def _read(self, connection: RedisConnection) -> None:
         """Deliver what has been added to the stream."""
-        stream, before = self._stream, self._stream.behind
-        messages = stream.read(connection)
-        if before or stream.behind:
-            name = b"%b:0:%b" % (self._name, b"wait" if stream.behind else b"go")
-            with contextlib.suppress(OSError):  # of the connection: the next reading will tell
-                connection.call("XADD", self._address.stream, "*", name, b"")
-        self._deliver(messages)
+        self._deliver(self._stream.read(connection))
         with self._news:
-            self._readings += not stream.behind
-            self._forget([number for number in self._outbox if number <= stream.seen.get(self._name, 0)])
+            last = self._stream.seen.get(self._name, 0)
+            self._forget([number for number in self._outbox if number <= last])
+
+    # ---- the writer ----
+
+    def _write(self, connection: RedisConnection) -> None:
+        """Write messages as one entry, of the cost RUN_SIZE or of one message, and wait until they are back."""
+        with self._news:
+            if not self._news.wait_for(self._may_write, WAIT_TIME):
+                return
+            alone = min(self._outbox) <= self._alone
+            count = 1 if alone else max(1, RUN_SIZE * len(self._outbox) // self._cost)
+            batch = dict(itertools.islice(self._outbox.items(), count))
+        fields: list[bytes] = []
+        for number, message in batch.items():
+            kind = b"text" if message.opcode == TEXT else b"binary"
+            fields += b"%b:%d:%b" % (self._name, number, kind), message.payload
+        add, last = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH), parse_id(self._stream.last)
+        try:
+            entry = connection.call(*add, "*", *fields)
+        except RedisError as error:
+            self._refuse(connection, batch, error)
+            return
+        if parse_id(entry) <= last:  # where nobody looks any more
+            warn("Redis has lost the end of the stream")
+            connection.call(*add, b"%d-0" % ((last >> 64) + MEND_TIME), *fields)
+        if self._refused:
+            warn("Redis accepts messages again, %d are lost", self._refused)
+            self._refused = 0
+        self._shorten(connection)
+        with self._news:  # what does not come back is lost, and written again
+            self._news.wait_for(lambda: number not in self._outbox, 2 * LISTEN_TIME)
+
+    def _may_write(self) -> bool:
+        """Whether there is something to write that all servers can read before it is trimmed."""
+        stream = self._stream
+        return bool(self._outbox and stream.last and not stream.behind and time.monotonic() >= stream.hold_until)
+
+    def _refuse(self, connection: RedisConnection, batch: dict[int, Outgoing], error: RedisError) -> None:
+        """Redis refuses an entry. Which message it means, each of them alone will show. Raises any other error."""
+        if not str(error).startswith(REFUSALS):
+            raise error
+        if len(batch) > 1:
+            self._alone = max(batch)
+        else:
+            self._forget(batch)
+            if not self._refused:
+                warn("Redis refuses messages, which are lost: %s", printable(str(error)))
+            self._refused += 1
+        if str(error).startswith("OOM "):  # it may be this very stream that fills the memory
+            self._shorten(connection, always=True)
+
+    def _shorten(self, connection: RedisConnection, always: bool = False) -> None:
+        """Trim the stream to half of its entries while it has too many bytes, or at least once.
+
+        The length is asked for first: servers that do so at the same time come to the same half.
+        """
+        length = connection.call("XLEN", self._address.stream)
+        if always or (connection.call("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0) or 0) > self._size:
+            connection.call("XTRIM", self._address.stream, "MAXLEN", 1 + length // 2)
+            if length > 2:
+                self._shorten(connection)
 
 
 # ======================================================================================

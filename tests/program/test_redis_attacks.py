@@ -178,11 +178,10 @@ class AttackTest(RedisTestCase):
         say(clients[0], ["after"])
         for client in clients:
             self.assertEqual(client.read(), "after")
-        for server in servers:
-            eventually(lambda: "Redis has lost" in server.log())  # noqa: B023
+        eventually(lambda: "Redis has lost" in servers[0].log())
 
     def test_deleted_between_two_messages(self) -> None:
-        """Nothing is missed, and the log says one line."""
+        """Nothing is missed, even where the next entry has the id of the one before, in the same millisecond."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         clients = [self.client(server) for server in servers]
         for number in range(3):
@@ -194,7 +193,7 @@ class AttackTest(RedisTestCase):
         for client in clients:
             self.assertEqual(client.read(), "after")
         for server in servers:
-            eventually(lambda: "Redis has lost" in server.log())  # noqa: B023
+            self.assertNotRegex(server.log(), "missed|away")
 
     def test_sigterm_under_load(self) -> None:
         """Its clients go on sending. That is no reason to wait, nor does it mean that Redis lost something."""
@@ -258,7 +257,7 @@ class AttackTest(RedisTestCase):
         clients = [self.client(server) for server in servers]
         sent = [numbered(who, 2000) for who in range(3)]
         senders = [self.in_background(trickle, *pair) for pair in zip(clients, sent)]
-        eventually(lambda: self.redis.call("XLEN", self.stream) > 1000)
+        eventually(lambda: len(self.names()) > 1000)
         self.redis.kill()
         replica.call("REPLICAOF", "NO", "ONE")
         relay.target = replica.port

@@ -143,26 +143,22 @@ class ReplyTest(unittest.TestCase):
         self.assertGreater(sum(1 for _ in pieces), 999_900)
 
     def test_entries(self) -> None:
-        reply = [[b"stream", [[b"1-0", [b"name", b"value"]], [b"1-1", [b"a", b"b", b"c", b"d"]]]]]
-        self.assertEqual(
-            pywebsock.parse_entries(reply), [(b"1-0", b"", 0, b"text", b"value"), (b"1-1", b"", 0, b"text", b"b")]
-        )
         name = b"0123456789abcdef:17:binary"
-        reply = [[b"stream", [[b"1-0", [name, b"\xff"]], [b"1-1", [b"a", b"\xff"]]]]]
         self.assertEqual(
-            pywebsock.parse_entries(reply),
-            [(b"1-0", name[:16], 17, b"binary", b"\xff"), (b"1-1", b"", 0, b"text", "\ufffd".encode())],
+            pywebsock.parse_entry(b"1-0", [name, b"\xff", name.replace(b"17:binary", b"18:text"), b"value"]),
+            [(name[:16], 17, b"binary", b"\xff"), (name[:16], 18, b"text", b"value")],
         )
-        self.assertEqual(pywebsock.parse_entries(None), [])
-        for entry in (
-            *([b"1-0", []], [b"1-0"], [b"1-0", [b"a"]], [b"1", [b"a", b"b"]], [7, [b"a", b"b"]]),
-            *([b"1-0", [7, b"b"]], [b"1-0", [b"a", 7]], [b"1-0", [b"a", None]], [b"1-0", [b"a", [b"b"]]], 7),
-        ):
-            with self.assertRaises(pywebsock.RedisError):
-                pywebsock.parse_entries([[b"stream", [entry]]])
-        for wrong in (b"OK ready", 7, [1], [[b"x", 7]]):
-            with self.assertRaises(pywebsock.RedisError):
-                pywebsock.parse_entries(wrong)
+
+    def test_entries_of_others(self) -> None:
+        """All their fields have the number that only the first one can be new with."""
+        self.assertEqual(
+            pywebsock.parse_entry(b"1-2", [b"a", b"b", b"c", b"d"]),
+            [(b"", (1 << 64) + 2, b"text", b"b"), (b"", (1 << 64) + 2, b"text", b"d")],
+        )
+
+    def test_ids_as_numbers(self) -> None:
+        ids = [b"0-0", b"0-1", b"9-5", b"10-0", b"10-%d" % (2**64 - 1), b"11-0"]
+        self.assertEqual(sorted(ids, key=pywebsock.parse_id), ids)
 
 
 class UrlTest(unittest.TestCase):

@@ -197,6 +197,10 @@ class RedisTestCase(ServerTestCase):
         self._clients.append(client)
         return client
 
+    def names(self) -> list[bytes]:
+        """Of all messages in the stream, in its order."""
+        return [name for _, fields in self.redis.call("XRANGE", self.stream, "-", "+") for name in fields[::2]]
+
     def in_background(self, call: typing.Callable[..., object], *arguments: typing.Any) -> threading.Thread:
         """A thread that is joined at the latest at the end of the test."""
         thread = threading.Thread(target=call, args=arguments, daemon=True)
