@@ -64,7 +64,7 @@ many machines by whoever has one.
     command line          main()
 
 Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
-hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, three more
+hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more
 keep the link.  Any other may call broadcast(), send() and close().
 
 The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
@@ -2471,14 +2471,14 @@ def parse_id(entry: bytes) -> int:
 # it is written again, with an id that is higher than any of them can have read.
 #
 # The stream keeps about STREAM_LENGTH entries (XADD MAXLEN). After each writing a server
-# asks how many bytes they have (MEMORY USAGE). Above STREAM_SIZE, the older half goes.
+# asks how many bytes they have (MEMORY USAGE). Above STREAM_SIZE, the oldest quarter goes.
 #
 # A server that cannot keep up with the others would lose what they trim. Whenever it reads
 # and there is more to read, it adds a "wait" for them, and in the end a "go".
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
 STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps at most, about; at least eight of the longest messages
-MESSAGE_COST = 4096  # bytes that a message counts for besides its payload
+LINKED_COST = 4096  # bytes that a message counts for on its way, besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
@@ -2490,7 +2490,7 @@ Deliver = Callable[["list[Outgoing]"], object]
 
 def total_cost(messages: Iterable[Field | Outgoing]) -> int:
     """What messages count for, in bytes: an empty one costs something, too."""
-    return sum([len(message.payload) + MESSAGE_COST for message in messages])
+    return sum([len(message.payload) + LINKED_COST for message in messages])
 
 
 def warn(*line: Any) -> None:
@@ -2577,9 +2577,9 @@ class RedisStream:
         reply = connection.call("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self.last)
         entries = reply[0][1] if reply else []
         fields = [field for entry in entries for field in parse_entry(*entry)]
-        self.behind = len(entries) == self._count
+        self.behind = len(entries) == self._count or total_cost(fields) > 2 * RUN_SIZE  # that may take its time
         if entries:
-            fitting = QUEUE_SIZE * len(entries) // total_cost(fields)  # but the next ones may be larger:
+            fitting = RUN_SIZE * len(entries) // total_cost(fields)  # but the next ones may be larger:
             self.last, self._count = entries[-1][0], max(2, min(8 + len(entries), fitting))
         return fields
 
@@ -2773,14 +2773,14 @@ class RedisLink:
             self._shorten(connection, always=True)
 
     def _shorten(self, connection: RedisConnection, always: bool = False) -> None:
-        """Trim the stream to half of its entries while it has too many bytes, or at least once.
+        """Trim the stream to three quarters of its entries while it has too many bytes, or at least once.
 
-        The length is asked for first: servers that do so at the same time come to the same half.
+        The length is asked for first: servers that do so at the same time come to the same quarters.
         """
         length = connection.call("XLEN", self._address.stream)
         if always or (connection.call("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0) or 0) > self._size:
-            connection.call("XTRIM", self._address.stream, "MAXLEN", 1 + length // 2)
-            if length > 2:
+            connection.call("XTRIM", self._address.stream, "MAXLEN", 1 + length * 3 // 4)
+            if length > 4:
                 self._shorten(connection)
 
 

@@ -157,6 +157,28 @@ class RoomTest(RedisTestCase):
             names = [fields[0] for _, fields in self.redis.call("XRANGE", self.stream, "-", "+")]
             self.assertTrue(any(name.endswith(b":wait") for name in names))
 
+    def test_a_server_slower_than_the_others_with_large_messages(self) -> None:
+        """The same where the stream is short in bytes."""
+        with unittest.mock.patch.object(pywebsock, "STREAM_SIZE", 24 << 20):
+            servers = [self.serve(redis=self.url, max_message=1 << 20, max_backlog=1 << 30) for _ in range(2)]
+            link = servers[1]._link
+            assert link
+            deliver = link._deliver
+
+            def deliver_slowly(messages: list[pywebsock.Outgoing]) -> None:
+                time.sleep(sum(message.size for message in messages) / 20e6)
+                deliver(messages)
+
+            link._deliver = deliver_slowly
+            clients = [self.client(server) for server in servers]
+            sent = [
+                [f"{each} {'x' * 50_000}" for each in numbered(*which)] for which in (("quick", 1000), ("slow", 20))
+            ]
+            for client, messages in zip(clients, sent):
+                self.in_background(client.send_raw, b"".join(map(frame_of, messages)))
+            self.assert_order(clients, sent)
+            self.assertLess(self.redis.call("MEMORY", "USAGE", self.stream, "SAMPLES", 0), 28 << 20)
+
     def client_that_waits(self) -> Client:
         """One whose message waits, since another server has asked for it."""
         server = self.serve(redis=self.url)

@@ -22,11 +22,13 @@ from tests.tools.support import (
     DEADLINE,
     EVERYTHING,
     ROOT,
+    TEXT,
     Client,
     Process,
     Recorder,
     ServerTestCase,
     free_port,
+    masked_frame,
     require,
 )
 
@@ -243,9 +245,9 @@ def numbered(who: object, count: int, start: int = 0) -> list[Message]:
 
 
 def frame_of(message: Message) -> bytes:
-    """A short text message as a frame, with the key 0."""
+    """A text message as a frame."""
     assert isinstance(message, str)
-    return bytes([0x81, 0x80 | len(message), 0, 0, 0, 0]) + message.encode()
+    return masked_frame(TEXT, message.encode())
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str]:
