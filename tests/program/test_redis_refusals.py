@@ -157,7 +157,7 @@ class BoundsTest(RedisTestCase):
                 receive(client, size + 10)
         used = int(re.findall(rb"\r\nused_memory_peak:([0-9]+)", self.redis.call("INFO", "memory"))[0])
         self.assertLess(used, 2 * pywebsock.STREAM_SIZE)
-        self.assertLess(self.redis.call("XLEN", self.stream), 12)
+        self.assertLess(self.redis.call("XLEN", self.stream), 24)  # nearly all small ones have gone
         for message in numbered("small", 500):  # an entry each
             client.send(message)
             self.assertEqual(client.read(), message)

@@ -172,7 +172,7 @@ class RoomTest(RedisTestCase):
             link._deliver = deliver_slowly
             clients = [self.client(server) for server in servers]
             sent = [
-                [f"{each} {'x' * 50_000}" for each in numbered(*which)] for which in (("quick", 1000), ("slow", 20))
+                [f"{each!s} {'x' * 50_000}" for each in numbered(*which)] for which in (("quick", 1000), ("slow", 20))
             ]
             for client, messages in zip(clients, sent):
                 self.in_background(client.send_raw, b"".join(map(frame_of, messages)))
