@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 import time
 import unittest
 import unittest.mock
@@ -12,6 +14,7 @@ from tests.tools import faults, load
 from tests.tools.support import (
     PING,
     PONG,
+    ROOT,
     Client,
     Frame,
     Process,
@@ -70,6 +73,18 @@ class Exhaustion(ServerTestCase):
         self.connect(server)
         witness.send("all is well")
         self.assertEqual(witness.read(), "all is well")
+
+
+class Crowd(ServerTestCase):
+    """Thousands of threads."""
+
+    def test_places_to_wait(self) -> None:
+        """In one that thousands share, each wake-up would look at all of them."""
+        places = "import ctypes; print(ctypes.CDLL(None).prctl(78, 2, 0, 0, 0))"  # PR_FUTEX_HASH_GET_SLOTS
+        if sys.platform != "linux" or int(subprocess.check_output([sys.executable, "-c", places])) < 0:
+            self.skipTest("Linux before 6.16, or another system")
+        serve = f"import pywebsock; pywebsock.BroadcastServer(('127.0.0.1', 0)); {places}"
+        self.assertEqual(int(subprocess.check_output([sys.executable, "-c", serve], cwd=ROOT)), 4096)
 
 
 class Storm(ServerTestCase):
