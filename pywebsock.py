@@ -2661,7 +2661,7 @@ class RedisLink:
 
         A sender with a timeout (seconds) does not wait for a Redis that is away, nor put anything in.
         """
-        if threading.current_thread() in self._threads:
+        if threading.get_ident() in [thread.ident for thread in self._threads]:
             return True  # it makes the room
         hurried = timeout is not None
         with self._space:
