@@ -1865,6 +1865,7 @@ def reset(connection: socket.socket) -> None:
 
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
+SWITCH_INTERVAL = sys.getswitchinterval()  # seconds: that of the program, without a crowd
 LOOKS_AT_ONCE = 500  # after connections, whose threads may all wake up then: so that others can work as well
 
 
@@ -1878,7 +1879,6 @@ class Connections:
         self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
         self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
         self._fewer = threading.Event()  # one has gone since this was cleared
-        self._switch_interval = sys.getswitchinterval()
 
     def add(self, request: socket.socket, now: float) -> None:
         """One has been accepted."""
@@ -1900,7 +1900,7 @@ class Connections:
         With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
         The price: a hook that computes without a pause keeps all others waiting for as long.
         """
-        sys.setswitchinterval(max(self._switch_interval, len(self.handlers) / 10_000))
+        sys.setswitchinterval(max(SWITCH_INTERVAL, len(self.handlers) / 10_000))
 
     @property
     def are_too_many(self) -> bool:
@@ -2340,6 +2340,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         if not self._connections.wait_for(own, end):
             self._perform(self._reset, *self._connections.handlers.copy())
             self._connections.wait_for(own, time.monotonic() + 0.5)
+        self._connections.adapt_switch_interval()
         self._housekeeper.stop()
 
     def _say_goodbye(self) -> None:

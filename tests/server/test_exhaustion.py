@@ -78,6 +78,17 @@ class Exhaustion(ServerTestCase):
 class Crowd(ServerTestCase):
     """Thousands of threads."""
 
+    def test_switch_interval(self) -> None:
+        """It grows with the crowd; a program that goes on without the server has the one that it had."""
+        before = sys.getswitchinterval()
+        server = self.serve(close_timeout=0.1)
+        for _ in range(160):
+            self.connect(server)
+        self.assertGreater(sys.getswitchinterval(), before)
+        self.serve().server_close()  # another, that has never seen another interval
+        server.server_close()
+        self.assertEqual(sys.getswitchinterval(), before)
+
     def test_places_to_wait(self) -> None:
         """In one that thousands share, each wake-up would look at all of them."""
         places = "import ctypes; print(ctypes.CDLL(None).prctl(78, 2, 0, 0, 0))"  # PR_FUTEX_HASH_GET_SLOTS
