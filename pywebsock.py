@@ -2518,6 +2518,7 @@ class RedisConnection:
             if address.database:
                 self.call("SELECT", address.database)
         except BaseException:
+            getattr(self, "_replies", self.socket).close()  # or the descriptor would stay open
             self.socket.close()
             raise
 

@@ -10,7 +10,7 @@ import sys
 import typing
 import unittest
 
-from tests.tools.support import DEADLINE, ROOT, require
+from tests.tools.support import DEADLINE, EVERYTHING, ROOT, require
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,6 +21,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@unittest.skipUnless(EVERYTHING, "takes ten seconds: PYWEBSOCK_TESTS=everything")
 class Benchmark(unittest.TestCase):
     """`python -m tests.tools.benchmark`."""
 

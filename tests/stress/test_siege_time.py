@@ -53,6 +53,8 @@ class PauseTest(siege.SiegeTestCase):
                 frame = client.read_frame()
             self.assertEqual(frame.payload, b"all here")
         support.eventually(lambda: "it was silent" in server.log(), "a line in the log")
+        for client in clients:  # or the server would wait for their ends
+            client.socket.close()
         self.assertEqual(server.stop(), 0)
 
     def test_longer_than_both_timeouts(self) -> None:
