@@ -501,7 +501,7 @@ class Signals(CommandLineTestCase):
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_right_after_the_first_line(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 3:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * (3 if EVERYTHING else 1):
             process = self.start()
             process.send_signal(number)
             self.assertEqual(process.wait(4), 0)
