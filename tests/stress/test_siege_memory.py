@@ -169,6 +169,6 @@ class StuckTest(siege.SiegeTestCase):
             spent.append(time.monotonic() - start)
         self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s")
         self.assertLess(max(spent), 0.5)
-        self.watch(besieged, "beside a quick reader", growth=150)  # the witness sends, too
+        self.watch(besieged, "beside a quick reader", worst=1.5, growth=150)  # the witness sends, too: it waits
         pusher.end()
         self.stop(besieged)
