@@ -955,8 +955,10 @@ class Waiting:
 
     def recv(self, size: int) -> bytes:
         """As that of a socket that waits."""
-        select.select([self._socket], [], [])
-        return self._socket.recv(size)
+        while True:
+            select.select([self._socket], [], [])
+            with contextlib.suppress(BlockingIOError):  # what was ready may not be there
+                return self._socket.recv(size)
 
 
 class TLS:
@@ -1619,7 +1621,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
         if self._pongs:
             pongs, self._pongs = self._pongs, []
-            self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), sum(map(len, pongs)))
+            size = sum([len(frame) + MESSAGE_COST for frame in pongs])
+            self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), size)
 
 
 # ======================================================================================
@@ -2922,7 +2925,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.key is not None and options.cert is None:
         parser.error("--key needs --cert")
     start_logging(options)
-    raise_file_limit()
     threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
     try:
         server = create_server(options)
