@@ -2486,6 +2486,7 @@ STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps at most, about; at least 
 LINKED_COST = 4096  # bytes that a message counts for on its way, besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds that one reading waits for news
+LOOK_TIME = 0.5  # seconds after which a server looks whether what it wrote is still there
 WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
 MEND_TIME = 60_000  # milliseconds by which a lost end is passed: some servers may have read more of it than others
 REFUSALS = ("OOM ", "ERR ")  # there is no memory for an entry, or it is too long for this Redis
@@ -2751,13 +2752,16 @@ class RedisLink:
             return
         if parse_id(entry) <= last:  # where nobody looks any more
             warn("Redis has lost the end of the stream")
-            connection.call(*add, b"%d-0" % ((last >> 64) + MEND_TIME), *fields)
+            entry = connection.call(*add, b"%d-0" % ((last >> 64) + MEND_TIME), *fields)
         if self._refused:
             warn("Redis accepts messages again, %d are lost", self._refused)
             self._refused = 0
         self._shorten(connection)
-        with self._news:  # what does not come back is lost, and written again
-            self._news.wait_for(lambda: number not in self._outbox, 2 * LISTEN_TIME)
+        for _ in range(int(2 * LISTEN_TIME / LOOK_TIME)):  # what does not come back is lost, and written again
+            with self._news:
+                back = self._news.wait_for(lambda: number not in self._outbox, LOOK_TIME)
+            if back or not connection.call("XRANGE", self._address.stream, entry, entry, "COUNT", 1):
+                break
 
     def _may_write(self) -> bool:
         """Whether there is something to write that all servers can read before it is trimmed."""

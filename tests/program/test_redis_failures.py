@@ -297,6 +297,32 @@ class FaultTest(RedisTestCase):
         eventually(lambda: "missed 70 messages" in servers[1].log(), servers[1].log())
         self.assertEqual(servers[0].log(), "")
 
+    def test_what_is_written_vanishes_before_it_is_read(self) -> None:
+        """It is written again as soon as that can be seen: not only when nothing else can have happened to it."""
+        call, gate = pywebsock.RedisConnection.call, threading.Event()
+
+        def late(connection: pywebsock.RedisConnection, *words: str | bytes | int) -> object:
+            if words[0] == "XREAD":
+                gate.wait(DEADLINE)
+            reply = call(connection, *words)
+            if b"vanishes" in words and not gate.is_set():
+                self.redis.call("DEL", self.stream)
+                gate.set()
+            return reply
+
+        client = self.client(self.serve(redis=self.url))
+        say(client, ["before"])
+        self.assertEqual(client.read(), "before")
+        with (
+            unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.75 * DEADLINE),
+            unittest.mock.patch.object(pywebsock.RedisConnection, "call", late),
+        ):
+            self.redis.call("XADD", self.stream, "*", "x", "ends the reading that has begun")
+            client.read()
+            say(client, ["vanishes"])
+            self.assertEqual(client.read(), "vanishes")
+            self.assertTrue(gate.is_set())
+
     def test_redis_forgets_everything(self) -> None:
         with self.assertLogs("pywebsock", "WARNING") as logs:
             one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
