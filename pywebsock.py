@@ -1375,6 +1375,11 @@ class State(enum.Enum):
     After that the connection's thread reads until the peer ends TCP, too, for close_timeout
     at most: a socket closed with bytes unread sends a reset, which can destroy the Close on
     its way (7.1.1).  Last, in CLOSED, the socket is closed.
+
+    Three things stand beside it.  `_unheard` is true from the moment that anybody wants to close,
+    before the turn comes to it: no message reaches a hook any more.  `_early` is the Close of one
+    that was closed before it was OPEN, and is sent right after its 101.  `_lost` says, in
+    words for the log and on_close, why a connection was cut off; then nothing more is read.
     """
 
     CONNECTING = 0
@@ -1933,6 +1938,7 @@ class Connections:
         return len(self.handlers) <= number
 
 
+@functools.cache  # once for a process: each further time takes the kernel 30 ms
 def spread_futexes() -> None:
     """Let threads wait for each other in 4096 places of the kernel instead of 16 (futex buckets).
 

@@ -6,12 +6,13 @@ Heavy: PYWEBSOCK_TESTS=siege, or everything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
 import typing
 
-from tests.tools import load, siege, support
+from tests.tools import load, siege, stress, support
 
 HONEST = 20  # clients that listen
 CLOSE_TIMEOUT = 1.0
@@ -144,10 +145,18 @@ class StopTest(siege.SiegeTestCase):
         self.end(lambda: self.flood(peers, support.masked_frame(9, b"x" * 125) * 2000))
 
     def test_flood_after_the_close(self) -> None:
-        """They do not answer the Close but go on sending."""
+        """They do not answer the Close but send as much as they can."""
         self.begin()
-        peers = self.attackers.join(5)
-        self.end(lambda: self.flood(peers, load.frame(bytes(60_000)) * 10))
+        closed: list[load.Peer] = []
+
+        def take(peer: load.Peer, data: bytes) -> None:
+            if data.endswith(stress.GOING_AWAY):
+                closed.append(peer)
+
+        for peer in self.attackers.join(5):
+            peer.take = functools.partial(take, peer)
+        self.end(lambda: self.flood(closed, load.frame(bytes(60_000)) * 10))
+        self.assertEqual(len(closed), 5)
 
     def test_half_closed(self) -> None:
         """They end their sides right after the handshake."""

@@ -183,7 +183,7 @@ def running(kind: type[S], **settings: typing.Any) -> contextlib.AbstractContext
 def running(kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Iterator[typing.Any]:
     """A server in this process, on a free port: `with running(rate=5) as server`."""
     server = kind(("127.0.0.1", 0), **settings)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.005,))
     thread.start()
     try:
         yield server
