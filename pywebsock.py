@@ -1175,6 +1175,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages delivered at once
 MESSAGE_COST = 250  # bytes that the objects of a queued operation take
 TURN_TIME = 0.004  # seconds after which the holder hands on: nobody reads its own client meanwhile
+CROWD = 1000  # operations
 MOMENT = 0.005  # seconds within which what was put is carried out
 MOMENTS = 200  # looks of the successor that find nothing before it sleeps
 
@@ -1235,14 +1236,19 @@ class Turn:
             if self._size > QUEUE_SIZE:
                 self.has_space = False
 
-    def run(self, wait: bool = False) -> None:
-        """Carry out what is queued, where no other thread is at it.
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so much is queued that who puts more should wait for the turn."""
+        return len(self._queue) > CROWD
 
-        A client that floods the server with tiny frames waits: parsing them would take the
-        interpreter from the holder, at each of its sends.
+    def run(self, wait: bool = False) -> None:
+        """Carry out what is queued, where no other thread is at it; or wait a moment for the turn, to be no burden meanwhile.
+
+        At each call of the system the holder gives up the interpreter, and gets it back only when all
+        have had it who want it: a client that sends a flood of tiny frames, or thousands who come and go.
         """
         while wait or (self._queue and not self.promised):
-            if not self._lock.acquire(blocking=wait):
+            if not self._lock.acquire(timeout=10 * TURN_TIME if wait else 0):  # not for ever: a __del__ may call this
                 return
             wait = False
             try:
@@ -2238,7 +2244,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         """Queue an operation of the room and see that it is carried out."""
         size = sum([len(argument) for argument in arguments if isinstance(argument, bytes)])
         self._turn.put(functools.partial(operation, *arguments), size)
-        self._turn.run()
+        self._turn.run(wait=self._turn.is_crowded)
 
     def _settle(self) -> None:
         """See that what this thread has said is carried out, and wait while too much is queued."""

@@ -98,7 +98,7 @@ class HandOver(TurnTestCase):
 
     def test_who_waits_gets_it_next(self) -> None:
         """A flood of tiny messages: its thread waits for the turn, and does its share of the work."""
-        with self.held():
+        with unittest.mock.patch.object(pywebsock, "TURN_TIME", DEADLINE), self.held():
             self.assertTrue(self.begun.wait(DEADLINE))
             with in_thread(self.turn.run, True) as other:
                 self.turn.put("a")
@@ -106,6 +106,22 @@ class HandOver(TurnTestCase):
                 self.assertTrue(other.is_alive())
                 self.go_on.set()
         self.assertEqual(self.delivered, [["a"]])
+
+    def test_the_holder_waits_for_itself_only_a_moment(self) -> None:
+        """The garbage collector, in the middle of an operation, finds a client that closes itself."""
+        with in_thread(self.say, lambda: self.turn.run(wait=True), "a"):
+            pass
+        self.assertEqual(self.delivered, [["a"]])
+
+    def test_crowded(self) -> None:
+        """So much is queued that whoever puts more should wait."""
+        for _ in range(pywebsock.CROWD):
+            self.turn.put(lambda: None)
+        self.assertFalse(self.turn.is_crowded)
+        self.turn.put(lambda: None)
+        self.assertTrue(self.turn.is_crowded)
+        self.turn.run()
+        self.assertFalse(self.turn.is_crowded)
 
     def test_promised_to_the_successor(self) -> None:
         """After its time the holder stops; nobody but the successor goes on."""
