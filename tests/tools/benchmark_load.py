@@ -3,7 +3,9 @@
 It must not be slower than what it measures. All clients of a broadcast server get the same bytes, so each byte is
 looked at in Python once, where a client gets it first; what the others get is compared with it, which is one memcmp.
 Where a client gets something else, it is looked at on its own, and `order` tells of it. A message's delay is taken at
-one client, another for each message in turn.
+one client, another for each message in turn. With TLS, each client's bytes are others, and to decrypt them costs as
+much as to encrypt them: of those that only listen, all but one decrypt the first message, and then count what is in the
+records.
 
 With the process that has started it, it speaks in lines: says `ready` when all are connected, hears `go`, says
 `sent N` at the end, hears `total N`, how many messages all such processes have sent, says what it has found, in JSON,
@@ -30,7 +32,9 @@ import typing
 import zlib
 
 PIECE = 1 << 16  # bytes asked of a socket at once
-RECORD = 1 << 14  # bytes of a record of TLS (RFC 8446 5.1)
+RECORD = 1 << 14  # bytes in a record of TLS (RFC 8446 5.1)
+RECORD_HEAD = 5  # bytes, which are not encrypted
+RECORD_REST = 17  # bytes that a record is longer than what is in it, its head not counted (RFC 8446 5.2)
 ROOM = 1 << 24  # bytes of a stream that are kept at least; large messages would soon fill the memory
 PATIENCE = 3.0  # seconds without news after which a message is lost
 HEAD = struct.Struct("4s8s15s")  # of a message: its sender, number, and when it was sent, in microseconds; digits all
@@ -239,6 +243,9 @@ class SecureWire(Wire):
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = load.context.wrap_bio(self._in, self._out)
         self._plain = memoryview(b"")  # what waits for the handshake of TLS
+        self._at = 0  # where the next record begins in what comes next
+        self._head = b""  # of that record, where it has come in part
+        self.ahead = 0  # bytes in the record that has come in part
         super().__init__(load, read)
         self.recv = self._read
 
@@ -253,6 +260,7 @@ class SecureWire(Wire):
         data = self.socket.recv(size)
         if not data:
             return data
+        self._look(data)
         self._in.write(data)
         if self._plain:
             self.send(b"")  # the handshake goes on
@@ -267,6 +275,26 @@ class SecureWire(Wire):
         if not any(records):
             raise BlockingIOError
         return b"".join(records)
+
+    def _look(self, data: bytes) -> int:
+        """How many bytes are in the records that begin here."""
+        data, at, count = self._head + data, self._at, 0
+        while at + RECORD_HEAD <= len(data):
+            size = int.from_bytes(data[at + 3 : at + RECORD_HEAD], "big")
+            at += RECORD_HEAD + size
+            self.ahead = size - RECORD_REST
+            count += self.ahead
+        self._head, self._at = data[at:], max(0, at - len(data))
+        if not self._at:
+            self.ahead = 0
+        return count
+
+    def count(self) -> int:
+        """How many bytes come, without decrypting them; a record counts when it begins to come."""
+        data = self.socket.recv(PIECE)
+        if not data:
+            raise ConnectionError("the server has closed a connection")
+        return self._look(data)
 
 
 class Client:
@@ -286,6 +314,8 @@ class Client:
         self.position = 0  # in the stream: how much of it has come
         self.sent = 0
         self._follow(load.stream)
+        self._counts = load.may_count(number)
+        self._arrivals: collections.deque[tuple[int, float]] = collections.deque()  # positions, and when
 
     def _follow(self, stream: Stream) -> None:
         self.stream = stream
@@ -316,6 +346,20 @@ class Client:
             count += 1
         if count and self._load.sending:
             self.send(count)
+        if self._counts and self.delivered:
+            assert isinstance(self._wire, SecureWire)
+            self.position += self._wire.ahead
+            self._load.ready[self._wire.socket.fileno()] = self._count
+
+    def _count(self) -> None:
+        """Count what has come; where messages end in it one knows when another client has got them."""
+        assert isinstance(self._wire, SecureWire)
+        self.position += self._wire.count()
+        self._arrivals.append((self.position, time.monotonic() * 1e6))
+        while self._arrivals and self._arrivals[0][0] <= self.stream.end:
+            position, now = self._arrivals.popleft()
+            while self._probes and self._probes[0][0] <= position:
+                self._load.delays.append(now - int(self._probes.popleft()[1]))
 
     def _go_beyond(self, data: bytes) -> None:
         """These bytes are the first to come, or not what the others have got."""
@@ -391,6 +435,7 @@ class Load:
         self.wire: type[Wire] = SecureWire if settings["tls"] else Wire
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE  # it knows whom it talks to
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.sending = False
         self.delays: list[float] = []  # in microseconds
         self.poll: typing.Any = select.epoll() if sys.platform == "linux" else select.poll()
@@ -403,6 +448,13 @@ class Load:
         mine = range(settings["first"], self.clients, settings["step"])
         self.stream = Stream(self, mine)
         self._all = {number: self.client(self, number) for number in mine}
+
+    def _sends(self, number: int) -> bool:
+        return not number % max(1, self.clients // self._settings["senders"])
+
+    def may_count(self, number: int) -> bool:
+        """Whether a client need not decrypt all."""
+        return bool(self._settings["tls"] and not self._sends(number) and number != self._settings["first"])
 
     def due(self, total: int) -> int:
         """What the clients of this process must get where all together have sent so much."""
@@ -464,9 +516,8 @@ class Load:
         print("ready", flush=True)
         self._listen("go")
         self.sending = self.goes_on
-        every = max(1, self.clients // self._settings["senders"])
         for number, client in self._all.items():
-            if not number % every:
+            if self._sends(number):
                 client.send(self._settings["window"])
         self._run(self._settings["warm"])
         self.delays.clear()
