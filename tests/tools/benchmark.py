@@ -151,6 +151,7 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
     """What the figures depend on."""
     server, loads = cores()
     apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, loads))}" if server else "not pinned"
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
     runs = len(servers) * len(options.scenarios) * options.rounds
     minutes = runs * (options.seconds + warming(options.seconds) + 1) / 60
     return {
@@ -158,6 +159,7 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processors": f"{os.cpu_count()} of {processor()}; {apart}",
+        "others": f"{busy:.1f} processes wanted to run before" if busy >= 0 else "unknown",
         "servers": {server.name: server.version for server in servers},
         "rounds": f"{options.rounds} of {options.seconds:g} s, about {minutes:.0f} minutes in all",
     }
