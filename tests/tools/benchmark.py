@@ -6,6 +6,10 @@ rounds, so that a drift of the machine hits all alike. Each broadcasts what a cl
 among them. Senders have so many messages in flight and send the next when they get one of theirs back. Figures are
 medians of the rounds; ratios are taken within each round.
 
+Without arguments it is quick. `--scenarios` takes names and groups: more clients, large messages, TLS, compression, and
+what it costs to join and to stay; servers that cannot do what is measured are left out. All messages are text. TLS is
+1.3, with a new certificate of the openssl command; compression is offered as browsers do.
+
 The load (tests/tools/benchmark_load.py) runs in processes of its own, on other processors than the server where the
 system allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of
 their processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at
@@ -30,16 +34,35 @@ import sys
 import tempfile
 import time
 import typing
+import unittest
 
+import pywebsock
 from tests.tools import load, support
 from tests.tools.peers import JOINING, OURS, Server, ending, in_c, on_javascript, on_python, pinned, serving
 
 DEADLINE = 60.0  # seconds for a run, besides its measuring
 BUSY = 0.9  # the load is taken for the limit from here on
-BAR = 16  # characters
+BAR = 8  # characters
 MANY = 50  # clients, for memory to be told from noise
 
 Round = dict[str, typing.Any]  # the figures of one server in one scenario
+
+
+class Kind(typing.NamedTuple):
+    """What is measured."""
+
+    heading: str
+    figure: str  # its name in a Round
+    load: str  # the kind of the load
+    title: str  # of a scenario
+    most_first: bool = True
+
+
+ROOM = "{clients} clients, {senders} sending {amount}, {window} in flight for each sender"
+SMALL = Kind("deliveries/s", "deliveries_per_s", "room", ROOM)
+LARGE = Kind("MB/s", "mb_per_s", "room", ROOM)
+VISITS = Kind("handshakes/s", "deliveries_per_s", "visits", "{clients} clients come, go and come again")
+IDLE = Kind("KiB after", "kib_a_client_busy", "idle", "{clients} clients that get one message of {amount}", False)
 
 
 class Scenario(typing.NamedTuple):
@@ -48,14 +71,62 @@ class Scenario(typing.NamedTuple):
     clients: int
     senders: int
     window: int  # messages in flight, for each sender
+    size: int = 64  # bytes of a message
+    kind: Kind = SMALL
+    tls: bool = False
+    deflate: bool = False  # JSON with permessage-deflate
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        units = ((1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
+        unit, name = next(unit for unit in units if not self.size % unit[0])
+        amount = f"{self.size // unit:,} {name}{' of JSON' if self.deflate else ''}"
+        more = ", TLS" * self.tls + ", permessage-deflate" * self.deflate
+        return self.kind.title.format(**self._asdict(), amount=amount) + more
 
 
-SCENARIOS = {
-    "pair": Scenario(2, 1, 1),
-    "fan100": Scenario(100, 1, 1),
-    "chat100": Scenario(100, 100, 1),
-    "burst100": Scenario(100, 100, 16),
+KIB, MIB = 1 << 10, 1 << 20
+GROUPS = {
+    "quick": {
+        "pair": Scenario(2, 1, 1),
+        "fan100": Scenario(100, 1, 1),
+        "chat100": Scenario(100, 100, 1),
+        "burst100": Scenario(100, 100, 16),
+    },
+    "more": {
+        "duo10": Scenario(10, 10, 1),
+        "stream100": Scenario(100, 1, 64),
+        "fan1000": Scenario(1000, 1, 1),
+        "chat1000": Scenario(1000, 1000, 1),
+    },
+    "large": {
+        "k64": Scenario(20, 2, 2, 64 * KIB, LARGE),
+        "k200": Scenario(50, 5, 2, 200_000, LARGE),
+        "m1": Scenario(10, 1, 2, MIB, LARGE),
+        "m4": Scenario(5, 1, 2, 4 * MIB, LARGE),
+        "fan-k64": Scenario(20, 1, 4, 64 * KIB, LARGE),
+        "fan-m1": Scenario(20, 1, 2, MIB, LARGE),
+    },
+    "tls": {
+        "tls-chat100": Scenario(100, 100, 1, tls=True),
+        "tls-fan100": Scenario(100, 1, 1, tls=True),
+        "tls-k64": Scenario(20, 2, 2, 64 * KIB, LARGE, tls=True),
+        "tls-m1": Scenario(20, 1, 2, MIB, LARGE, tls=True),
+    },
+    "deflate": {
+        "deflate-k1": Scenario(100, 1, 2, KIB, deflate=True),
+        "deflate-k64": Scenario(100, 1, 2, 64 * KIB, LARGE, deflate=True),
+    },
+    "clients": {
+        "connect": Scenario(50, 50, 1, kind=VISITS),
+        "tls-connect": Scenario(50, 50, 1, kind=VISITS, tls=True),
+        "idle": Scenario(500, 1, 1, kind=IDLE),
+        "tls-idle": Scenario(500, 1, 1, kind=IDLE, tls=True),
+        "deflate-idle": Scenario(500, 1, 1, 2 * KIB, IDLE, deflate=True),
+    },
 }
+SCENARIOS = {name: scenario for group in GROUPS.values() for name, scenario in group.items()}
 
 
 # ---- what it depends on ----
@@ -80,6 +151,7 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
     """What the figures depend on."""
     server, loads = cores()
     apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, loads))}" if server else "not pinned"
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
     runs = len(servers) * len(options.scenarios) * options.rounds
     minutes = runs * (options.seconds + warming(options.seconds) + 1) / 60
     return {
@@ -87,8 +159,8 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processors": f"{os.cpu_count()} of {processor()}; {apart}",
+        "others": f"{busy:.1f} processes wanted to run before" if busy >= 0 else "unknown",
         "servers": {server.name: server.version for server in servers},
-        "messages": "2 KB of JSON, permessage-deflate" if options.compressed else "64 bytes, not compressed",
         "rounds": f"{options.rounds} of {options.seconds:g} s, about {minutes:.0f} minutes in all",
     }
 
@@ -149,10 +221,12 @@ class Loads:
 
 def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> Round:
     """One run of a server, with clients that come and go."""
-    settings = {**scenario._asdict(), "compressed": options.compressed, "seconds": options.seconds}
+    settings = {**scenario._asdict(), "kind": scenario.kind.load, "seconds": options.seconds}
     settings["warm"] = warming(options.seconds)
     deadline = DEADLINE + 2 * options.seconds
-    with serving(server, cores()[0], deadline, options.compressed) as (pid, port), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        certificate = options.certificate if scenario.tls else ""
+        pid, port = stack.enter_context(serving(server, cores()[0], deadline, scenario.deflate, certificate))
         memory = [resident(pid)]
         loads = Loads(stack, {**settings, "port": port}, deadline)
         loads.hear()  # ready
@@ -168,20 +242,22 @@ def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> 
         loads.say("end")
     idle, busy = ((each - memory[0]) / scenario.clients for each in memory[1:])
     own = {"kib_a_client": idle, "kib_a_client_busy": busy, "server": server_busy}
-    return {**figures(found, total * scenario.clients), **own}
+    return {**figures(found, scenario.size), **own}
 
 
-def figures(found: list[dict[str, typing.Any]], deliveries: int) -> Round:
+def figures(found: list[dict[str, typing.Any]], size: int) -> Round:
     """What the processes of the load have found, taken together."""
     delays = sorted(delay for each in found for delay in each["delays"])
     orders = {order for each in found for order in each["orders"]}
+    rate = sum(each["deliveries_per_s"] for each in found)
     return {
-        "deliveries_per_s": sum(each["deliveries_per_s"] for each in found),
+        "deliveries_per_s": rate,
+        "mb_per_s": rate * size / 1e6,
         "p50_ms": delays[len(delays) // 2] / 1000 if delays else 0.0,
         "p99_ms": delays[len(delays) * 99 // 100] / 1000 if delays else 0.0,
-        "lost": deliveries - sum(each["delivered"] for each in found),
+        "lost": sum(each["lost"] for each in found),
         "bytes_a_message": statistics.median(each["bytes_a_message"] for each in found),
-        "order": "same" if len(orders) == 1 and not any(each["gaps"] for each in found) else "differs",
+        "order": "same" if len(orders) <= 1 and not any(each["gaps"] for each in found) else "differs",
         "load": max(each["busy"] for each in found),
         "load_code": max(each["own"] for each in found),
         "failures": [failure for each in found for failure in each["failures"]],
@@ -206,13 +282,14 @@ def run_rounds(
     return rounds
 
 
-def summary(rounds: list[Round], ours: list[Round]) -> Round:
-    """Medians of a server's rounds, its worst, and how many times as fast as it this server is."""
+def summary(rounds: list[Round], ours: list[Round], figure: str) -> Round:
+    """Medians of a server's rounds, its worst, and this server's figure divided by its."""
     good = [each for each in rounds if "error" not in each]
     if not good:
         return {"error": rounds[0]["error"]}
     names = (
         "deliveries_per_s",
+        "mb_per_s",
         "p50_ms",
         "p99_ms",
         "kib_a_client",
@@ -223,7 +300,7 @@ def summary(rounds: list[Round], ours: list[Round]) -> Round:
         "bytes_a_message",
     )
     medians: Round = {name: round(statistics.median(each[name] for each in good), 3) for name in names}
-    pairs = [(own.get("deliveries_per_s"), each.get("deliveries_per_s")) for own, each in zip(ours, rounds)]
+    pairs = [(own.get(figure), each.get(figure)) for own, each in zip(ours, rounds)]
     ratios = [own / each for own, each in pairs if own and each]
     medians["ours_to_this"] = round(statistics.median(ratios), 3) if ratios else None
     medians["lost"] = sum(each["lost"] for each in good)
@@ -247,12 +324,13 @@ def bar(part: float) -> str:
 
 WIDTHS = {  # of the columns; with a minus where they begin at the left
     "": -16,
-    "deliveries/s": 13,
+    "figure": 13,  # what is measured
     " ": -BAR,
     "ours/this": 9,
     "p50 ms": 7,
     "p99 ms": 7,
     "KiB/client": 10,
+    "bytes": 9,
     "lost": 4,
     "order": -7,
     "server": 6,
@@ -266,58 +344,75 @@ def line(cells: typing.Iterable[object]) -> str:
     return " ".join(f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(cells, WIDTHS.values()))
 
 
-def row(server: str, each: Round, most: float, clients: int) -> str:
+def shown(number: float) -> str:
+    """A figure of any size."""
+    return f"{number:,.{0 if number >= 100 else 1}f}"
+
+
+def row(server: str, each: Round, most: float, scenario: Scenario) -> str:
     """The line of a server."""
     limited = each["load"] >= BUSY > each["server"]
+    figure = each[scenario.kind.figure]
     return line(
         (
             server,
-            (">= " if limited else "") + f"{each['deliveries_per_s']:,.0f}",
-            bar(each["deliveries_per_s"] / most if most else 0.0),
+            (">= " if limited else "") + shown(figure),
+            bar(max(0.0, figure) / most if most else 0.0),
             "" if server == OURS or not each["ours_to_this"] else f"{each['ours_to_this']:.2f}",
-            f"{each['p50_ms']:.2f}",
-            f"{each['p99_ms']:.2f}",
-            f"{each['kib_a_client']:.0f}" if clients >= MANY else "",
+            *(f"{each[name]:.2f}" if each[name] else "" for name in ("p50_ms", "p99_ms")),
+            shown(each["kib_a_client"]) if scenario.clients >= MANY and scenario.kind != VISITS else "",
+            f"{each['bytes_a_message']:,.0f}" if each["bytes_a_message"] else "",
             each["lost"],
             each["order"],
-            *(f"{each[name]:.0%}" for name in ("server", "load", "load_code", "bytes_a_message")),
+            *(f"{each[name]:.0%}" for name in ("server", "load", "load_code")),
         )
     )
 
 
-def show(name: str, found: dict[str, Round]) -> None:
-    """The table of a scenario, the fastest first."""
-    clients, senders, window = SCENARIOS[name]
-    print(f"\n{name}: {clients} clients, {senders} sending, {window} in flight for each sender")
-    print(line(WIDTHS))
-    most = max(each.get("deliveries_per_s", 0.0) for each in found.values())
-    for server, each in sorted(found.items(), key=lambda item: -item[1].get("deliveries_per_s", 0.0)):
-        print(line((server, each["error"])) if "error" in each else row(server, each, most, clients))
-        for failure in sorted(set(each.get("failures", ()))):
-            print(line(("", failure)))
+def show(name: str, scenario: Scenario, found: dict[str, Round]) -> None:
+    """The table of a scenario, the best first."""
+    print(f"\n{name}: {scenario.title}")
+    print(line(scenario.kind.heading if name == "figure" else name for name in WIDTHS))
+    good = {server: each for server, each in found.items() if "error" not in each}
+    figure, most_first = scenario.kind.figure, scenario.kind.most_first
+    most = max((each[figure] for each in good.values()), default=0.0)
+    for server, each in sorted(good.items(), key=lambda item: float(item[1][figure]), reverse=most_first):
+        print(row(server, each, most, scenario))
+    for server, each in found.items():
+        for failure in [each["error"]] if "error" in each else sorted(set(each["failures"])):
+            print(line((server, failure)))
 
 
 EXPLANATION = """
-deliveries/s: messages that clients have got, all together; ours/this: how many times as fast this server is.
-p50, p99: from sending to getting. KiB/client: by which the server grew when the clients had joined, before messages.
-lost, order: whether each client got every message, and all in one order. server, load: parts of a processor that they
-used; its code: the load's own, without the kernel. With >= the load was the limit: the server does at least this."""
+deliveries/s: messages that clients have got, all together. MB/s: the same in bytes, before compression. handshakes/s:
+of clients that leave when they have joined, and join again. KiB after: by which the server has grown for each client
+when all have got a message; the least is the best. ours/this: this server's figure divided by that one's. p50, p99:
+from sending to getting, or from connecting to having joined. KiB/client: by which the server grew when the clients had
+joined, before messages. bytes: of a message when it gets to a client. lost, order: whether each client got every
+message, and all in one order. server, load: parts of a processor that they used; its code: the load's own, without the
+kernel. With >= the load was the limit: the server does at least this."""
 
 
 def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.benchmark", description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    add("--scenarios", default=",".join(SCENARIOS), help="of %(default)s; all without this")
+    groups = "; ".join(f"{group} ({', '.join(scenarios)})" for group, scenarios in GROUPS.items())
+    add("--scenarios", default="quick", help=f"such as m1,tls; names and groups of {groups}; or all (%(default)s)")
     add("--servers", default="", help=f"such as {OURS},bun; all that are found without this")
     add("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="rounds (%(default)s)")
     add("--seconds", type=float, default=2.0, help="that each run measures, up to 10 (%(default)s)")
-    add("--compressed", action="store_true", help="2 KB of JSON with permessage-deflate, instead of 64 bytes")
+    add("--compressed", action="store_true", help="2 KiB of JSON with permessage-deflate, instead of other messages")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    options.scenarios = options.scenarios.split(",")
-    if not set(options.scenarios) <= set(SCENARIOS):
-        parser.error(f"the scenarios are {', '.join(SCENARIOS)}")
+    known = {"all": SCENARIOS, **GROUPS, **{name: {name: scenario} for name, scenario in SCENARIOS.items()}}
+    names = options.scenarios.split(",")
+    if not set(names) <= set(known):
+        parser.error(f"the scenarios are {groups}; or all")
+    options.scenarios = {name: scenario for each in names for name, scenario in known[each].items()}
+    if options.compressed:
+        changes = {"size": 2 * KIB, "deflate": True}
+        options.scenarios = {name: each._replace(**changes) for name, each in options.scenarios.items()}
     if not 0 < options.seconds <= 10:  # there is no answer to pings, which come after 20 seconds
         parser.error("--seconds must be up to 10")
     return options
@@ -327,36 +422,45 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
     """Measure, and show it."""
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
+    pywebsock.raise_file_limit()  # for all that is started
     with tempfile.TemporaryDirectory() as folder:
-        found = [*on_python(), *on_javascript(), *in_c(folder)]
-        servers = [each for each in found if each.deflates or not options.compressed]
+        servers = [*on_python(), *on_javascript(), *in_c(folder)]
         servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
         if not servers:
             sys.exit("there is no such server")
+        options.certificate = ""
+        if any(scenario.tls for scenario in options.scenarios.values()):
+            try:
+                options.certificate = support.certificate(folder)[0]
+            except unittest.SkipTest as missing:
+                sys.exit(str(missing))
         measure_all(servers, options)
     return 0
 
 
 def measure_all(servers: typing.Sequence[Server], options: argparse.Namespace) -> None:
-    """Measure these servers, and print what was found."""
-    result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "scenarios": {}}
+    """Measure these servers, each in what it can do, and print what was found."""
+    titles = {name: scenario.title for name, scenario in options.scenarios.items()}
+    result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "titles": titles, "scenarios": {}}
     if not options.json:
         for name, value in result["conditions"].items():
             print(
                 f"{name:11}",
                 value if isinstance(value, str) else "; ".join(" ".join(item).strip() for item in value.items()),
             )
-    for name in options.scenarios:
+    for name, scenario in options.scenarios.items():
 
         def say(what: str, name: str = name) -> None:
             if sys.stderr.isatty():
                 print(f"\r\033[K{name}, {what}" if what else "\r\033[K", end="", file=sys.stderr, flush=True)
 
-        rounds = run_rounds(servers, SCENARIOS[name], options, say)
+        able = [each for each in servers if each.can(scenario.deflate, scenario.tls)]
+        rounds = run_rounds(able, scenario, options, say)
         say("")
-        result["scenarios"][name] = {server: summary(each, rounds.get(OURS, [])) for server, each in rounds.items()}
+        figure, ours = scenario.kind.figure, rounds.get(OURS, [])
+        result["scenarios"][name] = {server: summary(each, ours, figure) for server, each in rounds.items()}
         if not options.json:
-            show(name, result["scenarios"][name])
+            show(name, scenario, result["scenarios"][name])
             sys.stdout.flush()
     print(json.dumps(result, indent=2) if options.json else EXPLANATION)
 

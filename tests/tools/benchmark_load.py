@@ -3,7 +3,9 @@
 It must not be slower than what it measures. All clients of a broadcast server get the same bytes, so each byte is
 looked at in Python once, where a client gets it first; what the others get is compared with it, which is one memcmp.
 Where a client gets something else, it is looked at on its own, and `order` tells of it. A message's delay is taken at
-one client, another for each message in turn.
+one client, another for each message in turn. With TLS, each client's bytes are others, and to decrypt them costs as
+much as to encrypt them: of those that only listen, all but one decrypt the first message, and then count what is in the
+records.
 
 With the process that has started it, it speaks in lines: says `ready` when all are connected, hears `go`, says
 `sent N` at the end, hears `total N`, how many messages all such processes have sent, says what it has found, in JSON,
@@ -15,12 +17,14 @@ from __future__ import annotations
 import array
 import bisect
 import collections
+import contextlib
 import json
 import os
 import random
 import select
 import signal
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -28,8 +32,11 @@ import typing
 import zlib
 
 PIECE = 1 << 16  # bytes asked of a socket at once
+RECORD = 1 << 14  # bytes in a record of TLS (RFC 8446 5.1)
+RECORD_HEAD = 5  # bytes, which are not encrypted
+RECORD_REST = 17  # bytes that a record is longer than what is in it, its head not counted (RFC 8446 5.2)
+ROOM = 1 << 24  # bytes of a stream that are kept at least; large messages would soon fill the memory
 PATIENCE = 3.0  # seconds without news after which a message is lost
-SIZE = 64  # bytes of a message that is not compressed
 HEAD = struct.Struct("4s8s15s")  # of a message: its sender, number, and when it was sent, in microseconds; digits all
 HEAD_FORMAT = b"%04d%08d%015d"
 REQUEST = (
@@ -39,37 +46,55 @@ REQUEST = (
 OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
 KEY = b"\xa5" * 4  # four times the same, so that a table masks quickly; a server cannot know
 MASKED = bytes(byte ^ KEY[0] for byte in range(256))
+CLOSE = b"\x88\x82" + KEY + b"\x03\xe8".translate(MASKED)
 CHANCE = random.Random(7692)
+
+Cut = typing.Iterator[tuple[int, bytes, bytes, bytes]]  # of frames: length, sender, number, time
+
+
+def head(first: int, length: int, key: bytes = b"") -> bytes:
+    """The head of a frame (RFC 6455 5.2), masked where there is a key."""
+    mask = 0x80 if key else 0
+    if length < 126:
+        return bytes((first, mask | length)) + key
+    if length < 1 << 16:
+        return struct.pack("!BBH", first, mask | 126, length) + key
+    return struct.pack("!BBQ", first, mask | 127, length) + key
 
 
 class Plain:
-    """Messages of 64 bytes."""
+    """Messages of so many bytes of text."""
 
-    _rest = b"x" * (SIZE - HEAD.size)
-    _layout = struct.Struct(f"2s{HEAD.format}{len(_rest)}s")
-    _head = bytes((0x81, 0x80 | SIZE)) + KEY
+    def __init__(self, size: int) -> None:
+        self._start = head(0x81, size)
+        self._masked_start = head(0x81, size, KEY)
+        self._rest = b"x" * (size - HEAD.size)
+        self._masked_rest = self._rest.translate(MASKED)
+        self._layout = struct.Struct(f"{len(self._start)}s{HEAD.format}")
+        self._length = len(self._start) + size
 
-    def __init__(self) -> None:
-        self._start = bytes((0x81, SIZE))
-
-    @classmethod
-    def frame(cls, sender: int, number: int, now: int) -> bytes:
+    def frame(self, sender: int, number: int, now: int) -> bytes:
         """What a client sends."""
-        return cls._head + (HEAD_FORMAT % (sender, number, now) + cls._rest).translate(MASKED)
+        masked = (HEAD_FORMAT % (sender, number, now)).translate(MASKED)
+        return b"".join((self._masked_start, masked, self._masked_rest))
 
-    def cut(self, data: bytes) -> typing.Iterator[tuple[int, bytes, bytes, bytes]]:
-        """The frames of a server at the start of `data`: length, sender, number, time."""
-        length, whole = self._layout.size, len(data) - len(data) % self._layout.size
-        for start, sender, number, sent, rest in self._layout.iter_unpack(memoryview(data)[:whole]):
-            if start != self._start or rest != self._rest:
-                raise ValueError(f"not a message that was sent: {start + sender + number + sent + rest!r}")
+    def cut(self, data: bytearray, at: int, inflate: typing.Callable[[bytes], bytes]) -> Cut:
+        """The frames of a server in `data`, which begin at `at`."""
+        length, rest = self._length, self._layout.size
+        for here in range(at, len(data) - length + 1, length):
+            start, sender, number, sent = self._layout.unpack_from(data, here)
+            if start != self._start or not data.startswith(self._rest, here + rest):
+                raise ValueError(f"not a message that was sent: {bytes(data[here : here + 100])!r}")
             yield length, sender, number, sent
 
 
-def prices() -> bytes:
-    """Most of a message of 2 KB: JSON whose figures are new each time."""
-    rows = [{"name": f"item {i}", "price": CHANCE.randrange(9999) / 100, "stock": i % 7 > 0} for i in range(38)]
-    return b'", "rows": ' + json.dumps(rows).encode() + b"}"
+def prices(size: int) -> bytes:
+    """Most of a message of so many bytes: JSON whose figures are new each time."""
+    rows = [{"name": f"item {i}", "price": CHANCE.randrange(9999) / 100, "stock": i % 7 > 0} for i in range(size // 50)]
+    text = b'", "rows": ' + json.dumps(rows).encode()
+    while len(text) >= size:
+        text = text[: text.rindex(b", {")] + b"]"
+    return text + b" " * (size - len(text) - 1) + b"}"
 
 
 def deflated(data: bytes) -> bytes:
@@ -79,37 +104,37 @@ def deflated(data: bytes) -> bytes:
 
 
 class Compressed:
-    """Messages of 2 KB of JSON, with permessage-deflate: a stored block that is new, and one of many made before."""
+    """Messages of JSON, with permessage-deflate: a stored block that is new, and one of several made before."""
 
     _before = b'{"at": "'
     _stored = len(_before) + HEAD.size
     _first = struct.pack("<BHH", 0, _stored, _stored ^ 0xFFFF) + _before + HEAD_FORMAT  # RFC 1951 3.2.4
-    _rests = tuple(prices() for _ in range(64))  # 128 KB, more than any window
-    _packed = tuple(map(deflated, _rests))
 
-    def __init__(self) -> None:
-        self._inflater = zlib.decompressobj(-15)
+    def __init__(self, size: int) -> None:
+        number = max(4, (1 << 17) // size)  # 128 KB or more of them, more than any window
+        self._rests = [prices(size - self._stored) for _ in range(number)]
+        self._packed = [deflated(rest).translate(MASKED) for rest in self._rests]
+        self._most = 2 * size
 
-    @classmethod
-    def frame(cls, sender: int, number: int, now: int) -> bytes:
+    def frame(self, sender: int, number: int, now: int) -> bytes:
         """What a client sends."""
-        payload = cls._first % (sender, number, now) + cls._packed[(sender + number) % len(cls._packed)]
-        return struct.pack("!BBH", 0xC1, 0xFE, len(payload)) + KEY + payload.translate(MASKED)
+        first = (self._first % (sender, number, now)).translate(MASKED)
+        packed = self._packed[(sender + number) % len(self._packed)]
+        return b"".join((head(0xC1, len(first) + len(packed), KEY), first, packed))
 
-    def cut(self, data: bytes) -> typing.Iterator[tuple[int, bytes, bytes, bytes]]:
-        """The frames of a server at the start of `data`: length, sender, number, time."""
-        at = 0
-        while len(data) - at >= 4:
+    def cut(self, data: bytearray, at: int, inflate: typing.Callable[[bytes], bytes]) -> Cut:
+        """The frames of a server in `data`, which begin at `at`."""
+        while len(data) - at >= 2:
             length = data[at + 1]
-            start = at + (4 if length == 126 else 2)
-            length = int.from_bytes(data[at + 2 : start], "big") if length == 126 else length
-            if data[at] not in (0x81, 0xC1) or length > 4096:
-                raise ValueError(f"not a message that was sent: {data[at : at + 10]!r}")
+            start = at + {126: 4, 127: 10}.get(length, 2)
+            length = int.from_bytes(data[at + 2 : start], "big") if length >= 126 else length
+            if data[at] not in (0x81, 0xC1) or length > self._most:
+                raise ValueError(f"not a message that was sent: {bytes(data[at : at + 10])!r}")
             if start + length > len(data):
                 return
-            payload = data[start : start + length]
+            payload = bytes(data[start : start + length])
             if data[at] == 0xC1:
-                payload = self._inflater.decompress(payload + b"\0\0\xff\xff")
+                payload = inflate(payload + b"\0\0\xff\xff")
             sender, number, sent = HEAD.unpack_from(payload, len(self._before))
             if payload[self._stored :] != self._rests[(int(sender) + int(number)) % len(self._rests)]:
                 raise ValueError(f"not a message that was sent: {payload[:50]!r}")
@@ -120,8 +145,9 @@ class Compressed:
 class Stream:
     """What clients get, each byte once: where messages end, and whether each sender's are in order."""
 
-    def __init__(self, shape: type[Plain] | type[Compressed], clients: int, mine: typing.Iterable[int]) -> None:
+    def __init__(self, load: Load, mine: typing.Iterable[int]) -> None:
         self.data = bytearray()
+        self.start = 0  # of `data`, in all that has come
         self.ends = array.array("Q")  # where each message ends
         self.digest = 0  # of the order
         self.gaps = 0  # messages that are not the next of their sender
@@ -130,15 +156,20 @@ class Stream:
         self.echoes: dict[int, collections.deque[int]] = {each: collections.deque() for each in mine}
         self.probes: dict[int, collections.deque[tuple[int, bytes]]] = {each: collections.deque() for each in mine}
         self._next: collections.defaultdict[int, int] = collections.defaultdict(int)
-        self._shape = shape()
-        self._clients = clients
+        self._load = load
+        self._inflate = zlib.decompressobj(-15).decompress
+
+    @property
+    def end(self) -> int:
+        """Bytes that have come."""
+        return self.start + len(self.data)
 
     def extend(self, data: bytes) -> None:
         """Look at the next bytes."""
         self.data += data
         end = self.ends[-1] if self.ends else 0
         count = len(self.ends)
-        for length, name, digits, sent in self._shape.cut(bytes(self.data[end:])):
+        for length, name, digits, sent in self._load.shape.cut(self.data, end - self.start, self._inflate):
             end += length
             sender, number = int(name), int(digits)
             self.gaps += number != self._next[sender]
@@ -147,10 +178,123 @@ class Stream:
             self.ends.append(end)
             if sender in self.echoes:
                 self.echoes[sender].append(end)
-            probe = self.probes.get(count % self._clients)
+            probe = self.probes.get(count % self._load.clients)
             if probe is not None:
                 probe.append((end, sent))
             count += 1
+        if len(self.data) > ROOM:
+            seen = min(end, self._load.seen_by_all())
+            del self.data[: seen - self.start]
+            self.start = seen
+
+
+class Wire:
+    """A connection, from its opening handshake on; nothing that is sent waits."""
+
+    def __init__(self, load: Load, read: typing.Callable[[], None]) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", load.port), 10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.recv: typing.Callable[[int], bytes] = self.socket.recv
+        self.unsent: collections.deque[memoryview] = collections.deque()
+        self._load = load
+        self._response = b""
+        self._file = self.socket.fileno()
+        load.ready[self._file] = read
+        load.poll.register(self._file, select.POLLIN)
+        self.send(load.request)
+
+    def send(self, data: bytes) -> None:
+        """Send what the socket takes, and the rest with `flush`."""
+        sent = 0 if self.unsent else self.socket.send(data)
+        if sent < len(data):
+            self.unsent.append(memoryview(data)[sent:])
+            self._load.poll.modify(self._file, select.POLLIN | select.POLLOUT)
+
+    def flush(self) -> None:
+        """Send more of the rest."""
+        with contextlib.suppress(BlockingIOError):
+            while self.unsent:
+                self.unsent[0] = self.unsent[0][self.socket.send(self.unsent[0]) :]
+                if not self.unsent[0]:
+                    self.unsent.popleft()
+            self._load.poll.modify(self._file, select.POLLIN)
+
+    def is_open(self) -> bool:
+        """Take what has come of the answer to the handshake; whether that was all of it."""
+        data = self.recv(PIECE)
+        self._response += data
+        if data and not self._response.endswith(b"\r\n\r\n"):
+            return False
+        deflates = b"permessage-deflate" in self._response
+        if not self._response.startswith(b"HTTP/1.1 101 ") or deflates != self._load.deflate:
+            raise ConnectionError(f"not the answer that was wanted: {self._response!r}")
+        return True
+
+    def close(self) -> None:
+        """End it."""
+        self._load.poll.unregister(self._file)
+        self.socket.close()
+
+
+class SecureWire(Wire):
+    """The same with TLS; recv raises BlockingIOError where no record is whole."""
+
+    def __init__(self, load: Load, read: typing.Callable[[], None]) -> None:
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = load.context.wrap_bio(self._in, self._out)
+        self._plain = memoryview(b"")  # what waits for the handshake of TLS
+        self._at = 0  # where the next record begins in what comes next
+        self._head = b""  # of that record, where it has come in part
+        self.ahead = 0  # bytes in the record that has come in part
+        super().__init__(load, read)
+        self.recv = self._read
+
+    def send(self, data: bytes) -> None:
+        self._plain = self._plain or memoryview(data)  # nothing is sent before the answer to the first
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while self._plain:
+                self._plain = self._plain[self._tls.write(self._plain) :]
+        super().send(self._out.read())
+
+    def _read(self, size: int) -> bytes:
+        data = self.socket.recv(size)
+        if not data:
+            return data
+        self._look(data)
+        self._in.write(data)
+        if self._plain:
+            self.send(b"")  # the handshake goes on
+        records = []
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while self._in.pending:
+                records.append(self._tls.read(RECORD))
+                if not records[-1]:  # a close_notify; who waits for the answer closes then
+                    self._tls.unwrap()
+        if self._out.pending:
+            super().send(self._out.read())
+        if not any(records):
+            raise BlockingIOError
+        return b"".join(records)
+
+    def _look(self, data: bytes) -> int:
+        """How many bytes are in the records that begin here."""
+        data, at, count = self._head + data, self._at, 0
+        while at + RECORD_HEAD <= len(data):
+            size = int.from_bytes(data[at + 3 : at + RECORD_HEAD], "big")
+            at += RECORD_HEAD + size
+            self.ahead = size - RECORD_REST
+            count += self.ahead
+        self._head, self._at = data[at:], max(0, at - len(data))
+        if not self._at:
+            self.ahead = 0
+        return count
+
+    def count(self) -> int:
+        """How many bytes come, without decrypting them; a record counts when it begins to come."""
+        data = self.socket.recv(PIECE)
+        if not data:
+            raise ConnectionError("the server has closed a connection")
+        return self._look(data)
 
 
 class Client:
@@ -159,28 +303,19 @@ class Client:
     def __init__(self, load: Load, number: int) -> None:
         self._load = load
         self._number = number
-        self._connection = self._connect(load.port)
-        self._recv = self._connection.recv
-        self.fileno = self._connection.fileno()
+        self._wire = load.wire(load, self.read)
+        is_open = False
+        while not is_open:
+            with contextlib.suppress(BlockingIOError):
+                is_open = self._wire.is_open()
+        self._wire.socket.setblocking(False)
+        self._recv = self._wire.recv
+        self._unsent = self._wire.unsent
         self.position = 0  # in the stream: how much of it has come
         self.sent = 0
         self._follow(load.stream)
-
-    def _connect(self, port: int) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", port), 10)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        compressed = self._load.shape is Compressed
-        connection.sendall(REQUEST.format(port, OFFER if compressed else "").encode())
-        response = b""
-        while not response.endswith(b"\r\n\r\n"):
-            data = connection.recv(4096)
-            if not data:
-                break
-            response += data
-        if not response.startswith(b"HTTP/1.1 101 ") or (b"permessage-deflate" in response) != compressed:
-            raise ConnectionError(f"not the answer that was wanted: {response!r}")
-        connection.setblocking(False)
-        return connection
+        self._counts = load.may_count(number)
+        self._arrivals: collections.deque[tuple[int, float]] = collections.deque()  # positions, and when
 
     def _follow(self, stream: Stream) -> None:
         self.stream = stream
@@ -195,8 +330,10 @@ class Client:
 
     def read(self) -> None:
         """Take what has come; all but the first lines are for few clients."""
+        if self._unsent:
+            self._wire.flush()
         data = self._recv(PIECE)
-        if not self._data.startswith(data, self.position) or not data:
+        if not self._data.startswith(data, self.position - self.stream.start) or not data:
             self._go_beyond(data)
         position = self.position = self.position + len(data)
         if self._probes and self._probes[0][0] <= position:
@@ -209,14 +346,30 @@ class Client:
             count += 1
         if count and self._load.sending:
             self.send(count)
+        if self._counts and self.delivered:
+            assert isinstance(self._wire, SecureWire)
+            self.position += self._wire.ahead
+            self._load.ready[self._wire.socket.fileno()] = self._count
+
+    def _count(self) -> None:
+        """Count what has come; where messages end in it one knows when another client has got them."""
+        assert isinstance(self._wire, SecureWire)
+        self.position += self._wire.count()
+        self._arrivals.append((self.position, time.monotonic() * 1e6))
+        while self._arrivals and self._arrivals[0][0] <= self.stream.end:
+            position, now = self._arrivals.popleft()
+            while self._probes and self._probes[0][0] <= position:
+                self._load.delays.append(now - int(self._probes.popleft()[1]))
 
     def _go_beyond(self, data: bytes) -> None:
         """These bytes are the first to come, or not what the others have got."""
         if not data:
             raise ConnectionError("the server has closed a connection")
-        known = len(self._data) - self.position
-        if known > len(data) or not self._data.startswith(data[:known], self.position):
-            stream = Stream(self._load.shape, self._load.clients, [self._number])
+        at, known = self.position - self.stream.start, self.stream.end - self.position
+        if known > len(data) or not self._data.startswith(data[:known], at):
+            if self.stream.start:
+                raise ValueError("not what the others have got, and too late to be looked at on its own")
+            stream = Stream(self._load, [self._number])
             stream.extend(bytes(self._data[: self.position]))
             self._follow(stream)  # its own, from the start; what has been seen, has been seen
             while self._echoes and self._echoes[0] <= self.position:
@@ -232,33 +385,84 @@ class Client:
         frame = self._load.shape.frame
         numbers = range(self.sent, self.sent + count)
         self.sent += count
-        data = b"".join([frame(self._number, number, now) for number in numbers])
-        if self._connection.send(data) != len(data):
-            raise ConnectionError("the server reads too slowly")
+        self._wire.send(b"".join([frame(self._number, number, now) for number in numbers]))
+
+
+class Visitor:
+    """One who comes, goes when the handshake is over, and comes again: what it sends and gets are handshakes."""
+
+    position = 0
+
+    def __init__(self, load: Load, number: int) -> None:
+        self._load = load
+        self.stream = load.stream
+        self.sent = self.delivered = 0
+
+    def send(self, count: int) -> None:
+        """Come."""
+        self.sent += count
+        self._since = time.monotonic()
+        self._leaving = False
+        self._wire = self._load.wire(self._load, self.read)
+        self._wire.socket.setblocking(False)
+
+    def read(self) -> None:
+        """Take what has come; the server is the first to close."""
+        if not self._leaving:
+            self._leaving = self._wire.is_open()
+            if self._leaving:
+                self._load.delays.append((time.monotonic() - self._since) * 1e6)
+                self.delivered += 1
+                self._wire.send(CLOSE)
+        elif not self._wire.recv(PIECE):
+            self._wire.close()
+            if self._load.sending:
+                self.send(1)
 
 
 class Load:
     """The clients of this process: every `step`th of all, from `first` on."""
 
+    client: type[Client] | type[Visitor] = Client
+    goes_on = True  # who gets a message back sends the next
+
     def __init__(self, settings: dict[str, typing.Any]) -> None:
         self.port: int = settings["port"]
         self.clients: int = settings["clients"]
-        self.shape: type[Plain] | type[Compressed] = Compressed if settings["compressed"] else Plain
+        self.deflate: bool = settings["deflate"]
+        self.shape: Plain | Compressed = (Compressed if self.deflate else Plain)(settings["size"])
+        self.request = REQUEST.format(self.port, OFFER if self.deflate else "").encode()
+        self.wire: type[Wire] = SecureWire if settings["tls"] else Wire
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE  # it knows whom it talks to
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.sending = False
         self.delays: list[float] = []  # in microseconds
+        self.poll: typing.Any = select.epoll() if sys.platform == "linux" else select.poll()
+        self.ready: dict[int, typing.Callable[[], None]] = {0: self._hear}  # what to do, by file
+        self.poll.register(0, select.POLLIN)
         self._settings = settings
+        self._wait = 0.05 if sys.platform == "linux" else 50
         self._word: list[str] = []  # that has been heard
         self._failures: list[str] = []
         mine = range(settings["first"], self.clients, settings["step"])
-        self.stream = Stream(self.shape, self.clients, mine)
-        self._all = {number: Client(self, number) for number in mine}
-        self._poll: typing.Any = select.epoll() if sys.platform == "linux" else select.poll()
-        self._wait = 0.05 if sys.platform == "linux" else 50
-        self._ready: dict[int, typing.Callable[[], None]] = {0: self._hear}
-        self._poll.register(0, select.POLLIN)
-        for client in self._all.values():
-            self._ready[client.fileno] = client.read
-            self._poll.register(client.fileno, select.POLLIN)
+        self.stream = Stream(self, mine)
+        self._all = {number: self.client(self, number) for number in mine}
+
+    def _sends(self, number: int) -> bool:
+        return not number % max(1, self.clients // self._settings["senders"])
+
+    def may_count(self, number: int) -> bool:
+        """Whether a client need not decrypt all."""
+        return bool(self._settings["tls"] and not self._sends(number) and number != self._settings["first"])
+
+    def due(self, total: int) -> int:
+        """What the clients of this process must get where all together have sent so much."""
+        return total * len(self._all)
+
+    def seen_by_all(self) -> int:
+        """How much of the stream all have got."""
+        return min(client.position for client in self._all.values())
 
     def _hear(self) -> None:
         line = os.read(0, 4096).decode()
@@ -268,12 +472,14 @@ class Load:
 
     def _step(self) -> None:
         """Let each go on for whom something has come."""
-        for file, _ in self._poll.poll(self._wait):
+        for file, _ in self.poll.poll(self._wait):
             try:
-                self._ready[file]()
+                self.ready[file]()
+            except BlockingIOError:
+                pass
             except (OSError, ValueError, struct.error, zlib.error) as error:
                 self._failures.append(str(error))
-                self._poll.unregister(file)
+                self.poll.unregister(file)
 
     def _run(self, seconds: float) -> dict[str, float]:
         """Go on for so long; deliveries and parts of a processor used."""
@@ -299,8 +505,8 @@ class Load:
     def _drain(self, total: int) -> None:
         """Wait until all have got everything, or nothing more comes."""
         delivered, end = -1, time.monotonic() + PATIENCE
-        last = time.monotonic() + 5 * PATIENCE
-        while delivered < total * len(self._all) and time.monotonic() < min(end, last):
+        last = time.monotonic() + 10 * PATIENCE
+        while delivered < self.due(total) and time.monotonic() < min(end, last):
             self._step()
             if delivered != self._delivered():
                 delivered, end = self._delivered(), time.monotonic() + PATIENCE
@@ -309,24 +515,24 @@ class Load:
         """All of it, in lines."""
         print("ready", flush=True)
         self._listen("go")
-        self.sending = True
-        every = max(1, self.clients // self._settings["senders"])
+        self.sending = self.goes_on
         for number, client in self._all.items():
-            if not number % every:
+            if self._sends(number):
                 client.send(self._settings["window"])
         self._run(self._settings["warm"])
         self.delays.clear()
         measured = self._run(self._settings["seconds"])
         delays, self.delays, self.sending = sorted(self.delays), [], False
         print("sent", sum(client.sent for client in self._all.values()), flush=True)
-        self._drain(int(self._listen("total")[0]))
+        total = int(self._listen("total")[0])
+        self._drain(total)
         streams = {id(client.stream): client.stream for client in self._all.values()}.values()
         result = {
-            "bytes_a_message": len(self.stream.data) / max(1, len(self.stream.ends)),
+            "bytes_a_message": self.stream.end / max(1, len(self.stream.ends)),
             **measured,
-            "delivered": self._delivered(),
+            "lost": self.due(total) - self._delivered(),
             "delays": [delays[len(delays) * i // 1000] for i in range(1000)] if delays else [],
-            "orders": sorted({str(stream.digest) for stream in streams if stream.data}),
+            "orders": sorted({str(stream.digest) for stream in streams if stream.ends}),
             "gaps": sum(stream.gaps for stream in streams),
             "failures": self._failures[:3],
         }
@@ -334,9 +540,28 @@ class Load:
         self._listen("end")
 
 
+class Idle(Load):
+    """All get one message, and no more."""
+
+    goes_on = False
+
+
+class Visits(Load):
+    """Clients that come and go."""
+
+    client = Visitor
+
+    def due(self, total: int) -> int:
+        """All handshakes that they have begun."""
+        return sum(client.sent for client in self._all.values())
+
+
+KINDS = {"room": Load, "idle": Idle, "visits": Visits}
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever has started it ends it
     try:
-        Load(json.loads(sys.argv[1])).measure()
+        given = json.loads(sys.argv[1])
+        KINDS[given["kind"]](given).measure()
     except OSError as error:
         print("error", error)

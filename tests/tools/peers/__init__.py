@@ -32,21 +32,28 @@ class Server(typing.NamedTuple):
     name: str
     version: str
     command: typing.Sequence[str]  # {port} is to be replaced
-    deflates: bool = True
+    deflating: typing.Sequence[str] | None = ("deflate",)  # what to add for it; None where it cannot
+    secure: typing.Sequence[str] | None = ("{certificate}",)
+
+    def can(self, deflate: bool, tls: bool) -> bool:
+        """Whether it knows how to compress, and TLS, where that is wanted."""
+        return (self.deflating is not None or not deflate) and (self.secure is not None or not tls)
 
 
 def on_python() -> typing.Iterator[Server]:
     """This server and those on packages of this Python."""
     script = str(HERE / "servers.py")
     ours = [sys.executable, str(support.ROOT / "pywebsock.py"), "--port", "{port}", "--quiet"]
-    yield Server(OURS, pywebsock.__version__, ours)
-    for package, deflates in (("websockets", True), ("picows", False), ("aiohttp", True), ("websocket-server", False)):
+    yield Server(OURS, pywebsock.__version__, ours, (), ("--cert", "{certificate}"))
+    for package in ("websockets", "picows", "aiohttp", "websocket-server"):
         module = package.replace("-", "_")
         if importlib.util.find_spec(module):
             version = importlib.metadata.version(package)
             if package == "picows" and importlib.util.find_spec("uvloop"):
                 version += ", uvloop " + importlib.metadata.version("uvloop")
-            yield Server(package, version, [sys.executable, script, module, "{port}"], deflates)
+            server = Server(package, version, [sys.executable, script, module, "{port}"])
+            server = server._replace(deflating=None) if package in ("picows", "websocket-server") else server
+            yield server._replace(secure=None) if package == "websocket-server" else server
 
 
 def on_javascript() -> typing.Iterator[Server]:
@@ -57,7 +64,7 @@ def on_javascript() -> typing.Iterator[Server]:
     packages = [folder for folder in folders if (folder / "ws" / "package.json").exists()]
     if node and packages:
         version = json.loads((packages[0] / "ws" / "package.json").read_text())["version"]
-        command = [node, str(HERE / "node.mjs"), "{port}", str(packages[0])]
+        command = [node, str(HERE / "node.mjs"), str(packages[0]), "{port}"]
         yield Server("ws", f"{version}, node {said_by(node)}", command)
     buns = [str(path) for folder in folders for path in folder.glob("@oven/bun-*/bin/bun")]
     bun = shutil.which("bun") or (buns or [""])[0]
@@ -72,7 +79,7 @@ def in_c(folder: str) -> typing.Iterator[Server]:
         program = os.path.join(folder, "loop")
         command = [compiler, "-O3", "-o", program, str(HERE / "loop.c")]
         subprocess.run(command, timeout=support.DEADLINE, check=True)
-        yield Server(BARE, "", [program, "{port}"])
+        yield Server(BARE, "", [program, "{port}"], secure=None)
 
 
 def said_by(program: str) -> str:
@@ -120,13 +127,16 @@ def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Ite
 
 @contextlib.contextmanager
 def serving(
-    server: Server, where: typing.Sequence[int], deadline: float, compressed: bool
+    server: Server, where: typing.Sequence[int], deadline: float, deflate: bool, certificate: str
 ) -> typing.Iterator[tuple[int, int]]:
-    """A server that accepts connections: its process's number and port."""
+    """A server that accepts connections, with TLS where there is a certificate: its process's number and port."""
     port = support.free_port()
-    command = [part.replace("{port}", str(port)) for part in server.command]
-    if compressed and server.name != OURS:  # which compresses for whoever asks
-        command.append("deflate")
+    command = [*server.command]
+    if deflate:
+        command += server.deflating or ()
+    if certificate:
+        command += server.secure or ()
+    command = [part.replace("{port}", str(port)).replace("{certificate}", certificate) for part in command]
     with tempfile.TemporaryFile() as log:
         with pinned(where):
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

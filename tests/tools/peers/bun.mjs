@@ -1,11 +1,13 @@
-// Broadcast server on Bun's own WebSocket server: `bun.mjs PORT [deflate]`.
+// Broadcast server on Bun's own WebSocket server: `bun.mjs PORT [deflate] [CERTIFICATE.pem]`.
 
-const [port, deflate] = process.argv.slice(2);
-const perMessageDeflate = deflate === 'deflate';
+const [port, ...options] = process.argv.slice(2);
+const perMessageDeflate = options.includes('deflate');
+const [pem] = options.filter(option => option.endsWith('.pem')).map(option => Bun.file(option));
 
 const server = Bun.serve({
   hostname: '127.0.0.1',
   port: Number(port),
+  tls: pem && { cert: pem, key: pem },
   fetch: (request, server) => (server.upgrade(request) ? undefined : new Response('WebSocket only\n', { status: 426 })),
   websocket: {
     perMessageDeflate,

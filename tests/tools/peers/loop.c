@@ -68,7 +68,7 @@ static size_t serve(unsigned char *frame, size_t size) {
 static void receive(int fd) {
     struct client *c = &clients[fd];
     ssize_t more = recv(fd, c->data + c->used, ROOM - c->used, 0);
-    if (more <= 0) {
+    if (more <= 0 || (c->open && !c->used && c->data[0] == 0x88)) { /* nothing more, or a Close */
         leave(fd);
         return;
     }

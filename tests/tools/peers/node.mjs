@@ -1,13 +1,17 @@
-// Broadcast server on ws: `node.mjs PORT FOLDER [deflate]`; the package is in FOLDER.
+// Broadcast server on ws: `node.mjs FOLDER PORT [deflate] [CERTIFICATE.pem]`; the package is in FOLDER.
 
+import { readFileSync } from 'node:fs';
+import http from 'node:http';
+import https from 'node:https';
 import { createRequire } from 'node:module';
 import process from 'node:process';
 
-const [port, folder, deflate] = process.argv.slice(2);
+const [folder, port, ...options] = process.argv.slice(2);
 const { WebSocket, WebSocketServer } = createRequire(`${folder}/`)('ws');
 
-const perMessageDeflate = deflate === 'deflate';
-const server = new WebSocketServer({ host: '127.0.0.1', port: Number(port), backlog: 4096, perMessageDeflate });
+const [pem] = options.filter(option => option.endsWith('.pem')).map(option => readFileSync(option));
+const listener = pem ? https.createServer({ cert: pem, key: pem }) : http.createServer();
+const server = new WebSocketServer({ server: listener, perMessageDeflate: options.includes('deflate') });
 server.on('connection', socket => {
   socket.on('error', () => {});
   socket.on('message', (data, binary) => {
@@ -16,3 +20,4 @@ server.on('connection', socket => {
     }
   });
 });
+listener.listen({ host: '127.0.0.1', port: Number(port), backlog: 4096 });

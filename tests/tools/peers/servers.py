@@ -1,4 +1,4 @@
-"""Broadcast servers on packages of PyPI: `servers.py NAME PORT [deflate]`.
+"""Broadcast servers on packages of PyPI: `servers.py NAME PORT [deflate] [CERTIFICATE.pem]`.
 
 Each sends in the fastest way that its package documents, without pings and with a long queue for new connections.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import ssl
 import sys
 import typing
 
+TLS = typing.Optional[ssl.SSLContext]
 
-def websockets(port: int, deflate: bool) -> None:
+
+def websockets(port: int, deflate: bool, tls: TLS) -> None:
     """websockets, on asyncio."""
     server: typing.Any = importlib.import_module("websockets.asyncio.server")
     clients: set[typing.Any] = set()
@@ -25,14 +28,14 @@ def websockets(port: int, deflate: bool) -> None:
             clients.discard(client)
 
     async def main() -> None:
-        compression = "deflate" if deflate else None
-        async with server.serve(talk, "127.0.0.1", port, compression=compression, ping_interval=None, backlog=4096):
+        how = {"compression": "deflate" if deflate else None, "ssl": tls, "max_size": None}
+        async with server.serve(talk, "127.0.0.1", port, ping_interval=None, backlog=4096, **how):
             await asyncio.Event().wait()
 
     asyncio.run(main())
 
 
-def picows(port: int, deflate: bool) -> None:
+def picows(port: int, deflate: bool, tls: TLS) -> None:
     """picows, on uvloop where that is installed."""
     package: typing.Any = importlib.import_module("picows")
     clients: set[typing.Any] = set()
@@ -53,7 +56,7 @@ def picows(port: int, deflate: bool) -> None:
                     client.send(package.WSMsgType.TEXT, payload)
 
     async def main() -> None:
-        server = await package.ws_create_server(lambda request: Client(), "127.0.0.1", port, backlog=4096)
+        server = await package.ws_create_server(lambda request: Client(), "127.0.0.1", port, backlog=4096, ssl=tls)
         await server.serve_forever()
 
     try:
@@ -63,13 +66,13 @@ def picows(port: int, deflate: bool) -> None:
     loop.run_until_complete(main())
 
 
-def aiohttp(port: int, deflate: bool) -> None:
+def aiohttp(port: int, deflate: bool, tls: TLS) -> None:
     """aiohttp, on asyncio."""
     web: typing.Any = importlib.import_module("aiohttp.web")
     clients: set[typing.Any] = set()
 
     async def talk(request: typing.Any) -> typing.Any:
-        client = web.WebSocketResponse(compress=deflate)
+        client = web.WebSocketResponse(compress=deflate, max_msg_size=0)
         await client.prepare(request)
         clients.add(client)
         try:
@@ -82,10 +85,11 @@ def aiohttp(port: int, deflate: bool) -> None:
 
     application = web.Application()
     application.router.add_get("/", talk)
-    web.run_app(application, host="127.0.0.1", port=port, backlog=4096, access_log=None, print=None)
+    how = {"ssl_context": tls, "access_log": None, "print": None}
+    web.run_app(application, host="127.0.0.1", port=port, backlog=4096, **how)
 
 
-def websocket_server(port: int, deflate: bool) -> None:
+def websocket_server(port: int, deflate: bool, tls: TLS) -> None:
     """websocket-server, a thread a client; it would leave Nagle's algorithm on, which makes small messages late."""
     package: typing.Any = importlib.import_module("websocket_server")
     package.websocket_server.WebSocketHandler.disable_nagle_algorithm = True
@@ -96,4 +100,8 @@ def websocket_server(port: int, deflate: bool) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](int(sys.argv[2]), "deflate" in sys.argv)
+    context = None
+    if sys.argv[-1].endswith(".pem"):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(sys.argv[-1])
+    globals()[sys.argv[1]](int(sys.argv[2]), "deflate" in sys.argv, context)
