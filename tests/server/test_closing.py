@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import threading
@@ -73,6 +74,30 @@ class ClosingHandshake(ServerTestCase):
         client.close(4002)
         self.assertEqual(client.read_close(), (4001, ""))
         server.wait_for("close", 4002, "")
+
+    def test_a_log_that_takes_nothing(self) -> None:
+        """Its lines wait (a pager does not read on, say), but nobody waits for its Close."""
+        server, go_on = self.serve(), threading.Event()
+
+        class Stuck(logging.Handler):
+            """Waits in the first line that it gets."""
+
+            def emit(self, record: logging.LogRecord) -> None:
+                go_on.wait(3 * DEADLINE)
+
+        clients = [self.connect(server) for _ in range(3)]
+        handler = Stuck()
+        level = pywebsock.log.level
+        pywebsock.log.addHandler(handler)
+        pywebsock.log.setLevel(logging.INFO)
+        try:
+            for client in clients:
+                client.close(1000)
+                self.assertEqual(client.read_close()[0], 1000)
+        finally:
+            go_on.set()
+            pywebsock.log.removeHandler(handler)
+            pywebsock.log.setLevel(level)
 
     def test_nothing_after_the_clients_close(self) -> None:
         server = self.serve()
