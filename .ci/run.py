@@ -28,6 +28,8 @@ DEBIAN = (
 NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda@10.1.0")
 CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
 UNITTEST = ("-m", "unittest")
+NEWER = ("python3.14", "python3.15", "python3.15t", "pypy3")  # those of pythons.sh; the one with a t has no GIL
+IN_ORDER = ("tests.stress.test_order", "tests.stress.test_tls.TLS.test_both_directions_at_once")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 1200.0  # seconds that a step may take
 TIDY_UP = 5.0  # seconds that what is ended has before it is killed
@@ -160,6 +162,24 @@ def other_pythons() -> list[Step]:
     return [Step(each.parts[-3], each, *UNITTEST) for each in good]
 
 
+def newer_pythons(root: str) -> tuple[list[Step], list[Step]]:
+    """The tests of the README with Pythons of another system, and whether they lose messages, or their order.
+
+    Every warning is an error, also in what the tests start. The checkout is where the others have their /mnt; what is
+    mounted is gone with the process, however that ends.
+    """
+    mount = 'mount --bind . "$0/mnt" && mount -t proc proc "$0/proc"'
+    inside = ("unshare", "--mount", "bash", "-c", f'{mount} && exec chroot "$0" env -C /mnt "$@"', root)
+    error = {"PYTHONWARNINGS": "error"}
+    minute = {**error, "PYWEBSOCK_TESTS": "everything", "PYWEBSOCK_STRESS": "30"}  # seconds for each of the two
+    tests, stress = [], []
+    for name in NEWER:
+        command = (*inside, f"/usr/bin/{name}", "-W", "error", *UNITTEST)
+        tests.append(Step(name, *command, more=error))
+        stress.append(Step(f"{name} in order", *command, *IN_ORDER, strict=True, more=minute))
+    return tests, stress
+
+
 def shell(name: str, *commands: str, **more: str) -> Step:
     """Commands, up to the first that fails."""
     return Step(name, "bash", "-c", " && ".join(commands), more=more)
@@ -184,10 +204,12 @@ def run_all(run: Run, folder: str) -> None:
     pip = f"{python} -m pip install -qq --no-compile"
     packages = shell("packages", f"python -m venv {folder}/venv", f"{pip} 'pip>=25.1'", f"{pip} --group dev")
     npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
-    run.side_by_side(*others[:2], packages)
+    run.side_by_side(*others[:2], packages, Step("pythons", ".ci/pythons.sh", f"{folder}/root"))
     run.side_by_side(*others[2:4], Step("node", *npm, *NODE), debian("download", "--download-only"))
-    for i in range(4, len(others), 2):
-        run.side_by_side(*others[i : i + 2])
+    tests, in_order = newer_pythons(f"{folder}/root")
+    for group in (others[4:], tests, in_order):
+        for i in range(0, len(group), 2):
+            run.side_by_side(*group[i : i + 2])
 
     run.side_by_side(
         debian("debian"),

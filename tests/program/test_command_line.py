@@ -506,18 +506,32 @@ class Signals(CommandLineTestCase):
             process.send_signal(number)
             self.assertEqual(process.wait(4), 0)
 
-    @unittest.skipIf(os.name == "nt", "POSIX")
-    def test_ignored(self) -> None:
-        """A shell in the background has SIGINT ignored, and it stops all the same; what nohup ignores stays so."""
+    def start_with_ignored(self, signals: str) -> Process:
+        """A process for which its parent has set these to be ignored."""
         python, program = sys.executable, str(ROOT / "pywebsock.py")
-        process = self.start(program=("sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", python, program))
+        return self.start(program=("sh", "-c", f'trap "" {signals}; exec "$@"', "sh", python, program))
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_ignored_interrupt(self) -> None:
+        """A shell in the background has SIGINT ignored, and it stops all the same."""
+        process = self.start_with_ignored("INT HUP")
+        client = self.connect(process)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(client.read_frame().payload, GOING_AWAY)
+        client.socket.close()
+        self.assertEqual(process.wait(4), 0)
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    @unittest.skipIf(sys.implementation.name == "pypy", "PyPy does not tell that its parent had a signal ignored")
+    def test_ignored_hangup(self) -> None:
+        """What nohup ignores stays so."""
+        process = self.start_with_ignored("HUP")
         process.send_signal(signal.SIGHUP)
         client = self.connect(process)
         client.send("still here")
         self.assertEqual(client.read(), "still here")
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(client.read_frame().payload, GOING_AWAY)
         client.socket.close()
+        process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(4), 0)
 
     def test_second_interrupt(self) -> None:

@@ -337,7 +337,7 @@ class Inflating(unittest.TestCase):
 
         for act in (one_piece, pieces):
             with self.subTest(act.__name__):
-                self.assertLess(growth(act, 8000), 9)
+                self.assertLess(growth(act, 16_000), 9)
 
     def test_corrupt(self) -> None:
         for data in ("ff", "07", "06", "00 01 00 00 00 41", "ed fd ff ff ff ff ff ff ff ff"):

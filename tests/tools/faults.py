@@ -40,9 +40,9 @@ def paused(pid: int) -> typing.Iterator[None]:
     """Stop a child process with all its threads, and let it go on at the end."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        # Some of its threads run on until one has seen the signal.
-        stopped = os.WSTOPPED | os.WNOHANG
-        support.eventually(lambda: os.waitid(os.P_PID, pid, stopped), f"process {pid} has not stopped")
+        # Some of its threads run on until one has seen the signal. (PyPy has no waitid.)
+        how = os.WUNTRACED | os.WNOHANG
+        support.eventually(lambda: os.WIFSTOPPED(os.waitpid(pid, how)[1]), f"process {pid} has not stopped")
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

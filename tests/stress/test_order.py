@@ -1,0 +1,29 @@
+"""Many send at once, all that they can: nothing is lost, and all see one order."""
+
+from __future__ import annotations
+
+import os
+
+from tests.tools import load
+from tests.tools.stress import QUIET, StressTestCase
+
+
+class Order(StressTestCase):
+    """One order for all, whoever sends how much."""
+
+    def test_many_senders(self) -> None:
+        """A message each, many each, and such that no socket takes at once."""
+        seconds = float(os.environ.get("PYWEBSOCK_STRESS", "12"))
+        server = self.serve(*QUIET)
+        for number, at_once, size in ((100, 1, 64), (30, 32, 64), (10, 8, 30_000)):
+            clients = self.loaded(server)
+            joined = enumerate(clients.join(number))
+            senders = [load.Sender(peer, i, size, at_once=at_once) for i, peer in joined]
+            for sender in senders:
+                sender.go_on()
+            clients.run_for(seconds / 3)
+            self.settle(clients, senders)
+            total = sum(sender.count for sender in senders)
+            self.report(f"{number} clients, {at_once} at once, {size} bytes: {total * number} messages in one order")
+            self.assertGreater(total, number * at_once)  # each has sent more when the first came back
+            clients.__exit__()
