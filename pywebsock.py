@@ -1242,10 +1242,11 @@ class Turn:
         return len(self._queue) > CROWD
 
     def run(self, wait: bool = False) -> None:
-        """Carry out what is queued, where no other thread is at it; or wait a moment for the turn, to be no burden meanwhile.
+        """Carry out what is queued, where no other thread is at it.
 
-        At each call of the system the holder gives up the interpreter, and gets it back only when all
-        have had it who want it: a client that sends a flood of tiny frames, or thousands who come and go.
+        Or wait a moment for the turn, to be no burden meanwhile: at each call of the system the holder
+        gives up the interpreter, and gets it back only when all have had it who want it. That is for a
+        client that sends a flood of tiny frames, and for thousands who come and go.
         """
         while wait or (self._queue and not self.promised):
             if not self._lock.acquire(timeout=10 * TURN_TIME if wait else 0):  # not for ever: a __del__ may call this
