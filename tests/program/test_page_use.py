@@ -128,6 +128,22 @@ class Reading(PageTestCase):
             self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
             self.assertLess(abs(tab.run("return scroller.scrollTop") - top), 150)
 
+    def test_the_button_is_pressed_for_a_moment_while_messages_pour_in(self) -> None:
+        """As by a hand: its text changes before it is released."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        self.fill(tab, server, 100)
+        tab.run("scroller.scrollTop = 0")
+        self.wait(lambda: tab.run("return !following"), "the page has noticed")
+        with pouring(server.port):
+            self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
+            middle = tab.run("const r = jump.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]")
+            move = {"type": "pointerMove", "x": int(middle[0]), "y": int(middle[1]), "origin": "viewport"}
+            press, hold = {"type": "pointerDown", "button": 0}, {"type": "pause", "duration": 300}
+            actions = [move, press, hold, {"type": "pointerUp", "button": 0}]
+            tab.perform([{"type": "pointer", "id": "mouse", "actions": actions}])
+            self.wait(lambda: tab.run("return following"), "at the bottom again")
+
     def test_the_bottom_is_followed(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
