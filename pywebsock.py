@@ -1677,7 +1677,7 @@ class Room:
         # By window, the clients, each with what sends to it: its own send, or nothing while it is slow.
         self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int]]] = {}
         self._history: deque[Outgoing] = deque()
-        self._last_run: list[Outgoing] = []  # kept: or malloc gives its pages back, and 1 MiB takes a third longer
+        self._last_sent = b""  # is kept: or malloc gives its pages back, and 1 MiB takes a third longer
         self._history_size = 0  # bytes of payload
 
     # ---- for any thread: these change nothing ----
@@ -1709,11 +1709,11 @@ class Room:
 
     def deliver(self, run: list[Outgoing]) -> bool:
         """Send messages to those whom they are for; whether senders should wait for somebody a moment."""
-        self._last_run = run
         for to, group in itertools.groupby(run, TO):
             messages = list(group)
             for window, line in self._lines_to(to).items():
-                self._fan_out(b"".join([message.frame(window) for message in messages]), line)
+                self._last_sent = b"".join([message.frame(window) for message in messages])
+                self._fan_out(self._last_sent, line)
             if to is None:
                 self.messages += len(messages)
                 self.bytes += sum([message.size for message in messages])
