@@ -1677,8 +1677,8 @@ class Room:
         # By window, the clients, each with what sends to it: its own send, or nothing while it is slow.
         self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int]]] = {}
         self._history: deque[Outgoing] = deque()
-        self._last_sent = b""  # is kept: or malloc gives its pages back, and 1 MiB takes a third longer
         self._history_size = 0  # bytes of payload
+        self._last_sent = b""  # is kept: or malloc gives its pages back, and 1 MiB takes a third longer
 
     # ---- for any thread: these change nothing ----
 

@@ -2,13 +2,13 @@
 # The Pythons that Debian's next release has, and a free-threaded one: .ci/pythons.sh FOLDER; then FOLDER is the root
 # of a system with /usr/bin/python3.14, python3.15, python3.15t and pypy3.
 #
-# It needs Debian, root, gcc and pip; it takes a minute. Whatever is mounted meanwhile is gone with the process.
+# It needs Debian, root and pip; it takes a minute. Whatever is mounted meanwhile is gone with the process.
 set -euo pipefail
 
 root=${1:?usage: pythons.sh FOLDER}
 
 apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends debootstrap >/dev/null
+DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends debootstrap gcc libc6-dev >/dev/null
 unshare --mount debootstrap --variant=minbase --include=openssl,python3.14,python3.15,pypy3 testing "$root" >/dev/null
 
 # The free-threaded one comes as a program that starts what has been frozen into it. This makes it start as `python` does,

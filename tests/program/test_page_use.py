@@ -91,13 +91,18 @@ class Reading(PageTestCase):
         time.sleep(0.2)  # twice the pause between the steps of any engine
         return bool(tab.run("return scroller.scrollTop") == top)
 
-    def test_the_button_to_the_newest_message(self) -> None:
+    def at_the_top(self) -> tuple[Tab, int]:
+        """A page with a long log whose reader has scrolled up, and the port of its server."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         self.fill(tab, server, 100)
         tab.run("scroller.scrollTop = 0")
         self.wait(lambda: tab.run("return !following"), "the page has noticed")
-        with Client(server.port) as program:
+        return tab, server.port
+
+    def test_the_button_to_the_newest_message(self) -> None:
+        tab, port = self.at_the_top()
+        with Client(port) as program:
             program.send("news")
             self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
             self.assertEqual(tab.run("return scroller.scrollTop"), 0)
@@ -130,12 +135,8 @@ class Reading(PageTestCase):
 
     def test_the_button_is_pressed_for_a_moment_while_messages_pour_in(self) -> None:
         """As by a hand: its text changes before it is released."""
-        server = self.serve()
-        tab = self.open(self.from_disk(server))
-        self.fill(tab, server, 100)
-        tab.run("scroller.scrollTop = 0")
-        self.wait(lambda: tab.run("return !following"), "the page has noticed")
-        with pouring(server.port):
+        tab, port = self.at_the_top()
+        with pouring(port):
             self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
             middle = tab.run("const r = jump.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]")
             move = {"type": "pointerMove", "x": int(middle[0]), "y": int(middle[1]), "origin": "viewport"}
