@@ -404,6 +404,13 @@ class Siege(Gauge):
         support.eventually(lambda: self.witness.figures().echoes, "the witness hears nothing")
         super().__init__(server.pid)
 
+    def relax(self, deadline: float, seconds: float = 0.5) -> None:
+        """Who connects last is served last: only then the server has met all who came, and what it uses is its own."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=deadline) as last:
+            last.shutdown(socket.SHUT_WR)
+            last.recv(100)  # nothing, or that the room is full
+        super().relax(deadline, seconds)
+
     def log(self) -> str:
         """What the server has logged so far."""
         return self.server.log()
