@@ -1902,7 +1902,7 @@ class Connections:
     def __init__(self, max_clients: int) -> None:
         spread_futexes()
         most = max_clients + max_clients // 10 + SPARE_CONNECTIONS
-        self._most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
+        self.most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
         self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
         self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
         self._fewer = threading.Event()  # one has gone since this was cleared
@@ -1932,16 +1932,15 @@ class Connections:
     @property
     def are_too_many(self) -> bool:
         """Whether one has to go before another is accepted."""
-        return len(self.handlers) >= self._most
+        return len(self.handlers) >= self.most
 
     def oldest_stranger(self, now: float) -> list[socket.socket]:
         """The oldest that is no client, if it had time to become one."""
         return [stranger for stranger, since in list(self.strangers.copy().items())[:1] if now - since > 1]
 
-    def wait_for_fewer(self, shortage: str) -> bool:
-        """Wait a moment until one more can be accepted."""
+    def wait_for_fewer(self, number: int, shortage: str) -> bool:
+        """Wait a moment until there are fewer than so many, and one more can be accepted."""
         log.warning("cannot accept for now: %s", shortage)
-        number = self._most if self.are_too_many else len(self.handlers)
         return self.wait_for(number - 1, time.monotonic() + 0.5)
 
     def wait_for(self, number: int, end: float) -> bool:
@@ -2307,15 +2306,16 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
+        connections = self._connections
         try:
-            if self._connections.are_too_many:
-                self._perform(self._reset, *self._connections.oldest_stranger(self._room.now))
-                if self._connections.are_too_many and not self._connections.wait_for_fewer("too many connections"):
-                    raise BlockingIOError
+            if connections.are_too_many:
+                self._perform(self._reset, *connections.oldest_stranger(self._room.now))
+            if connections.are_too_many and not connections.wait_for_fewer(connections.most, "too many connections"):
+                raise BlockingIOError
             return super().get_request()
         except (OSError, MemoryError) as error:
             if getattr(error, "errno", errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._connections.wait_for_fewer(str(error) or "out of memory")
+                connections.wait_for_fewer(len(connections.handlers), str(error) or "out of memory")
             raise OSError("not now") from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -2324,7 +2324,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:  # there can be no more threads
-            self._connections.wait_for_fewer(str(error))
+            self._connections.wait_for_fewer(len(self._connections.handlers), str(error))
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,18 @@ from tests.tools.support import (
 
 class Exhaustion(ServerTestCase):
     """Where the process has no more file descriptors or threads, others are not disturbed."""
+
+    def test_place_that_is_free_before_the_wait(self) -> None:
+        """One has gone between the look and the wait: nobody waits for another one."""
+        connections = pywebsock.Connections(0)
+        for _ in range(connections.most):
+            connections.add(socket.socket(), 0.0)
+        self.assertTrue(connections.are_too_many)
+        for each in list(connections.handlers):
+            connections.remove(each)
+            each.close()
+            with self.assertLogs("pywebsock", "WARNING"):
+                self.assertTrue(connections.wait_for_fewer(connections.most, "too many connections"))
 
     def test_file_descriptors(self) -> None:
         """New connections wait, with no busy loop and few lines in the log; they are served when others have gone."""
