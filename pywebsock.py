@@ -1370,7 +1370,8 @@ class Turn:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once, by each thread: a message of 64 KiB comes whole
+READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+LITTLE = 2 * 1024  # bytes asked for where little came: each thread waits with the memory for what it asks
 SLOWEST_POST = 256 * 1024  # bytes a second
 MANY_FRAMES = 500  # in what was read at once: who sends as many waits for the turn, and is read in small pieces
 FLOOD_SIZE = 8 * 1024  # bytes of such a piece
@@ -1488,19 +1489,19 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
         self.server._budget.keep(self, 0)
-        while not self._lost and self._read():
+        while not self._lost and self._read(READ_SIZE):
             pass  # until the peer ends TCP, too
 
-    def _read_in_time(self) -> bytes:
+    def _read_in_time(self, size: int = LITTLE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
-        data: bytes = self._read()
+        data: bytes = self._read(size)
         if not data and self._lost == TOO_LATE:
             raise HandshakeError(408, TOO_LATE)
         if not data:
             raise ConnectionError(self._lost or "the connection ended")
         return data
 
-    def _read(self, size: int = READ_SIZE) -> Any:
+    def _read(self, size: int = LITTLE) -> Any:
         """Wait for the next bytes; none at the end of the connection, whatever ended it."""
         self._quiet_since = self.server._room.now
         try:
@@ -1518,7 +1519,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
-            pieces += self._read_in_time()
+            pieces += self._read_in_time(READ_SIZE)
             server._budget.keep(self, len(pieces))
         paced = not server.rate or server._post_pace.wait(server.rate, server.handshake_timeout)
         demand(paced, 429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
@@ -1629,11 +1630,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         while data:
             reader.frames = 0
             yield data
+            much = len(data) >= LITTLE
             del data
             self._answer_pings()
             flood = reader.frames > MANY_FRAMES
             self.server._turn.run(wait=flood)
-            data = self._read(FLOOD_SIZE if flood else READ_SIZE)
+            data = self._read(FLOOD_SIZE if flood else READ_SIZE if much else LITTLE)
 
     def _hand_on(self, message: Message) -> None:
         self._answer_pings()
