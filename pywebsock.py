@@ -975,7 +975,8 @@ class TLS:
     peer that keeps the reader busy (with KeyUpdates, say) does not keep the sender out.
     """
 
-    PIECE = 64 * 1024  # bytes encrypted at once: all that a slow client has of its own
+    PIECE = 128 * 1024  # bytes encrypted at once: all that a slow client has of its own
+    PIECES = 8  # sent at once, before others have the turn
 
     def __init__(self, connection: Any, context: ssl.SSLContext) -> None:
         self._socket = connection
@@ -1001,18 +1002,17 @@ class TLS:
                     self._socket.send(self._outgoing.read())
         return plain
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def __enter__(self) -> None:
+        """Be alone with OpenSSL's object."""
         with self._door:
             self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def _decrypt(self, records: bytes, size: int) -> bytes:
         pieces = []
-        with self._alone():
+        with self:
             self._incoming.write(records)
             try:
                 if not self._established:
@@ -1028,30 +1028,36 @@ class TLS:
         return b"".join(pieces)
 
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
-        """Encrypt a piece of `data`, send its records. How many bytes are done with; BlockingIOError for none.
+        """Encrypt piece after piece and send its records. How many bytes are done with; BlockingIOError for none.
 
         The last byte of a piece is done with when the socket has taken all of its records: so
         whoever sends comes again, as with a socket that is full.
         """
-        with self._alone():
-            done = 1 if self._records else 0
-            if self._records:
-                self._send_records(flags)
-            piece = data[done : self.PIECE]
-            if not self._records and piece:
+        done, plain = 0, memoryview(data)
+        with self:
+            while True:
+                if self._records:
+                    try:
+                        self._send_records(flags)
+                    except BlockingIOError:
+                        if not done:
+                            raise
+                    if self._records:
+                        return done
+                    done += 1
+                piece = plain[done : done + self.PIECE]
+                if not piece or done > self.PIECE * self.PIECES:
+                    return done
                 self._object.write(piece)
                 self._records = self._outgoing.read()
-                done += len(piece)
-                with contextlib.suppress(BlockingIOError):
-                    self._send_records(flags)
-            return done - 1 if self._records else done
+                done += len(piece) - 1
 
     def _send_records(self, flags: int) -> None:
         self._records = self._records[self._socket.send(self._records, flags) :]
 
     def shutdown(self, how: int) -> None:
         """Say that nothing more is sent: a close_notify (6.1), then the end of TCP. Raises OSError."""
-        with self._alone():
+        with self:
             with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify has not come; nobody waits for it
                 self._object.unwrap()
             self._socket.send(self._outgoing.read(), DONT_WAIT)
