@@ -1033,12 +1033,12 @@ class TLS:
         The last byte of a piece is done with when the socket has taken all of its records: so
         whoever sends comes again, as with a socket that is full.
         """
-        done, plain = 0, memoryview(data)
+        done, plain = 0, memoryview(data) if len(data) > self.PIECE else data
         with self:
             while True:
                 if self._records:
                     try:
-                        self._send_records(flags)
+                        self._records = self._records[self._socket.send(self._records, flags) :]
                     except BlockingIOError:
                         if not done:
                             raise
@@ -1051,9 +1051,6 @@ class TLS:
                 self._object.write(piece)
                 self._records = self._outgoing.read()
                 done += len(piece) - 1
-
-    def _send_records(self, flags: int) -> None:
-        self._records = self._records[self._socket.send(self._records, flags) :]
 
     def shutdown(self, how: int) -> None:
         """Say that nothing more is sent: a close_notify (6.1), then the end of TCP. Raises OSError."""

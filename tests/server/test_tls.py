@@ -5,6 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import random
+import select
+import socket
 import ssl
 import tempfile
 import time
@@ -12,9 +15,11 @@ import typing
 import unittest
 import unittest.mock
 
+import pywebsock
 from tests.tools import faults, load
 from tests.tools.support import (
     CLOSE,
+    DEADLINE,
     PING,
     PONG,
     TEXT,
@@ -97,6 +102,35 @@ class TLS(ServerTestCase):
             server.broadcast(message)
             self.assertEqual(quick.read(), message)
         self.assertEqual([slow.read() for _ in messages], messages)
+
+    def test_any_length_and_any_socket(self) -> None:
+        """What a socket does not take at once is sent later: not a byte is lost, twice, or in the wrong place."""
+        piece = pywebsock.TLS.PIECE
+        sizes = (1, 2, piece - 1, piece, piece + 1, 1, 3 * piece, piece * pywebsock.TLS.PIECES + 2, 1, 5_000_000)
+        whole = random.Random(1).randbytes(sum(sizes))
+        for buffer in (4096, 1 << 20):
+            own, other = socket.socketpair()
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            got = bytearray()
+            with self.subTest(buffer=buffer), own, other, in_thread(self.read_to_the_end, other, got):
+                tls = pywebsock.TLS(own if pywebsock.DONT_WAIT else pywebsock.Waiting(own), self.server_context)
+                self.assertEqual(tls.recv(4096), b"Hello")
+                end = 0
+                for size in sizes:
+                    start, end = end, end + size
+                    while start < end:
+                        select.select([], [own], [], DEADLINE)
+                        with contextlib.suppress(BlockingIOError):
+                            start += tls.send(whole[start:end], pywebsock.DONT_WAIT)
+                tls.shutdown(socket.SHUT_WR)
+            self.assertEqual(got, whole)
+
+    def read_to_the_end(self, connection: socket.socket, got: bytearray) -> None:
+        """What a client reads that says Hello."""
+        with self.context.wrap_socket(connection, server_hostname="localhost") as client:
+            client.sendall(b"Hello")
+            while data := client.recv(100_000):
+                got += data
 
     def test_the_end(self) -> None:
         server = self.secure()
