@@ -1902,7 +1902,7 @@ def reset(connection: socket.socket) -> None:
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
 SWITCH_INTERVAL = sys.getswitchinterval()  # seconds: that of the program, without a crowd
-KEPT_SIZE = 32 * 1024 * 1024  # bytes
+KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
 LOOKS_AT_ONCE = 500  # after connections, whose threads may all wake up then: so that others can work as well
 
 
@@ -1978,9 +1978,10 @@ def tune_process() -> None:
     with contextlib.suppress(Exception):  # on other systems there is nothing to do
         import ctypes  # it may not be allowed to load
 
-        ctypes.CDLL(None).prctl(78, 1, 4096, 0, 0)  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, KEPT_SIZE)
+        libc = ctypes.CDLL(None)
+        libc.prctl(78, 1, 4096, 0, 0)  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS
+        libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
 
 
 def raise_file_limit() -> int:

@@ -33,6 +33,7 @@ class Exhaustion(ServerTestCase):
     def test_place_that_is_free_before_the_wait(self) -> None:
         """One has gone between the look and the wait: nobody waits for another one."""
         connections = pywebsock.Connections(0)
+        self.addCleanup(connections.adapt_switch_interval)  # as it was, when none is left
         for _ in range(connections.most):
             connections.add(socket.socket(), 0.0)
         self.assertTrue(connections.are_too_many)
