@@ -1069,6 +1069,7 @@ SEND_SIZE = 64 * 1024  # bytes of many pieces given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client, before others have the turn
 QUICK_TIME = 0.25  # seconds in which a quick client takes QUICK_SIZE
 QUICK_SIZE = 4 * 1024 * 1024  # bytes
+NOTHING: deque[bytes] = deque(maxlen=0)  # for all who have nothing waiting: a deque takes 0.7 KB
 
 
 class Outbox:
@@ -1081,7 +1082,7 @@ class Outbox:
     def __init__(self, transport: Any, limit: int) -> None:
         self._transport = transport
         self._limit = limit  # bytes
-        self._pieces: deque[bytes] = deque()
+        self._pieces = NOTHING
         self._sent = 0  # bytes of the first one that are sent
         self._pong = b""  # the newest, while others wait
         self._ending = False  # nothing will follow
@@ -1104,7 +1105,7 @@ class Outbox:
     def keep(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
         """Let wait what follows the first `sent` bytes: the socket took no more."""
         if not self._pieces:
-            self._sent, self.size, self.moved = sent, -sent, now
+            self._pieces, self._sent, self.size, self.moved = deque(), sent, -sent, now
             self._behind_since = time.monotonic()
             if self._behind_since > self._joined + 4 * QUICK_TIME:
                 self._lasts = self._behind_since + 1.25 * QUICK_TIME
@@ -1172,8 +1173,7 @@ class Outbox:
 
     def clear(self) -> None:
         """Forget what waits."""
-        self._pieces.clear()
-        self.size = 0
+        self._pieces, self.size = NOTHING, 0
 
 
 # ======================================================================================
