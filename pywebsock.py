@@ -1260,7 +1260,7 @@ class Turn:
         client that sends a flood of tiny frames, and for thousands who come and go.
         """
         while wait or (self._queue and not self.promised):
-            if not self._lock.acquire(timeout=10 * TURN_TIME if wait else 0):  # not for ever: a __del__ may call this
+            if not self._lock.acquire(wait, 10 * TURN_TIME if wait else -1):  # not for ever: a __del__ may call this
                 return
             wait = False
             try:
@@ -1706,9 +1706,8 @@ class Room:
 
     def compress(self, message: Outgoing) -> None:
         """Compress a message for all who are here, so that it need not be done in the turn."""
-        if message.size >= DEFLATE_THRESHOLD:
-            for window in list(self._lines):
-                message.frame(window)
+        for window in list(self._lines):
+            message.frame(window)
 
     def compress_history(self, window: int) -> None:
         """The same for somebody who is about to join."""
@@ -1719,7 +1718,7 @@ class Room:
 
     def deliver(self, run: list[Outgoing]) -> bool:
         """Send messages to those whom they are for; whether senders should wait for somebody a moment."""
-        for to, group in itertools.groupby(run, TO):
+        for to, group in itertools.groupby(run, TO) if len(run) > 1 else [(run[0].to, run)]:
             messages = list(group)
             for window, line in self._lines_to(to).items():
                 self._fan_out(b"".join([message.frame(window) for message in messages]), line)
@@ -2263,7 +2262,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     # ---- what connections and the link call, each in its own thread ----
 
     def _queue(self, message: Outgoing) -> None:
-        self._room.compress(message)
+        if message.size >= DEFLATE_THRESHOLD:
+            self._room.compress(message)
         self._turn.put(message, message.size)
 
     def _perform(self, operation: Callable[..., None], *arguments: Any) -> None:
