@@ -2075,6 +2075,7 @@ class Housekeeper(threading.Thread):
             self._room.drop(client, "it did not end the connection in time")
         elif now > client._deadline and state is State.CONNECTING and client._quiet_since <= now:
             client._lost, client._deadline = TOO_LATE, now + self._settings.close_timeout
+            client._early = serialize_close(CloseCode.POLICY_VIOLATION, TOO_LATE)  # if its request has come this moment
             shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
 
     def _keep_alive(self, client: WebSocketHandler, now: float) -> None:

@@ -38,6 +38,8 @@ CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, RFC 6455 1
 DEFLATE = "permessage-deflate"
 
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup; what is started would ignore it, too
 pywebsock.log.removeFilter(pywebsock.is_no_flood)  # and tests may log more than strangers
 
 
