@@ -1053,11 +1053,17 @@ class TLS:
                 done += len(piece) - 1
 
     def shutdown(self, how: int) -> None:
-        """Say that nothing more is sent: a close_notify (6.1), then the end of TCP. Raises OSError."""
+        """Say that nothing more is sent: a close_notify (6.1), then the end of TCP.
+
+        Raises OSError: BlockingIOError where the socket is full, to be called again.
+        """
         with self:
             with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify has not come; nobody waits for it
                 self._object.unwrap()
-            self._socket.send(self._outgoing.read(), DONT_WAIT)
+            self._records += self._outgoing.read()  # none at the second call
+            self._records = self._records[self._socket.send(self._records, DONT_WAIT) :]
+            if self._records:
+                raise BlockingIOError
         self._socket.shutdown(how)
 
 
@@ -1125,7 +1131,9 @@ class Outbox:
                 pong, self._pong = self._pong, b""
                 self.write([pong], now)
             if self._ending and not self._pieces:
+                self.size = 1  # the end may have to wait, too: that of TLS
                 self._transport.shutdown(socket.SHUT_WR)
+                self.size = 0
 
     def _next_piece(self) -> bytes | memoryview:
         """Something to send: many short pieces as one."""

@@ -122,12 +122,52 @@ class TLS(ServerTestCase):
                         select.select([], [own], [], DEADLINE)
                         with contextlib.suppress(BlockingIOError):
                             start += tls.send(whole[start:end], pywebsock.DONT_WAIT)
-                tls.shutdown(socket.SHUT_WR)
+                self.shut(tls, own)
             self.assertEqual(got, whole)
+
+    def shut(self, tls: pywebsock.TLS, own: socket.socket) -> None:
+        """Shut it down, as often as its socket is full."""
+        while True:
+            select.select([], [own], [], DEADLINE)
+            with contextlib.suppress(BlockingIOError):
+                return tls.shutdown(socket.SHUT_WR)
+
+    def test_end_at_a_full_socket(self) -> None:
+        """The close_notify waits as all before it did: else the peer would wait for an end, and get a reset."""
+
+        class Socket:
+            full = False
+
+            def __init__(self, connection: socket.socket) -> None:
+                self.recv, self.shutdown, self._send = connection.recv, connection.shutdown, connection.send
+
+            def send(self, data: bytes, flags: int = 0) -> int:
+                if self.full:
+                    raise BlockingIOError
+                return self._send(data, flags)
+
+        own, other = socket.socketpair()
+        got = bytearray()
+        with own, other, in_thread(self.read_to_the_end, other, got):
+            connection = Socket(own)
+            tls = pywebsock.TLS(connection, self.server_context)
+            self.assertEqual(tls.recv(4096), b"Hello")
+            outbox = pywebsock.Outbox(tls, 1000)
+            outbox.write([b"the last word"], 0.0)
+            self.assertEqual(outbox.size, 0)
+            connection.full = True
+            for _ in range(2):
+                outbox.end(0.0)
+                self.assertGreater(outbox.size, 0)  # so the housekeeper looks after it
+            connection.full = False
+            outbox.flush(0.0)
+            self.assertEqual(outbox.size, 0)
+        self.assertEqual(got, b"the last word")
 
     def read_to_the_end(self, connection: socket.socket, got: bytearray) -> None:
         """What a client reads that says Hello."""
-        with self.context.wrap_socket(connection, server_hostname="localhost") as client:
+        wrap = functools.partial(self.context.wrap_socket, server_hostname="localhost")
+        with wrap(connection, suppress_ragged_eofs=False) as client:  # an end without close_notify is an error
             client.sendall(b"Hello")
             while data := client.recv(100_000):
                 got += data
