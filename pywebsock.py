@@ -920,7 +920,7 @@ class Settings:
     ping_timeout = 20.0  # seconds of silence after it: dropped
     handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
     send_timeout = 30.0  # seconds for which what waits for a client may not move
-    close_timeout = 5.0  # seconds for a closing handshake, and for server_close()
+    close_timeout = 5.0  # seconds for a closing handshake, in which nothing moves; and for server_close()
     tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
     redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
     trace = False  # log every handshake and every frame
@@ -1862,12 +1862,16 @@ class Room:
             self._try(client, client._outbox.end, self.now)
 
     def drop(self, client: WebSocketHandler, why: str) -> None:
-        """To CLOSED: give a connection up. It is reset, and so its thread wakes up."""
+        """To CLOSED: give a connection up. Its thread wakes up.
+
+        It is reset, unless the system has all of its last word: a slow peer may still read that.
+        """
         if client._state is State.OPEN:
             self.dropped += 1
+        end = shut if client._state is State.CLOSING and not client._outbox.size else reset
         client._lost = client._lost or why
         self.forget(client)
-        reset(client.request)
+        end(client.request)
 
     def forget(self, client: WebSocketHandler) -> None:
         """To CLOSED: nothing is sent to it any more."""
@@ -1888,7 +1892,7 @@ def send_nothing(data: bytes, flags: int) -> int:
     return 0
 
 
-def shut(connection: socket.socket, how: int) -> None:
+def shut(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
     """Shut a socket down in a direction; a thread that waits to read from it wakes up."""
     with contextlib.suppress(OSError):  # its peer was faster
         connection.shutdown(how)
@@ -1899,7 +1903,7 @@ def reset(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         linger = struct.pack("ii" if os.name != "nt" else "hh", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    shut(connection, socket.SHUT_RDWR)
+    shut(connection)
 
 
 # ======================================================================================
@@ -2079,6 +2083,8 @@ class Housekeeper(threading.Thread):
             self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
         elif state is State.OPEN and self._settings.ping_interval:
             self._keep_alive(client, now)
+        elif state is State.CLOSING and outbox.size and now - outbox.moved <= self._settings.close_timeout:
+            pass  # it still takes what it is to get
         elif now > client._deadline and (state is State.CLOSING or client._lost == TOO_LATE):
             self._room.drop(client, "it did not end the connection in time")
         elif now > client._deadline and state is State.CONNECTING and client._quiet_since <= now:

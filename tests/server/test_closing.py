@@ -151,6 +151,40 @@ class ClosingHandshake(ServerTestCase):
 
         eventually(refused)
 
+    def test_a_slow_line(self) -> None:
+        """The timeout is for who takes nothing: who takes it slowly gets what was sent before, and the Close."""
+        server = self.serve(close_timeout=0.5)
+        faults.small_buffers(server)
+        client = self.connect(server, small=True)
+        server.broadcast("x" * 150_000)
+        for each in server.clients:
+            each.close(4000)
+        for _ in range(30):
+            client.read_some(4096)
+            time.sleep(0.05)  # that is how slow the line is: three times the timeout
+        self.assertEqual(client.read(), "x" * 150_000)
+        client.close(4000)
+        self.assertEqual(client.read_close(), (4000, ""))
+
+    def test_a_stuck_line(self) -> None:
+        server = self.serve(close_timeout=0.2)
+        faults.small_buffers(server)
+        client = self.connect(server, small=True)
+        server.broadcast("x" * 1_000_000)
+        for each in server.clients:
+            each.close(4000)
+        eventually(lambda: server.status()["connections"] == 0)
+        self.assertLess(len(client.read_all()), 1_000_000)  # it was reset
+
+    def test_what_the_system_has(self) -> None:
+        """The server does not wait for who takes all of it later; the system goes on sending."""
+        server = self.serve(close_timeout=0.2)
+        client = self.connect(server, handshake=False, small=True)
+        client.send_raw(request(Upgrade=None, Sec_WebSocket_Key=None))
+        eventually(lambda: server.status()["connections"] == 0)
+        head, body = client.read_head().decode(), client.read_all()
+        self.assertIn(f"Content-Length: {len(body)}\r\n", head)
+
     def test_no_close_frame(self) -> None:
         """1006: the connection just ended (7.1.5)."""
         for what in ("end", "half of a frame", "half-closed", "reset"):

@@ -444,6 +444,10 @@ class Client:
         taken, self._buffer = self._buffer[:size], self._buffer[size:]
         return taken
 
+    def read_some(self, size: int) -> None:
+        """Take so many bytes from the system, at most."""
+        self._buffer += self.socket.recv(size)
+
     def read_head(self) -> bytes:
         """The head of an HTTP response."""
         while b"\r\n\r\n" not in self._buffer:
