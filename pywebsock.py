@@ -696,6 +696,8 @@ def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
     demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
     demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    demand(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
     demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
     demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
@@ -1456,6 +1458,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self._transport = server._transport(self.request, self.address)  # the socket, or what stands before it
         self._outbox = Outbox(self._transport, server.max_backlog)
         self._early = b""  # a Close that was asked for before it joined
+        self._last_seen = 0  # bytes of all broadcasts when it began to close: nothing newer waits for it
         self._lost = ""  # why it was given up
         server._connections.handlers[self.request] = server._local.client = self
 
@@ -1499,9 +1502,13 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._refuse(error, head)
         except OSError as error:
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
+            if not self._lost:
+                self._end(b"")
         self.server._budget.keep(self, 0)
         while not self._lost and self._read(READ_SIZE):
             pass  # until the peer ends TCP, too
+        if not self._lost and (self._outbox.size or self._state is not State.CLOSING):
+            wait_for_end(self.request)  # it has only ended its own side, and reads on
 
     def _read_in_time(self, size: int = LITTLE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
@@ -1581,7 +1588,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         # Of 5000 that leave at once, each gives up the interpreter at each call of the system, and would be behind
         # 4999 others before it goes on: so would be a message. One at a time, an echo takes half as long.
         with server._exit:
-            server._perform(server._room.close, self, last, bool(last))
+            ends = not self._lost or bool(last or server.tls_context)  # in TLS, an alert may have to be sent
+            server._perform(server._room.close, self, last, ends)
         log.info("%s left: %s", self.address, f"{code} {printable(reason)}".rstrip())
         try:
             server.on_close(self, code, reason)
@@ -1855,7 +1863,7 @@ class Room:
         elif client._state in (State.CONNECTING, State.OPEN):
             self.part(client)
             client._unheard, client._state = True, State.CLOSING
-            client._deadline = self.now + self._close_timeout
+            client._deadline, client._last_seen = self.now + self._close_timeout, self.bytes
             if last:
                 self.write(client, [last])
         if ends and client._state is State.CLOSING:
@@ -1896,6 +1904,14 @@ def shut(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
     """Shut a socket down in a direction; a thread that waits to read from it wakes up."""
     with contextlib.suppress(OSError):  # its peer was faster
         connection.shutdown(how)
+
+
+def wait_for_end(connection: socket.socket) -> None:
+    """Wait until both sides of a connection have ended, however that comes about."""
+    if hasattr(select, "poll"):  # Windows lacks it
+        poll = select.poll()
+        poll.register(connection, 0)  # for POLLHUP alone
+        poll.poll()
 
 
 def reset(connection: socket.socket) -> None:
@@ -2076,19 +2092,21 @@ class Housekeeper(threading.Thread):
 
     def _look_after(self, client: WebSocketHandler, now: float) -> None:
         """Every deadline of a connection."""
-        outbox, state = client._outbox, client._state
+        outbox, state, settings = client._outbox, client._state, self._settings
         if state is State.OPEN and outbox.is_too_far_behind():
             self._room.drop(client, f"it was {outbox.size} bytes behind")
-        elif state is State.OPEN and outbox.size and now - outbox.moved > self._settings.send_timeout:
-            self._room.drop(client, f"it took nothing for {self._settings.send_timeout:g} s")
-        elif state is State.OPEN and self._settings.ping_interval:
+        elif state is State.OPEN and outbox.size and now - outbox.moved > settings.send_timeout:
+            self._room.drop(client, f"it took nothing for {settings.send_timeout:g} s")
+        elif state is State.OPEN and settings.ping_interval:
             self._keep_alive(client, now)
-        elif state is State.CLOSING and outbox.size and now - outbox.moved <= self._settings.close_timeout:
+        elif state is State.CLOSING and outbox.size and self._room.bytes - client._last_seen > settings.max_backlog:
+            self._room.drop(client, f"it was {outbox.size} bytes behind")  # which no other client shares any more
+        elif state is State.CLOSING and outbox.size and now - outbox.moved <= settings.close_timeout:
             pass  # it still takes what it is to get
         elif now > client._deadline and (state is State.CLOSING or client._lost == TOO_LATE):
             self._room.drop(client, "it did not end the connection in time")
         elif now > client._deadline and state is State.CONNECTING and client._quiet_since <= now:
-            client._lost, client._deadline = TOO_LATE, now + self._settings.close_timeout
+            client._lost, client._deadline = TOO_LATE, now + settings.close_timeout
             client._early = serialize_close(CloseCode.POLICY_VIOLATION, TOO_LATE)  # if its request has come this moment
             shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
 

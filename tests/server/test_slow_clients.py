@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 
 from tests.tools import faults
@@ -106,12 +107,37 @@ class SlowClients(ServerTestCase):
         self.assertEqual(slow.read_all(), b"")
 
     def test_a_slow_client_closes(self) -> None:
-        """What it has not read comes before the answer to its Close."""
-        server = self.serve()
+        """What it has not read comes before the answer to its Close; also where it ends its own side (7.1.1)."""
+        for half in (False, True):
+            with self.subTest(half_closed=half):
+                server = self.serve()
+                faults.small_buffers(server)
+                slow = self.connect(server, small=True)
+                for _ in range(20):
+                    server.broadcast(bytes(10_000))
+                slow.close(4000)
+                if half:
+                    slow.socket.shutdown(socket.SHUT_WR)
+                    time.sleep(0.1)  # the server has seen that by now, or will: both are right
+                self.assertEqual([slow.read() for _ in range(20)], [bytes(10_000)] * 20)
+                self.assertEqual(slow.read_close(), (4000, ""))
+                slow.socket.close()
+                eventually(lambda: server.status()["connections"] == 0)  # noqa: B023
+
+    def test_old_bytes(self) -> None:
+        """A client that is closing keeps bytes that nobody else waits for: not more of the stream than others may."""
+        server = self.serve(max_backlog=100_000, close_timeout=60.0, handshake_timeout=0.4)
         faults.small_buffers(server)
         slow = self.connect(server, small=True)
-        for _ in range(20):
-            server.broadcast(bytes(10_000))
-        slow.close(4000)
-        self.assertEqual([slow.read() for _ in range(20)], [bytes(10_000)] * 20)
-        self.assertEqual(slow.read_close(), (4000, ""))
+        server.broadcast(bytes(90_000))
+        (handler,) = server.clients
+        handler.close()
+        reader = self.connect(server)
+        server.broadcast(bytes(90_000))
+        self.assertEqual(len(reader.read()), 90_000)
+        time.sleep(0.5)  # two rounds of the housekeeper, which does nothing yet
+        self.assertEqual(server.status()["connections"], 2)
+        server.broadcast(bytes(90_000))
+        self.assertEqual(len(reader.read()), 90_000)
+        eventually(lambda: server.status()["connections"] == 1)
+        self.assertLess(len(slow.read_all()), 90_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import os
 import random
 import select
 import socket
@@ -171,6 +172,23 @@ class TLS(ServerTestCase):
             client.sendall(b"Hello")
             while data := client.recv(100_000):
                 got += data
+
+    def test_close_notify_is_answered(self) -> None:
+        """RFC 8446 6.1: from a client, and from somebody who has asked for nothing."""
+        server = self.secure()
+        for handshake in (True, False):
+            with self.subTest(handshake=handshake):
+                client = self.client(server, handshake=handshake)
+                assert isinstance(client.socket, ssl.SSLSocket)
+                client.socket.unwrap().close()  # it raises an error where TCP ends without it
+
+    def test_what_does_not_decrypt(self) -> None:
+        """RFC 8446 5.2: an alert."""
+        client = self.client(self.secure())
+        with socket.socket(fileno=os.dup(client.socket.fileno())) as raw:
+            raw.sendall(b"\x17\x03\x03\0\x20" + bytes(32))
+        with self.assertRaisesRegex(ssl.SSLError, "(?i)bad.record.mac"):
+            client.socket.recv(1000)
 
     def test_the_end(self) -> None:
         server = self.secure()
