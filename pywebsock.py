@@ -777,7 +777,9 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
     head = request.method == "HEAD"
     if request.path == "/status":
-        return http_response(200, "application/json", json.dumps(server.status()).encode() + b"\n", head=head)
+        figures: list[bytes] = []
+        client._call(lambda _: figures.append(json.dumps(server.status()).encode() + b"\n"))
+        return http_response(200, "application/json", figures[0], head=head)
     page = pathlib.Path(__file__).with_name("pywebsock.html")
     demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
     return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
@@ -984,7 +986,7 @@ class TLS:
         self._socket = connection
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._door, self._lock = threading.Lock(), threading.Lock()
+        self._door, self._lock = threading.RLock(), threading.RLock()  # as that of Turn: a __del__ may send
         self._established = False  # the TLS handshake is over
         self._ended = False  # the peer has said that nothing more comes
         self._records = b""  # that the socket has yet to take
@@ -1004,17 +1006,11 @@ class TLS:
                     self._socket.send(self._outgoing.read())
         return plain
 
-    def __enter__(self) -> None:
-        """Be alone with OpenSSL's object."""
-        with self._door:
-            self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
     def _decrypt(self, records: bytes, size: int) -> bytes:
         pieces = []
-        with self:
+        with self._door:  # who sends goes first
+            pass
+        with self._lock:
             self._incoming.write(records)
             try:
                 if not self._established:
@@ -1036,7 +1032,7 @@ class TLS:
         whoever sends comes again, as with a socket that is full.
         """
         done, plain = 0, memoryview(data) if len(data) > self.PIECE else data
-        with self:
+        with self._door, self._lock:
             while True:
                 if self._records:
                     try:
@@ -1059,7 +1055,7 @@ class TLS:
 
         Raises OSError: BlockingIOError where the socket is full, to be called again.
         """
-        with self:
+        with self._door, self._lock:
             with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify has not come; nobody waits for it
                 self._object.unwrap()
             self._records += self._outgoing.read()  # none at the second call
@@ -1277,8 +1273,9 @@ class Turn:
                 self._carry_out()
             finally:
                 self._lock.release()
-        while self._errors:  # not in the turn: who reads the log may wait for it
-            log.error("an operation failed", exc_info=self._errors.popleft())
+        with contextlib.suppress(IndexError):  # another thread was faster
+            while self._errors:  # not in the turn: who reads the log may wait for it
+                log.error("an operation failed", exc_info=self._errors.popleft())
 
     def soon(self) -> None:
         """Let what was put wait for more to come; the successor sees to it in a moment if nobody else does."""
@@ -1288,10 +1285,15 @@ class Turn:
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is queued, or a client is behind; whether that has an end."""
-        if self.has_space or threading.get_ident() in (self._holder, self._successor):  # for whom others wait
+        if self.has_space or self.is_mine:
             return True
         with self._space:
             return self._space.wait_for(lambda: self.has_space, timeout)
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread is the holder or the successor, for whom others wait."""
+        return threading.get_ident() in (self._holder, self._successor)
 
     # ---- the holder ----
 
@@ -1305,10 +1307,12 @@ class Turn:
                 if time.monotonic() > until:
                     break
         finally:  # also where Ctrl-C has struck the main thread in here
-            self._holder = 0
             if self._queue and not self._retired:
                 self.promised = True
                 self._wake()
+                if self._retired:  # meanwhile
+                    self.promised = False
+            self._holder = 0
 
     def _carry_out_next(self) -> None:
         """Carry out the next operation; where that is a message, with those right behind it."""
@@ -1504,10 +1508,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
             if not self._lost:
                 self._end(b"")
-        self.server._budget.keep(self, 0)
+        finally:
+            self.server._budget.keep(self, 0)
         while not self._lost and self._read(READ_SIZE):
             pass  # until the peer ends TCP, too
-        if not self._lost and (self._outbox.size or self._state is not State.CLOSING):
+        waits = self._outbox.size > 0 or self._state is not State.CLOSING
+        if waits and not self._lost and self.server._housekeeper.is_alive():
             wait_for_end(self.request)  # it has only ended its own side, and reads on
 
     def _read_in_time(self, size: int = LITTLE) -> bytes:
@@ -1534,7 +1540,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
         demand(not server._link or not server._link.away, 503, "Redis is away", ("Retry-After", "1"))
-        self._deadline += length / SLOWEST_POST  # it may take its time, but not for ever
+        since = max(self._deadline, server._room.now + server.handshake_timeout)  # a hook may have taken its time
+        self._deadline = since + length / SLOWEST_POST
         pieces, self._rest = bytearray(self._rest), b""
         while len(pieces) < length:
             pieces += self._read_in_time(READ_SIZE)
@@ -1553,11 +1560,12 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Answer a request that cannot be served."""
         log.warning("%s refused: %d, %s", self.address, error.status, printable(str(error)))
         self.server._refused += 1
-        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode()
+        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
         self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
     def _call(self, hook: Callable[..., None], *arguments: Any) -> None:
-        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 after a close() in it, or 500."""
+        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
+        demand(not self._unheard, 403, "not admitted")
         try:
             hook(self, *arguments)
         except HandshakeError:
@@ -1663,7 +1671,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         if self.server.rate:
             self.server._turn.run()  # what it has sent so far need not wait
             self._pace.wait(self.server.rate)
-        self.server.on_message(self, message)
+        if not self._unheard:  # it may have been closed meanwhile
+            self.server.on_message(self, message)
 
     def _answer_pings(self) -> None:
         """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
@@ -1671,6 +1680,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             pongs, self._pongs = self._pongs, []
             size = sum([len(frame) + MESSAGE_COST for frame in pongs])
             self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), size)
+            self.server._turn.soon()  # a hook may follow, and take its time
 
 
 # ======================================================================================
@@ -1763,7 +1773,7 @@ class Room:
                 sent = send(data, DONT_WAIT)
             except BlockingIOError:
                 sent = 0
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 broken.append((client, error))
                 continue
             if sent < size:
@@ -1942,7 +1952,7 @@ class Connections:
         self.most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
         self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
         self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
-        self._fewer = threading.Event()  # one has gone since this was cleared
+        self._fewer = threading.Condition()  # notified when one has gone; has an RLock, as Turn
 
     def add(self, request: socket.socket, now: float) -> None:
         """One has been accepted."""
@@ -1954,8 +1964,8 @@ class Connections:
         """One is about to be closed."""
         self.strangers.pop(request, None)
         handler = self.handlers.pop(request, None)
-        if not self._fewer.is_set():
-            self._fewer.set()
+        with self._fewer:
+            self._fewer.notify_all()
         return handler
 
     def adapt_switch_interval(self) -> None:
@@ -1983,9 +1993,8 @@ class Connections:
     def wait_for(self, number: int, end: float) -> bool:
         """Wait until there are no more than so many, or until some time on the clock."""
         while len(self.handlers) > number and time.monotonic() < end:
-            self._fewer.clear()
-            if len(self.handlers) > number:
-                self._fewer.wait(0.1)  # in slices: a signal may come
+            with self._fewer:
+                self._fewer.wait_for(lambda: len(self.handlers) <= number, 0.1)  # in slices: a signal may come
         return len(self.handlers) <= number
 
 
@@ -2054,7 +2063,8 @@ class Housekeeper(threading.Thread):
                 if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_look:
                     self._turn.take_over(functools.partial(self._work, ready))
             except Exception:
-                log.exception("an error in housekeeping")
+                with contextlib.suppress(Exception):
+                    log.exception("an error in housekeeping")
                 self._ended.wait(self._interval)
 
     def stop(self) -> None:
@@ -2187,7 +2197,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         had, or the Redis refuses.
         """
         for name, value in settings.items():
-            if name.startswith("_") or callable(getattr(type(self), name, print)):
+            if name.startswith("_") or name == "clients" or callable(getattr(type(self), name, print)):
                 raise TypeError(f"there is no setting {name!r}")
             setattr(self, name, value)
         for name, default in vars(Settings).items():
@@ -2312,7 +2322,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
         """Hold a sender back while too much is on its way. Its socket is not read meanwhile: TCP makes it wait, too."""
-        if self._link and not self._link.wait_for_room(timeout):
+        if self._link and not self._turn.is_mine and not self._link.wait_for_room(timeout):
             return False
         return self._turn.wait_for_space(timeout)
 
@@ -2416,12 +2426,15 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         if self._link:
             self._link.stop(self.close_timeout / 2)
         self._perform(self._say_goodbye)
-        own = 1 if getattr(self._local, "client", None) else 0
+        client = getattr(self._local, "client", None)
+        own = 1 if client else 0
         if not self._connections.wait_for(own, end):
             self._perform(self._reset, *self._connections.handlers.copy())
             self._connections.wait_for(own, time.monotonic() + 0.5)
         self._connections.adapt_switch_interval()
         self._housekeeper.stop()
+        if client:
+            client.request.settimeout(self.close_timeout)  # nobody else minds its deadline any more
 
     def _say_goodbye(self) -> None:
         """Operation: 1001 for everybody, and for those who are just joining."""
@@ -2578,7 +2591,7 @@ def total_cost(messages: Iterable[Field | Outgoing]) -> int:
 
 def warn(*line: Any) -> None:
     """Log something, in a thread of its own: a logging.Handler may broadcast, and so wait for the thread that warns."""
-    with contextlib.suppress(RuntimeError):  # there can be no more threads
+    with contextlib.suppress(RuntimeError, MemoryError):  # there can be no more threads
         threading.Thread(target=log.warning, args=line, daemon=True).start()
 
 

@@ -101,7 +101,7 @@ class Settings(ServerTestCase):
         self.assertEqual(BroadcastServer.max_message, 16 * 1024 * 1024)
 
     def test_unknown(self) -> None:
-        for name in ("max_mesage", "broadcast", "on_open", "_queue", "serve_forever", "__class__", "x"):
+        for name in ("max_mesage", "broadcast", "on_open", "_queue", "serve_forever", "__class__", "clients", "x"):
             with self.subTest(name), self.assertRaises(TypeError):
                 self.make(**{name: 1})
 

@@ -12,6 +12,7 @@ import threading
 import time
 import typing
 import unittest
+import unittest.mock
 
 import pywebsock
 from pywebsock import BroadcastServer, HandshakeError, Message, WebSocketHandler
@@ -377,6 +378,142 @@ class Raising(ServerTestCase):
         with self.assertLogs("pywebsock", "ERROR") as logged:
             self.check("on_close", self.closed())
         self.assertEqual(len(logged.records), len(EVERYTHING))
+
+
+class Meanwhile(ServerTestCase):
+    """What happens between two hooks, or while one takes its time."""
+
+    def test_closed_while_it_waits_for_its_rate(self) -> None:
+        server = self.serve(rate=2.0)
+        client = self.connect(server)
+        for text in ("1", "2", "3"):
+            client.send(text)
+        server.wait_for("message", "2")
+        (handler,) = server.clients
+        handler.close(1008, "banned")
+        self.assertEqual([client.read(), client.read()], ["1", "2"])
+        client.close(1008)
+        self.assertEqual(client.read_frame().payload[2:], b"banned")
+        eventually(lambda: not server.clients)
+        self.assertNotIn(("message", "3"), server.heard)
+
+    def test_closed_while_its_body_comes(self) -> None:
+        """A post that is answered with 403 has reached nobody."""
+        admitted: list[WebSocketHandler] = []
+
+        class Server(Recorder):
+            def admit(self, client: WebSocketHandler) -> None:
+                admitted.append(client)
+
+            def on_post(self, client: WebSocketHandler, message: Message) -> None:
+                self._tell("post", message)
+
+        server = self.serve(Server)
+        client = self.connect(server, handshake=False)
+        client.send_raw(post()[:-1])
+        eventually(lambda: admitted)
+        admitted[0].close()
+        client.send_raw(post()[-1:])
+        self.assertIn(b" 403 ", client.read_head())
+        self.assertEqual(server.heard, [])
+
+    def test_admitted_slowly(self) -> None:
+        """What a hook takes is not taken off the time for the body."""
+
+        class Server(BroadcastServer):
+            def admit(self, client: WebSocketHandler) -> None:
+                now = self._room.now
+                eventually(lambda: self._room.now > now + 2 * self.handshake_timeout)
+
+        server = self.serve(Server, handshake_timeout=0.3)
+        client = self.connect(server, handshake=False)
+        client.send_raw(post(Expect="100-continue")[:-6])
+        self.assertIn(b" 100 ", client.read_head())
+        time.sleep(0.15)
+        client.send_raw(b"posted")
+        self.assertIn(b" 202 ", client.read_head())
+
+    def test_out_of_memory_in_a_body(self) -> None:
+        """What was kept for it is free again."""
+        server = self.serve()
+        with unittest.mock.patch("pywebsock.decode_body", side_effect=MemoryError), self.assertLogs("pywebsock"):
+            for _ in range(10):
+                exchange_nothing(server.server_address[1], post(bytes(16 * 1024 * 1024)))
+        eventually(lambda: not server._budget._kept)
+        self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)
+
+    def test_out_of_memory_for_one(self) -> None:
+        """It is dropped, and those behind it in the line get the message all the same."""
+        server = self.serve()
+        clients = [self.connect(server) for _ in range(3)]
+        eventually(lambda: len(server.clients) == 3)
+        line = server._room._lines[0]
+        line[next(iter(line))] = unittest.mock.Mock(side_effect=MemoryError)
+        server.broadcast("Hello")
+        with self.assertRaises(EOFError):
+            clients[0].read()
+        self.assertEqual([client.read() for client in clients[1:]], ["Hello"] * 2)
+
+    def test_a_pong_does_not_wait_for_a_hook(self) -> None:
+        go_on = threading.Event()
+
+        class Server(BroadcastServer):
+            def on_message(self, client: WebSocketHandler, message: Message) -> None:
+                go_on.wait(2 * DEADLINE)
+
+        server = self.serve(Server)
+        client = self.connect(server)
+        wait, waits = server._room.wait_for_slow, threading.Event()
+
+        def wait_long(seconds: float) -> list[WebSocketHandler]:
+            waits.set()
+            return wait(2 * DEADLINE)
+
+        with unittest.mock.patch.object(server._room, "wait_for_slow", wait_long):  # no round before it is woken
+            server._room.wake()
+            self.assertTrue(waits.wait(DEADLINE))
+            client.send_raw(masked_frame(9, b"?") + masked_frame(1, b"Hello"))
+            self.assertEqual(client.read_frame().payload, b"?")
+        server._room.wake()
+        go_on.set()
+
+    def test_half_a_character_in_a_refusal(self) -> None:
+        class Server(BroadcastServer):
+            def admit(self, client: WebSocketHandler) -> None:
+                raise HandshakeError(400, "no command \ud800")
+
+        status, _, body = exchange(self.serve(Server).server_address[1], request())
+        self.assertEqual((status, body), (400, b"400 Bad Request: no command ?\n"))
+
+    def test_a_status_that_fails(self) -> None:
+        for error in (TypeError("a set"), OSError("no such file")):
+            with self.subTest(error=error), self.assertLogs("pywebsock") as logged:
+                server = self.serve()
+                with unittest.mock.patch.object(server, "status", side_effect=error):
+                    data = request(target="/status", Upgrade=None, Sec_WebSocket_Key=None)
+                    self.assertEqual(exchange(server.server_address[1], data)[0], 500)
+                self.assertTrue(any("an error in a hook" in line for line in logged.output), logged.output)
+
+    def test_the_end_in_a_hook(self) -> None:
+        """Its client does not answer: its thread ends all the same."""
+
+        class Server(Recorder):
+            def on_message(self, client: WebSocketHandler, message: Message) -> None:
+                self.shutdown()
+                self.server_close()
+
+        server = self.serve(Server, close_timeout=0.3)
+        client = self.connect(server)
+        client.send("stop")
+        eventually(lambda: any(kind == "close" for kind, *_ in server.heard))
+        eventually(lambda: not server._connections.handlers)
+
+
+def exchange_nothing(port: int, data: bytes) -> None:
+    """Send a request that is not answered."""
+    with Client(port, handshake=False) as client:
+        client.send_raw(data)
+        assert client.read_all() == b""
 
 
 class Stopping(ServerTestCase):
