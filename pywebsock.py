@@ -77,8 +77,8 @@ hold everywhere:
   closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
 - In the turn nothing waits, and no hook is called.
 - Locks are taken in the order: exit (of thousands, one leaves at a time), turn, then
-  one of the others (the tally of the turn, that of a TLS, the seats, the budget, the pace, the
-  news of the link), which are held alone, for a few instructions.
+  one of the others (the tally of the turn, the two of a TLS, the seats, the budget, the pace,
+  the news of the connections and of the link), held alone, for a few instructions.
 
 Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
 the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
@@ -1408,9 +1408,9 @@ class State(enum.Enum):
         the peer, without       nothing                                       the peer
         a peer that is stuck    (CLOSED at once: its connection is reset)     the server
 
-    After that the connection's thread reads until the peer ends TCP, too, for close_timeout
-    at most: a socket closed with bytes unread sends a reset, which can destroy the Close on
-    its way (7.1.1).  Last, in CLOSED, the socket is closed.
+    After that the connection's thread reads until the peer ends TCP, too, for at most a
+    close_timeout in which the peer takes nothing: a socket closed with bytes unread sends a
+    reset, which can destroy the Close on its way (7.1.1).  Last, in CLOSED, the socket is closed.
 
     Three things stand beside it.  `_unheard` is true from the moment that anybody wants to close,
     before the turn comes to it: no message reaches a hook any more.  `_early` is the Close of one
