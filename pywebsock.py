@@ -777,9 +777,8 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         return http_response(202, "text/plain; charset=utf-8", b"sent\n")
     head = request.method == "HEAD"
     if request.path == "/status":
-        figures: list[bytes] = []
-        client._call(lambda _: figures.append(json.dumps(server.status()).encode() + b"\n"))
-        return http_response(200, "application/json", figures[0], head=head)
+        figures = client._call(lambda _: json.dumps(server.status()).encode() + b"\n")
+        return http_response(200, "application/json", figures, head=head)
     page = pathlib.Path(__file__).with_name("pywebsock.html")
     demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
     return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
@@ -1563,17 +1562,18 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
         self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
-    def _call(self, hook: Callable[..., None], *arguments: Any) -> None:
-        """Call a hook for a request. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
+    def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
+        """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
         demand(not self._unheard, 403, "not admitted")
         try:
-            hook(self, *arguments)
+            result = hook(self, *arguments)
         except HandshakeError:
             raise
         except BaseException:
             log.exception("%s: an error in a hook", self.address)
             raise HandshakeError(500, "internal error") from None
         demand(not self._unheard, 403, "not admitted")
+        return result
 
     # ---- in its own thread: as a client ----
 
@@ -2197,7 +2197,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         had, or the Redis refuses.
         """
         for name, value in settings.items():
-            if name.startswith("_") or name == "clients" or callable(getattr(type(self), name, print)):
+            kind = getattr(type(self), name, print)
+            if name.startswith("_") or callable(kind) or isinstance(kind, property):
                 raise TypeError(f"there is no setting {name!r}")
             setattr(self, name, value)
         for name, default in vars(Settings).items():

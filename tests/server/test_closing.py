@@ -18,6 +18,7 @@ from tests.tools.support import (
     DEFLATE,
     PING,
     TEXT,
+    Client,
     Frame,
     Recorder,
     ServerTestCase,
@@ -151,14 +152,19 @@ class ClosingHandshake(ServerTestCase):
 
         eventually(refused)
 
-    def test_a_slow_line(self) -> None:
-        """The timeout is for who takes nothing: who takes it slowly gets what was sent before, and the Close."""
-        server = self.serve(close_timeout=0.5)
+    def closing(self, size: int, close_timeout: float) -> tuple[Recorder, Client]:
+        """A server, and a client that it closes before the message of that size is sent."""
+        server = self.serve(close_timeout=close_timeout)
         faults.small_buffers(server)
         client = self.connect(server, small=True)
-        server.broadcast("x" * 150_000)
-        for each in server.clients:
-            each.close(4000)
+        server.broadcast("x" * size)
+        (handler,) = server.clients
+        handler.close(4000)
+        return server, client
+
+    def test_a_slow_line(self) -> None:
+        """The timeout is for who takes nothing: who takes it slowly gets what was sent before, and the Close."""
+        _, client = self.closing(150_000, close_timeout=0.5)
         for _ in range(30):
             client.read_some(4096)
             time.sleep(0.05)  # that is how slow the line is: three times the timeout
@@ -167,12 +173,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(client.read_close(), (4000, ""))
 
     def test_a_stuck_line(self) -> None:
-        server = self.serve(close_timeout=0.2)
-        faults.small_buffers(server)
-        client = self.connect(server, small=True)
-        server.broadcast("x" * 1_000_000)
-        for each in server.clients:
-            each.close(4000)
+        server, client = self.closing(1_000_000, close_timeout=0.2)
         eventually(lambda: server.status()["connections"] == 0)
         self.assertLess(len(client.read_all()), 1_000_000)  # it was reset
 
