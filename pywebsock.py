@@ -330,10 +330,14 @@ def decode_text(payload: Octets) -> str:
 # ======================================================================================
 # permessage-deflate (RFC 7692)
 #
-# The answer to every offer has server_no_context_takeover and client_no_context_takeover:
-# each message is compressed by itself. So a broadcast is compressed once for everybody,
-# and no connection keeps a window of 32 KiB. A reader who skips this part needs to know
-# only that a client's `window` is 0 without compression, and that rsv1 marks a
+# The server compresses each message by itself, so a broadcast is compressed once for all
+# clients. Nobody needs to be told: such messages suit a client that keeps its context, too.
+# So the answer repeats the parameters of the offer and adds none, since some clients ignore
+# what they did not offer, and others refuse the handshake. A client that did not offer
+# client_no_context_takeover may refer to its earlier messages: the server keeps the last
+# 32 KiB of what that client sent compressed.
+#
+# If you skip this part: a client's `window` is 0 without compression, and rsv1 marks a
 # compressed message.
 # ======================================================================================
 
@@ -343,6 +347,7 @@ MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere 
 INFLATE_SIZE = 64 * 1024  # bytes
 INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
 INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
+CONTEXT_SIZE = 32 * 1024  # bytes: the largest window
 
 PARAMETER = rf'({TOKEN})(?:[ \t]*=[ \t]*({TOKEN}|"{TOKEN}"))?'
 EXTENSION = re.compile(rf"({TOKEN})((?:[ \t]*;[ \t]*{PARAMETER})*)")
@@ -381,8 +386,10 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
         asked = dict(parameters)
         if name == "permessage-deflate" and known and len(asked) == len(parameters):  # each at most once
             window = asked.get("server_max_window_bits", "")
-            limit = f"; server_max_window_bits={window}" if window else ""
-            return int(window or 15), f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
+            answer = [name, *(key for key in asked if key.endswith("no_context_takeover"))]
+            if window:
+                answer.append(f"server_max_window_bits={window}")
+            return int(window or 15), "; ".join(answer)
     return 0, ""
 
 
@@ -393,10 +400,14 @@ def deflate(payload: bytes, window: int) -> bytes:
 
 
 class Inflater:
-    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2)."""
+    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
 
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=-15)
+    `context` is the end of what was inflated before, to which the message may refer.
+    """
+
+    def __init__(self, context: bytes = b"") -> None:
+        self.context = context
+        self._zlib = zlib.decompressobj(wbits=-15, zdict=context)
         self._finals = 0
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
@@ -405,13 +416,15 @@ class Inflater:
             data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
         while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
-                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
+                self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
+                self._finals += 1
             try:
                 with INFLATING:
                     plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
+            self.context = (self.context + plain)[-CONTEXT_SIZE:]
             yield plain
         if data or (fin and not self._zlib.eof):
             raise ProtocolError(
@@ -427,16 +440,25 @@ class Inflater:
 class MessageReader:
     """Puts fragments together and gives whole messages and control frames.
 
-    - frames: how many have come, or pieces of them; whoever counts them sets it to 0
+    - frames: frames read, or pieces of them, since the caller's last reset
     - size: bytes kept for a message that is not finished
+    - context: the end of the compressed messages, if the client may refer to them (`takeover`)
 
     `keep` is called with each new `size`, which grows by at most INFLATE_SIZE or a piece at once,
     and may raise ProtocolError.
     """
 
-    def __init__(self, max_message: int, compressed: bool = False, keep: Callable[[int], object] = bool) -> None:
+    def __init__(
+        self,
+        max_message: int,
+        compressed: bool = False,
+        keep: Callable[[int], object] = bool,
+        takeover: bool = False,
+    ) -> None:
         self.frames = 0
         self.size = 0
+        self.context = b""
+        self._takeover = takeover
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
         self._keep = keep
@@ -477,7 +499,7 @@ class MessageReader:
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
             self._opcode = opcode
-            self._inflater = Inflater() if rsv1 else None
+            self._inflater = Inflater(self.context) if rsv1 else None
             self._count()
 
     def _append(self, fin: bool, payload: Octets, left: int) -> None:
@@ -513,6 +535,8 @@ class MessageReader:
 
     def _finish(self) -> Message:
         text, payload = self._opcode == TEXT, b"".join(self._pieces)
+        if self._inflater and self._takeover:
+            self.context = self._inflater.context
         self._opcode, self._length, self._inflater = 0, 0, None
         self._pieces.clear()
         self._utf8.reset()
@@ -863,8 +887,10 @@ def describe_frame(first: int, second: int, length: int, key: bytes, payload: by
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
         what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
-        with contextlib.suppress(zlib.error):
+        try:
             plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
+        except zlib.error:
+            plain, what = b"", "compressed, refers to earlier messages"
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
     if text:
         what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
@@ -1449,6 +1475,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
         # Written by this thread; _unheard by any.
         self._window = 0  # of permessage-deflate, in bits; 0 without
+        self._takeover = False  # its compressed messages may refer to earlier ones
+        self._reader = MessageReader(0)
         self._unheard = False  # the server has begun to close, or is about to: nothing more reaches on_message
         self._rest = b""  # what has come behind the head of the request
         self._pongs: list[bytes] = []  # for the Pings in what is being read
@@ -1613,6 +1641,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
         if self.server.compression:
             self._window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+            self._takeover = "client_no_context_takeover" not in extension
             if extension:
                 fields.append(("Sec-WebSocket-Extensions", extension))
         self._call(self.server.admit)
@@ -1640,7 +1669,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def _converse(self) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         keep = functools.partial(self.server._budget.keep, self)
-        reader = MessageReader(self.server.max_message, bool(self._window), keep)
+        self._reader = reader = MessageReader(self.server.max_message, bool(self._window), keep, self._takeover)
         for opcode, payload in reader.read(self._pieces(reader)):
             if opcode == CLOSE:
                 return bytes(payload)
@@ -2294,6 +2323,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "dropped": self._room.dropped,
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
+            "contexts": sum([len(client._reader.context) for client in self.clients]),  # bytes, of compression
             "version": __version__,
             "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }

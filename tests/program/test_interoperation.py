@@ -36,7 +36,9 @@ CONVERSATION: Conversation = [
     [""],
     [b""],
     [bytes(range(256))],
+    ["Grüße, 世界, 🦆"],  # once more: a compressor that keeps its context refers to the first one
     ["seventy thousand bytes" * 3182],  # 70 KB, which is a frame with a 64-bit length
+    ["seventy thousand bytes" * 3182],
     [NOISE[:70_000]],  # nothing to compress here
     ["é" * (1 << 19)],  # 1 MiB, the limit of some clients
     [NOISE],
@@ -287,6 +289,24 @@ class Python(Interoperation):
 
         self.check(lambda url, compress: asyncio.run(converse(url, compress)))
 
+    def test_tornado(self) -> None:
+        """It ignores client_no_context_takeover: parameters without a value are dropped."""
+        connect = package("tornado.websocket").websocket_connect
+
+        async def converse(url: str, compress: bool) -> Report:
+            echoes = []
+            connection = await connect(url, compression_options={} if compress else None)
+            for pieces in CONVERSATION:
+                message = whole(pieces)
+                await connection.write_message(message, isinstance(message, bytes))
+                echoes.append(await connection.read_message())
+            connection.close(1000, "done")
+            while await connection.read_message() is not None:
+                pass
+            return Report(echoes, connection.close_code)
+
+        self.check(lambda url, compress: asyncio.run(converse(url, compress)))
+
     def test_websocket_client(self) -> None:
         websocket = package("websocket")
 
@@ -399,6 +419,18 @@ ENCODED = [[encode(piece) for piece in pieces] for pieces in CONVERSATION]
 SCRIPTS = ROOT / "tests" / "tools" / "interop"
 
 
+def run_client(*command: str, conversation: Conversation = CONVERSATION) -> Report:
+    """A run of a client in another language: JSON in, JSON out."""
+    encoded = [[encode(piece) for piece in pieces] for pieces in conversation]
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps(encoded).encode())
+        file.seek(0)
+        done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
+    if done.returncode:
+        raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
+    return report(json.loads(done.stdout))
+
+
 class JavaScript(Interoperation):
     """Runtimes and packages for JavaScript; what npm installs is in $PYWEBSOCK_NODE_MODULES, or one of $NODE_PATH."""
 
@@ -415,26 +447,16 @@ class JavaScript(Interoperation):
         require(program, "node")
         return str(program)
 
-    def run_client(self, *command: str) -> Report:
-        """A run of client.mjs."""
-        with tempfile.TemporaryFile() as file:
-            file.write(json.dumps(ENCODED).encode())
-            file.seek(0)
-            done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
-        if done.returncode:
-            raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
-        return report(json.loads(done.stdout))
-
     def client(self, *runtime: str) -> Converse:
         """A runtime with its own WebSocket."""
         script = str(SCRIPTS / "client.mjs")
-        return lambda url, compress: self.run_client(*runtime, script, url, "own" if compress else "plain")
+        return lambda url, compress: run_client(*runtime, script, url, "own" if compress else "plain")
 
     def test_ws(self) -> None:
         command = [self.node(), str(SCRIPTS / "client.mjs")]
         folder = str(self.installed("ws").parent)
         self.check(
-            lambda url, compress: self.run_client(*command, url, "ws" if compress else "ws-plain", folder),
+            lambda url, compress: run_client(*command, url, "ws" if compress else "ws-plain", folder),
             fragments=True,
         )
 
@@ -469,6 +491,52 @@ class JavaScript(Interoperation):
                 return report(result)
 
         self.check(converse, offers=(True,))
+
+
+# ---- other languages ----
+
+
+class Careless(Interoperation):
+    """Clients that keep to less of the protocol than is checked above."""
+
+    def check_echoes(self, conversation: Conversation, *command: str) -> None:
+        """It gets back what it has sent."""
+        with Client(self.server.port) as bystander:
+            told = run_client(*command, conversation=conversation)
+            expected = [whole(pieces) for pieces in conversation]
+            for messages in (told.echoes, [bystander.read() for _ in conversation]):
+                self.assertTrue(messages == expected)
+            self.assertEqual(told.code, 1000)
+        self.assertEqual(self.server.log().count("Traceback"), 0)
+
+    def test_mojolicious(self) -> None:
+        """It compresses with its context whatever is agreed on, and ends the connection right after its Close.
+
+        It compresses an empty message to nothing, which is no deflate: so there is none here.
+        """
+        program = shutil.which("perl") or "perl"
+        probe = subprocess.run([program, "-MMojolicious", "-e", "1"], check=False, capture_output=True)
+        require(not probe.returncode, "Mojolicious")
+        script, url = str(SCRIPTS / "client.pl"), f"ws://localhost:{self.server.port}/"
+        conversation = [pieces for pieces in CONVERSATION if whole(pieces)]
+        for offer in ("1", "0"):
+            with self.subTest(offer=offer):
+                self.check_echoes(conversation, program, script, url, offer)
+
+    def test_netty(self) -> None:
+        """Its standard handler refuses every parameter that it did not offer."""
+        program, folder = shutil.which("java") or "java", pathlib.Path("/usr/share/java")
+        parts = "buffer", "codec", "codec-http", "common", "handler", "resolver", "transport"
+        jars = [folder / f"netty-{part}.jar" for part in parts]
+        require(all(jar.exists() for jar in jars) and shutil.which("javac"), "Netty")
+        path, script = os.pathsep.join(map(str, jars)), str(SCRIPTS / "NettyClient.java")
+        with Tap(self.server.port) as tap:
+            command = [program, "-cp", path, script, tap.url]
+            done = subprocess.run(command, capture_output=True, timeout=6 * DEADLINE, check=False)
+            self.assertEqual(done.stdout.split(), [b"5", b"5", b"70000", b"1000"], done.stderr)
+            recording = tap.recording()
+        self.assertTrue(all(frame.rsv1 for frame in frames(recording.sent, masked=True)[:3]))
+        self.assertTrue(frames(recording.received, masked=False)[2].rsv1)
 
 
 if __name__ == "__main__":
