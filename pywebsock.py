@@ -630,9 +630,14 @@ class Request(NamedTuple):
     version: tuple[int, int]
     headers: dict[str, str]
 
+    def elements(self, name: str) -> list[str]:
+        """The elements of a comma-separated header field (RFC 9110 5.6.1)."""
+        elements = [element.strip(" \t") for element in self.headers.get(name, "").split(",")]
+        return list(filter(None, elements))
+
     def tokens(self, name: str) -> list[str]:
-        """The comma-separated tokens of a header field, in lower case."""
-        return [token.strip(" \t").lower() for token in self.headers.get(name, "").split(",")]
+        """The same in lower case."""
+        return [element.lower() for element in self.elements(name)]
 
     @property
     def path(self) -> str:
@@ -733,6 +738,12 @@ def compute_accept(key: str) -> str:
     """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
     demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
+
+
+def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
+    """The first subprotocol in the client's list that is served, or "" (4.2.2, item 5)."""
+    offered = request.elements("sec-websocket-protocol")
+    return next((name for name in offered if name in (served or ())), "")
 
 
 def body_length(request: Request, max_message: int) -> int:
@@ -910,6 +921,7 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         int: (int, f"a whole number from {least} on"),
         float: ((int, float), f"a number from {least} on"),
         tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
+        "subprotocols": ((list, tuple, type(None)), 'a list such as ["chat"]'),
         "redis": ((str, type(None)), "of the type str"),
         "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext for servers"),
     }
@@ -918,7 +930,12 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
     good = good and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
     if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
         raise ValueError(f"{name} must be {words}, not {value!r}")
-    return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
+    if name == "origins":
+        return [parse_origin(str(origin)) for origin in value]
+    for each in (value or ()) if name == "subprotocols" else ():
+        if not re.fullmatch(TOKEN, str(each)):
+            raise ValueError(f"a subprotocol is one word such as chat, not {each!r}")
+    return value
 
 
 def network_address(bound: str) -> str | None:
@@ -941,6 +958,7 @@ class Settings:
     max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
     max_clients = 10_000  # above it: 503
     origins: Sequence[str] = ()  # see check_origin(); "*" for any
+    subprotocols: Sequence[str] | None = None  # those served; a client that offers others only gets 400; None: accepted
     read_only = False  # clients may not send: Close 1008, and 403 for a POST
     compression = True  # permessage-deflate, where a client offers it
     history = 0  # messages that a new client gets first, with at most half of max_backlog
@@ -1458,6 +1476,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
     - address: the peer's address and port, for people
+    - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
     """
 
@@ -1469,7 +1488,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.method = self.target = ""
+        self.method = self.target = self.subprotocol = ""
         self.headers: dict[str, str] = {}
         self.data: Any = None
 
@@ -1644,8 +1663,21 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._takeover = "client_no_context_takeover" not in extension
             if extension:
                 fields.append(("Sec-WebSocket-Extensions", extension))
+        self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
         self._call(self.server.admit)
+        fields += self._answer_subprotocol(request)
         return serialize_response(101, fields)
+
+    def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
+        """The header field that names the chosen subprotocol. Raises HandshakeError."""
+        if self.subprotocol:
+            demand(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            return [("Sec-WebSocket-Protocol", self.subprotocol)]
+        offered = printable(", ".join(request.elements("sec-websocket-protocol")))
+        demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
+        if offered:
+            log.warning("%s offers the subprotocol %s, none is chosen: browsers close now", self.address, offered)
+        return []
 
     def _be_client(self) -> tuple[int, str, bytes]:
         """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
@@ -2976,6 +3008,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="its private key, where it is not in the same file")
+    subprotocol = "serve clients that offer this subprotocol; repeatable"
+    add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help=subprotocol)
     add("--redis", metavar="URL", help="be one room with all servers on this Redis")
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")

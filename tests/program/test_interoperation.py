@@ -496,6 +496,35 @@ class JavaScript(Interoperation):
 # ---- other languages ----
 
 
+class Subprotocols(unittest.TestCase):
+    """Clients that end the connection where the server chooses none of their subprotocols."""
+
+    def setUp(self) -> None:
+        server = Process("--subprotocol", "json", "--subprotocol", "chat")
+        self.addCleanup(server.stop)
+        self.url = f"ws://localhost:{server.port}/"
+
+    def test_websocket_client(self) -> None:
+        connection = package("websocket").create_connection(self.url, DEADLINE, subprotocols=["x", "chat", "json"])
+        self.addCleanup(connection.close)
+        self.assertEqual(connection.getsubprotocol(), "chat")
+        connection.send("Hello")
+        self.assertEqual(connection.recv(), "Hello")
+
+    def test_node(self) -> None:
+        node = shutil.which("node")
+        require(node, "node")
+        script = """
+            const socket = new WebSocket(process.argv[1], ['x', 'chat', 'json']);
+            socket.onopen = () => socket.send('Hello');
+            socket.onmessage = event => { console.log(socket.protocol, event.data); socket.close(); };
+            socket.onerror = event => { console.log(event.message); process.exit(1); };
+        """
+        command = [str(node), "--experimental-websocket", "--eval", script, self.url]
+        done = subprocess.run(command, capture_output=True, timeout=3 * DEADLINE, check=False)
+        self.assertEqual(done.stdout, b"chat Hello\n", done.stderr)
+
+
 class Careless(Interoperation):
     """Clients that keep to less of the protocol than is checked above."""
 
