@@ -1003,6 +1003,7 @@ class Hooks:
         self._stuck: set[int] = set()  # those of them that have taken too long
         self._coming = 0  # workers that were started or woken and have not looked yet
         self._idle: list[threading.Lock] = []  # each wakes a worker that waits
+        self._stopped = False  # workers end when there is nothing to do
         self._journal = Inbox()
 
     # ---- any thread ----
@@ -1051,6 +1052,14 @@ class Hooks:
             while self._busy > number and time.monotonic() < end:
                 self._done.wait(0.1)  # in slices: a signal may come
 
+    def stop(self) -> None:
+        """Let workers end that have nothing to do."""
+        with self._lock:
+            self._stopped = True
+            while self._idle:
+                self._coming += 1
+                self._idle.pop().release()
+
     def _make_ready(self, inbox: Inbox) -> None:
         self._ready.append(inbox)
         if not self._active:
@@ -1067,7 +1076,7 @@ class Hooks:
             self._idle.pop().release()
             return
         try:
-            start_new_thread(self._run, ())
+            threading.Thread(target=self._run, name="pywebsock hooks", daemon=True).start()
         except RuntimeError:  # there can be no more threads now
             self._coming -= 1
 
@@ -1116,6 +1125,8 @@ class Hooks:
                 if self._ready:
                     self._running[me] = time.monotonic()
                     return self._ready.popleft()
+                if self._stopped:
+                    return None
                 wake.acquire(blocking=False)
                 self._idle.append(wake)
             wake.acquire(timeout=IDLE_TIME)
@@ -1453,6 +1464,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._refuse(error, head)
         except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
             server._hooks.log(logging.INFO, "%s gone before its handshake: %s", self.address, printable(str(error)))
+            self._end_side()
         finally:
             server._budget.give_back(self._kept)
 
@@ -1512,15 +1524,20 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def _respond(self, response: bytes) -> None:
         """Send a response, end the own side, and read until the peer has ended its own. Raises OSError."""
         self._send(response)
-        if isinstance(self.request, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.request.settimeout(0)  # the peer's close_notify need not come
-                self.request.unwrap()
-        self.request.shutdown(socket.SHUT_WR)
+        self._end_side()
         self._time_left = self.server.close_timeout
         with contextlib.suppress(HandshakeError, OSError):
             while self._within_time(self.request.recv, READ_SIZE):
                 pass
+
+    def _end_side(self) -> None:
+        """End the own side of TLS (RFC 8446 6.1) and of TCP."""
+        if isinstance(self.request, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.request.settimeout(0)  # the peer's close_notify need not come
+                self.request.unwrap()
+        with contextlib.suppress(OSError):  # the peer was faster
+            self.request.shutdown(socket.SHUT_WR)
 
     def _refuse(self, error: HandshakeError, head: bool) -> None:
         """Answer a request that cannot be served."""
@@ -1614,6 +1631,17 @@ RECIPIENT_COST = 8  # bytes for each client that it is for
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
 
 
+class Joiner:
+    """A client that joins: its response, and the frames of the history that were prepared for it."""
+
+    def __init__(self, connection: Connection, response: bytes, mark: str) -> None:
+        self.connection = connection
+        self.response = response
+        self.mark = mark
+        self.frames: list[bytes] = []
+        self.number = 0  # messages broadcast before these were prepared
+
+
 class Room:
     """The shared set of clients, the last messages, and the queue of operations for the loop. Any thread.
 
@@ -1629,7 +1657,7 @@ class Room:
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
         self._is_closing = False  # a client that joins now gets 1001
         self._has_ended = False  # there is no loop any more
-        self.adopt: Callable[[Connection], None]  # the loop's operations on a connection that has joined
+        self.adopt: Callable[[Joiner], None]  # the loop's operations on a connection that has joined
         self.close_connection: Callable[[Connection, bytes], None]
 
         self._history: deque[Outgoing] = deque()
@@ -1661,39 +1689,39 @@ class Room:
         return sum(map(len, self._sends.values()))
 
     def join(self, connection: Connection, response: bytes, mark: str) -> None:
-        """CONNECTING to OPEN: the response and joining are one step, so a client misses nothing after its 101.
+        """CONNECTING to OPEN: the client is in the set, and gets messages from its place in the queue on.
 
-        It gets the history first, and behind it the mark, with which the page finds its end.
-        Raises HandshakeError.
+        There the loop sends it the response, the history and the mark, with which the page finds
+        the end of the history; so it misses nothing after its 101. Raises HandshakeError.
         """
-        window, client = connection.window, connection.client
-        frames, number = self._prepare_history(window)
+        client, joiner = connection.client, Joiner(connection, response, mark)
+        if self._history_length:
+            with self.lock:
+                messages, joiner.number = list(self._history), self.messages
+            with self._preparing:
+                joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
             demand(not self._has_ended and client.request in self.pending, 503, "the server is stopping")
-            newer = min(self.messages - number, len(self._history))
-            frames += [message.ready_frame(window) for message in list(self._history)[len(self._history) - newer :]]
-            if mark:
-                frames.append(serialize_frame(TEXT, mark.encode()))
-            for piece in (response, *frames):
-                connection.keep(piece, 0, connection.joined)
-            self._sends.setdefault(window, {})[client] = send_nothing
+            self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client.request]
             self.connections.add(connection)
-            self.put(functools.partial(self.adopt, connection))
+            self.put(functools.partial(self.adopt, joiner))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
                 self.put(functools.partial(self.close_connection, connection, early))
 
-    def _prepare_history(self, window: int) -> tuple[list[bytes], int]:
-        """The frames of the history, and the number of messages so far; without the lock, where there are many."""
-        if not self._history_length:
-            return [], 0
+    def first_frames(self, joiner: Joiner) -> list[bytes]:
+        """What a client gets first; in the loop."""
         with self.lock:
-            messages, number = list(self._history), self.messages
-        with self._preparing:
-            return [message.ready_frame(window) for message in messages], number
+            length = len(self._history)
+            newer = min(self.messages - joiner.number, length)
+            messages = list(itertools.islice(self._history, length - newer, None))
+        frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
+        frames += [message.ready_frame(joiner.connection.window) for message in messages]
+        mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
+        return [joiner.response, *frames, *mark]
 
     def set_send(self, connection: Connection, send: Send) -> None:
         """Change what sends to a client, if it is still in the set."""
@@ -1909,9 +1937,12 @@ class Exits:
 
     # ---- sending ----
 
-    def adopt(self, connection: Connection) -> None:
+    def adopt(self, connection: Connection, frames: list[bytes]) -> None:
         """A client has joined: send it the 101 and the history."""
+        for frame in frames:
+            connection.keep(frame, 0, self.now)
         self.slow.add(connection)
+        self._room.set_send(connection, send_nothing)
         self.flush(connection)
 
     def write(self, connection: Connection, data: bytes) -> None:
@@ -1989,7 +2020,7 @@ class Exits:
     def is_someone_behind(self) -> bool:
         """Whether a quick client is far behind: then nothing new is taken for a moment."""
         limit = self._server.max_backlog // 2
-        return any(connection.size > limit and connection.is_quick(self.now) for connection in self.slow)
+        return bool(self.slow) and any(connection.size > limit and connection.is_quick(self.now) for connection in self.slow)
 
     # ---- ending ----
 
@@ -2326,8 +2357,7 @@ class Loop(threading.Thread):
 
     def _hold_back(self) -> None:
         """Take nothing new while a quick client is far behind, or Redis has not taken what there is."""
-        held = bool(self.exits.slow) and self.exits.is_someone_behind()
-        self._room.hold(held)
+        self._room.hold(self.exits.is_someone_behind())
         if self._held_back and not self._must_wait:
             connections, self._held_back = self._held_back, []
             for connection in connections:
@@ -2364,12 +2394,18 @@ class Loop(threading.Thread):
                 if size < RUN_SIZE:
                     continue
             if run:
-                self._deliver(run)
+                self._call(self._deliver, run)
                 run, size = [], 0
             if type(operation) is not Outgoing:
-                operation()
+                self._call(operation)
         if run:
-            self._deliver(run)
+            self._call(self._deliver, run)
+
+    def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
+        try:
+            operation(*arguments)
+        except Exception as error:  # those behind it are not to blame
+            self._hooks.log(logging.ERROR, "an operation failed", error=error)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
@@ -2402,9 +2438,10 @@ class Loop(threading.Thread):
             except Exception as error:
                 self.exits.fail(connection, error)
 
-    def adopt(self, connection: Connection) -> None:
+    def adopt(self, joiner: Joiner) -> None:
         """Operation: a client has joined."""
-        self._guard(self.exits.adopt, connection)
+        connection = joiner.connection
+        self._guard(self.exits.adopt, connection, self._room.first_frames(joiner))
         if connection.events and not connection.paused:  # it was faster than its 101
             self._line_up(connection)
 
@@ -2456,8 +2493,6 @@ class Loop(threading.Thread):
             connection.events = connection.reader.feed(data)
             del data
             self._take(connection)
-            if connection.has_more and not connection.paused:
-                self._line_up(connection)
 
     def _line_up(self, connection: Connection) -> None:
         if not connection.is_waiting:
@@ -2493,6 +2528,8 @@ class Loop(threading.Thread):
                     self._line_up(connection)
                     return
             connection.events = None
+            if connection.has_more:
+                self._line_up(connection)
         finally:
             if connection.pongs:
                 self._send_pongs(connection)
@@ -2579,7 +2616,7 @@ class Loop(threading.Thread):
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
         code, reason = parse_close(bytes(payload))
         if messages:
-            self._submit(connection, messages)
+            self._submit(connection, messages.copy())
             messages.clear()
         self._in_order(connection, self.exits.end, code, reason, serialize_close(code))
 
@@ -2877,6 +2914,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             request.settimeout(None)  # a program may have set another default
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
+            room.add_pending(request, time.monotonic())
             return request, address
         except (OSError, MemoryError, ValueError) as error:
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
@@ -2901,7 +2939,6 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
         self._begin()
-        self._room.add_pending(request, time.monotonic())
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:  # there can be no more threads
@@ -2933,12 +2970,13 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         if self._link:
             self._link.stop(self.close_timeout / 2)
         client = getattr(self._local, "client", None)
-        own = int(client is not None and not client._connection)  # the request that this thread answers
+        own = int(client is not None)
         self._room.close_all()
         self._room.wait_for(own, end)
-        self._hooks.wait(int(client is not None), end)
+        self._hooks.wait(own, end)
         self._loop.stop()
-        self._hooks.wait(int(client is not None), time.monotonic() + 0.5)
+        self._hooks.wait(own, time.monotonic() + 0.5)
+        self._hooks.stop()
 
 
 def raise_file_limit() -> int:

@@ -365,7 +365,7 @@ class Log(ServerTestCase):
         for data in self.HOSTILE:
             with self.subTest(data=data[:100]), self.assertLogs("pywebsock", "INFO") as logged:
                 self.assertGreaterEqual(exchange(port, data)[0], 400)
-                self.check(logged.output)
+            self.check(logged.output)
 
     def test_reason_of_a_close(self) -> None:
         server = self.serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 
+import pywebsock
 from tests.tools import faults
 from tests.tools.support import (
     PING,
@@ -29,7 +30,7 @@ class Ping(ServerTestCase):
                 self.assertEqual(client.read_frame(), Frame(True, False, PONG, payload))
 
     def test_in_order_with_messages(self) -> None:
-        client = self.connect(self.serve())
+        client = self.connect(self.serve(pywebsock.BroadcastServer))
         client.send_raw(masked_frame(TEXT, b"1") + masked_frame(PING, b"2") + masked_frame(TEXT, b"3"))
         frames = [client.read_frame() for _ in range(3)]
         self.assertEqual([(frame.opcode, frame.payload) for frame in frames], [(1, b"1"), (10, b"2"), (1, b"3")])

@@ -209,7 +209,7 @@ class Subclass(ServerTestCase):
             self.assertEqual(client.read(), f"{address(client)}: Hello")
             client.close()
             self.assertEqual(client.read_close(), (1000, ""))
-        eventually(lambda: not server._connections.handlers)
+        eventually(lambda: traced[-1:] == ["on_close"])
         self.assertEqual(traced, ["on_open", "on_message", "on_close"])
 
     def test_before_the_constructor(self) -> None:

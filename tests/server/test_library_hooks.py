@@ -204,12 +204,11 @@ class Admit(ServerTestCase):
 
         server = self.serve(Slow, handshake_timeout=0.1)
         with contextlib.ExitStack() as stack:
-            with server._turn._lock:  # nobody looks at deadlines until the request is there, on whatever machine
-                client = stack.enter_context(Client(server.server_address[1], handshake=False))
-                client.send_raw(request())
-                self.assertTrue(asked.wait(DEADLINE))
-            now = server._room.now
-            eventually(lambda: server._room.now > now + 0.3)
+            client = stack.enter_context(Client(server.server_address[1], handshake=False))
+            client.send_raw(request())
+            self.assertTrue(asked.wait(DEADLINE))
+            now = server._loop.now
+            eventually(lambda: server._loop.now > now + 0.3)
             go_on.set()
             self.assertIn(b" 101 ", client.read_head())
             for text in ("in time", "and still here"):
@@ -339,7 +338,7 @@ class Raising(ServerTestCase):
                 end(client)
                 witness.send("still here")
                 self.assertEqual(witness.read(), "still here")
-        eventually(lambda: len(server._connections.handlers) == 1)
+        eventually(lambda: server._room.size == 1)
         self.assertEqual(len(server.clients), 1)
         self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
 
@@ -422,8 +421,8 @@ class Meanwhile(ServerTestCase):
 
         class Server(BroadcastServer):
             def admit(self, client: WebSocketHandler) -> None:
-                now = self._room.now
-                eventually(lambda: self._room.now > now + 2 * self.handshake_timeout)
+                now = self._loop.now
+                eventually(lambda: self._loop.now > now + 2 * self.handshake_timeout)
 
         server = self.serve(Server, handshake_timeout=0.3)
         client = self.connect(server, handshake=False)
@@ -439,19 +438,19 @@ class Meanwhile(ServerTestCase):
         with unittest.mock.patch("pywebsock.decode_body", side_effect=MemoryError), self.assertLogs("pywebsock"):
             for _ in range(10):
                 exchange_nothing(server.server_address[1], post(bytes(16 * 1024 * 1024)))
-        eventually(lambda: not server._budget._kept)
+        eventually(lambda: not server._room.pending)
+        self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
         self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)
 
     def test_out_of_memory_for_one(self) -> None:
-        """It is dropped, and those behind it in the line get the message all the same."""
+        """It gets a Close, and the others get the message all the same."""
         server = self.serve()
         clients = [self.connect(server) for _ in range(3)]
         eventually(lambda: len(server.clients) == 3)
-        line = server._room._lines[0]
+        line = server._room._sends[0]
         line[next(iter(line))] = unittest.mock.Mock(side_effect=MemoryError)
         server.broadcast("Hello")
-        with self.assertRaises(EOFError):
-            clients[0].read()
+        self.assertEqual(clients[0].read_close(), (1009, "out of memory"))
         self.assertEqual([client.read() for client in clients[1:]], ["Hello"] * 2)
 
     def test_a_pong_does_not_wait_for_a_hook(self) -> None:
@@ -463,18 +462,8 @@ class Meanwhile(ServerTestCase):
 
         server = self.serve(Server)
         client = self.connect(server)
-        wait, waits = server._room.wait_for_slow, threading.Event()
-
-        def wait_long(seconds: float) -> list[WebSocketHandler]:
-            waits.set()
-            return wait(2 * DEADLINE)
-
-        with unittest.mock.patch.object(server._room, "wait_for_slow", wait_long):  # no round before it is woken
-            server._room.wake()
-            self.assertTrue(waits.wait(DEADLINE))
-            client.send_raw(masked_frame(9, b"?") + masked_frame(1, b"Hello"))
-            self.assertEqual(client.read_frame().payload, b"?")
-        server._room.wake()
+        client.send_raw(masked_frame(1, b"Hello") + masked_frame(9, b"?"))
+        self.assertEqual(client.read_frame().payload, b"?")
         go_on.set()
 
     def test_half_a_character_in_a_refusal(self) -> None:
@@ -492,7 +481,7 @@ class Meanwhile(ServerTestCase):
                 with unittest.mock.patch.object(server, "status", side_effect=error):
                     data = request(target="/status", Upgrade=None, Sec_WebSocket_Key=None)
                     self.assertEqual(exchange(server.server_address[1], data)[0], 500)
-                self.assertTrue(any("an error in a hook" in line for line in logged.output), logged.output)
+            self.assertTrue(any("an error in a hook" in line for line in logged.output), logged.output)
 
     def test_the_end_in_a_hook(self) -> None:
         """Its client does not answer: its thread ends all the same."""
@@ -506,7 +495,7 @@ class Meanwhile(ServerTestCase):
         client = self.connect(server)
         client.send("stop")
         eventually(lambda: any(kind == "close" for kind, *_ in server.heard))
-        eventually(lambda: not server._connections.handlers)
+        eventually(lambda: not server._room.size)
 
 
 def exchange_nothing(port: int, data: bytes) -> None:
@@ -569,7 +558,7 @@ class Stopping(ServerTestCase):
                     server.stopped.wait(DEADLINE)
                     self.assertLess(server.took, 1.0)
                     self.assertEqual(server.socket.fileno(), -1)
-            self.assertFalse(server._connections.handlers)
+            self.assertFalse(server._room.size)
 
     def test_while_a_hook_is_stuck(self) -> None:
         """It keeps its promise about the close timeout; the thread ends when the hook does."""
@@ -600,7 +589,7 @@ class Stopping(ServerTestCase):
                 self.assertEqual(client.read_all(), b"")  # its connection has ended, whatever the hook does
             go_on.set()
             eventually(lambda: server.heard[-1][:2] == ("close", 1006))
-            eventually(lambda: not server._connections.handlers)
+            eventually(lambda: not server._room.size)
 
     def test_fifty_times(self) -> None:
         """Nothing is left: no thread, no file descriptor, no memory of clients."""
@@ -611,7 +600,7 @@ class Stopping(ServerTestCase):
                 self.assertEqual(client.read(), "hello")
             before.append(threading.active_count())
             self.assertEqual(
-                (server.clients, server._connections.handlers, server._connections.strangers), (set(), {}, {})
+                (server.clients, server._room.connections, server._room.pending), (set(), set(), {})
             )
         self.assertLessEqual(before[-1], before[0])
 
@@ -670,7 +659,7 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
         server.clients
     if hasattr(gc, "set_threshold"):
         gc.set_threshold(700, 10, 10)
-    with server._turn._tally, server._seats:  # wherever a lock is held
+    with server._room.lock, server._hooks._lock:  # wherever a lock is held
         Thing()
         gc.collect()
     end = time.monotonic() + 10
@@ -711,14 +700,14 @@ class FromAnywhere(ServerTestCase):
             heard += str(witness.read())
 
     def test_log_handler_of_an_operation(self) -> None:
-        """An error in the turn itself is logged in the turn: what is said there is put into the queue."""
+        """An error in the loop is logged outside of it: a log that is broadcast does not wait for itself."""
         server = self.serve()
         client = self.connect(server)
         handler = Log(server)
         logging.getLogger("pywebsock").addHandler(handler)
         self.addCleanup(logging.getLogger("pywebsock").removeHandler, handler)
-        with in_thread(server._perform, lambda: 1 // 0):
-            self.assertIn("ZeroDivisionError", str(client.read()))
+        server._room.put(lambda: 1 // 0)
+        self.assertIn("ZeroDivisionError", str(client.read()))
 
     def test_del(self) -> None:
         """In a process of its own, which can be ended where it hangs."""

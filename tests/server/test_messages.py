@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pywebsock
 from tests.tools.support import (
     BINARY,
     CLOSE,
@@ -57,7 +58,7 @@ class Messages(ServerTestCase):
         self.assertEqual([client.read() for _ in range(1000)], [str(i) for i in range(1000)])
 
     def test_byte_by_byte(self) -> None:
-        client = self.connect(self.serve())
+        client = self.connect(self.serve(pywebsock.BroadcastServer))
         for byte in masked_frame(TEXT, b"short") + masked_frame(BINARY, bytes(200)) + masked_frame(PING, b"?"):
             client.send_raw(bytes([byte]))
         self.assertEqual([client.read(), client.read()], ["short", bytes(200)])

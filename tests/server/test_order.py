@@ -150,14 +150,16 @@ class Joining(ServerTestCase):
             self.assertEqual([client.read(), client.read()], ["3", "4"], query)
             server.wait_for("open", "/" + query)
 
-    def test_history_is_compressed_by_who_joins(self) -> None:
-        """Not in the turn, in which it would hold up everybody."""
+    def test_history_is_compressed_by_the_client_that_joins(self) -> None:
+        """In its own thread, not in the loop, where all others would wait."""
         server = self.serve(history=1)
         server.broadcast("x" * 5000)
-        with contextlib.ExitStack() as stack, server._turn._lock:
+        eventually(lambda: server._room._history)
+        with contextlib.ExitStack() as stack, server._room.lock:  # the loop can carry out nothing
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
-            eventually(lambda: server._turn._queue)
-            self.assertEqual(list(server._room._history[0]._frames), [15])
+            server._room.lock.release()
+            eventually(lambda: 15 in (server._room._history[0]._frames or {}))
+            server._room.lock.acquire()
 
     def test_no_history(self) -> None:
         server = self.serve()
@@ -178,61 +180,56 @@ class Joining(ServerTestCase):
 class HeldBack(ServerTestCase):
     """Senders wait where too much is queued; the memory stays bounded and nothing is lost."""
 
-    class Server(Recorder):
-        """Notes how much is queued whenever something comes."""
-
-        peak = 0
-
-        def _queue(self, message: pywebsock.Outgoing) -> None:
-            super()._queue(message)
-            with self._news:  # of several senders
-                self.peak = max(self.peak, self._turn._size)
-
     def test_senders(self) -> None:
-        server = self.serve(self.Server, max_backlog=64 * 1024 * 1024)  # nobody is dropped
+        """What clients send is delivered before more of it is read."""
+        server = self.serve(pywebsock.BroadcastServer, max_backlog=64 * 1024 * 1024)  # nobody is dropped
         senders = [self.connect(server) for _ in range(3)]
         message = bytes(40_000)
         flood = masked_frame(BINARY, message) * 250  # 10 MB each
-        with contextlib.ExitStack() as stack:
-            with server._turn._lock:  # nothing is carried out meanwhile
-                for sender in senders:
-                    stack.enter_context(in_thread(sender.send_raw, flood))
-                eventually(lambda: server.peak > pywebsock.QUEUE_SIZE)
-            server._turn.run()
+        with self.watch_queue(server) as sizes, contextlib.ExitStack() as stack:
             for sender in senders:
+                stack.enter_context(in_thread(sender.send_raw, flood))
                 stack.enter_context(in_thread(self.check_all, sender, message, 250 * 3))
-        self.assertLess(server.peak, pywebsock.QUEUE_SIZE + 3 * (pywebsock.READ_SIZE + 2 * len(message)))
-        eventually(lambda: server._turn._size == 0)
+        self.assertLess(max(sizes), pywebsock.RUN_SIZE + 2 * (pywebsock.READ_SIZE + len(message)))
 
     def test_tiny_messages(self) -> None:
-        """What lies in the queue costs more than its bytes, and counts for more."""
-        server = self.serve(self.Server)
+        server = self.serve(pywebsock.BroadcastServer)
         senders = [self.connect(server) for _ in range(3)]
         count = 20_000
-        with contextlib.ExitStack() as stack:
-            with server._turn._lock:
-                for sender in senders:
-                    stack.enter_context(in_thread(sender.send_raw, masked_frame(BINARY, b"") * count))
-                eventually(lambda: server.peak > pywebsock.QUEUE_SIZE)
-            server._turn.run()
+        with self.watch_queue(server) as sizes, contextlib.ExitStack() as stack:
             for sender in senders:
+                stack.enter_context(in_thread(sender.send_raw, masked_frame(BINARY, b"") * count))
                 stack.enter_context(in_thread(self.check_all, sender, b"", count * len(senders)))
-        self.assertLess(server.peak, pywebsock.QUEUE_SIZE + len(senders) * (pywebsock.MESSAGE_COST + 2))
+        self.assertLess(max(sizes), pywebsock.QUEUE_SIZE)
+
+    @contextlib.contextmanager
+    def watch_queue(self, server: pywebsock.BroadcastServer) -> typing.Iterator[list[int]]:
+        """Notes how much the loop takes from the queue at once, in bytes."""
+        take, sizes = server._room.take, [0]
+
+        def watched() -> list[typing.Any]:
+            operations = take()
+            messages = [each for each in operations if isinstance(each, pywebsock.Outgoing)]
+            sizes.append(sum(each.size + pywebsock.MESSAGE_COST for each in messages))
+            return operations
+
+        with unittest.mock.patch.object(server._room, "take", watched):
+            yield sizes
 
     def test_nobody_else(self) -> None:
         """While senders wait for somebody who is behind, others come, ping and go."""
         server = self.serve()
         sender = self.connect(server)
-        with unittest.mock.patch.object(server._room, "should_wait", lambda: True):
-            for message in ("sent", "sent, and waits", "not yet"):
-                sender.send(message)
-            self.assertEqual([sender.read(), sender.read()], ["sent", "sent, and waits"])
+        with unittest.mock.patch.object(server._loop.exits, "is_someone_behind", lambda: True):
+            server._room.wake()
+            eventually(lambda: server._room.held)
+            sender.send("not yet")
             other = self.connect(server)
             other.frame(PING, b"?")
             self.assertEqual(other.read_frame(), Frame(True, False, PONG, b"?"))
             other.close()
             self.assertEqual(other.read_close(), (1000, ""))
-            self.assertFalse(server._turn.has_space)
+            self.assertNotIn(("message", "not yet"), server.heard)
         self.assertEqual(sender.read(), "not yet")
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:
@@ -256,11 +253,10 @@ class HeldBack(ServerTestCase):
                 done.append(i)
 
         with contextlib.ExitStack() as stack:
-            with server._turn._lock:
+            with unittest.mock.patch.object(server._room, "take", list):  # nothing is carried out meanwhile
                 stack.enter_context(in_thread(broadcast))
-                eventually(lambda: server._turn._size > pywebsock.QUEUE_SIZE)
+                eventually(lambda: server._room._queued > pywebsock.QUEUE_SIZE)
                 self.assertLess(len(done), 200)
-            server._turn.run()
             for _ in range(200):
                 self.assertEqual(client.read(), bytes(100_000))
         self.assertEqual(done, list(range(200)))

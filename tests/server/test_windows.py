@@ -21,11 +21,11 @@ from tests.tools.support import (
 
 
 class Windows(ServerTestCase):
-    """Where MSG_DONTWAIT and epoll are missing, the sockets of clients never wait."""
+    """With select() alone, and sends in slices."""
 
     def setUp(self) -> None:
         for where, name, value in (
-            (pywebsock, "DONT_WAIT", 0),
+            (pywebsock, "IS_WINDOWS", True),
             (selectors, "DefaultSelector", selectors.SelectSelector),
         ):
             patch = unittest.mock.patch.object(where, name, value)

@@ -501,6 +501,14 @@ def exchange(port: int, data: bytes, *, tls: ssl.SSLContext | None = None) -> tu
 class ServerTestCase(unittest.TestCase):
     """Tests of running servers: what they start is ended after each of them, clients first."""
 
+    @contextlib.contextmanager
+    def assertLogs(self, *arguments: typing.Any, **options: typing.Any) -> typing.Iterator[typing.Any]:  # type: ignore[override]
+        """As unittest's; the servers write their logs in a thread, so it waits until that is done."""
+        with super().assertLogs(*arguments, **options) as logged:
+            yield logged
+            for server in vars(self).get("servers", ()):
+                eventually(lambda server=server: not server._hooks._journal.taken)  # type: ignore[misc]
+
     @typing.overload
     def serve(self, **settings: typing.Any) -> Recorder: ...
     @typing.overload
@@ -510,7 +518,9 @@ class ServerTestCase(unittest.TestCase):
         """A server in this process; see `running`."""
         context = running(kind, **settings)
         self.addCleanup(context.__exit__, None, None, None)
-        return context.__enter__()
+        server = context.__enter__()
+        vars(self).setdefault("servers", []).append(server)
+        return server
 
     def connect(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> Client:
         """A client of it; see `Client`."""
