@@ -268,11 +268,9 @@ class FrameReader:
         """
         data, position = self._rest + data, 0
         self._rest = b""
-        header: Header | None
+        header = parse_header(data, 0) if not self._left else None
         if self._left:  # the payload goes on, as if behind the header of a continuation
             header = (self._first & 0x80, self._left, self._key, 0)
-        else:
-            header = parse_header(data, 0)
         while header:
             first, length, key, start = header
             payload = data[start : start + length]
@@ -1298,7 +1296,7 @@ class Connection:
         for piece in itertools.islice(self.pieces, 1, None):
             if size >= SEND_SIZE:
                 break
-            slices.append(memoryview(piece)[: SEND_SIZE])
+            slices.append(memoryview(piece)[:SEND_SIZE])
             size += len(piece)
         return b"".join(slices)
 
@@ -2020,7 +2018,8 @@ class Exits:
     def is_someone_behind(self) -> bool:
         """Whether a quick client is far behind: then nothing new is taken for a moment."""
         limit = self._server.max_backlog // 2
-        return bool(self.slow) and any(connection.size > limit and connection.is_quick(self.now) for connection in self.slow)
+        behind = [connection for connection in self.slow if connection.size > limit]
+        return any(connection.is_quick(self.now) for connection in behind)
 
     # ---- ending ----
 
@@ -2573,11 +2572,10 @@ class Loop(threading.Thread):
             return False
         inbox = connection.client._inbox
         if self._is_direct and not (inbox and inbox.taken) and not self._is_long(payload):
-            message = Outgoing(opcode, payload)
             if self._server._link:
-                self._server._link.put(message)
+                self._server._link.put(bytes(payload), opcode)
             else:
-                self._room.put_own(message)
+                self._room.put_own(Outgoing(opcode, payload))
             return True
         messages.append((opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
@@ -2638,8 +2636,6 @@ class Loop(threading.Thread):
         if connection.submitted > MAX_SUBMITTED:
             resume = functools.partial(self.resume, connection)
             self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
-
-
 
 
 # ======================================================================================
@@ -2724,7 +2720,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     def _prepare(self) -> None:
         self._started = time.monotonic()
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
+        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
         self._post_pace, self._post_lock = Pace(), threading.Lock()
@@ -2783,7 +2779,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         if not self._link or to is not None:
             self._put(outgoing)
             return
-        self._link.put(outgoing)
+        self._link.put(bytes(outgoing.payload), outgoing.opcode)
         client = getattr(self._local, "client", None)
         if not client or client._connection:  # a POST has waited before
             self._wait_for_space()
@@ -2872,10 +2868,10 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         time.sleep(wait)
         return True
 
-    def _take_from_link(self, messages: Iterable[Outgoing]) -> None:
+    def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
         """Messages of all servers, in the order of the stream, in a thread of the link."""
-        for message in messages:
-            self._put(message)
+        for opcode, payload in messages:
+            self._put(Outgoing(opcode, payload))
 
     # ---- connections, as socketserver has it ----
 
@@ -3014,21 +3010,25 @@ def plural(number: int, noun: str) -> str:
 # ======================================================================================
 # Many machines (Redis streams; its protocol, RESP2)
 #
-# With --redis any number of servers are one room. What is broadcast goes to a stream in
-# Redis and comes back from there, like that of all other servers, in the one order of the
-# stream. Whoever reads about one server can stop here.
+# With --redis, any number of servers are one room. A server writes the messages that it
+# broadcasts to a stream in Redis, and sends its clients what it reads from the stream.
+# All servers read the same messages in the same order. Skip this part if you want to know
+# how one server works.
 # ======================================================================================
 
-# ---- what is said to Redis and what it answers: pure ----
+# ---- commands and replies (no input or output of their own) ----
 
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
-MAX_DEPTH = 5  # arrays in arrays
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-NOT_REDIS, CUT = "what answers is not Redis", "Redis closed the connection"
+MAX_DEPTH = 5  # arrays in arrays
+NOT_REDIS = "this server is not Redis"
+CUT = "Redis closed the connection"
+LinkMessage = tuple[int, bytes]
+Deliver = Callable[[list[LinkMessage]], object]
 
 
 class RedisError(OSError):
-    """What Redis answers instead, or that it is no Redis at all."""
+    """An error reply of Redis, or a reply that is not in its protocol."""
 
 
 class RedisAddress(NamedTuple):
@@ -3044,11 +3044,11 @@ class RedisAddress(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A message in an entry of the stream, which has a field for each. Its name is server:number:kind."""
+    """A field of an entry in the stream: one message. Its name is server:number:kind."""
 
-    server: bytes  # that has written it; empty for anybody else, whose first field is text
-    number: int  # of the message; of one server, it only goes up
-    kind: bytes  # text, binary, wait, go
+    server: bytes  # the server that wrote it; empty for other programs
+    number: int  # counts the messages of a server from 1; 0 for wait and go
+    kind: bytes  # text, binary, wait or go
     payload: bytes
 
 
@@ -3056,28 +3056,36 @@ def parse_redis_url(url: str) -> RedisAddress:
     """Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
     query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
+    stream = query.pop("stream", ["pywebsock"])[-1]
     path = re.fullmatch("/?([0-9]{0,9})", parts.path)
-    if parts.scheme not in ("redis", "rediss") or not path or parts.fragment or not set(query) <= {"stream"}:
+    if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
-    host, stream = parts.hostname or "localhost", query.get("stream", ["pywebsock"])[-1]
-    host.encode("idna")  # what connecting would say later
-    user, password = (urllib.parse.unquote(part or "") for part in (parts.username, parts.password))
-    return RedisAddress(parts.scheme == "rediss", host, parts.port or 6379, user, password, int(path[1] or 0), stream)
+    host = parts.hostname or "localhost"
+    host.encode("idna")  # raises ValueError as connecting would
+    user = urllib.parse.unquote(parts.username or "")
+    password = urllib.parse.unquote(parts.password or "")
+    tls = parts.scheme == "rediss"
+    port = parts.port or 6379
+    return RedisAddress(tls, host, port, user, password, int(path[1] or 0), stream)
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
     """A command is an array of bulk strings."""
-    items = [word if isinstance(word, bytes) else str(word).encode(errors="surrogateescape") for word in words]
-    return b"*%d\r\n" % len(items) + b"".join([b"$%d\r\n%b\r\n" % (len(item), item) for item in items])
+    data = bytearray(b"*%d\r\n" % len(words))
+    for word in words:
+        bulk = word if isinstance(word, bytes) else str(word).encode(errors="surrogateescape")
+        data += b"$%d\r\n%b\r\n" % (len(bulk), bulk)
+    return bytes(data)
 
 
 def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
-    """The next reply: bytes, int, None, a RedisError, or a list of them. Raises OSError."""
+    """Read a reply: bytes, int, None, a RedisError, or a list of these. Raises OSError."""
     line = file.readline(MAX_LINE)
     kind, text = line[:1], line[1:-2]
+    if kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n"):
+        raise ConnectionError(CUT)
     if depth > MAX_DEPTH or not REPLY_LINE.fullmatch(line):
-        cut = kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n")
-        raise ConnectionError(CUT) if cut else RedisError(NOT_REDIS)
+        raise RedisError(NOT_REDIS)
     if kind in b"+-":
         return text if kind == b"+" else RedisError(text.decode(errors="replace"))
     number = int(text)
@@ -3088,13 +3096,21 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
     if kind == b"*":
         return [parse_reply(file, depth + 1) for _ in range(number)]
     bulk = file.read(number + 2)
-    if len(bulk) < number + 2 or not bulk.endswith(b"\r\n"):
-        raise ConnectionError(CUT) if len(bulk) < number + 2 else RedisError(NOT_REDIS)
+    if len(bulk) < number + 2:
+        raise ConnectionError(CUT)
+    if not bulk.endswith(b"\r\n"):
+        raise RedisError(NOT_REDIS)
     return bulk[:-2]
 
 
+def parse_id(entry: bytes) -> int:
+    """Return an entry's id, milliseconds-number, as one number that can be compared."""
+    milliseconds, _, number = entry.partition(b"-")
+    return int(milliseconds) << 64 | int(number)
+
+
 def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
-    """The fields of an entry, from its id and their names and payloads in turns."""
+    """Return the fields of an entry, from its id and its names and payloads in turns."""
     fields = []
     for name, payload in zip(words[::2], words[1::2]):
         match = FIELD_NAME.fullmatch(name)
@@ -3103,84 +3119,86 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
     return fields
 
 
-def parse_id(entry: bytes) -> int:
-    """An entry's id, milliseconds and a number within each (1700000000000-0), as one number that can be compared."""
-    milliseconds, _, number = entry.partition(b"-")
-    return int(milliseconds) << 64 | int(number)
-
-
 # ---- the link ----
 #
-# A server numbers its messages, and keeps each one until it has come back. Where it does
-# not come back, since a connection was cut or Redis has lost it, it is written once more;
-# every server passes over the numbers that it has seen. So nothing is lost and nothing
-# comes twice, other than what Redis loses when some have read it and others have not.
+# Nothing is lost, nothing comes twice. A server numbers its messages and keeps each one in
+# its outbox until it reads it from the stream. A message that does not come back is written
+# again: the connection may have been cut, or Redis may have lost the entry. Readers skip the
+# numbers that they have seen. (If Redis loses an entry that only some servers have read, the
+# others do not get it.)
 #
-# Messages that are written together are one entry. All of them are there or none is, and
-# that keeps their order. An answer such as OOM refuses the entry. Then its messages are
-# written one by one, and what is refused alone is lost, alone. An answer such as READONLY
-# is about Redis itself: that is as good as away, and nothing is lost.
+# One order. The messages that are written together are one entry, which Redis takes or
+# refuses as a whole. If Redis refuses it (OOM), its messages are written again one by one,
+# and only those that are refused alone are lost. Other errors, such as READONLY, are about
+# Redis and not about the entry: the server tries again until they are over.
 #
-# A new entry has a higher id than all that were read. If not, Redis has lost the end of
-# the stream and its clock has gone back. Other servers would not read such an entry. So
-# it is written again, with an id that is higher than any of them can have read.
+# A new entry must have a higher id than those that were read, or other servers would not
+# read it. If not, Redis has lost the end of the stream and its clock has gone back. Then
+# the messages are written again, with an id that is high enough for all servers.
 #
-# The stream keeps about STREAM_LENGTH entries (XADD MAXLEN). After each writing a server
-# asks how many bytes they have (MEMORY USAGE). Above STREAM_SIZE, the oldest quarter goes.
+# A limit. The stream keeps about STREAM_LENGTH entries, and about STREAM_SIZE bytes:
+# above that, a server that has written something removes the oldest quarter.
 #
-# A server that cannot keep up with the others would lose what they trim. Whenever it reads
-# and there is more to read, it adds a "wait" for them, and in the end a "go".
+# A slow server would not have read what the others remove. While it is behind, it adds an
+# entry "wait" after each reading, and in the end an entry "go". Until then, the other servers
+# write one entry every WAIT_TIME at most. A "wait" expires, as its server may be gone.
 
-STREAM_LENGTH = 10_000  # entries that Redis keeps, about: how far a server may fall behind
-STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps at most, about; at least eight of the longest messages
-LINKED_COST = 4096  # bytes that a message counts for on its way, besides its payload
+STREAM_LENGTH = 10_000  # entries that Redis keeps
+STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps; at least eight of the longest messages
+MESSAGE_COST = 4096  # bytes that a message counts for, besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
-LISTEN_TIME = 2.0  # seconds that one reading waits for news
-LOOK_TIME = 0.5  # seconds after which a server looks whether what it wrote is still there
-WAIT_TIME = 1.0  # seconds that a "wait" holds without a "go"
-MEND_TIME = 60_000  # milliseconds by which a lost end is passed: some servers may have read more of it than others
-REFUSALS = ("OOM ", "ERR ")  # there is no memory for an entry, or it is too long for this Redis
+LISTEN_TIME = 2.0  # seconds for which a reading waits for news
+BACK_TIME = 2.0  # seconds for a message to come back
+WAIT_TIME = 1.0  # seconds between two entries after a "wait"
+RETRY_TIME = 0.2  # seconds between two connections
+MEND_TIME = 60_000  # milliseconds: lost entries that other servers have read may be newer by this
+REFUSALS = ("OOM ", "ERR ")  # no memory for the entry, or it is too long
 PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
-Deliver = Callable[["list[Outgoing]"], object]
 
 
-def total_cost(messages: Iterable[Field | Outgoing]) -> int:
-    """What messages count for, in bytes: an empty one costs something, too."""
-    return sum([len(message.payload) + LINKED_COST for message in messages])
+def total_cost(payloads: Iterable[bytes]) -> int:
+    """Return the cost of messages (bytes). An empty message has a cost, too."""
+    return sum([len(payload) + MESSAGE_COST for payload in payloads])
 
 
 def warn(*line: Any) -> None:
-    """Log something, in a thread of its own: a logging.Handler may broadcast, and so wait for the thread that warns."""
-    with contextlib.suppress(RuntimeError, MemoryError):  # there can be no more threads
+    """Log in a thread of its own: a handler may broadcast, and so wait for the link."""
+    with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
         threading.Thread(target=log.warning, args=line, daemon=True).start()
 
 
 class RedisConnection:
-    """A connection that has said who it is; for one thread. Raises OSError everywhere, of which RedisError is one."""
+    """A connection to Redis, for one thread. All methods raise OSError."""
 
     def __init__(self, address: RedisAddress) -> None:
-        self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
+        host, port = address.host, address.port
+        self.socket = socket.create_connection((host, port), ANSWER_TIME)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if address.tls:
+            context = ssl.create_default_context()
+            self.socket = context.wrap_socket(self.socket, server_hostname=host)
+        self._replies = self.socket.makefile("rb")
         try:
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if address.tls:
-                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=address.host)
-            self._replies = self.socket.makefile("rb")
-            login = ("AUTH", address.user or "default", address.password)
-            greeting = self.call("HELLO", 2, *(login if address.user or address.password else ()))
-            if not isinstance(greeting, list) or b"server" not in greeting:
-                raise RedisError(NOT_REDIS)
-            if address.database:
-                self.call("SELECT", address.database)
+            self._log_in(address)
         except BaseException:
-            getattr(self, "_replies", self.socket).close()  # or the descriptor would stay open
-            self.socket.close()
+            self.close()
             raise
 
+    def _log_in(self, address: RedisAddress) -> None:
+        login: tuple[str, ...] = ()
+        if address.user or address.password:
+            login = ("AUTH", address.user or "default", address.password)
+        greeting = self.call("HELLO", 2, *login)
+        if not isinstance(greeting, list) or b"server" not in greeting:
+            raise RedisError(NOT_REDIS)
+        if address.database:
+            self.call("SELECT", address.database)
+
     def call(self, *words: str | bytes | int) -> Any:
-        """The reply to a command. Raises RedisError where it is one."""
+        """Return the reply to a command. Raises RedisError for an error reply."""
         data = memoryview(serialize_command(*words))
-        with contextlib.suppress(ConnectionError):  # what Redis said before it closed the connection can be read
-            while data:  # the time is for each piece: a long message may take its time
+        with contextlib.suppress(ConnectionError):  # Redis may close, but its answer can be read
+            while data:  # the timeout is for each piece
                 data = data[self.socket.send(data) :]
         reply = parse_reply(self._replies)
         if isinstance(reply, RedisError):
@@ -3188,265 +3206,316 @@ class RedisConnection:
         return reply
 
     def close(self) -> None:
-        """End it."""
+        """Close it."""
         self._replies.close()
         self.socket.close()
 
 
 class RedisStream:
-    """The stream as a server reads it: each message once. All is owned by the thread that reads.
+    """The stream, as one server reads and writes it.
 
-    The thread that writes looks at these:
-
-    - last: the id of the last entry read; empty, as long as it is not known where to begin
-    - behind: whether there is more to read at once
-    - hold_until: the time up to which nobody should write, since another server is behind (time.monotonic)
+    One thread calls read(), which sets the attributes. Another thread calls add() and trim().
     """
 
-    def __init__(self, key: str, name: bytes, history: int, history_size: int) -> None:
-        """The name is that of this server."""
-        self.last, self.behind, self.hold_until = b"", False, 0.0
-        self.seen: dict[bytes, int] = {}  # the number of the last message read of each server
-        self._key, self._name, self._history, self._history_size = key, name, history, history_size
-        self._count = 8  # entries to ask for
+    def __init__(self, key: str, history: int, history_size: int, max_size: int) -> None:
+        self.name = os.urandom(8).hex().encode()  # of this server
+        self.last = b""  # id of the last entry read; empty before the history is read
+        self.behind = False  # there is more to read at once
+        self.hold_until = 0.0  # when the last "wait" expires (time.monotonic)
+        self.seen: dict[bytes, int] = {}  # by server: the number of its last message
+        self._missed = 0  # numbers that were left out in the last reading
+        self._count = 8  # entries to read next
+        self._key = key
+        self._history = history
+        self._history_size = history_size
+        self._max_size = max_size  # of the stream (bytes)
 
-    def read(self, connection: RedisConnection) -> list[Outgoing]:
-        """What was added, or at first the history; nothing where nothing comes in LISTEN_TIME. Raises OSError."""
-        last, behind, missed, messages = self.last, self.behind, 0, []
-        for server, number, kind, payload in self._go_on(connection) if last else self._begin(connection):
-            seen = self.seen.get(server, 0)
-            if kind in (b"wait", b"go"):
-                self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
-            elif number > seen:
-                messages.append(outgoing_message(payload.decode(errors="replace") if kind == b"text" else payload))
-                self.seen[server] = number
-                missed += number - seen - 1 if seen and server else 0
-        with contextlib.suppress(OSError):  # what was read is not lost for it; the next reading will tell
-            if self.behind or behind:
+    def read(self, redis: RedisConnection) -> list[LinkMessage]:
+        """Return new messages, at first the history. Waits for LISTEN_TIME. Raises OSError."""
+        last, was_behind = self.last, self.behind
+        if not last:
+            return self._accept(self._read_history(redis))
+        messages = self._accept(self._read_new(redis))
+        with contextlib.suppress(OSError):  # the messages are not lost for it
+            if self.behind or was_behind:
                 kind = b"wait" if self.behind else b"go"
-                connection.call("XADD", self._key, "*", b"%b:0:%b" % (self._name, kind), b"")
-            if missed and last and not connection.call("XREVRANGE", self._key, last, "-", "COUNT", 1):
-                warn("missed %d messages that Redis has no longer", missed)  # which were not only refused
+                redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
+            # Numbers are also left out where Redis has refused a message.
+            if self._missed and not self._newest(redis, last):
+                warn("missed %d messages that Redis has no longer", self._missed)
         return messages
 
-    def _go_on(self, connection: RedisConnection) -> list[Field]:
-        block = 1 if self.behind else int(LISTEN_TIME * 1000)
-        reply = connection.call("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self.last)
-        entries = reply[0][1] if reply else []
-        fields = [field for entry in entries for field in parse_entry(*entry)]
-        self.behind = len(entries) == self._count or total_cost(fields) > 2 * RUN_SIZE  # that may take its time
-        if entries:
-            fitting = RUN_SIZE * len(entries) // total_cost(fields)  # but the next ones may be larger:
-            self.last, self._count = entries[-1][0], max(2, min(8 + len(entries), fitting))
-        return fields
+    def _newest(self, redis: RedisConnection, end: bytes) -> Any:
+        return redis.call("XREVRANGE", self._key, end, "-", "COUNT", 1)
 
-    def _begin(self, connection: RedisConnection) -> list[Field]:
-        """Find the end, and the history: as many messages as are wanted, or only a little more bytes.
-
-        It is read from the end, one entry at a time: never in one huge reply.
-        """
+    def _read_history(self, redis: RedisConnection) -> list[Field]:
+        """Read entries from the end, one by one, until there are enough messages or bytes."""
         found: list[Field] = []
-        entries = connection.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
-        last, size = entries[0][0] if entries else b"0-0", 0
+        size = 0
+        newest = entries = self._newest(redis, b"+")
         while entries and len(found) < self._history and size < self._history_size:
             entry, words = entries[0]
-            found[:0] = [field for field in parse_entry(entry, words) if field.kind in (b"text", b"binary")]
             size += sum(map(len, words))
-            entries = connection.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", 1)
-        self.last = last
+            found[:0] = [field for field in parse_entry(entry, words) if field.number]
+            entries = self._newest(redis, b"(" + entry)
+        self.last = newest[0][0] if newest else b"0-0"
         return found[-self._history :]
+
+    def _read_new(self, redis: RedisConnection) -> list[Field]:
+        block = 1 if self.behind else int(LISTEN_TIME * 1000)
+        read = "XREAD", "COUNT", self._count, "BLOCK", block
+        reply = redis.call(*read, "STREAMS", self._key, self.last)
+        entries = reply[0][1] if reply else []
+        fields = [field for entry in entries for field in parse_entry(*entry)]
+        cost = total_cost([field.payload for field in fields])
+        self.behind = len(entries) == self._count or cost > 2 * RUN_SIZE
+        if entries:
+            self.last = entries[-1][0]
+            fitting = RUN_SIZE * len(entries) // cost  # into a reading of RUN_SIZE
+            self._count = max(2, min(8 + len(entries), fitting))
+        return fields
+
+    def _accept(self, fields: Iterable[Field]) -> list[LinkMessage]:
+        """Return the messages that are new."""
+        messages: list[LinkMessage] = []
+        self._missed = 0
+        for server, number, kind, payload in fields:
+            seen = self.seen.get(server, 0)
+            if kind == b"wait":
+                self.hold_until = time.monotonic() + WAIT_TIME
+            elif kind == b"go":
+                self.hold_until = 0.0
+            elif number > seen:
+                self.seen[server] = number
+                self._missed += number - seen - 1 if server and seen else 0
+                if kind == b"binary":
+                    messages.append((Opcode.BINARY, payload))
+                else:
+                    text = payload.decode(errors="replace")
+                    messages.append((Opcode.TEXT, text.encode()))
+        return messages
+
+    def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
+        """Write messages (by number) as one entry."""
+        fields: list[bytes] = []
+        for number, (opcode, payload) in batch.items():
+            kind = b"text" if opcode == Opcode.TEXT else b"binary"
+            fields += b"%b:%d:%b" % (self.name, number, kind), payload
+        add = "XADD", self._key, "MAXLEN", "~", STREAM_LENGTH
+        last = parse_id(self.last)
+        entry = redis.call(*add, "*", *fields)
+        if parse_id(entry) <= last:
+            warn("Redis has lost the end of the stream")
+            milliseconds = (last >> 64) + MEND_TIME
+            redis.call(*add, f"{milliseconds}-0", *fields)
+
+    def trim(self, redis: RedisConnection, always: bool = False) -> None:
+        """Remove the oldest quarter of the stream, again and again, while it has too many bytes."""
+        length = redis.call("XLEN", self._key)  # first: servers that do this at once find the same
+        size = redis.call("MEMORY", "USAGE", self._key, "SAMPLES", 0) or 0
+        if always or size > self._max_size:
+            redis.call("XTRIM", self._key, "MAXLEN", 1 + length * 3 // 4)
+            if length > 4:
+                self.trim(redis)
 
 
 class RedisLink:
-    """A server's part in a room of many servers: what is put in comes back in the one order of the stream.
+    """Links a server to the others: its messages go to the stream and come back in its order.
 
-    One thread writes to the stream, one reads it. They wait neither for senders nor for the log.
+    One thread writes to the stream, another thread reads from it. Neither waits for a sender.
     """
 
-    def __init__(self, url: str, *, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
-        """`deliver` gets what comes back, in a thread of the link, and may wait there while the server is busy.
+    def __init__(self, url: str, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
+        """Call `deliver` with the messages of all servers, in the thread that reads; it may wait.
 
-        First comes the history: so many of the last messages, with about so many bytes at most.
-        Raises ValueError for a wrong URL.
+        The first call has the newest messages of the stream: `history` of them, or fewer if
+        they have more than `history_size` bytes. Raises ValueError for a wrong URL, and
+        RedisError if Redis gives an answer that will not change.
         """
-        self._address, self._deliver = parse_redis_url(url), deliver
-        self._name = os.urandom(8).hex().encode()  # of this server, in the names of its messages
-        works = self._write, self._read
-        self._threads = [threading.Thread(target=self._persist, args=(work,), daemon=True) for work in works]
-        self._stream = RedisStream(self._address.stream, self._name, history, history_size)
-        self._size = max(STREAM_SIZE, 8 * max_message)  # bytes that the stream may have
-        self._alone = 0  # messages up to this number are written one by one (the writer's)
-        self._refused = 0  # messages since Redis took one (the writer's)
-
-        lock = threading.RLock()  # guards what follows; whoever has it waits for nothing else
-        self._news = threading.Condition(lock)  # notified when that changes
-        self._space = threading.Condition(lock)  # notified when senders should look again
-        self._outbox: dict[int, Outgoing] = {}  # messages that have not come back, by number
-        self._cost = 0  # of these together
-        self._numbers = itertools.count(1)  # for the next messages
-        self._failing: set[object] = set()  # what failed at the last attempt over a new connection: reading, writing
-        self.away = False  # Redis does not answer, or not as it should
+        self._address = parse_redis_url(url)
+        self._deliver = deliver
+        max_size = max(STREAM_SIZE, 8 * max_message)
+        self._stream = RedisStream(self._address.stream, history, history_size, max_size)
+        # For the thread that writes:
+        self._alone = 0  # messages up to this number are written one by one
+        self._refused = 0  # messages refused since Redis took one
+        # For all threads. No thread waits for Redis or for the server while it has the lock.
+        lock = threading.RLock()
+        self._news = threading.Condition(lock)  # for the link: any change
+        self._space = threading.Condition(lock)  # for senders: they may go on
+        self._outbox: dict[int, LinkMessage] = {}  # messages that are not back, by number
+        self._cost = 0  # of the outbox
+        self._number = 0  # of the last message
+        self._failing: set[object] = set()  # self._read, self._write, or both
         self._stopped = False
+        steps = self._write, self._read
+        self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
+        self._early: list[LinkMessage] = []  # the history, if the constructor has read it
+        self._try_once()
 
     # ---- for the server: any thread ----
 
-    def start(self) -> None:
-        """Begin. Raises RedisError where waiting would not help; a Redis that is not there yet is waited for."""
-        try:
-            with contextlib.closing(RedisConnection(self._address)) as connection:
-                self._read(connection)
-                self._shorten(connection)
-        except OSError as error:
-            final = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
-            if final and not str(error).startswith(PASSING):
-                where = f"{self._address.host}:{self._address.port}"
-                raise RedisError(f"Redis at {where}: {printable(str(error))}") from None
-        for thread in self._threads:
-            thread.start()
-
-    def put(self, message: Outgoing) -> None:
-        """Send a message on its way. Never waits: that is what wait_for_room() is for."""
-        with self._news:
-            if not self._stopped:
-                self._outbox[next(self._numbers)] = message
-                self._cost += total_cost([message])
-                self._news.notify_all()
+    @property
+    def away(self) -> bool:
+        """Whether Redis does not answer, or answers that it cannot work now."""
+        return bool(self._failing)
 
     @property
     def is_full(self) -> bool:
         """Whether senders should wait."""
         return self._cost > QUEUE_SIZE
 
-    def wait_for_room(self, timeout: float | None = None) -> bool:
-        """Wait while too much is on its way; whether that has an end.
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
-        A sender with a timeout (seconds) does not wait for a Redis that is away, nor put anything in.
-        """
-        if threading.get_ident() in [thread.ident for thread in self._threads]:
-            return True  # it makes the room
-        hurried = timeout is not None
-        with self._space:
-            self._space.wait_for(lambda: self._cost <= QUEUE_SIZE or (hurried and self.away), timeout)
-            return self._cost <= QUEUE_SIZE and not (hurried and self.away)
-
-    def stop(self, seconds: float) -> None:
-        """Wait until what was put in has come back, for so long at most, and end. The threads follow in LISTEN_TIME."""
+    def put(self, payload: bytes, opcode: int) -> None:
+        """Queue a message for the stream. Does not wait: call wait_for_room() for that."""
         with self._news:
-            last = max(self._outbox, default=0)
-            self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, seconds)
-            missing = sum([number <= last for number in self._outbox])
+            if not self._stopped:
+                self._number += 1
+                self._outbox[self._number] = opcode, payload
+                self._cost += total_cost([payload])
+                self._news.notify_all()
+
+    def wait_for_room(self, timeout: float | None = None) -> bool:
+        """Wait while the link is full. Return whether the sender may put a message.
+
+        With a timeout (seconds), do not wait while Redis is away.
+        """
+        with self._space:
+            if timeout is None:
+                return self._space.wait_for(lambda: not self.is_full)
+            self._space.wait_for(lambda: self.away or not self.is_full, timeout)
+            return not self.away and not self.is_full
+
+    def stop(self, timeout: float = 0.0) -> None:
+        """End. Before that, wait until the messages put so far are back (at most timeout seconds)."""
+        with self._news:
+            last = self._number
+            self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, timeout)
+            missing = len([number for number in self._outbox if number <= last])
             self._stopped = True
-            self._forget(list(self._outbox))
+            self._remove(self._number)
         if missing:
             log.warning("Redis did not bring back %d messages", missing)
 
-    # ---- its threads ----
+    def _try_once(self) -> None:
+        """Read the history, unless Redis is not there yet. Raises RedisError."""
+        try:
+            with contextlib.closing(RedisConnection(self._address)) as redis:
+                self._early = self._stream.read(redis)
+                self._stream.trim(redis)
+        except (RedisError, ssl.SSLError, socket.gaierror) as error:
+            why = printable(str(error))
+            if why.startswith("MOVED "):
+                why = f"the stream is on another node of the cluster: {why}"
+            if not why.startswith(PASSING):
+                where = f"{self._address.host}:{self._address.port}"
+                raise RedisError(f"Redis at {where}: {why}") from None
+        except OSError:
+            pass  # the threads try again
 
-    def _persist(self, work: Callable[[RedisConnection], None]) -> None:
-        """Do a piece of work again and again; where it fails, over a new connection, the second time after a while."""
-        delay = 0.0
+    # ---- both threads ----
+
+    def _repeat(self, step: Callable[[RedisConnection], None]) -> None:
+        """Repeat a step. After an error, use a new connection."""
+        failures = 0
         while not self._stopped:
             try:
-                with contextlib.closing(RedisConnection(self._address)) as connection:
+                with contextlib.closing(RedisConnection(self._address)) as redis:
                     while not self._stopped:
-                        work(connection)
-                        self._report(work)
-                        delay = 0.0
+                        step(redis)
+                        self._report(step)
+                        failures = 0
             except Exception as error:
-                if delay or isinstance(error, socket.timeout):  # a connection that is cut once is not worth a line
-                    self._report(work, error)
-            time.sleep(delay)
-            delay = min(2 * delay, 2.0) or 0.05
+                failures += 1
+                if failures > 1 or isinstance(error, socket.timeout):  # not for one lost connection
+                    self._report(step, error)
+                time.sleep(RETRY_TIME)
 
-    def _report(self, work: object, error: Exception | None = None) -> None:
-        """Say once that Redis is away, and once that it is back."""
+    def _report(self, step: object, error: Exception | None = None) -> None:
+        """Note whether a step failed. Log when Redis goes away and when it is back."""
         with self._news:
-            (self._failing.add if error else self._failing.discard)(work)
-            if self.away != bool(self._failing):
-                self.away = bool(self._failing)
-                self._space.notify_all()
-                why = printable(str(error) or type(error).__name__)
-                warn("Redis is %s", f"away, senders wait: {why}" if error else "back")
+            was_away = self.away
+            (self._failing.add if error else self._failing.discard)(step)
+            if self.away == was_away:
+                return
+            self._space.notify_all()
+        if error:
+            why = str(error) or type(error).__name__
+            warn("Redis is away, senders wait: %s", printable(why))
+        else:
+            warn("Redis is back")
 
-    def _forget(self, numbers: Iterable[int]) -> None:
-        """Messages have come back, or never will."""
+    def _remove(self, last: int) -> None:
+        """Remove the messages up to this number from the outbox."""
         with self._news:
-            self._cost -= total_cost([self._outbox.pop(number) for number in numbers if number in self._outbox])
+            for number in [number for number in self._outbox if number <= last]:
+                self._cost -= total_cost([self._outbox.pop(number)[1]])
             self._news.notify_all()
             if self._cost <= QUEUE_SIZE // 2:
                 self._space.notify_all()
 
-    # ---- the reader ----
+    # ---- the thread that reads ----
 
-    def _read(self, connection: RedisConnection) -> None:
-        """Deliver what has been added to the stream."""
-        self._deliver(self._stream.read(connection))
+    def _read(self, redis: RedisConnection) -> None:
+        messages = self._early or self._stream.read(redis)
+        self._early = []
+        self._deliver(messages)
+        self._remove(self._stream.seen.get(self._stream.name, 0))
+
+    # ---- the thread that writes ----
+
+    def _write(self, redis: RedisConnection) -> None:
+        """Write the next messages as one entry, and wait until they are back."""
         with self._news:
-            last = self._stream.seen.get(self._name, 0)
-            self._forget([number for number in self._outbox if number <= last])
-
-    # ---- the writer ----
-
-    def _write(self, connection: RedisConnection) -> None:
-        """Write messages as one entry, of the cost RUN_SIZE or of one message, and wait until they are back."""
-        with self._news:
-            if not self._news.wait_for(self._may_write, WAIT_TIME):
-                return
-            alone = min(self._outbox) <= self._alone
-            count = 1 if alone else max(1, RUN_SIZE * len(self._outbox) // self._cost)
-            batch = dict(itertools.islice(self._outbox.items(), count))
-        fields: list[bytes] = []
-        for number, message in batch.items():
-            kind = b"text" if message.opcode == TEXT else b"binary"
-            fields += b"%b:%d:%b" % (self._name, number, kind), bytes(message.payload)
-        add, last = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH), parse_id(self._stream.last)
-        try:
-            entry = connection.call(*add, "*", *fields)
-        except RedisError as error:
-            self._refuse(connection, batch, error)
+            self._news.wait_for(self._may_write, WAIT_TIME)
+            batch = self._next_batch()
+        if not batch:
             return
-        if parse_id(entry) <= last:  # where nobody looks any more
-            warn("Redis has lost the end of the stream")
-            entry = connection.call(*add, b"%d-0" % ((last >> 64) + MEND_TIME), *fields)
+        try:
+            self._stream.add(redis, batch)
+        except RedisError as error:
+            self._refuse(redis, batch, error)
+            return
         if self._refused:
             warn("Redis accepts messages again, %d are lost", self._refused)
-            self._refused = 0
-        self._shorten(connection)
-        for _ in range(int(2 * LISTEN_TIME / LOOK_TIME)):  # what does not come back is lost, and written again
-            with self._news:
-                back = self._news.wait_for(lambda: number not in self._outbox, LOOK_TIME)
-            if back or not connection.call("XRANGE", self._address.stream, entry, entry, "COUNT", 1):
-                break
+        self._refused = 0
+        self._stream.trim(redis)
+        last = max(batch)
+        with self._news:
+            self._news.wait_for(lambda: last not in self._outbox, BACK_TIME)
 
     def _may_write(self) -> bool:
-        """Whether there is something to write that all servers can read before it is trimmed."""
-        stream = self._stream
-        return bool(self._outbox and stream.last and not stream.behind and time.monotonic() >= stream.hold_until)
+        """Return whether there is a batch, and no other server is behind."""
+        is_held = time.monotonic() < self._stream.hold_until
+        return not is_held and bool(self._next_batch())
 
-    def _refuse(self, connection: RedisConnection, batch: dict[int, Outgoing], error: RedisError) -> None:
-        """Redis refuses an entry. Which message it means, each of them alone will show. Raises any other error."""
+    def _next_batch(self) -> dict[int, LinkMessage]:
+        """Return about RUN_SIZE of the outbox, or one message; nothing while there is much to read."""
+        stream = self._stream
+        if not self._outbox or not stream.last or stream.behind:
+            return {}
+        count = max(1, RUN_SIZE * len(self._outbox) // self._cost)
+        if min(self._outbox) <= self._alone:
+            count = 1
+        return dict(itertools.islice(self._outbox.items(), count))
+
+    def _refuse(self, redis: RedisConnection, batch: dict[int, LinkMessage], error: RedisError) -> None:
+        """Write the messages of an entry alone, or give up the only one. Raises errors that will pass."""
         if not str(error).startswith(REFUSALS):
             raise error
+        if str(error).startswith("OOM "):
+            self._stream.trim(redis, always=True)  # the stream itself may fill the memory
         if len(batch) > 1:
             self._alone = max(batch)
-        else:
-            self._forget(batch)
-            if not self._refused:
-                warn("Redis refuses messages, which are lost: %s", printable(str(error)))
-            self._refused += 1
-        if str(error).startswith("OOM "):  # it may be this very stream that fills the memory
-            self._shorten(connection, always=True)
-
-    def _shorten(self, connection: RedisConnection, always: bool = False) -> None:
-        """Trim the stream to three quarters of its entries while it has too many bytes, or at least once.
-
-        The length is asked for first: servers that do so at the same time come to the same quarters.
-        """
-        length = connection.call("XLEN", self._address.stream)
-        if always or (connection.call("MEMORY", "USAGE", self._address.stream, "SAMPLES", 0) or 0) > self._size:
-            connection.call("XTRIM", self._address.stream, "MAXLEN", 1 + length * 3 // 4)
-            if length > 4:
-                self._shorten(connection)
+            return
+        self._remove(max(batch))
+        if not self._refused:
+            warn("Redis refuses messages, which are lost: %s", printable(str(error)))
+        self._refused += 1
 
 
 # ======================================================================================

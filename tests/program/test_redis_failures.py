@@ -40,8 +40,8 @@ from tests.tools.support import (
 
 
 @contextlib.contextmanager
-def answering(answer: bytes | None) -> typing.Iterator[int]:
-    """A TCP server that answers this, or says nothing (None): its port."""
+def answering(*answers: bytes) -> typing.Iterator[int]:
+    """A TCP server that gives these answers, and the last one again and again, or none at all: its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(DEADLINE)
     kept = []
@@ -51,8 +51,9 @@ def answering(answer: bytes | None) -> typing.Iterator[int]:
             while True:
                 connection, _ = listener.accept()
                 kept.append(connection)
-                while answer is not None and connection.recv(65536):
-                    connection.sendall(answer)
+                left = list(answers)
+                while left and connection.recv(65536):
+                    connection.sendall(left.pop(0) if len(left) > 1 else left[0])
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
@@ -77,19 +78,31 @@ class NotRedisTest(ServerTestCase):
             b"\xff" * 10_000,
         ):
             with self.subTest(answer[:30]), answering(answer) as port:
-                self.check_refused(port, "what answers is not Redis$")
+                self.check_refused(port, "this server is not Redis$")
 
     def test_another_server_on_the_command_line(self) -> None:
         server = self.serve()
         port = server.server_address[1]
         self.assertEqual(
             run("--redis", f"redis://127.0.0.1:{port}"),
-            (1, f"pywebsock: Redis at 127.0.0.1:{port}: what answers is not Redis\n"),
+            (1, f"pywebsock: Redis at 127.0.0.1:{port}: this server is not Redis\n"),
         )
+
+    def test_a_node_of_a_cluster_that_does_not_have_the_stream(self) -> None:
+        greeting = b"*2\r\n$6\r\nserver\r\n$5\r\nredis\r\n"
+        with answering(greeting, b"-MOVED 12182 10.0.0.7:6380\r\n") as port:
+            self.assertEqual(
+                run("--redis", f"redis://127.0.0.1:{port}"),
+                (
+                    1,
+                    f"pywebsock: Redis at 127.0.0.1:{port}: the stream is on another node of the cluster: "
+                    "MOVED 12182 10.0.0.7:6380\n",
+                ),
+            )
 
     def test_a_silent_server(self) -> None:
         """It may be a Redis that has stopped for a while."""
-        with answering(None) as port, unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 0.1):
+        with answering() as port, unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 0.1):
             with self.assertLogs("pywebsock", "WARNING") as logs:
                 self.serve(redis=f"redis://localhost:{port}")
                 eventually(lambda: logs.output)

@@ -129,7 +129,7 @@ class RefusalTest(RedisTestCase):
 
         with link._news, unittest.mock.patch.object(pywebsock.RedisConnection, "call", refusing):
             for message in messages:
-                link.put(pywebsock.Outgoing(message))
+                link.put(str(message).encode(), pywebsock.Opcode.TEXT)
             link._news.wait_for(lambda: not link._outbox, DEADLINE)
         self.assertEqual(left, [])
         client.send("end")

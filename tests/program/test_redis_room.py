@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import queue
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
 import unittest
@@ -144,7 +146,7 @@ class RoomTest(RedisTestCase):
             assert link
             deliver = link._deliver
 
-            def deliver_slowly(messages: list[pywebsock.Outgoing]) -> None:
+            def deliver_slowly(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
                 time.sleep(len(messages) / 5000)
                 deliver(messages)
 
@@ -165,8 +167,8 @@ class RoomTest(RedisTestCase):
             assert link
             deliver = link._deliver
 
-            def deliver_slowly(messages: list[pywebsock.Outgoing]) -> None:
-                time.sleep(sum(message.size for message in messages) / 20e6)
+            def deliver_slowly(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+                time.sleep(sum(len(payload) for _, payload in messages) / 20e6)
                 deliver(messages)
 
             link._deliver = deliver_slowly
@@ -198,6 +200,25 @@ class RoomTest(RedisTestCase):
     def test_waiting_for_another_server_that_is_gone(self) -> None:
         with unittest.mock.patch.object(pywebsock, "WAIT_TIME", 0.1):
             self.assertEqual(self.client_that_waits().read(), "hello")
+
+    def test_waiting_for_another_server_that_never_ends(self) -> None:
+        """Senders are slowed down, not stopped."""
+        with unittest.mock.patch.object(pywebsock, "WAIT_TIME", 0.2):
+            client = self.client(self.serve(redis=self.url))
+            ended = threading.Event()
+
+            def wait() -> None:
+                while not ended.wait(0.02):
+                    self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
+
+            waiter = self.in_background(wait)
+            self.addCleanup(ended.set)
+            eventually(lambda: len(self.names()) > 5)
+            messages = numbered("m", 5)
+            for message in messages:
+                client.send(message)
+                self.assertEqual(client.read(), message)
+            self.assertTrue(waiter.is_alive())
 
 
 class StartTest(RedisTestCase):
@@ -272,6 +293,70 @@ class StartTest(RedisTestCase):
             self.assertEqual(client.read(), "hello")
             eventually(lambda: "Redis is back" in str(logs.output))
         self.assertEqual(len(logs.output), 2, logs.output)
+
+
+class LinkTest(RedisTestCase):
+    """The link without a server."""
+
+    def link(self, deliver: pywebsock.Deliver, history: int = 0) -> pywebsock.RedisLink:
+        """One that ends with the test."""
+        link = pywebsock.RedisLink(self.url, deliver, history, 1 << 20, 1 << 20)
+        self.addCleanup(link.stop)
+        return link
+
+    def test_history_comes_in_its_thread(self) -> None:
+        """The constructor finds the place in the stream; threads run from start() on."""
+        for text in ("one", "two"):
+            self.redis.call("XADD", self.stream, "*", "x", text)
+        heard: queue.SimpleQueue[tuple[int | None, bytes]] = queue.SimpleQueue()
+
+        def deliver(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+            for _, payload in messages:
+                heard.put((threading.get_ident(), payload))
+
+        before = threading.active_count()
+        link = self.link(deliver, 1)
+        self.assertEqual((threading.active_count(), heard.qsize()), (before, 0))
+        self.redis.call("XADD", self.stream, "*", "x", "three")
+        link.start()
+        reader = link._threads[1].ident
+        for payload in (b"two", b"three"):
+            self.assertEqual(heard.get(timeout=DEADLINE), (reader, payload))
+
+    def test_many_links(self) -> None:
+        """What they say about being behind is no load that keeps them behind."""
+        heard: list[list[tuple[pywebsock.Opcode, bytes]]] = [[] for _ in range(40)]
+        links = [self.link(each.extend) for each in heard]
+        for link in links:
+            link.start()
+        for number in range(20):
+            for link in links:
+                link.put(f"{id(link)} {number}".encode(), pywebsock.Opcode.TEXT)
+        eventually(lambda: all(len(each) == 20 * len(links) for each in heard))
+        self.assertTrue(all(each == heard[0] for each in heard))
+
+    def test_put_never_waits(self) -> None:
+        """A link that is full says so, and later that it has room again; nothing is lost."""
+        gate, heard = threading.Event(), []
+
+        def deliver(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+            if messages:
+                gate.wait(DEADLINE)
+            heard.extend(messages)
+
+        link = self.link(deliver)
+        link.start()
+        sent = [(pywebsock.Opcode.BINARY, number.to_bytes(2, "big") * 100_000) for number in range(50)]
+        self.assertFalse(link.is_full)
+        for opcode, payload in sent:
+            link.put(payload, opcode)
+        self.assertTrue(link.is_full)
+        self.assertFalse(link.wait_for_room(0.01))
+        gate.set()
+        self.assertTrue(link.wait_for_room())
+        self.assertFalse(link.is_full)
+        link.stop(DEADLINE)
+        self.assertEqual(heard, sent)
 
 
 class SpeedTest(RedisTestCase):
