@@ -399,6 +399,29 @@ ENCODED = [[encode(piece) for piece in pieces] for pieces in CONVERSATION]
 SCRIPTS = ROOT / "tests" / "tools" / "interop"
 
 
+def converse_in_program(encoded: typing.Any, *command: str) -> typing.Any:
+    """What converse.mjs returns in a run of client.mjs. Node cannot read a pipe that is empty for a moment."""
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps(encoded).encode())
+        file.seek(0)
+        done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
+    if done.returncode:
+        raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
+    return json.loads(done.stdout)
+
+
+def converse_in_page(browser: typing.Any, url: str, encoded: typing.Any) -> typing.Any:
+    """What converse.mjs returns in a page from disk; Chromium keeps pages without an address away from localhost."""
+    module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
+    script = """
+        const [module, url, conversation, done] = arguments;
+        import(module).then(({ converse, standard }) => converse(() => standard(new WebSocket(url)), conversation))
+            .then(done, error => done({ error: String(error) }));
+    """
+    browser.get((SCRIPTS / "converse.mjs").as_uri())
+    return browser.execute_async_script(script, module, url, encoded)
+
+
 class JavaScript(Interoperation):
     """Runtimes and packages for JavaScript; what npm installs is in $PYWEBSOCK_NODE_MODULES, or one of $NODE_PATH."""
 
@@ -415,26 +438,20 @@ class JavaScript(Interoperation):
         require(program, "node")
         return str(program)
 
-    def run_client(self, *command: str) -> Report:
-        """A run of client.mjs."""
-        with tempfile.TemporaryFile() as file:
-            file.write(json.dumps(ENCODED).encode())
-            file.seek(0)
-            done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
-        if done.returncode:
-            raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
-        return report(json.loads(done.stdout))
-
     def client(self, *runtime: str) -> Converse:
         """A runtime with its own WebSocket."""
         script = str(SCRIPTS / "client.mjs")
-        return lambda url, compress: self.run_client(*runtime, script, url, "own" if compress else "plain")
+        return lambda url, compress: report(
+            converse_in_program(ENCODED, *runtime, script, url, "own" if compress else "plain")
+        )
 
     def test_ws(self) -> None:
         command = [self.node(), str(SCRIPTS / "client.mjs")]
         folder = str(self.installed("ws").parent)
         self.check(
-            lambda url, compress: self.run_client(*command, url, "ws" if compress else "ws-plain", folder),
+            lambda url, compress: report(
+                converse_in_program(ENCODED, *command, url, "ws" if compress else "ws-plain", folder)
+            ),
             fragments=True,
         )
 
@@ -454,19 +471,9 @@ class JavaScript(Interoperation):
         self.check(self.client(deno, "run", "--quiet", "--no-config", "--allow-net", "--allow-read"), offers=(False,))
 
     def test_chromium(self) -> None:
-        # From a page on the disk; what has no address at all, Chromium keeps away from localhost.
-        module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
-        script = """
-            const [module, url, conversation, done] = arguments;
-            import(module).then(({ converse, standard }) => converse(() => standard(new WebSocket(url)), conversation))
-                .then(done, error => done({ error: String(error) }));
-        """
-
         def converse(url: str, _: bool) -> Report:
             with chromium() as browser:
-                browser.get((SCRIPTS / "converse.mjs").as_uri())
-                result = browser.execute_async_script(script, module, url, ENCODED)
-                return report(result)
+                return report(converse_in_page(browser, url, ENCODED))
 
         self.check(converse, offers=(True,))
 
