@@ -330,10 +330,14 @@ def decode_text(payload: Octets) -> str:
 # ======================================================================================
 # permessage-deflate (RFC 7692)
 #
-# The answer to every offer has server_no_context_takeover and client_no_context_takeover:
-# each message is compressed by itself. So a broadcast is compressed once for everybody,
-# and no connection keeps a window of 32 KiB. A reader who skips this part needs to know
-# only that a client's `window` is 0 without compression, and that rsv1 marks a
+# The server compresses each message by itself, so a broadcast is compressed once for all
+# clients. Nobody needs to be told: such messages suit a client that keeps its context, too.
+# So the answer repeats the parameters of the offer and adds none, since some clients ignore
+# what they did not offer, and others refuse the handshake. A client that did not offer
+# client_no_context_takeover may refer to its earlier messages: the server keeps the last
+# 32 KiB of what that client sent compressed.
+#
+# If you skip this part: a client's `window` is 0 without compression, and rsv1 marks a
 # compressed message.
 # ======================================================================================
 
@@ -343,6 +347,7 @@ MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere 
 INFLATE_SIZE = 64 * 1024  # bytes
 INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
 INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
+CONTEXT_SIZE = 32 * 1024  # bytes: the largest window
 
 PARAMETER = rf'({TOKEN})(?:[ \t]*=[ \t]*({TOKEN}|"{TOKEN}"))?'
 EXTENSION = re.compile(rf"({TOKEN})((?:[ \t]*;[ \t]*{PARAMETER})*)")
@@ -381,8 +386,10 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
         asked = dict(parameters)
         if name == "permessage-deflate" and known and len(asked) == len(parameters):  # each at most once
             window = asked.get("server_max_window_bits", "")
-            limit = f"; server_max_window_bits={window}" if window else ""
-            return int(window or 15), f"{name}; server_no_context_takeover; client_no_context_takeover{limit}"
+            answer = [name, *(key for key in asked if key.endswith("no_context_takeover"))]
+            if window:
+                answer.append(f"server_max_window_bits={window}")
+            return int(window or 15), "; ".join(answer)
     return 0, ""
 
 
@@ -393,10 +400,14 @@ def deflate(payload: bytes, window: int) -> bytes:
 
 
 class Inflater:
-    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2)."""
+    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
 
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=-15)
+    `context` is the end of what was inflated before, to which the message may refer.
+    """
+
+    def __init__(self, context: bytes = b"") -> None:
+        self.context = context
+        self._zlib = zlib.decompressobj(wbits=-15, zdict=context)
         self._finals = 0
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
@@ -405,13 +416,15 @@ class Inflater:
             data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
         while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
-                self._zlib, self._finals = zlib.decompressobj(wbits=-15), self._finals + 1
+                self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
+                self._finals += 1
             try:
                 with INFLATING:
                     plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
+            self.context = (self.context + plain)[-CONTEXT_SIZE:]
             yield plain
         if data or (fin and not self._zlib.eof):
             raise ProtocolError(
@@ -427,16 +440,25 @@ class Inflater:
 class MessageReader:
     """Puts fragments together and gives whole messages and control frames.
 
-    - frames: how many have come, or pieces of them; whoever counts them sets it to 0
+    - frames: frames read, or pieces of them, since the caller's last reset
     - size: bytes kept for a message that is not finished
+    - context: the end of the compressed messages, if the client may refer to them (`takeover`)
 
     `keep` is called with each new `size`, which grows by at most INFLATE_SIZE or a piece at once,
     and may raise ProtocolError.
     """
 
-    def __init__(self, max_message: int, compressed: bool = False, keep: Callable[[int], object] = bool) -> None:
+    def __init__(
+        self,
+        max_message: int,
+        compressed: bool = False,
+        keep: Callable[[int], object] = bool,
+        takeover: bool = False,
+    ) -> None:
         self.frames = 0
         self.size = 0
+        self.context = b""
+        self._takeover = takeover
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
         self._keep = keep
@@ -477,7 +499,7 @@ class MessageReader:
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
             self._opcode = opcode
-            self._inflater = Inflater() if rsv1 else None
+            self._inflater = Inflater(self.context) if rsv1 else None
             self._count()
 
     def _append(self, fin: bool, payload: Octets, left: int) -> None:
@@ -513,6 +535,8 @@ class MessageReader:
 
     def _finish(self) -> Message:
         text, payload = self._opcode == TEXT, b"".join(self._pieces)
+        if self._inflater and self._takeover:
+            self.context = self._inflater.context
         self._opcode, self._length, self._inflater = 0, 0, None
         self._pieces.clear()
         self._utf8.reset()
@@ -606,9 +630,14 @@ class Request(NamedTuple):
     version: tuple[int, int]
     headers: dict[str, str]
 
+    def elements(self, name: str) -> list[str]:
+        """The elements of a comma-separated header field (RFC 9110 5.6.1)."""
+        elements = [element.strip(" \t") for element in self.headers.get(name, "").split(",")]
+        return list(filter(None, elements))
+
     def tokens(self, name: str) -> list[str]:
-        """The comma-separated tokens of a header field, in lower case."""
-        return [token.strip(" \t").lower() for token in self.headers.get(name, "").split(",")]
+        """The same in lower case."""
+        return [element.lower() for element in self.elements(name)]
 
     @property
     def path(self) -> str:
@@ -709,6 +738,12 @@ def compute_accept(key: str) -> str:
     """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
     demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
+
+
+def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
+    """The first subprotocol in the client's list that is served, or "" (4.2.2, item 5)."""
+    offered = request.elements("sec-websocket-protocol")
+    return next((name for name in offered if name in (served or ())), "")
 
 
 def body_length(request: Request, max_message: int) -> int:
@@ -863,8 +898,10 @@ def describe_frame(first: int, second: int, length: int, key: bytes, payload: by
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
         what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
-        with contextlib.suppress(zlib.error):
+        try:
             plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
+        except zlib.error:
+            plain, what = b"", "compressed, refers to earlier messages"
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
     if text:
         what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
@@ -884,6 +921,7 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         int: (int, f"a whole number from {least} on"),
         float: ((int, float), f"a number from {least} on"),
         tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
+        "subprotocols": ((list, tuple, type(None)), 'a list such as ["chat"]'),
         "redis": ((str, type(None)), "of the type str"),
         "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext for servers"),
     }
@@ -892,7 +930,12 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
     good = good and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
     if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
         raise ValueError(f"{name} must be {words}, not {value!r}")
-    return [parse_origin(str(origin)) for origin in value] if name == "origins" else value
+    if name == "origins":
+        return [parse_origin(str(origin)) for origin in value]
+    for each in (value or ()) if name == "subprotocols" else ():
+        if not re.fullmatch(TOKEN, str(each)):
+            raise ValueError(f"a subprotocol is one word such as chat, not {each!r}")
+    return value
 
 
 def network_address(bound: str) -> str | None:
@@ -915,6 +958,7 @@ class Settings:
     max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
     max_clients = 10_000  # above it: 503
     origins: Sequence[str] = ()  # see check_origin(); "*" for any
+    subprotocols: Sequence[str] | None = None  # those served; a client that offers others only gets 400; None: accepted
     read_only = False  # clients may not send: Close 1008, and 403 for a POST
     compression = True  # permessage-deflate, where a client offers it
     history = 0  # messages that a new client gets first, with at most half of max_backlog
@@ -1432,6 +1476,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
     - address: the peer's address and port, for people
+    - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
     """
 
@@ -1443,12 +1488,14 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.method = self.target = ""
+        self.method = self.target = self.subprotocol = ""
         self.headers: dict[str, str] = {}
         self.data: Any = None
 
         # Written by this thread; _unheard by any.
         self._window = 0  # of permessage-deflate, in bits; 0 without
+        self._takeover = False  # its compressed messages may refer to earlier ones
+        self._reader = MessageReader(0)
         self._unheard = False  # the server has begun to close, or is about to: nothing more reaches on_message
         self._rest = b""  # what has come behind the head of the request
         self._pongs: list[bytes] = []  # for the Pings in what is being read
@@ -1613,10 +1660,24 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
         if self.server.compression:
             self._window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+            self._takeover = "client_no_context_takeover" not in extension
             if extension:
                 fields.append(("Sec-WebSocket-Extensions", extension))
+        self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
         self._call(self.server.admit)
+        fields += self._answer_subprotocol(request)
         return serialize_response(101, fields)
+
+    def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
+        """The header field that names the chosen subprotocol. Raises HandshakeError."""
+        if self.subprotocol:
+            demand(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            return [("Sec-WebSocket-Protocol", self.subprotocol)]
+        offered = printable(", ".join(request.elements("sec-websocket-protocol")))
+        demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
+        if offered:
+            log.warning("%s offers the subprotocol %s, none is chosen: browsers close now", self.address, offered)
+        return []
 
     def _be_client(self) -> tuple[int, str, bytes]:
         """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
@@ -1640,7 +1701,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     def _converse(self) -> bytes | None:
         """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
         keep = functools.partial(self.server._budget.keep, self)
-        reader = MessageReader(self.server.max_message, bool(self._window), keep)
+        self._reader = reader = MessageReader(self.server.max_message, bool(self._window), keep, self._takeover)
         for opcode, payload in reader.read(self._pieces(reader)):
             if opcode == CLOSE:
                 return bytes(payload)
@@ -2294,6 +2355,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "dropped": self._room.dropped,
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
+            "contexts": sum([len(client._reader.context) for client in self.clients]),  # bytes, of compression
             "version": __version__,
             "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }
@@ -2946,6 +3008,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="its private key, where it is not in the same file")
+    subprotocol = "serve clients that offer this subprotocol; repeatable"
+    add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help=subprotocol)
     add("--redis", metavar="URL", help="be one room with all servers on this Redis")
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")

@@ -245,8 +245,9 @@ class Help(unittest.TestCase):
     """--help and --version."""
 
     OPTIONS = (
-        *("host", "port", "origin", "cert", "key", "max-message", "max-backlog", "max-clients", "ping", "history"),
-        *("rate", "stdin", "read-only", "redis", "no-compression", "quiet", "verbose", "trace", "version"),
+        *("host", "port", "origin", "subprotocol", "cert", "key", "redis", "no-compression", "stdin", "read-only"),
+        *("max-message", "max-backlog", "max-clients", "ping", "history", "rate"),
+        *("quiet", "verbose", "trace", "version"),
     )
 
     def test_version(self) -> None:
@@ -395,6 +396,12 @@ class Settings(CommandLineTestCase):
         client = self.connect(self.start("--ping", "0.2"))
         self.assertEqual(client.read_frame().opcode, 9)
         self.assertEqual(client.read_all(), b"")
+
+    def test_subprotocol(self) -> None:
+        process = self.start("--subprotocol", "chat", "--subprotocol", "json")
+        client = self.connect(process, Sec_WebSocket_Protocol="x, json, chat")
+        self.assertIn(b"\r\nSec-WebSocket-Protocol: json\r\n", client.response)
+        self.assertEqual(exchange(process.port, request(Sec_WebSocket_Protocol="mqtt"))[0], 400)
 
     def test_no_compression(self) -> None:
         process = self.start("--no-compression")

@@ -36,7 +36,9 @@ CONVERSATION: Conversation = [
     [""],
     [b""],
     [bytes(range(256))],
+    ["Grüße, 世界, 🦆"],  # once more: a compressor that keeps its context refers to the first one
     ["seventy thousand bytes" * 3182],  # 70 KB, which is a frame with a 64-bit length
+    ["seventy thousand bytes" * 3182],
     [NOISE[:70_000]],  # nothing to compress here
     ["é" * (1 << 19)],  # 1 MiB, the limit of some clients
     [NOISE],
@@ -287,6 +289,24 @@ class Python(Interoperation):
 
         self.check(lambda url, compress: asyncio.run(converse(url, compress)))
 
+    def test_tornado(self) -> None:
+        """It ignores client_no_context_takeover: parameters without a value are dropped."""
+        connect = package("tornado.websocket").websocket_connect
+
+        async def converse(url: str, compress: bool) -> Report:
+            echoes = []
+            connection = await connect(url, compression_options={} if compress else None)
+            for pieces in CONVERSATION:
+                message = whole(pieces)
+                await connection.write_message(message, isinstance(message, bytes))
+                echoes.append(await connection.read_message())
+            connection.close(1000, "done")
+            while await connection.read_message() is not None:
+                pass
+            return Report(echoes, connection.close_code)
+
+        self.check(lambda url, compress: asyncio.run(converse(url, compress)))
+
     def test_websocket_client(self) -> None:
         websocket = package("websocket")
 
@@ -400,8 +420,8 @@ SCRIPTS = ROOT / "tests" / "tools" / "interop"
 
 
 def converse_in_program(encoded: typing.Any, *command: str) -> typing.Any:
-    """What converse.mjs returns in a run of client.mjs. Node cannot read a pipe that is empty for a moment."""
-    with tempfile.TemporaryFile() as file:
+    """The output of a client in another language: JSON in, JSON out."""
+    with tempfile.TemporaryFile() as file:  # Node cannot read a pipe that is empty for a moment
         file.write(json.dumps(encoded).encode())
         file.seek(0)
         done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
@@ -420,6 +440,12 @@ def converse_in_page(browser: typing.Any, url: str, encoded: typing.Any) -> typi
     """
     browser.get((SCRIPTS / "converse.mjs").as_uri())
     return browser.execute_async_script(script, module, url, encoded)
+
+
+def run_client(*command: str, conversation: Conversation = CONVERSATION) -> Report:
+    """A run of a client in another language: JSON in, JSON out."""
+    encoded = [[encode(piece) for piece in pieces] for pieces in conversation]
+    return report(converse_in_program(encoded, *command))
 
 
 class JavaScript(Interoperation):
@@ -441,17 +467,13 @@ class JavaScript(Interoperation):
     def client(self, *runtime: str) -> Converse:
         """A runtime with its own WebSocket."""
         script = str(SCRIPTS / "client.mjs")
-        return lambda url, compress: report(
-            converse_in_program(ENCODED, *runtime, script, url, "own" if compress else "plain")
-        )
+        return lambda url, compress: run_client(*runtime, script, url, "own" if compress else "plain")
 
     def test_ws(self) -> None:
         command = [self.node(), str(SCRIPTS / "client.mjs")]
         folder = str(self.installed("ws").parent)
         self.check(
-            lambda url, compress: report(
-                converse_in_program(ENCODED, *command, url, "ws" if compress else "ws-plain", folder)
-            ),
+            lambda url, compress: run_client(*command, url, "ws" if compress else "ws-plain", folder),
             fragments=True,
         )
 
@@ -476,6 +498,81 @@ class JavaScript(Interoperation):
                 return report(converse_in_page(browser, url, ENCODED))
 
         self.check(converse, offers=(True,))
+
+
+# ---- other languages ----
+
+
+class Subprotocols(unittest.TestCase):
+    """Clients that end the connection where the server chooses none of their subprotocols."""
+
+    def setUp(self) -> None:
+        server = Process("--subprotocol", "json", "--subprotocol", "chat")
+        self.addCleanup(server.stop)
+        self.url = f"ws://localhost:{server.port}/"
+
+    def test_websocket_client(self) -> None:
+        connection = package("websocket").create_connection(self.url, DEADLINE, subprotocols=["x", "chat", "json"])
+        self.addCleanup(connection.close)
+        self.assertEqual(connection.getsubprotocol(), "chat")
+        connection.send("Hello")
+        self.assertEqual(connection.recv(), "Hello")
+
+    def test_node(self) -> None:
+        node = shutil.which("node")
+        require(node, "node")
+        script = """
+            const socket = new WebSocket(process.argv[1], ['x', 'chat', 'json']);
+            socket.onopen = () => socket.send('Hello');
+            socket.onmessage = event => { console.log(socket.protocol, event.data); socket.close(); };
+            socket.onerror = event => { console.log(event.message); process.exit(1); };
+        """
+        command = [str(node), "--experimental-websocket", "--eval", script, self.url]
+        done = subprocess.run(command, capture_output=True, timeout=3 * DEADLINE, check=False)
+        self.assertEqual(done.stdout, b"chat Hello\n", done.stderr)
+
+
+class Careless(Interoperation):
+    """Clients that keep to less of the protocol than is checked above."""
+
+    def check_echoes(self, conversation: Conversation, *command: str) -> None:
+        """It gets back what it has sent."""
+        with Client(self.server.port) as bystander:
+            told = run_client(*command, conversation=conversation)
+            expected = [whole(pieces) for pieces in conversation]
+            for messages in (told.echoes, [bystander.read() for _ in conversation]):
+                self.assertTrue(messages == expected)
+            self.assertEqual(told.code, 1000)
+        self.assertEqual(self.server.log().count("Traceback"), 0)
+
+    def test_mojolicious(self) -> None:
+        """It compresses with its context whatever is agreed on, and ends the connection right after its Close.
+
+        It compresses an empty message to nothing, which is no deflate: so there is none here.
+        """
+        program = shutil.which("perl") or "perl"
+        probe = subprocess.run([program, "-MMojolicious", "-e", "1"], check=False, capture_output=True)
+        require(not probe.returncode, "Mojolicious")
+        script, url = str(SCRIPTS / "client.pl"), f"ws://localhost:{self.server.port}/"
+        conversation = [pieces for pieces in CONVERSATION if whole(pieces)]
+        for offer in ("1", "0"):
+            with self.subTest(offer=offer):
+                self.check_echoes(conversation, program, script, url, offer)
+
+    def test_netty(self) -> None:
+        """Its standard handler refuses every parameter that it did not offer."""
+        program, folder = shutil.which("java") or "java", pathlib.Path("/usr/share/java")
+        parts = "buffer", "codec", "codec-http", "common", "handler", "resolver", "transport"
+        jars = [folder / f"netty-{part}.jar" for part in parts]
+        require(all(jar.exists() for jar in jars) and shutil.which("javac"), "Netty")
+        path, script = os.pathsep.join(map(str, jars)), str(SCRIPTS / "NettyClient.java")
+        with Tap(self.server.port) as tap:
+            command = [program, "-cp", path, script, tap.url]
+            done = subprocess.run(command, capture_output=True, timeout=6 * DEADLINE, check=False)
+            self.assertEqual(done.stdout.split(), [b"5", b"5", b"70000", b"1000"], done.stderr)
+            recording = tap.recording()
+        self.assertTrue(all(frame.rsv1 for frame in frames(recording.sent, masked=True)[:3]))
+        self.assertTrue(frames(recording.received, masked=False)[2].rsv1)
 
 
 if __name__ == "__main__":

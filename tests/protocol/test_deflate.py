@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unittest
 import zlib
 
@@ -10,7 +11,7 @@ import pywebsock
 from pywebsock import INFLATE_SIZE, HandshakeError, Inflater, MessageReader, ProtocolError
 from tests.tools.support import compress, growth, masked_frame, peak_memory
 
-ANSWER = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+ANSWER = "permessage-deflate"  # and what is offered
 TAIL = b"\x00\x00\xff\xff"
 
 
@@ -126,6 +127,7 @@ class Offers(unittest.TestCase):
             ("; server_no_context_takeover", 15),
             ("; client_no_context_takeover", 15),
             ("; client_no_context_takeover; server_no_context_takeover; client_max_window_bits", 15),
+            ("; server_no_context_takeover; client_max_window_bits; client_no_context_takeover", 15),
             *((f"; client_max_window_bits={bits}", 15) for bits in range(8, 16)),
             *((f"; server_max_window_bits={bits}", bits) for bits in range(9, 15)),
             *((f'; server_max_window_bits="{bits}"', bits) for bits in range(9, 15)),
@@ -133,8 +135,10 @@ class Offers(unittest.TestCase):
             (" ;\tserver_max_window_bits = 12 ; client_max_window_bits", 12),
         ):
             with self.subTest(field):
-                limit = f"; server_max_window_bits={window}" if window < 15 else ""
-                self.assertEqual(pywebsock.negotiate_deflate(f"permessage-deflate{field}"), (window, ANSWER + limit))
+                answer = "; ".join([ANSWER, *re.findall(r"\w+_no_context_takeover", field)])
+                if window < 15:
+                    answer += f"; server_max_window_bits={window}"
+                self.assertEqual(pywebsock.negotiate_deflate(f"permessage-deflate{field}"), (window, answer))
 
     def test_window_of_15_bits(self) -> None:
         """Accepted, like any other, with the same parameter in the answer (7.1.2.1): there are clients that insist."""
@@ -244,6 +248,17 @@ class Inflating(unittest.TestCase):
     def test_shared_window(self) -> None:
         """7.2.3.2 refers to the message before, which client_no_context_takeover forbids."""
         self.assert_fails(1007, bytes.fromhex("f2 00 11 00 00"))
+        self.assertEqual(b"".join(Inflater(b"Hello").inflate(bytes.fromhex("f2 00 11 00 00"), True)), b"Hello")
+
+    def test_context(self) -> None:
+        """It is the last 32 KiB of everything, also where a final block makes zlib begin again."""
+        inflater, plain = Inflater(b"before"), b"before"
+        for part in (b"x" * 9, random.Random(3).randbytes(40_000), b"y" * 100_000, b"end"):
+            compressor = zlib.compressobj(wbits=-15, zdict=plain[-32768:])
+            final = compressor.compress(part) + compressor.flush()
+            plain += b"".join(inflater.inflate(final, False))
+            self.assertEqual(inflater.context, plain[-32768:])
+        self.assertEqual(len(plain), 6 + 9 + 40_000 + 100_000 + 3)
 
     def test_empty_fragment(self) -> None:
         """7.2.3.6: one byte that is nothing, as the last fragment or the only one."""
@@ -427,6 +442,68 @@ class Inflating(unittest.TestCase):
                 self.assertEqual(b"".join(inflater.inflate(blocks, False)), b"")
 
         self.assertLess(peak_memory(feed), 1 << 18)
+
+
+class Takeover(unittest.TestCase):
+    """Messages that refer to earlier ones (7.2.3.2), as clients send them that did not offer to do without."""
+
+    MESSAGES = (b"Hello", b"Hello", b"", b"x" * 100_000, random.Random(4).randbytes(3000), b"Hello" * 999, b"x" * 9)
+
+    def stream(self, *, whole: bool = True) -> list[bytes]:
+        """The messages by one compressor, each in one frame or in three with a Ping between."""
+        compressor, frames = zlib.compressobj(wbits=-15), []
+        for message in self.MESSAGES:
+            data = (compressor.compress(message) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+            if whole:
+                frames.append(masked_frame(2, data, rsv=4))
+            else:
+                first, middle, last = data[:1], data[1:2], data[2:]
+                frames.append(masked_frame(2, first, rsv=4, fin=False) + masked_frame(9))
+                frames.append(masked_frame(0, middle, fin=False) + masked_frame(0, last))
+        return frames
+
+    def read(self, *, whole: bool, takeover: bool) -> tuple[list[bytes], bytes]:
+        """The messages that a reader gives, and its context."""
+        reader = MessageReader(1 << 20, compressed=True, takeover=takeover)
+        heard = [payload for opcode, payload in reader.read(self.stream(whole=whole)) if opcode == 2]
+        return heard, reader.context
+
+    def test_messages(self) -> None:
+        for whole in (True, False):
+            with self.subTest(whole=whole):
+                heard, context = self.read(whole=whole, takeover=True)
+                self.assertEqual(heard, list(self.MESSAGES))
+                self.assertEqual(context, b"".join(self.MESSAGES)[-32768:])
+
+    def test_uncompressed_messages_between(self) -> None:
+        """They are not part of the context (7.2.3.2)."""
+        reader = MessageReader(1 << 20, compressed=True, takeover=True)
+        plain = masked_frame(2, b"plain")
+        heard = [payload for _, payload in reader.read([plain.join(self.stream())])]
+        self.assertEqual(heard[::2], list(self.MESSAGES))
+        self.assertEqual(reader.context, b"".join(self.MESSAGES)[-32768:])
+
+    def test_not_agreed_on(self) -> None:
+        """A client that offered to do without has no context here, and must not refer to one."""
+        with self.assertRaises(ProtocolError) as caught:
+            self.read(whole=True, takeover=False)
+        self.assertEqual(caught.exception.code, 1007)
+        reader = MessageReader(1 << 20, compressed=True)
+        list(reader.read([masked_frame(2, compress(b"Hello" * 100), rsv=4)]))
+        self.assertEqual(reader.context, b"")
+
+    def test_in_linear_time(self) -> None:
+        """However long it has been going on, and however small the pieces."""
+
+        def feed(size: int) -> None:
+            reader = MessageReader(1 << 20, compressed=True, takeover=True)
+            many = self.stream()[1] * (size // 10)
+            compressor = zlib.compressobj(wbits=-15)
+            first = (compressor.compress(bytes(40_000)) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+            for _ in reader.read([masked_frame(2, first, rsv=4), many]):
+                pass
+
+        self.assertLess(growth(feed, 4000), 9)
 
 
 class Deflating(unittest.TestCase):

@@ -353,7 +353,8 @@ class RequestValues(unittest.TestCase):
         ):
             with self.subTest(value):
                 self.assertEqual(headers(Connection=value).tokens("connection"), tokens)
-        self.assertNotIn("upgrade", headers().tokens("connection"))
+        self.assertEqual(headers().tokens("connection"), [])
+        self.assertEqual(headers(Connection=", a,,B ,").elements("connection"), ["a", "B"])
 
     def test_upgrades(self) -> None:
         """It asks for a WebSocket even where it does so badly."""
@@ -414,6 +415,32 @@ class Upgrade(unittest.TestCase):
                     pywebsock.check_upgrade(parse(data))
                 self.assertEqual((caught.exception.status, caught.exception.fields), (status, fields))
                 self.assertTrue(str(caught.exception))
+
+
+class Subprotocols(unittest.TestCase):
+    """choose_subprotocol (4.2.2, item 5)."""
+
+    def test_choice(self) -> None:
+        """The client's order counts, and so does case (RFC 6455 11.5)."""
+        for offered, served, chosen in (
+            ("chat", ("chat",), "chat"),
+            ("chat, json", ("json", "chat"), "chat"),
+            ("superchat,\tv2.json ,chat", ("chat", "v2.json"), "v2.json"),
+            (",, chat,", ("chat",), "chat"),
+            ("Chat", ("chat",), ""),
+            ("chat2", ("chat",), ""),
+            ("chat json", ("chat",), ""),
+            ("mqtt", ("chat",), ""),
+            ("chat", (), ""),
+            ("chat", None, ""),
+            ("", ("chat",), ""),
+        ):
+            with self.subTest(offered, served=served):
+                asked = headers(Sec_WebSocket_Protocol=offered)
+                self.assertEqual(pywebsock.choose_subprotocol(asked, served), chosen)
+        self.assertEqual(pywebsock.choose_subprotocol(headers(), ("chat",)), "")
+        asked = parse(request(Sec_WebSocket_Protocol="a\r\nSec-WebSocket-Protocol: chat"))
+        self.assertEqual(pywebsock.choose_subprotocol(asked, ("chat",)), "chat")
 
 
 class AcceptKey(unittest.TestCase):

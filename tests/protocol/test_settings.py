@@ -37,6 +37,9 @@ class Settings(unittest.TestCase):
             ("tls_context", None),
             ("tls_context", context),
             ("redis", None),
+            ("subprotocols", None),
+            ("subprotocols", ()),
+            ("subprotocols", ["chat", "v2.json"]),
             ("redis", "redis://localhost"),
         ):
             with self.subTest(name, value=value):
@@ -83,6 +86,10 @@ class Settings(unittest.TestCase):
             ),
             ("tls_context", "cert.pem", "tls_context must be an SSLContext for servers, not 'cert.pem'"),
             ("tls_context", client, f"tls_context must be an SSLContext for servers, not {client!r}"),
+            ("subprotocols", "chat", """subprotocols must be a list such as ["chat"], not 'chat'"""),
+            ("subprotocols", [""], "a subprotocol is one word such as chat, not ''"),
+            ("subprotocols", ["a b"], "a subprotocol is one word such as chat, not 'a b'"),
+            ("subprotocols", ["chat\r\nX: y"], r"a subprotocol is one word such as chat, not 'chat\r\nX: y'"),
             ("redis", 6379, "redis must be of the type str, not 6379"),
         ):
             with self.subTest(name, value=value):

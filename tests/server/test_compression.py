@@ -14,6 +14,7 @@ from tests.tools.support import (
     TEXT,
     Frame,
     ServerTestCase,
+    eventually,
 )
 
 
@@ -22,10 +23,13 @@ class Compression(ServerTestCase):
 
     LONG = "all work and no play makes Jack a dull boy " * 100
 
+    BOTH = "; client_no_context_takeover; server_no_context_takeover"
     OFFERS = (
         ("permessage-deflate", ""),
         ("permessage-deflate; client_max_window_bits", ""),
-        ("permessage-deflate; client_no_context_takeover; server_no_context_takeover", ""),
+        ("permessage-deflate; client_no_context_takeover", "; client_no_context_takeover"),
+        ("permessage-deflate; server_no_context_takeover", "; server_no_context_takeover"),
+        (f"permessage-deflate{BOTH}", BOTH),
         ("x-other; a=b, permessage-deflate", ""),
         ("permessage-deflate; server_max_window_bits=12", "; server_max_window_bits=12"),
         ("permessage-deflate; server_max_window_bits=8, permessage-deflate", ""),
@@ -40,7 +44,7 @@ class Compression(ServerTestCase):
 
     def test_negotiation(self) -> None:
         server = self.serve()
-        answer = b"permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+        answer = b"permessage-deflate"
         for offer, more in self.OFFERS:
             with self.subTest(offer=offer):
                 client = self.connect(server, Sec_WebSocket_Extensions=offer)
@@ -101,6 +105,32 @@ class Compression(ServerTestCase):
                     self.assertEqual([sender.read_frame().opcode, sender.read()], [PONG, message])
             sender.frame(TEXT, message.encode()[:100_000])  # and it need not compress
             self.assertEqual([plain.read(), sender.read()], [message[:100_000]] * 2)
+
+    def test_takeover_by_the_client(self) -> None:
+        """A client that did not offer client_no_context_takeover refers to its earlier messages (RFC 7692 7.1.1.2)."""
+        server = self.serve()
+        sender, plain = self.connect(server, Sec_WebSocket_Extensions=DEFLATE), self.connect(server)
+        compressor = zlib.compressobj(wbits=-15)
+        for message in ("Hello", "Hello", "x" * 100_000, self.LONG, "Hello", self.LONG):
+            data = (compressor.compress(message.encode()) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+            sender.frame(TEXT, data, rsv=4)
+            self.assertEqual([plain.read(), sender.read()], [message] * 2)
+        self.assertEqual(server.status()["contexts"], 32 * 1024)
+        sender.close()
+        sender.read_close()
+        eventually(lambda: server.status()["contexts"] == 0)
+
+    def test_no_takeover(self) -> None:
+        """A client that offered to do without is kept to it: nothing of it is kept."""
+        server = self.serve()
+        offer = f"{DEFLATE}; client_no_context_takeover"
+        sender = self.connect(server, Sec_WebSocket_Extensions=offer)
+        for _ in range(2):
+            sender.frame(TEXT, bytes.fromhex("f248cdc9c90700"), rsv=4)  # RFC 7692 7.2.3.1
+            self.assertEqual(sender.read(), "Hello")
+        self.assertEqual(server.status()["contexts"], 0)
+        sender.frame(TEXT, bytes.fromhex("f200110000"), rsv=4)  # 7.2.3.2: refers to the message before
+        self.assertEqual(sender.read_close()[0], 1007)
 
     def test_examples_of_the_rfc(self) -> None:
         """RFC 7692 7.2.3."""

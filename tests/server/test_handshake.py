@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 
+import pywebsock
 from tests.tools.support import (
     ACCEPT,
     CLOSE,
@@ -14,6 +15,7 @@ from tests.tools.support import (
     PING,
     PONG,
     TEXT,
+    Client,
     Frame,
     Recorder,
     ServerTestCase,
@@ -207,3 +209,67 @@ class OpeningHandshake(ServerTestCase):
                 self.connect(server, tls=context)
             eventually(lambda: logged.records)
         self.assertEqual([record.exc_info for record in logged.records], [None])
+
+
+class Subprotocols(ServerTestCase):
+    """Which subprotocol a client gets (RFC 6455 4.2.2, item 5), or that there is none."""
+
+    @staticmethod
+    def answer(server: pywebsock.BroadcastServer, offered: str | None) -> tuple[int, str | None]:
+        """The status, and what the answer says."""
+        with Client(server.server_address[1], handshake=False) as client:
+            client.send_raw(request(Sec_WebSocket_Protocol=offered))
+            start, *lines = client.read_head().decode().split("\r\n")
+        fields = dict(line.split(": ", 1) for line in lines if line)
+        return int(start.split()[1]), fields.get("Sec-WebSocket-Protocol")
+
+    def test_served(self) -> None:
+        """With a list, a client that offers others only is refused: it would speak what nobody here understands."""
+        server = self.serve(subprotocols=("chat", "json"))
+        for offered, expected in (
+            (None, (101, None)),
+            ("chat", (101, "chat")),
+            ("x, json, chat", (101, "json")),
+            ("mqtt", (400, None)),
+            ("Chat", (400, None)),
+        ):
+            with self.subTest(offered):
+                self.assertEqual(self.answer(server, offered), expected)
+        empty = self.serve(subprotocols=())
+        self.assertEqual([self.answer(empty, offered) for offered in (None, "mqtt")], [(101, None), (400, None)])
+
+    def test_none_chosen(self) -> None:
+        """Without a list the client may go on, as the RFC has it; browsers do not, so the log says why they left."""
+        server = self.serve()
+        with self.assertLogs("pywebsock", "WARNING") as logged:
+            self.assertEqual(self.answer(server, "chat,\xe9"), (101, None))
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn(r"offers the subprotocol chat, \xe9", logged.output[0])
+
+    def test_admit(self) -> None:
+        """It sees what was chosen and may choose itself: among others, where a token stands in the field."""
+
+        class Token(Recorder):
+            def admit(self, client: pywebsock.WebSocketHandler) -> None:
+                self._tell("chosen", client.subprotocol)
+                offered = client.headers.get("sec-websocket-protocol", "")
+                if "token.secret" in offered:
+                    client.subprotocol = "v1"
+                elif "bad" in offered:
+                    client.subprotocol = "v1\r\nX-Evil: yes"
+
+            def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+                self._tell("open", client.subprotocol)
+
+        server = self.serve(Token, subprotocols=["chat"])
+        for offered, expected, told in (
+            ("v1, token.secret", (101, "v1"), [("chosen", ""), ("open", "v1")]),
+            ("chat", (101, "chat"), [("chosen", "chat"), ("open", "chat")]),
+            ("v1, token.wrong", (400, None), [("chosen", "")]),
+            ("bad", (500, None), [("chosen", "")]),
+        ):
+            with self.subTest(offered):
+                server.heard.clear()
+                self.assertEqual(self.answer(server, offered), expected)
+                for each in told:
+                    server.wait_for(*each)
