@@ -35,7 +35,7 @@ ENCODED = [[interoperation.encode(message)] for message in MESSAGES]  # for test
 
 
 class Bystander:
-    """A client that reads in a thread of its own: the program waits for each client that does not read."""
+    """A client that reads in its own thread, since the program waits for each client that does not read."""
 
     def __init__(self, port: int) -> None:
         self.messages: list[Message] = []
@@ -47,8 +47,8 @@ class Bystander:
         while len(self.messages) < len(MESSAGES):
             self.messages.append(self._client.read())
 
-    def heard(self) -> list[Message]:
-        """All messages, when they have come."""
+    def join(self) -> list[Message]:
+        """Return all messages when they have arrived."""
         self._thread.join(DEADLINE)
         self._client.socket.close()
         return self.messages
@@ -56,16 +56,16 @@ class Bystander:
 
 @unittest.skipUnless(EVERYTHING or os.name == "posix", "programs are ended with Ctrl-C")
 class FirstServer(ProgramTestCase):
-    """What the program does."""
+    """The program keeps its promises."""
 
     def same(self, heard: list[Message], sent: list[Message]) -> None:
-        """Compare message by message: a difference of a megabyte helps nobody."""
+        """Compare message by message, so that a failure does not print megabytes."""
         for i, message in enumerate(sent):
             self.assertTrue(heard[i : i + 1] == [message], f"message {i}: {heard[i : i + 1]!r:.80}")
         self.assertEqual(len(heard), len(sent))
 
     def test_length(self) -> None:
-        """It has at most sixty lines that are not empty."""
+        """The program has at most sixty lines that are not empty."""
         lines = [line for line in CODE[HEADING, "python"].splitlines() if line.strip()]
         self.assertLessEqual(len(lines), 60)
         self.assertLessEqual(max(map(len, lines)), 110)
@@ -75,7 +75,7 @@ class FirstServer(ProgramTestCase):
             self.assertIn(f"\r\nSec-WebSocket-Accept: {ACCEPT}\r\n".encode(), client.response)
 
     def test_messages(self) -> None:
-        """Each size, as text and as binary, from each of three clients, reaches all three in one order."""
+        """Messages of each size, text and binary, from each of three clients, reach all three."""
         with self.program(HEADING) as port:
             clients = [Client(port) for _ in range(3)]
             for speaker in clients:
@@ -92,7 +92,7 @@ class FirstServer(ProgramTestCase):
             self.assertEqual(client.read(), "Hello")
 
     def test_one_order(self) -> None:
-        """Several clients that send at the same time: all see all messages in the same order."""
+        """If several clients send at the same time, all get all messages in the same order."""
         with self.program(HEADING) as port:
             clients = [Client(port) for _ in range(4)]
             for number in range(50):
@@ -108,7 +108,7 @@ class FirstServer(ProgramTestCase):
                 client.socket.close()
 
     def test_leaving(self) -> None:
-        """Clients that close, end in the middle of a frame, or reset their connection disturb nobody."""
+        """A client that closes, or ends in the middle of a frame, disturbs no other."""
         with self.program(HEADING) as port, Client(port) as witness:
             for end in (b"\x88\x80" + bytes(4), b"\x81", b"\x81\xfe", b"\x81\x85" + bytes(6), b""):
                 with Client(port) as client:
@@ -120,11 +120,11 @@ class FirstServer(ProgramTestCase):
 
 
 @unittest.skipUnless(EVERYTHING or os.name == "posix", "programs are ended with Ctrl-C")
-class NotDone(ProgramTestCase):
-    """What the table under the program says that goes wrong."""
+class Faults(ProgramTestCase):
+    """The faults that the table under the program lists."""
 
     def test_control_frame_between_fragments(self) -> None:
-        """It becomes a part of the message."""
+        """A Ping between fragments becomes part of the message."""
         with self.program(HEADING) as port, Client(port) as client:
             client.frame(TEXT, b"Hel", fin=False)
             client.frame(PING, b"?")
@@ -148,13 +148,13 @@ class NotDone(ProgramTestCase):
             self.assertEqual(client.read_frame().payload, b"\xff")
 
     def test_checks(self) -> None:
-        """It takes an unmasked frame for a masked one, and loses its place."""
+        """The program unmasks an unmasked frame, and loses its place in the stream."""
         with self.program(HEADING) as port, Client(port) as client:
             client.send_raw(b"\x81\x05Hello" + b"\x81\x85" + bytes(4) + b"again")
             self.assertNotEqual(client.read_frame().payload, b"Hello")
 
     def test_slow_clients(self) -> None:
-        """One that does not read holds up all others."""
+        """A client that does not read delays all others."""
         with self.program(HEADING) as port, Client(port, small=True) as slow, Client(port) as sender:
             sender.socket.settimeout(0.5)
             with self.assertRaisesRegex(OSError, "timed out"):
@@ -171,13 +171,13 @@ class NotDone(ProgramTestCase):
 
 @unittest.skipUnless(EVERYTHING or os.name == "posix", "programs are ended with Ctrl-C")
 class RealClients(ProgramTestCase):
-    """Clients that people use."""
+    """Clients in use elsewhere: a library each for Python and Node.js, and a browser."""
 
     def check(self, converse: typing.Callable[[int], list[Message]]) -> None:
-        """A client that sends each message and waits for it; another that only listens."""
+        """Let a client send each message and wait for it, while another client only receives."""
         with self.program(HEADING) as port:
             bystander = Bystander(port)
-            for heard in (converse(port), bystander.heard()):
+            for heard in (converse(port), bystander.join()):
                 FirstServer.same(self, heard, MESSAGES)  # type: ignore[arg-type]
 
     def test_websockets(self) -> None:
@@ -219,7 +219,7 @@ class RealClients(ProgramTestCase):
             self.check(converse)
 
     def report(self, result: typing.Any) -> list[Message]:
-        """The messages that converse.mjs returns. The connection ends without a closing handshake."""
+        """Return the messages of a run of converse.mjs, which reports an unclean close."""
         self.assertEqual((result.get("error"), result.get("code"), result.get("wasClean")), (None, 1006, False))
         return [echo["text"] if "text" in echo else base64.b64decode(echo["base64"]) for echo in result["echoes"]]
 
