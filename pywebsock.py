@@ -96,6 +96,7 @@ import enum
 import errno
 import functools
 import hashlib
+import heapq
 import http
 import ipaddress
 import itertools
@@ -233,7 +234,7 @@ def apply_mask(payload: Octets, key: bytes) -> Octets:
     return masked
 
 
-def serialize_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
+def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
     """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2)."""
     length = len(payload)
     first = 0x80 | rsv1 << 6 | opcode
@@ -244,22 +245,32 @@ def serialize_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
     return struct.pack("!BBQ", first, 127, length) + payload
 
 
-def parse_frames(pieces: Iterable[bytes]) -> Iterator[tuple[bool, bool, int, Octets, int]]:
-    """Cut the bytes that a client sends, as they arrive, into frames, checked and unmasked (5.2).
+class FrameReader:
+    """Cuts the bytes that a client sends into frames, checked and unmasked (5.2).
 
-    Yields (fin, rsv1, opcode, payload, left). A data frame is not waited for: what has
-    arrived of its payload is given like a fragment, without fin; what arrives later follows
-    as continuations. `left` is the number of bytes that its header still promises. Control
-    frames come whole. Raises ProtocolError, after everything that was good before.
+    A data frame is not waited for: the part of its payload that has come is given like a
+    fragment, without fin, and later parts follow as continuations. Control frames come whole.
     """
-    data = payload = key = b""
-    first = length = left = 0
-    for piece in pieces:
-        data += piece
-        position = 0
-        if left:  # a payload goes on, as behind a header of a continuation, with the key turned
-            turn = (length - left) % 4
-            header: Header | None = (first & 0x80, left, key[turn:] + key[:turn], 0)
+
+    __slots__ = ("_first", "_key", "_left", "_rest")
+
+    def __init__(self) -> None:
+        self._rest = b""  # the start of a frame whose header, or control payload, is incomplete
+        self._left = 0  # bytes of the current frame's payload that are still to come
+        self._first = 0  # first byte of that frame
+        self._key = b""  # its masking key, turned to the next byte of the payload
+
+    def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
+        """Yield (fin, rsv1, opcode, payload, left) for each frame, or part of one, in `data`.
+
+        `left` is the number of bytes that the header still promises. Raises ProtocolError,
+        after everything that was good before.
+        """
+        data, position = self._rest + data, 0
+        self._rest = b""
+        header: Header | None
+        if self._left:  # the payload goes on, as if behind the header of a continuation
+            header = (self._first & 0x80, self._left, self._key, 0)
         else:
             header = parse_header(data, 0)
         while header:
@@ -267,13 +278,15 @@ def parse_frames(pieces: Iterable[bytes]) -> Iterator[tuple[bool, bool, int, Oct
             payload = data[start : start + length]
             left = length - len(payload)
             if left and first & 0x08:  # control frames are short: wait for the whole
-                left = 0
                 break
             position = start + length - left
+            self._left = left
+            if left:
+                turn = len(payload) % 4
+                self._first, self._key = first, key[turn:] + key[:turn]
             yield first >= 0x80 and not left, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
             header = parse_header(data, position) if position < len(data) else None
-        data, payload = data[position:], b""
-        del piece  # a client that is silent now must not hold the memory of what it sent
+        self._rest = data[position:]
 
 
 def parse_header(data: bytes, position: int, strict: bool = True) -> Header | None:
@@ -320,7 +333,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
 
 
 def decode_text(payload: Octets) -> str:
-    """UTF-8 (8.1). Raises ProtocolError."""
+    """The text in a payload, which is UTF-8 (8.1). Raises ProtocolError."""
     try:
         return payload.decode()  # on PyPy, str(payload, "utf-8") lets surrogates through
     except UnicodeDecodeError:
@@ -342,10 +355,10 @@ def decode_text(payload: Octets) -> str:
 # ======================================================================================
 
 DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
+LONG_MESSAGE = 64 * 1024  # bytes; compressing takes milliseconds: not where others wait
 SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
 MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere (7.2.1), zlib ends at each
 INFLATE_SIZE = 64 * 1024  # bytes
-INFLATING = threading.Lock()  # one thread at a time: hundreds would leave no processor for others
 INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
 CONTEXT_SIZE = 32 * 1024  # bytes: the largest window
 
@@ -393,7 +406,7 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
     return 0, ""
 
 
-def deflate(payload: bytes, window: int) -> bytes:
+def deflate(payload: Octets, window: int) -> bytes:
     """Compress one message, by itself (7.2.1)."""
     compressor = zlib.compressobj(wbits=-window)
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
@@ -419,8 +432,7 @@ class Inflater:
                 self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
                 self._finals += 1
             try:
-                with INFLATING:
-                    plain = self._zlib.decompress(data, INFLATE_SIZE)
+                plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
                 raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
@@ -438,57 +450,65 @@ class Inflater:
 
 
 class MessageReader:
-    """Puts fragments together and gives whole messages and control frames.
+    """Puts fragments together: fed with bytes, it gives whole messages and control frames.
 
-    - frames: frames read, or pieces of them, since the caller's last reset
     - size: bytes kept for a message that is not finished
     - context: the end of the compressed messages, if the client may refer to them (`takeover`)
-
-    `keep` is called with each new `size`, which grows by at most INFLATE_SIZE or a piece at once,
-    and may raise ProtocolError.
     """
 
-    def __init__(
-        self,
-        max_message: int,
-        compressed: bool = False,
-        keep: Callable[[int], object] = bool,
-        takeover: bool = False,
-    ) -> None:
-        self.frames = 0
-        self.size = 0
+    __slots__ = (
+        "_frames",
+        "_inflater",
+        "_length",
+        "_max_message",
+        "_may_compress",
+        "_opcode",
+        "_pieces",
+        "_takeover",
+        "_utf8",
+        "context",
+    )
+
+    def __init__(self, max_message: int, compressed: bool = False, takeover: bool = False) -> None:
         self.context = b""
         self._takeover = takeover
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
-        self._keep = keep
+        self._frames = FrameReader()
         self._opcode = 0  # of the message whose fragments are coming; 0 between messages
-        self._pieces: list[bytearray] = []  # of its payload: one buffer that grows would be copied nine times
+        self._pieces: list[bytearray] | None = None  # of its payload: one buffer that grows would be copied often
         self._length = 0  # bytes in them
         self._inflater: Inflater | None = None
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()  # finds wrong bytes as they come
+        self._utf8: codecs.IncrementalDecoder | None = None  # finds wrong bytes as they come
 
-    def read(self, pieces: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-        """Yield (opcode, payload) for every text (str), binary, Close, Ping and Pong (bytes) in what arrives.
+    @property
+    def size(self) -> int:
+        """Bytes kept for a message that is not finished."""
+        return self._length + (INFLATER_SIZE if self._inflater else 0)
 
-        Each as soon as it is complete: the next piece is asked for after that. Raises
-        ProtocolError as soon as the bytes allow, after everything that was good before.
+    def feed(self, data: bytes) -> Iterator[tuple[int, Octets]]:
+        """Yield (opcode, payload) for each message, Close, Ping and Pong that `data` completes.
+
+        The payload of text is checked, not decoded. Between the pieces of an unfinished
+        message comes (CONT, b""), when `size` has grown: there the caller may stop for a while.
+        Raises ProtocolError as soon as the bytes allow, after everything that was good before.
         """
-        for fin, rsv1, opcode, payload, left in parse_frames(pieces):
-            self.frames += 1
+        for fin, rsv1, opcode, payload, left in self._frames.feed(data):
             if opcode >= 8:  # 5.4: control frames may stand between fragments
                 if rsv1:
                     raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
                 yield opcode, payload
             elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
-                yield opcode, decode_text(payload) if opcode == TEXT else bytes(payload)  # nearly all messages
+                if opcode == TEXT and not payload.isascii():
+                    decode_text(payload)
+                yield opcode, payload  # nearly all messages
             else:
                 self._begin_or_continue(opcode, rsv1)
-                self._append(fin, payload, left)
+                for piece in self._inflate(fin, payload, left):
+                    self._append(piece)
+                    yield CONT, b""
                 if fin:
                     yield self._opcode, self._finish()
-                    self._count()  # only now: until it is handed on, a message is kept
-            del payload  # as in parse_frames()
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
         if opcode and self._opcode:
@@ -498,75 +518,58 @@ class MessageReader:
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
-            self._opcode = opcode
+            self._opcode, self._pieces = opcode, []
             self._inflater = Inflater(self.context) if rsv1 else None
-            self._count()
+            self._utf8 = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT else None
 
-    def _append(self, fin: bool, payload: Octets, left: int) -> None:
-        pieces: Iterable[Octets] = (payload,)
-        if self._inflater:  # what counts is its output; but nobody needs that much for it
-            self._check_size(len(payload) + left - self._max_message // 8 - 64)
-            pieces, left = self._inflater.inflate(payload, fin), 0
-        for plain in pieces:
-            self._check_size(self._length + len(plain) + left)
-            if self._opcode == TEXT:
-                self._check_utf8(plain)
-            if self._pieces and len(self._pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
-                self._pieces[-1] += plain
-            else:
-                self._pieces.append(bytearray(plain))
-            self._length += len(plain)
-            self._count()
+    def _inflate(self, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
+        """The plain bytes of a fragment, in pieces, each once its size is checked."""
+        if not self._inflater:
+            self._check_size(self._length + len(payload) + left)
+            yield payload
+            return
+        self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        for piece in self._inflater.inflate(payload, fin):
+            self._check_size(self._length + len(piece))
+            yield piece
+
+    def _append(self, piece: Octets) -> None:
+        if self._utf8:
+            self._check_utf8(self._utf8, piece)
+        pieces = self._pieces or []
+        if pieces and len(pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
+            pieces[-1] += piece
+        else:
+            pieces.append(bytearray(piece))
+        self._pieces = pieces
+        self._length += len(piece)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_message:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
 
-    def _check_utf8(self, payload: Octets) -> None:
-        if payload.isascii() and not self._utf8.getstate()[0]:
-            return  # it is the decoder's answer, too, but ten times faster
+    @staticmethod
+    def _check_utf8(decoder: codecs.IncrementalDecoder, payload: Octets) -> None:
+        if payload.isascii() and not decoder.getstate()[0]:
+            return  # the decoder's answer, too, but ten times faster
         try:
-            self._utf8.decode(payload)
-            rest, _ = self._utf8.getstate()
+            decoder.decode(payload)
+            rest, _ = decoder.getstate()
             if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate: Python waits for its third byte
                 rest.decode()
         except UnicodeDecodeError:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
-    def _finish(self) -> Message:
-        text, payload = self._opcode == TEXT, b"".join(self._pieces)
+    def _finish(self) -> Octets:
+        pieces = self._pieces or []
+        payload = b"".join(pieces) if len(pieces) != 1 else pieces[0]
+        if self._utf8 and self._utf8.getstate()[0]:  # it ends within a character
+            decode_text(payload)
         if self._inflater and self._takeover:
             self.context = self._inflater.context
-        self._opcode, self._length, self._inflater = 0, 0, None
-        self._pieces.clear()
-        self._utf8.reset()
-        return decode_text(payload) if text else payload
-
-    def _count(self) -> None:
-        size = self._length + (INFLATER_SIZE if self._inflater else 0)
-        if size != self.size:
-            self.size = size
-            self._keep(size)
-
-
-class Budget:
-    """Bytes that all connections together may keep of what is not finished: no sum over strangers is unbounded."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._kept: dict[object, int] = {}  # by connection
-        self._lock = threading.Lock()
-
-    def keep(self, connection: object, size: int) -> None:
-        """A connection keeps so many bytes now, in the end none. Any thread. Raises ProtocolError for too many."""
-        with self._lock:
-            change = size - self._kept.get(connection, 0)
-            if change > max(0, self._left):
-                raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
-            self._left -= change
-            self._kept[connection] = size
-            if not size:
-                del self._kept[connection]
+        self._opcode, self._length = 0, 0
+        self._inflater = self._pieces = self._utf8 = None
+        return payload
 
 
 class Outgoing:
@@ -574,36 +577,50 @@ class Outgoing:
 
     __slots__ = ("_frames", "opcode", "payload", "size", "to")
 
-    def __init__(
-        self, message: Message, to: Iterable[WebSocketHandler] | None = None, opcode: Opcode = Opcode.BINARY
-    ) -> None:
-        """The opcode is that of bytes.
-
-        Raises TypeError for anything but str and what is like bytes, ValueError for half a character in a str.
-        """
-        self.to = to if to is None else tuple(to)  # the clients that get it; None for all
-        for client in self.to or ():
-            if not isinstance(client, WebSocketHandler):
-                raise TypeError("a message goes to clients")
-        if isinstance(message, str):
-            self.opcode, self.payload = TEXT, message.encode()
-        elif isinstance(message, (bytes, bytearray, memoryview)):
-            self.opcode, self.payload = opcode, bytes(message)
-        else:
-            raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
-        self.size = len(self.payload)  # bytes
-        self._frames: dict[int, bytes] = {}  # by window
+    def __init__(self, opcode: int, payload: Octets, to: Sequence[WebSocketHandler] | None = None) -> None:
+        self.opcode = opcode
+        self.payload = payload
+        self.size = len(payload)  # bytes
+        self.to = to  # the clients that get it; None for all
+        self._frames: dict[int, bytes] | None = None  # by window
 
     def frame(self, window: int) -> bytes:
         """The frame for clients with this window (any thread: a race costs only time)."""
-        if window not in self._frames:
-            compress = window and self.size >= DEFLATE_THRESHOLD
-            payload = deflate(self.payload, window) if compress else self.payload
-            if len(payload) < self.size:
-                self._frames[window] = serialize_frame(self.opcode, payload, rsv1=True)
-            else:
-                self._frames[window] = self.frame(0) if window else serialize_frame(self.opcode, payload)
-        return self._frames[window]
+        frames = self._frames
+        if frames is None:
+            frames = self._frames = {0: serialize_frame(self.opcode, self.payload)}
+        if window not in frames and self.size < DEFLATE_THRESHOLD:
+            return frames[0]
+        if window not in frames:
+            payload = deflate(self.payload, window)
+            shorter = len(payload) < self.size
+            frames[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else frames[0]
+        return frames[window]
+
+    def ready_frame(self, window: int) -> bytes:
+        """The same, but a long message is not compressed now: the best frame that is there already."""
+        if self.size < LONG_MESSAGE or not window:
+            return self.frame(window)
+        self.frame(0)
+        frames = self._frames or {}
+        return frames[max([ready for ready in list(frames) if ready <= window])]
+
+
+def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = None) -> Outgoing:
+    """A message of the program, to all or some clients.
+
+    Raises TypeError for anything but str and what is like bytes, ValueError for half a surrogate
+    pair in a str.
+    """
+    recipients = to if to is None else tuple(to)
+    for client in recipients or ():
+        if not isinstance(client, WebSocketHandler):
+            raise TypeError("a message goes to clients")
+    if isinstance(message, str):
+        return Outgoing(TEXT, message.encode(), recipients)
+    if isinstance(message, (bytes, bytearray, memoryview)):
+        return Outgoing(BINARY, bytes(message), recipients)
+    raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
 
 
 # ======================================================================================
@@ -826,11 +843,8 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     client._call(server.admit)
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
-        server._perform(server._room.write, client, [serialize_response(100, ())])
-    try:
-        client._call(server.on_post, decode_body(request, client._read_body(length)))
-    except ProtocolError as error:
-        raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
+        client._send(serialize_response(100, ()))
+    client._call(server.on_post, decode_body(request, client._read_body(length)))
 
 
 # ======================================================================================
@@ -841,39 +855,18 @@ LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters
 trace_log = logging.getLogger("pywebsock.trace")
 
 
-class Traced:
-    """The recv, send and shutdown of a socket, or of TLS; what passes is logged."""
+def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None]:
+    """Say what passes in one direction: a head line by line, each frame taken apart.
 
-    def __init__(self, transport: Any, name: str) -> None:
-        self._transport, self.shutdown = transport, transport.shutdown
-        self._received, self._sent = follow(f"{name} in "), follow(f"{name} out")
-        for way in (self._received, self._sent):
-            next(way)  # up to where it waits for bytes
-
-    def recv(self, size: int) -> bytes:
-        """As a socket's."""
-        data = bytes(self._transport.recv(size))
-        self._received.send(data)
-        return data
-
-    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
-        """As a socket's."""
-        sent = int(self._transport.send(data, flags))
-        self._sent.send(bytes(data[:sent]))
-        return sent
-
-
-def follow(name: str) -> Generator[None, bytes, None]:
-    """Log what passes one way: a head line by line, each frame taken apart. Its bytes are sent to this, in any pieces.
-
-    It only looks, and shows what breaks the protocol as it is.
+    Its bytes are sent to this generator, in any pieces. It only looks, and shows what breaks
+    the protocol as it is.
     """
     data, position = b"", 0
     while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
         data += yield
     head, _, data = data.partition(b"\r\n\r\n")
     for line in head.decode("latin-1").split("\r\n"):
-        trace_log.info("%s %s", name, printable(line))
+        say("%s %s", name, printable(line))
     while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
         yield
     while True:
@@ -881,7 +874,7 @@ def follow(name: str) -> Generator[None, bytes, None]:
         if header and header[3] + min(header[1], LOOK_AT) <= len(data):
             first, length, key, start = header
             payload = data[start : start + min(length, LOOK_AT)]
-            trace_log.info("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
+            say("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
             position = start + length
         else:
             data, position = data[position:] + (yield), max(0, position - len(data))
@@ -973,457 +966,164 @@ class Settings:
     trace = False  # log every handshake and every frame
 
 
-MOST_LINES, LINES_TIME = 20, 10.0  # from one place of this module in so many seconds
-log_lines: dict[int, list[float]] = {}  # by their place: [end of the time, lines in it]
-
-
-def is_no_flood(record: logging.LogRecord) -> bool:
-    """Whether to log a line: a stranger cannot fill the disk. The first one of a new time says what was left out."""
-    now, place = time.monotonic(), log_lines.setdefault(record.lineno, [0.0, 0])
-    if now >= place[0]:
-        if place[1] > MOST_LINES:
-            record.msg = f"{record.msg} ({place[1] - MOST_LINES:.0f} more like this were left out)"
-        place[:] = now + LINES_TIME, 0
-    place[1] += 1
-    return place[1] <= MOST_LINES
-
-
-log.addFilter(is_no_flood)
-
-
 # ======================================================================================
-# Transports (RFC 8446): a socket, or what stands before it and has its recv, send, shutdown
+# Hooks: the program's own code, in threads of its own
 # ======================================================================================
 
-# With this flag a send does not wait, although the socket's recv does. Windows lacks it.
-DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+STUCK_TIME = 0.005  # seconds after which a hook counts as waiting for something: another thread goes on
+IDLE_TIME = 1.0  # seconds that a thread without work is kept
+MAX_JOURNAL = 10_000  # lines of the log that wait to be written
 
 
-class Waiting:
-    """For where DONT_WAIT is missing: the socket never waits, so whoever reads from it waits in select()."""
+class Inbox:
+    """The calls that wait for one client's hooks: they run one at a time, in order."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self._socket, self.send, self.shutdown = connection, connection.send, connection.shutdown
+    __slots__ = ("calls", "taken")
 
-    def recv(self, size: int) -> bytes:
-        """As that of a socket that waits."""
-        while True:
-            select.select([self._socket], [], [])
-            with contextlib.suppress(BlockingIOError):  # what was ready may not be there
-                return self._socket.recv(size)
+    def __init__(self) -> None:
+        self.calls: deque[Callable[[], object]] = deque()
+        self.taken = False  # a worker has it, or will have
 
 
-class TLS:
-    """TLS (RFC 8446) in front of a socket. Nothing else knows of it.
+class Hooks:
+    """Runs the hooks of the program, and whatever else may block, outside the loop.
 
-    One thread reads while another sends, and OpenSSL wants one at a time: what touches its
-    object has the lock, which nobody keeps while waiting. Whoever is next holds the door: so a
-    peer that keeps the reader busy (with KeyUpdates, say) does not keep the sender out.
+    Any thread submits calls; workers, which are threads of this class, run them. One worker
+    runs the calls of all inboxes while none of them blocks, since a second one would compete
+    for the interpreter. The loop looks on: when a call has taken STUCK_TIME, other workers
+    run what else is ready.
     """
 
-    PIECE = 128 * 1024  # bytes encrypted at once: all that a slow client has of its own
-    PIECES = 8  # sent at once, before others have the turn
-
-    def __init__(self, connection: Any, context: ssl.SSLContext) -> None:
-        self._socket = connection
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._door, self._lock = threading.RLock(), threading.RLock()  # as that of Turn: a __del__ may send
-        self._established = False  # the TLS handshake is over
-        self._ended = False  # the peer has said that nothing more comes
-        self._records = b""  # that the socket has yet to take
-
-    def recv(self, size: int) -> bytes:
-        """Wait for bytes; none at the end, that of TLS or that of TCP. Raises OSError, of which ssl.SSLError is one."""
-        plain = b""
-        while not plain and not self._ended:
-            records = self._socket.recv(size)
-            if not records:
-                break
-            established = self._established
-            try:
-                plain = self._decrypt(records, size)
-            finally:
-                if not established:  # nobody else sends yet; where it failed, an alert says why
-                    self._socket.send(self._outgoing.read())
-        return plain
-
-    def _decrypt(self, records: bytes, size: int) -> bytes:
-        pieces = []
-        with self._door:  # who sends goes first
-            pass
-        with self._lock:
-            self._incoming.write(records)
-            try:
-                if not self._established:
-                    self._object.do_handshake()
-                    self._established = True
-                while piece := self._object.read(size):
-                    pieces.append(piece)
-                self._ended = True  # a close_notify: read() gives b"" from now on, again and again
-            except ssl.SSLWantReadError:
-                pass
-            except ssl.SSLZeroReturnError:
-                self._ended = True
-        return b"".join(pieces)
-
-    def send(self, data: bytes | memoryview, flags: int = 0) -> int:
-        """Encrypt piece after piece and send its records. How many bytes are done with; BlockingIOError for none.
-
-        The last byte of a piece is done with when the socket has taken all of its records: so
-        whoever sends comes again, as with a socket that is full.
-        """
-        done, plain = 0, memoryview(data) if len(data) > self.PIECE else data
-        with self._door, self._lock:
-            while True:
-                if self._records:
-                    try:
-                        self._records = self._records[self._socket.send(self._records, flags) :]
-                    except BlockingIOError:
-                        if not done:
-                            raise
-                    if self._records:
-                        return done
-                    done += 1
-                piece = plain[done : done + self.PIECE]
-                if not piece or done > self.PIECE * self.PIECES:
-                    return done
-                self._object.write(piece)
-                self._records = self._outgoing.read()
-                done += len(piece) - 1
-
-    def shutdown(self, how: int) -> None:
-        """Say that nothing more is sent: a close_notify (6.1), then the end of TCP.
-
-        Raises OSError: BlockingIOError where the socket is full, to be called again.
-        """
-        with self._door, self._lock:
-            with contextlib.suppress(ssl.SSLError):  # the peer's own close_notify has not come; nobody waits for it
-                self._object.unwrap()
-            self._records += self._outgoing.read()  # none at the second call
-            self._records = self._records[self._socket.send(self._records, DONT_WAIT) :]
-            if self._records:
-                raise BlockingIOError
-        self._socket.shutdown(how)
-
-
-# ======================================================================================
-# Outbox: what one connection's socket has yet to take
-# ======================================================================================
-
-SEND_SIZE = 64 * 1024  # bytes of many pieces given to a socket at once
-SENDS_AT_ONCE = 8  # to one slow client, before others have the turn
-QUICK_TIME = 0.25  # seconds in which a quick client takes QUICK_SIZE
-QUICK_SIZE = 4 * 1024 * 1024  # bytes
-NOTHING: deque[bytes] = deque(maxlen=0)  # for all who have nothing waiting: a deque takes 0.7 KB
-
-
-class Outbox:
-    """The way out to one connection. What waits in it are plain bytes, shared with other outboxes.
-
-    Owned by the turn. It calls the connection's transport, and raises the OSError of that.
-    `now` is the housekeeper's time, which stands while the process does.
-    """
-
-    def __init__(self, transport: Any, limit: int) -> None:
-        self._transport = transport
-        self._limit = limit  # bytes
-        self._pieces = NOTHING
-        self._sent = 0  # bytes of the first one that are sent
-        self._pong = b""  # the newest, while others wait
-        self._ending = False  # nothing will follow
-        self.size = 0  # bytes that wait
-        self.moved = 0.0  # when the socket last took some, or they began to wait
-
-        # A client is quick while it takes QUICK_SIZE in QUICK_TIME, and for QUICK_TIME after that: what it
-        # has taken lasts until `_lasts`, at that pace. One that has just joined has shown nothing yet;
-        # later, who has nothing waiting has taken all there was.
-        self._joined = self._behind_since = time.monotonic()
-        self._lasts = 0.0
-
-    def write(self, pieces: Iterable[bytes], now: float) -> None:
-        """Send what the socket takes at once; the rest waits."""
-        empty = not self._pieces
-        self.keep(pieces, now)
-        if empty:
-            self.flush(now)
-
-    def keep(self, pieces: Iterable[bytes], now: float, sent: int = 0) -> None:
-        """Let wait what follows the first `sent` bytes: the socket took no more."""
-        if not self._pieces:
-            self._pieces, self._sent, self.size, self.moved = deque(), sent, -sent, now
-            self._behind_since = time.monotonic()
-            if self._behind_since > self._joined + 4 * QUICK_TIME:
-                self._lasts = self._behind_since + 1.25 * QUICK_TIME
-        elif self.is_too_far_behind():
-            raise ConnectionAbortedError(f"it was {self.size} bytes behind")
-        for piece in pieces:
-            self._pieces.append(piece)
-            self.size += len(piece)
-
-    def flush(self, now: float) -> None:
-        """Send what the socket takes now; of much only a part, since others wait for the turn."""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(SENDS_AT_ONCE):
-                if self._pieces:
-                    self._count(self._transport.send(self._next_piece(), DONT_WAIT), now)
-            if self._pong and not self._pieces:
-                pong, self._pong = self._pong, b""
-                self.write([pong], now)
-            if self._ending and not self._pieces:
-                self.size = 1  # the end may have to wait, too: that of TLS
-                self._transport.shutdown(socket.SHUT_WR)
-                self.size = 0
-
-    def _next_piece(self) -> bytes | memoryview:
-        """Something to send: many short pieces as one."""
-        pieces = [memoryview(self._pieces[0])[self._sent :]]
-        size = len(pieces[0])
-        for piece in itertools.islice(self._pieces, 1, None):
-            if size > SEND_SIZE:
-                break
-            pieces.append(memoryview(piece))
-            size += len(piece)
-        return b"".join(pieces) if len(pieces) > 1 else pieces[0]
-
-    def _count(self, sent: int, now: float) -> None:
-        self._sent += sent
-        self.size -= sent
-        while self._pieces and self._sent >= len(self._pieces[0]):
-            self._sent -= len(self._pieces.popleft())
-        self.moved, clock = now, time.monotonic()
-        lasts = max(self._lasts, clock) + sent / QUICK_SIZE * QUICK_TIME
-        self._lasts = min(lasts, clock + 1.25 * QUICK_TIME)
-
-    def _is_quick(self) -> bool:
-        return time.monotonic() + QUICK_TIME / 4 < self._lasts  # one large send does not make it quick
-
-    def is_too_far_behind(self) -> bool:
-        """Whether it is to be dropped; not before it had a moment to take what it got."""
-        late = time.monotonic() > self._behind_since + QUICK_TIME
-        return late and self.size > self._limit and not self._is_quick()
-
-    def is_quick_but_behind(self) -> bool:
-        """Whether senders should wait for it, a moment at most at a time."""
-        return self.size > self._limit // 2 and self._is_quick()
-
-    def write_pongs(self, frames: Sequence[bytes], now: float) -> None:
-        """Answer Pings; if that must wait, the newest alone (RFC 6455 5.5.3): these bytes are shared with nobody."""
-        if self._pieces:
-            self._pong = frames[-1]
-        else:
-            self.write([b"".join(frames)], now)
-
-    def end(self, now: float) -> None:
-        """Nothing will follow: end the own side as soon as all is sent."""
-        self._ending, self._pong = True, b""
-        self.flush(now)
-
-    def clear(self) -> None:
-        """Forget what waits."""
-        self._pieces, self.size = NOTHING, 0
-
-
-# ======================================================================================
-# Turn: one order for all operations, carried out by whoever is free to
-# ======================================================================================
-
-QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
-RUN_SIZE = 1024 * 1024  # bytes of messages delivered at once
-MESSAGE_COST = 250  # bytes that the objects of a queued operation take
-TURN_TIME = 0.004  # seconds after which the holder hands on: nobody reads its own client meanwhile
-CROWD = 1000  # operations
-give_way = getattr(os, "sched_yield", bool)  # leave the processor to other threads; Windows cannot
-MOMENT = 0.005  # seconds within which what was put is carried out
-MOMENTS = 200  # looks of the successor that find nothing before it sleeps
-
-
-class Turn:
-    """Carries out operations one at a time, in the order in which they were put. It knows no sockets, no clients.
-
-    An operation is something to call, or else a message. Messages that stand in a row are
-    given to `deliver` together: the more there are, the less each one costs.
-
-    Whoever has put an operation calls run(). That *tries* to take the lock, the turn. With it,
-    a thread carries out all that is queued, its own and everybody else's; without it, the
-    thread goes back to what it was doing. (The pattern is known as flat combining. A thread
-    that does nothing else would need two thread switches a message, and has half the speed.)
-
-    Nothing is left behind. A put, P, comes before a try, T, which either gets the lock, and
-    its thread finds P; or another thread, H, has the lock at T. H looks at the queue once
-    more after it has released the lock, so after T, so after P: it finds P. Where H does not
-    look again, it has made a promise: the successor takes the next turn, and looks again.
-    This needs `append`, `acquire` and `release` to be seen by all threads in one order. The
-    interpreter's lock sees to that; without one (free-threaded builds), the deque's own lock.
-
-    Nobody starves. H stops after TURN_TIME and promises the rest to the successor, the one
-    thread that waits for the lock; while that is promised, nobody else takes it.
-
-    The holder never waits: operations do not block, and what it says in a log that is itself
-    broadcast is only put into the queue.
-    """
-
-    def __init__(self, deliver: Callable[[list[Any]], bool], wake: Callable[[], None]) -> None:
-        self._deliver = deliver  # carries out messages; whether senders should wait a moment
-        self._wake = wake  # the successor, to call take_over()
-        self._lock = threading.Lock()  # whoever has it holds the turn
-        self._queue: deque[tuple[Any, int]] = deque()  # operations, with the bytes that each counts for
-        self._holder = 0  # the thread that has the lock
-        self._before = 0  # the thread that had it before
-        self._successor = 0  # the thread that waits for it
-        self.promised = False  # the successor is to have it next
-        self._retired = False  # there is no successor any more
-        self._looks = 0  # that the successor has yet to make; 0 while it sleeps
-        self._errors: deque[Exception] = deque()  # of operations, to be logged by whoever held the turn
-
-        # Guards the next three, for a few instructions; an RLock, since among them the garbage
-        # collector may run, and a __del__ that broadcasts.
-        self._tally = threading.RLock()
-        self._size = 0  # bytes in the queue
-        self.held = False  # senders wait for a client that is behind
-        self._space = threading.Condition(self._tally)  # notified when the next one becomes true
-        self.has_space = True  # senders may go on
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may log
+        self._done = threading.Condition(self._lock)  # notified when an inbox is empty
+        self._ready: deque[Inbox] = deque()  # inboxes with calls that no worker has
+        self._busy = 0  # inboxes with calls that wait or run
+        self._running: dict[int, float] = {}  # workers that run a call, by thread, and since when
+        self._stuck: set[int] = set()  # those of them that have taken too long
+        self._coming = 0  # workers that were started or woken and have not looked yet
+        self._idle: list[threading.Lock] = []  # each wakes a worker that waits
+        self._journal = Inbox()
 
     # ---- any thread ----
 
-    def put(self, operation: Any, size: int = 0) -> None:
-        """Queue an operation that counts for so many bytes. Whoever does that calls run() or soon()."""
-        size += MESSAGE_COST
-        with self._tally:
-            self._queue.append((operation, size))
-            self._size += size
-            if self._size > QUEUE_SIZE:
-                self.has_space = False
+    def submit(self, inbox: Inbox, call: Callable[[], object]) -> None:
+        """Run a call after those that are in this inbox already. Never waits."""
+        with self._lock:
+            inbox.calls.append(call)
+            if not inbox.taken:
+                inbox.taken = True
+                self._busy += 1
+                self._make_ready(inbox)
+
+    def log(self, level: int, line: str, *arguments: Any, error: BaseException | None = None) -> None:
+        """Log a line outside the caller's thread: whoever reads the log may be slow, or broadcast it."""
+        if log.isEnabledFor(level):
+            self._write(functools.partial(log.log, level, line, *arguments, exc_info=error))
+
+    def trace(self, line: str, *arguments: Any) -> None:
+        """Log a line of the trace in the same way."""
+        self._write(functools.partial(trace_log.info, line, *arguments))
+
+    def _write(self, call: Callable[[], object]) -> None:
+        if len(self._journal.calls) < MAX_JOURNAL:
+            self.submit(self._journal, call)
+
+    def occupy(self, inbox: Inbox) -> None:
+        """Keep the calls of an inbox waiting, until this thread calls release()."""
+        with self._lock:
+            inbox.taken = True
+            self._busy += 1
+
+    def release(self, inbox: Inbox) -> None:
+        """Let the calls run that have come meanwhile."""
+        with self._lock:
+            if inbox.calls:
+                self._make_ready(inbox)
+                return
+            inbox.taken = False
+            self._busy -= 1
+            self._done.notify_all()
+
+    def wait(self, number: int, end: float) -> None:
+        """Wait until at most this number of inboxes is busy, or until `end` (time.monotonic())."""
+        with self._lock:
+            while self._busy > number and time.monotonic() < end:
+                self._done.wait(0.1)  # in slices: a signal may come
+
+    def _make_ready(self, inbox: Inbox) -> None:
+        self._ready.append(inbox)
+        if not self._active:
+            self._add_worker()
 
     @property
-    def is_crowded(self) -> bool:
-        """Whether so much is queued that who puts more should wait for the turn."""
-        return len(self._queue) > CROWD
+    def _active(self) -> int:
+        """Workers that make progress."""
+        return len(self._running) - len(self._stuck) + self._coming
 
-    def run(self, wait: bool = False) -> None:
-        """Carry out what is queued, where no other thread is at it.
+    def _add_worker(self) -> None:
+        self._coming += 1
+        if self._idle:
+            self._idle.pop().release()
+            return
+        try:
+            start_new_thread(self._run, ())
+        except RuntimeError:  # there can be no more threads now
+            self._coming -= 1
 
-        Or wait a moment for the turn, to be no burden meanwhile: at each call of the system the holder
-        gives up the interpreter, and gets it back only when all have had it who want it. That is for a
-        client that sends a flood of tiny frames, and for thousands who come and go.
-        """
-        while wait or (self._queue and not self.promised):
-            if not self._lock.acquire(wait, 10 * TURN_TIME if wait else -1):  # not for ever: a __del__ may call this
-                return
-            wait = False
-            try:
-                self._carry_out()
-            finally:
-                self._lock.release()
-        with contextlib.suppress(IndexError):  # another thread was faster
-            while self._errors:  # not in the turn: who reads the log may wait for it
-                log.error("an operation failed", exc_info=self._errors.popleft())
-
-    def soon(self) -> None:
-        """Let what was put wait for more to come; the successor sees to it in a moment if nobody else does."""
-        if not self._looks:
-            self._looks = MOMENTS
-            self._wake()
-
-    def wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is queued, or a client is behind; whether that has an end."""
-        if self.has_space or self.is_mine:
-            return True
-        with self._space:
-            return self._space.wait_for(lambda: self.has_space, timeout)
+    # ---- the loop ----
 
     @property
-    def is_mine(self) -> bool:
-        """Whether this thread is the holder or the successor, for whom others wait."""
-        return threading.get_ident() in (self._holder, self._successor)
+    def is_waiting(self) -> bool:
+        """Whether calls wait for a worker: then relieve() is to be called every STUCK_TIME."""
+        return bool(self._ready)
 
-    # ---- the holder ----
+    def relieve(self) -> None:
+        """Start workers in the place of those that are stuck."""
+        with self._lock:
+            late = time.monotonic() - STUCK_TIME
+            self._stuck.update([worker for worker, since in self._running.items() if since < late])
+            if not self._active:
+                for _ in range(min(len(self._ready), len(self._stuck) + 1)):
+                    self._add_worker()
 
-    def _carry_out(self, seconds: float = TURN_TIME) -> None:
-        """Carry out what is queued, for some time."""
-        self._holder = threading.get_ident()
-        until = time.monotonic() + seconds
-        try:
-            while self._queue:
-                self._carry_out_next()
-                if time.monotonic() > until:
-                    break
-        finally:  # also where Ctrl-C has struck the main thread in here
-            if self._queue and not self._retired:
-                self.promised = True
-                self._wake()
-                if self._retired:  # meanwhile
-                    self.promised = False
-            self._holder = 0
+    # ---- the workers ----
 
-    def _carry_out_next(self) -> None:
-        """Carry out the next operation; where that is a message, with those right behind it."""
-        operation, size = self._queue.popleft()
-        held = self.held
-        try:
-            if callable(operation):
-                operation()
+    def _run(self) -> None:
+        """Run calls until there have been none for a while."""
+        me = threading.get_ident()
+        with self._lock:
+            self._coming -= 1
+        while True:
+            inbox = self._next_inbox(me)
+            if not inbox:
                 return
-            run = [operation]
-            if self._holder != self._before:  # where several talk, who can put something does so first: they hear
-                give_way()  # each other a fourth faster, and the slowest hundredth seven times
-                self._before = self._holder
-            while self._queue and size < RUN_SIZE and not callable(self._queue[0][0]):
-                operation, more = self._queue.popleft()
-                run.append(operation)
-                size += more
-            held = self._deliver(run)
-        except Exception as error:  # the rest of the queue is not to blame
-            self._errors.append(error)
-        finally:
-            self._settle(size, held)
+            for _ in range(len(inbox.calls)):
+                self._running[me] = time.monotonic()
+                with contextlib.suppress(BaseException):  # of the log; a hook's own are dealt with in its call
+                    inbox.calls.popleft()()
+                self._stuck.discard(me)
+            self.release(inbox)
+            del inbox  # its client may be gone
 
-    def _settle(self, size: int, held: bool) -> None:
-        """Take so many bytes off the tally, and tell the senders what they may do."""
-        if held and not self.held:
-            self._wake()  # the successor looks after the one who is behind
-        with self._tally:
-            self._size -= size
-            self.held = held and not self._retired
-            if self.held:
-                self.has_space = False
-            elif self._size <= QUEUE_SIZE // 2 and not self.has_space:
-                self.has_space = True
-                self._space.notify_all()
-
-    # ---- the successor ----
-
-    def take_over(self, work: Callable[[], bool]) -> None:
-        """Wait for the turn, do a piece of work of its own in it, and carry out what is queued.
-
-        The work says whether senders should wait a moment longer.
-        """
-        self.promised, self._successor = True, threading.get_ident()
-        try:
+    def _next_inbox(self, me: int) -> Inbox | None:
+        """Wait for an inbox with calls; None where none comes in IDLE_TIME."""
+        wake = threading.Lock()
+        while True:
             with self._lock:
-                self.promised, self._holder = False, self._successor
-                try:
-                    self._settle(0, work())
-                finally:
-                    self._carry_out(10 * TURN_TIME)
-        finally:
-            self.run()
-
-    def look(self) -> bool:
-        """Carry out what has waited for a moment. Whether to come again after the next one."""
-        if self._looks:
-            self._looks -= 1
-            if self._queue:  # after the count: whoever puts now sees a 0, or is seen
-                self._looks = MOMENTS
-                self.run()
-        return self._looks > 0
-
-    def retire(self) -> None:
-        """There is no successor from now on, and senders wait no more."""
-        self._retired, self.promised = True, False
-        self._settle(0, False)
-        self.run()
+                self._running.pop(me, None)
+                self._stuck.discard(me)
+                if self._ready:
+                    self._running[me] = time.monotonic()
+                    return self._ready.popleft()
+                wake.acquire(blocking=False)
+                self._idle.append(wake)
+            wake.acquire(timeout=IDLE_TIME)
+            with self._lock:
+                if wake in self._idle:  # nobody has woken it
+                    self._idle.remove(wake)
+                    return None
+                self._coming -= 1
 
 
 # ======================================================================================
@@ -1431,46 +1131,245 @@ class Turn:
 # ======================================================================================
 
 READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
-LITTLE = 2 * 1024  # bytes asked for where little came: each thread waits with the memory for what it asks
+SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
+SEND_SIZE = 64 * 1024  # bytes given to a socket at once
+SENDS_AT_ONCE = 8  # to one slow client in a row
+QUICK_TIME = 0.25  # seconds for which a client counts as quick at most
+QUICK_RATE = 16 * 1024 * 1024  # bytes a second that a quick client takes
 SLOWEST_POST = 256 * 1024  # bytes a second
-MANY_FRAMES = 500  # in what was read at once: who sends as many waits for the turn, and is read in small pieces
-FLOOD_SIZE = 8 * 1024  # bytes of such a piece
-TOO_LATE = "the request took too long"
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+Send = Callable[[Union[bytes, bytearray, memoryview]], int]  # of a socket: how many bytes it took
+NOTHING: deque[Octets] = deque(maxlen=0)  # what waits for nearly all clients: a deque takes 0.7 KB
+IS_WINDOWS = os.name == "nt"
 
 
 class State(enum.Enum):
-    """Where a connection is (RFC 6455 4.1, 7.1.3, 7.1.4). It only ever goes forward, and in the turn.
+    """Where a connection is (RFC 6455 4.1, 7.1.3, 7.1.4). It only goes forward.
 
-    How a connection ends, from OPEN (an ordinary HTTP request goes the same way from
-    CONNECTING, with a response in the place of the Close frame):
+        from              when                                          to
+        CONNECTING        the response 101 and joining the room          OPEN
+        OPEN              close(): a Close is sent                       CLOSING
+        OPEN              the peer's Close: it is answered               ENDING
+        OPEN, CLOSING     a violation: a Close is sent, if none was      ENDING
+        OPEN, CLOSING     the end of the peer's side of TCP              ENDING
+        CLOSING           the peer's Close                               ENDING
+        ENDING            all is sent, and both sides of TCP have ended  CLOSED
+        OPEN              it falls behind, or is silent: reset           CLOSED
+        CLOSING, ENDING   nothing moves for the close timeout            CLOSED
+        any               an error of its socket                         CLOSED
 
-        who begins              CLOSING: the server sends    waits for        who ends TCP first
-        the peer, with Close    a Close with the same code                    the server
-        the server              a Close                      the peer's Close the server
-        a violation, an error   a Close that says which                       the server
-        the peer, without       nothing                                       the peer
-        a peer that is stuck    (CLOSED at once: its connection is reset)     the server
-
-    After that the connection's thread reads until the peer ends TCP, too, for at most a
-    close_timeout in which the peer takes nothing: a socket closed with bytes unread sends a
-    reset, which can destroy the Close on its way (7.1.1).  Last, in CLOSED, the socket is closed.
-
-    Three things stand beside it.  `_unheard` is true from the moment that anybody wants to close,
-    before the turn comes to it: no message reaches a hook any more.  `_early` is the Close of one
-    that was closed before it was OPEN, and is sent right after its 101.  `_lost` says, in
-    words for the log and on_close, why a connection was cut off; then nothing more is read.
+    In ENDING the server sends what waits, ends its side of TCP first, as 7.1.1 asks, and reads
+    until the peer has ended its own: a socket that is closed with bytes unread sends a reset,
+    which can destroy the Close on its way.
     """
 
     CONNECTING = 0
     OPEN = 1
     CLOSING = 2
-    CLOSED = 3
+    ENDING = 3
+    CLOSED = 4
+
+
+class Connection:
+    """The socket of a client, from the 101 to the end: its state, and what waits to be sent.
+
+    It belongs to the loop: no other thread touches it. What waits are plain bytes, which
+    all outboxes share; under TLS they are encrypted when the socket can take them.
+    """
+
+    __slots__ = (
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_flood", "is_shut", "is_waiting",
+        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
+        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
+        "submitted", "window",
+    )  # fmt: skip
+
+    def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
+        self.client = client
+        self.socket = client.request
+        self.state = State.OPEN
+        self.window = window  # of permessage-deflate, in bits; 0 without
+        plain = not client._tracers and not isinstance(self.socket, ssl.SSLSocket) and not IS_WINDOWS
+        self.send: Send = self.socket.send if plain else self._send_slices
+        self.interest = 0  # events that the selector waits for
+
+        # Coming in.
+        self.reader = reader
+        self.read_size = SMALL_READ_SIZE
+        self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
+        self.is_waiting = False  # in the loop's line of those whose events go on
+        self.is_flood = False  # its last bytes took long: it comes after the others
+        self.paused = False  # it is not read, until resumed
+        self.is_blocked = False  # reading must wait until TLS can write
+        self.peer_ended = False  # the peer has ended its side of TCP
+        self.pongs: list[bytes] = []  # for the Pings in what is being read
+        self.pace: Pace | None = None  # with --rate
+        self.submitted = 0  # bytes of messages given to its hooks without a pause
+        self.kept = 0  # bytes of an unfinished message, as the budget counts them
+        self.began = 0.0  # when it began, or went on after a pause
+        self.received = 0  # bytes since then
+
+        # Going out.
+        self.pieces = NOTHING
+        self.sent = 0  # bytes of the first piece that are sent
+        self.size = 0  # bytes that wait
+        self.pong = b""  # the newest, while others wait
+        self.is_shut = False  # the own side of TCP has ended
+
+        # Times of the loop's clock.
+        self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
+        self.acked = 0  # bytes that the peer has taken, as last seen
+        self.pong_deadline = math.inf
+        self.quick_until = 0.0
+        self.last_seen = 0  # bytes of all broadcasts when it began to close
+
+    # ---- coming in ----
+
+    def receive(self) -> bytes | None:
+        """The next bytes; none at the end of the peer's side; None where there are none yet. Raises OSError."""
+        try:
+            data = self.socket.recv(self.read_size)
+        except ssl.SSLWantWriteError:  # TLS has something to say itself, which must go first
+            self.is_blocked = True
+            return None
+        except WOULD_BLOCK:
+            return None
+        much = len(data) > SMALL_READ_SIZE // 2
+        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if self.client._tracers:
+            self.client._tracers[0].send(data)
+        return data
+
+    @property
+    def has_more(self) -> bool:
+        """Whether TLS has decrypted more than was read: then the socket may have nothing to wait for."""
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
+
+    # ---- going out ----
+
+    def _send_slices(self, data: Octets | memoryview) -> int:
+        """As socket.send(), for TLS, which takes a record at a time, for Windows, and for the trace."""
+        sent, view = 0, memoryview(data)
+        while sent < len(data) and sent < SENDS_AT_ONCE * SEND_SIZE // 4:
+            try:
+                sent += self.socket.send(view[sent : sent + SEND_SIZE])
+            except WOULD_BLOCK:
+                if not sent:
+                    raise BlockingIOError from None
+                break
+        if self.client._tracers:
+            self.client._tracers[1].send(bytes(view[:sent]))
+        return sent
+
+    def keep(self, data: Octets, sent: int, now: float) -> None:
+        """Let data wait, of which some bytes are sent already."""
+        if not self.pieces:
+            self.pieces, self.sent, self.size = deque(), sent, -sent
+            if now - self.joined > 4 * QUICK_TIME:  # it had taken all there was
+                self.quick_until = now + QUICK_TIME
+        self.pieces.append(data)
+        self.size += len(data)
+
+    def flush(self, now: float) -> None:
+        """Send what the socket takes now; of much only a part, since others wait. Raises OSError."""
+        with contextlib.suppress(*WOULD_BLOCK):
+            for _ in range(SENDS_AT_ONCE):
+                if not self.pieces:
+                    break
+                self._count(self.send(self._next_slice()), now)
+
+    def _next_slice(self) -> Octets | memoryview:
+        """The next bytes to send: of one long piece, or of many short ones joined."""
+        first = memoryview(self.pieces[0])[self.sent :]
+        if len(self.pieces) == 1 or len(first) >= SEND_SIZE:
+            return first
+        slices, size = [first], len(first)
+        for piece in itertools.islice(self.pieces, 1, None):
+            if size >= SEND_SIZE:
+                break
+            slices.append(memoryview(piece)[: SEND_SIZE])
+            size += len(piece)
+        return b"".join(slices)
+
+    def _count(self, sent: int, now: float) -> None:
+        self.size -= sent
+        self.sent += sent
+        while self.pieces and self.sent >= len(self.pieces[0]):
+            self.sent -= len(self.pieces.popleft())
+        if not self.pieces:
+            self.pieces = NOTHING
+        self.moved = now
+        self.quick_until = min(max(self.quick_until, now) + sent / QUICK_RATE, now + QUICK_TIME)
+
+    def is_quick(self, now: float) -> bool:
+        """Whether it takes what it gets without delay; one large send does not make it quick."""
+        return self.quick_until > now + QUICK_TIME / 4
+
+    def take_pong(self) -> bytes:
+        """The Pong that waited, once."""
+        pong, self.pong = self.pong, b""
+        return pong
+
+    def end_sending(self) -> None:
+        """End the own side of TLS (RFC 8446 6.1) and of TCP. Raises BlockingIOError: to be called again."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            try:
+                self.socket.unwrap()
+            except ssl.SSLWantWriteError:
+                raise BlockingIOError from None
+            except (OSError, ValueError):  # the peer's close_notify has not come; nobody waits for it
+                pass
+        with contextlib.suppress(OSError):  # the peer was faster
+            self.socket.shutdown(socket.SHUT_WR)
+        self.is_shut = True
+
+    # ---- at times ----
+
+    def note_progress(self, now: float) -> bool:
+        """Look what the peer has taken since the last look. Returns whether something is on its way to it."""
+        on_the_way, acked = bytes_in_kernel(self.socket)
+        waits = self.size > 0 or on_the_way > 0
+        if acked != self.acked or (self.state is State.OPEN and not waits):
+            self.acked, self.moved = acked, now
+        if self.paused and not waits:  # it is not read: that its system answers will do
+            self.heard = now
+        return waits
+
+
+def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
+    """What the system has yet to bring to the peer (0 for nothing), and the bytes that the peer has acknowledged.
+
+    (0, 0) where the system does not tell; Linux does (struct tcp_info).
+    """
+    if sys.platform != "linux" or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return 0, 0
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)
+    except OSError:
+        return 0, 0
+    if len(info) < 148:
+        return 0, 0
+    unacked, acked, unsent = struct.unpack_from("24xI92xQ16xI", info)
+    return unacked + unsent, acked
+
+
+def reset(connection: socket.socket) -> None:
+    """End a connection without sending what is left."""
+    with contextlib.suppress(OSError):
+        linger = struct.pack("hh" if IS_WINDOWS else "ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    with contextlib.suppress(OSError):  # its peer was faster
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+TOO_LATE = "the request took too long"
+MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
 class WebSocketHandler(socketserver.BaseRequestHandler):
-    """One connection, and the thread that reads it. After its opening handshake it is a client.
+    """One connection. After its opening handshake it is a client.
 
-    For hooks and for every other thread:
+    For hooks and every other thread:
 
     - send(message), close(code, reason)
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
@@ -1478,13 +1377,16 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     - address: the peer's address and port, for people
     - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
+
+    socketserver runs setup() and handle() in a thread of the connection. They read the request
+    and answer it. With a WebSocket they end when it has joined: then the loop has its socket.
     """
 
     server: BroadcastServer
     request: socket.socket
 
     def setup(self) -> None:
-        """Called by socketserver in the new thread, like handle() and finish()."""
+        """Called by socketserver in the new thread, before handle()."""
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -1492,25 +1394,18 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.headers: dict[str, str] = {}
         self.data: Any = None
 
-        # Written by this thread; _unheard by any.
-        self._window = 0  # of permessage-deflate, in bits; 0 without
-        self._takeover = False  # its compressed messages may refer to earlier ones
-        self._reader = MessageReader(0)
-        self._unheard = False  # the server has begun to close, or is about to: nothing more reaches on_message
+        # Of its own thread.
+        self._time_left = server.handshake_timeout  # seconds
         self._rest = b""  # what has come behind the head of the request
-        self._pongs: list[bytes] = []  # for the Pings in what is being read
-        self._pace = Pace()
-        self._quiet_since = math.inf  # when it began to wait for bytes; inf while it does not
-        self._deadline = server._room.now + server.handshake_timeout  # of CONNECTING; of a Pong; of CLOSING
+        self._kept = 0  # bytes of the body, as the budget counts them
+        self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # of what comes and what goes, with --trace
 
-        # Owned by the turn.
-        self._state = State.CONNECTING
-        self._transport = server._transport(self.request, self.address)  # the socket, or what stands before it
-        self._outbox = Outbox(self._transport, server.max_backlog)
-        self._early = b""  # a Close that was asked for before it joined
-        self._last_seen = 0  # bytes of all broadcasts when it began to close: nothing newer waits for it
-        self._lost = ""  # why it was given up
-        server._connections.handlers[self.request] = server._local.client = self
+        # Of any thread.
+        self._is_closing = False  # close() was called: nothing more reaches a hook
+        self._early = b""  # a Close from before it joined; the room's lock guards this and the next one
+        self._connection: Connection | None = None  # from joining on
+        self._inbox: Inbox | None = None  # of its hooks; made by the first thread that needs it
+        server._local.client = self
 
     # ---- for hooks and other threads ----
 
@@ -1530,143 +1425,170 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """
         if code not in CODES_ON_THE_WIRE:
             raise ValueError(f"{code} is not a close code that may be sent")
-        frame = serialize_close(code, reason)
-        self._unheard = True
-        self.server._perform(self.server._room.close, self, frame)
+        self._is_closing = True
+        self.server._room.close(self, serialize_close(code, reason))
 
-    # ---- in its own thread: from its first byte to its last ----
+    # ---- in its own thread: from its first byte to the answer ----
 
     def handle(self) -> None:
-        """Serve the connection."""
-        head = False  # whether the response has no body
+        """Read the request and answer it."""
+        server, head = self.server, False  # whether the response has no body
+        if server.trace:
+            names = f"{self.address} in ", f"{self.address} out"
+            self._tracers = tuple(follow(name, server._hooks.trace) for name in names)
+            for tracer in self._tracers:
+                next(tracer)  # up to where it waits for bytes
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request, self._rest = parse_request(iter(self._read_in_time, None))
+            if isinstance(self.request, ssl.SSLSocket):
+                self._within_time(self.request.do_handshake)
+            request, self._rest = parse_request(iter(self._receive, None))
             self.method, self.headers, head = request.method, request.headers, request.method == "HEAD"
             self.target = MARK.sub("", request.target)  # which is between the page and join()
             if request.upgrades:
-                self._serve_websocket(request)
+                self._open(request)
             else:
-                self._end(answer(self, request))
+                self._respond(answer(self, request))
         except HandshakeError as error:
             self._refuse(error, head)
-        except OSError as error:
-            log.info("%s gone before its handshake: %s", self.address, printable(str(error)))
-            if not self._lost:
-                self._end(b"")
+        except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
+            server._hooks.log(logging.INFO, "%s gone before its handshake: %s", self.address, printable(str(error)))
         finally:
-            self.server._budget.keep(self, 0)
-        while not self._lost and self._read(READ_SIZE):
-            pass  # until the peer ends TCP, too
-        waits = self._outbox.size > 0 or self._state is not State.CLOSING
-        if waits and not self._lost and self.server._housekeeper.is_alive():
-            wait_for_end(self.request)  # it has only ended its own side, and reads on
+            server._budget.give_back(self._kept)
 
-    def _read_in_time(self, size: int = LITTLE) -> bytes:
+    def _within_time(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a call that may wait for the peer. Raises HandshakeError when no time is left, OSError.
+
+        It waits a second at a time: the time that the process stands (SIGSTOP) does not count.
+        """
+        while True:
+            since = time.monotonic()
+            try:
+                self.request.settimeout(max(0.001, min(1.0, self._time_left)))
+                return call(*arguments)
+            except (socket.timeout, *WOULD_BLOCK):
+                pass
+            finally:
+                self._time_left -= min(1.0, time.monotonic() - since)
+            if self.request not in self.server._room.pending:  # there were too many, or the server stops
+                raise ConnectionAbortedError("given up")
+            if self._time_left <= 0:
+                raise HandshakeError(408, TOO_LATE)
+
+    def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
-        data: bytes = self._read(size)
-        if not data and self._lost == TOO_LATE:
-            raise HandshakeError(408, TOO_LATE)
+        data: bytes = self._within_time(self.request.recv, size)
         if not data:
-            raise ConnectionError(self._lost or "the connection ended")
+            raise ConnectionError("the connection ended")
+        if self._tracers:
+            self._tracers[0].send(data)
         return data
 
-    def _read(self, size: int = LITTLE) -> Any:
-        """Wait for the next bytes; none at the end of the connection, whatever ended it."""
-        self._quiet_since = self.server._room.now
-        try:
-            return self._transport.recv(size)
-        except OSError as error:  # of which ssl.SSLError is one
-            self._lost = self._lost or str(error)
-            return b""
-        finally:
-            self._quiet_since = math.inf
-
     def _read_body(self, length: int) -> bytes:
-        """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
-        server = self.server
-        demand(not server._link or not server._link.away, 503, "Redis is away", ("Retry-After", "1"))
-        since = max(self._deadline, server._room.now + server.handshake_timeout)  # a hook may have taken its time
-        self._deadline = since + length / SLOWEST_POST
-        pieces, self._rest = bytearray(self._rest), b""
-        while len(pieces) < length:
-            pieces += self._read_in_time(READ_SIZE)
-            server._budget.keep(self, len(pieces))
-        paced = not server.rate or server._post_pace.wait(server.rate, server.handshake_timeout)
-        demand(paced, 429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
-        space = server._wait_for_space(server.handshake_timeout)
-        demand(space, 503, "too much waits to be sent", ("Retry-After", "1"))
-        return bytes(memoryview(pieces)[:length])
+        """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
+        server, later = self.server, ("Retry-After", "1")
+        demand(not server._link or not server._link.away, 503, "Redis is away", later)
+        self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
+        body, self._rest = bytearray(self._rest), b""
+        while len(body) < length:
+            body += self._receive(READ_SIZE)
+            demand(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            self._kept = len(body)
+        paced = not server.rate or server._wait_for_post(server.handshake_timeout)
+        demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
+        demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
+        return bytes(memoryview(body)[:length])
 
-    def _end(self, last: bytes) -> None:
-        """Say the last word, and end the own side when it is sent."""
-        self.server._perform(self.server._room.close, self, last, True)
+    def _send(self, data: bytes) -> None:
+        """Send all of it, a close timeout for each step. Raises OSError."""
+        self.request.settimeout(self.server.close_timeout or None)
+        view = memoryview(data)
+        while view:
+            sent = self.request.send(view[:SEND_SIZE])
+            if self._tracers:
+                self._tracers[1].send(bytes(view[:sent]))
+            view = view[sent:]
+
+    def _respond(self, response: bytes) -> None:
+        """Send a response, end the own side, and read until the peer has ended its own. Raises OSError."""
+        self._send(response)
+        if isinstance(self.request, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self.request.settimeout(0)  # the peer's close_notify need not come
+                self.request.unwrap()
+        self.request.shutdown(socket.SHUT_WR)
+        self._time_left = self.server.close_timeout
+        with contextlib.suppress(HandshakeError, OSError):
+            while self._within_time(self.request.recv, READ_SIZE):
+                pass
 
     def _refuse(self, error: HandshakeError, head: bool) -> None:
         """Answer a request that cannot be served."""
-        log.warning("%s refused: %d, %s", self.address, error.status, printable(str(error)))
-        self.server._refused += 1
+        server = self.server
+        server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
+        server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
-        self._end(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
+        with contextlib.suppress(OSError):
+            self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
         """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
-        demand(not self._unheard, 403, "not admitted")
+        demand(not self._is_closing, 403, "not admitted")
         try:
             result = hook(self, *arguments)
         except HandshakeError:
             raise
-        except BaseException:
-            log.exception("%s: an error in a hook", self.address)
+        except BaseException as error:
+            self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
             raise HandshakeError(500, "internal error") from None
-        demand(not self._unheard, 403, "not admitted")
+        demand(not self._is_closing, 403, "not admitted")
         return result
 
-    # ---- in its own thread: as a client ----
-
-    def _serve_websocket(self, request: Request) -> None:
-        """Shake hands, join, converse, leave. Raises HandshakeError."""
-        server, response = self.server, self._check(request)
+    def _open(self, request: Request) -> None:
+        """Shake hands and join the room; then the loop has the socket. Raises HandshakeError, OSError."""
+        server = self.server
+        response, window, takeover = self._check(request)
         mark = MARK.search(request.target)
-        server._take_seat(self)
+        reader = MessageReader(server.max_message, bool(window), takeover)
+        self.request.setblocking(False)
+        if server._overrides("on_open"):
+            self._inbox = Inbox()
+            server._hooks.occupy(self._inbox)
         try:
-            server._room.compress_history(self._window)
-            server._perform(server._room.join, self, response, mark[1] if mark else "")
-            log.debug("%s joined: %s", self.address, plural(len(server._clients), "client"))
-            code, reason, last = self._be_client()
-        finally:
-            server._free_seat(self)
-        reason = self._lost or reason
-        self._answer_pings()
-        if last:  # who is just gone is left out by the first send that fails
-            server._perform(server._room.part, self)
-        # Of 5000 that leave at once, each gives up the interpreter at each call of the system, and would be behind
-        # 4999 others before it goes on: so would be a message. One at a time, an echo takes half as long.
-        with server._exit:
-            ends = not self._lost or bool(last or server.tls_context)  # in TLS, an alert may have to be sent
-            server._perform(server._room.close, self, last, ends)
-        log.info("%s left: %s", self.address, f"{code} {printable(reason)}".rstrip())
-        try:
-            server.on_close(self, code, reason)
+            connection = Connection(self, reader, window, server._loop.now)
+            if self._rest:  # what came behind the head
+                connection.events = reader.feed(self._rest)
+                self._rest = b""
+            connection.paused = self._inbox is not None
+            server._room.join(connection, response, mark[1] if mark else "")
         except BaseException:
-            log.exception("%s: an error in on_close", self.address)
-        server._turn.run()
+            if self._inbox:
+                server._hooks.release(self._inbox)
+            raise
+        server._hooks.log(logging.DEBUG, "%s joined: %s", self.address, plural(len(server.clients), "client"))
+        if self._inbox:
+            server._run_hook(self, server.on_open)
+            server._room.put(functools.partial(server._loop.resume, connection))
+            server._hooks.release(self._inbox)
 
-    def _check(self, request: Request) -> bytes:
-        """The response to an opening handshake (4.2). Raises HandshakeError."""
+    def _check(self, request: Request) -> tuple[bytes, int, bool]:
+        """The response to an opening handshake (4.2), and what it says of compression: window, context takeover.
+
+        Raises HandshakeError.
+        """
         accept = check_upgrade(request)
         check_host(request)
         check_origin(request, self.server.origins)
         fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+        window, extension = 0, ""
         if self.server.compression:
-            self._window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
-            self._takeover = "client_no_context_takeover" not in extension
-            if extension:
-                fields.append(("Sec-WebSocket-Extensions", extension))
+            window, extension = negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
+        if extension:
+            fields.append(("Sec-WebSocket-Extensions", extension))
         self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
         self._call(self.server.admit)
         fields += self._answer_subprotocol(request)
-        return serialize_response(101, fields)
+        return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
 
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
         """The header field that names the chosen subprotocol. Raises HandshakeError."""
@@ -1676,548 +1598,1040 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
         demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
         if offered:
-            log.warning("%s offers the subprotocol %s, none is chosen: browsers close now", self.address, offered)
+            line = "%s offers the subprotocol %s, none is chosen: browsers close now"
+            self.server._hooks.log(logging.WARNING, line, self.address, offered)
         return []
 
-    def _be_client(self) -> tuple[int, str, bytes]:
-        """Code and reason for on_close, and the Close to send: the whole policy of who is told what."""
-        try:
-            self.server.on_open(self)
-            self.server._turn.run()
-            payload = self._converse()
-            if payload is None:
-                return CloseCode.ABNORMAL_CLOSURE, "", b""
-            code, reason = parse_close(payload)
-            return code, reason, serialize_close(code)  # 5.5.1: the same code
-        except ProtocolError as error:
-            code, reason = error.code, str(error)
-        except MemoryError:
-            code, reason = CloseCode.MESSAGE_TOO_BIG, "out of memory"
-        except BaseException:
-            log.exception("%s: an error in a hook", self.address)
-            code, reason = CloseCode.INTERNAL_ERROR, "internal error"
-        return code, reason, serialize_close(code, reason)
-
-    def _converse(self) -> bytes | None:
-        """Read and hand on messages until the peer's Close: its payload, or None where the connection just ends."""
-        keep = functools.partial(self.server._budget.keep, self)
-        self._reader = reader = MessageReader(self.server.max_message, bool(self._window), keep, self._takeover)
-        for opcode, payload in reader.read(self._pieces(reader)):
-            if opcode == CLOSE:
-                return bytes(payload)
-            if opcode == PING:
-                self._pongs.append(serialize_frame(PONG, payload))
-            elif opcode != PONG and not self._unheard:  # nothing counts after the server's Close (5.5.1)
-                self._hand_on(payload)
-            del payload  # a client that is silent now must not hold its memory
-        return None
-
-    def _pieces(self, reader: MessageReader) -> Iterator[bytes]:
-        """The bytes that this client sends, as they come. What has come is handled before more is waited for."""
-        data, self._rest = self._rest or self._read(), b""
-        while data:
-            reader.frames = 0
-            yield data
-            much = len(data) >= LITTLE
-            del data
-            self._answer_pings()
-            flood = reader.frames > MANY_FRAMES
-            self.server._turn.run(wait=flood)
-            data = self._read(FLOOD_SIZE if flood else READ_SIZE if much else LITTLE)
-
-    def _hand_on(self, message: Message) -> None:
-        self._answer_pings()
-        if self.server.read_only:
-            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
-        if self.server.rate:
-            self.server._turn.run()  # what it has sent so far need not wait
-            self._pace.wait(self.server.rate)
-        if not self._unheard:  # it may have been closed meanwhile
-            self.server.on_message(self, message)
-
-    def _answer_pings(self) -> None:
-        """Queue the Pongs for consecutive Pings as one (5.5.2): a flood of them costs little."""
-        if self._pongs:
-            pongs, self._pongs = self._pongs, []
-            size = sum([len(frame) + MESSAGE_COST for frame in pongs])
-            self.server._turn.put(functools.partial(self.server._room.pong, self, pongs), size)
-            self.server._turn.soon()  # a hook may follow, and take its time
-
 
 # ======================================================================================
-# Room: the clients that get broadcasts
+# Room: the clients, and what all threads may do with them
 # ======================================================================================
 
-
-TO = operator.attrgetter("to")
+QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
+RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
+MESSAGE_COST = 250  # bytes that the objects of a queued message take
+RECIPIENT_COST = 8  # bytes for each client that it is for
+Sends = dict[WebSocketHandler, Send]  # what sends to each client
 
 
 class Room:
-    """The clients that get broadcasts, and every operation on a connection.
+    """The shared set of clients, the last messages, and the queue of operations for the loop. Any thread.
 
-    All of it runs in the turn: so there are no locks here, nothing waits, and no hook is
-    called. Sockets are sent on, shut down and closed here alone.
+    One lock guards all of it. It is held for short pieces of code that never wait.
     """
 
-    def __init__(self, server: BroadcastServer) -> None:
-        self._history_length, self._history_limit = server.history, server.max_backlog // 2  # messages, bytes
-        self._close_timeout = server.close_timeout
-        self.now = 0.0  # seconds on the housekeeper's clock, which stands while the process does
-        self.selector = selectors.DefaultSelector()  # of the slow clients; the housekeeper waits in it
-        self._alarm, self._ring = socket.socketpair()  # wakes it
+    def __init__(self, max_clients: int, history: int, history_size: int) -> None:
+        self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
+        self._max_clients = max_clients
+        self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
+        self.connections: set[Connection] = set()  # those of the loop
+        self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
+        self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
+        self._is_closing = False  # a client that joins now gets 1001
+        self._has_ended = False  # there is no loop any more
+        self.adopt: Callable[[Connection], None]  # the loop's operations on a connection that has joined
+        self.close_connection: Callable[[Connection, bytes], None]
+
+        self._history: deque[Outgoing] = deque()
+        self._history_length = history  # messages
+        self._history_limit = history_size  # bytes of payload
+        self._history_size = 0
+        self.messages = self.bytes = 0  # broadcast so far; bytes of payload
+        self._preparing = threading.Lock()  # one joiner at a time compresses the history
+
+        self._space = threading.Condition(self.lock)  # notified when senders may go on
+        self._queue: list[Any] = []  # operations: messages, and what is to be called
+        self._queued = 0  # bytes of these
+        self.held = False  # senders wait for a client that is behind
+        self._is_asleep = False  # the loop waits: a byte wakes it
+        self._alarm, self._ring = socket.socketpair()
         self._alarm.setblocking(False)
         self._ring.setblocking(False)
-        self.selector.register(self._alarm, selectors.EVENT_READ)
-        self.slow: set[WebSocketHandler] = set()  # connections that have something in their outbox
-        self.messages = self.bytes = self.dropped = 0  # for the status; payload bytes of broadcasts
-        self.closing = False  # whoever joins now gets 1001
+        self.loop_thread = 0
 
-        # By window, the clients, each with what sends to it: its own send, or nothing while it is slow.
-        self._lines: dict[int, dict[WebSocketHandler, Callable[[bytes, int], int]]] = {}
-        self._history: deque[Outgoing] = deque()
-        self._history_size = 0  # bytes of payload
+    # ---- the set of clients ----
 
-    # ---- for any thread: these change nothing ----
+    @property
+    def clients(self) -> set[WebSocketHandler]:
+        """A copy of the set of clients."""
+        with self.lock:
+            return set().union(*self._sends.values())
 
-    def wake(self) -> None:
-        """Wake the housekeeper."""
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
+    def __len__(self) -> int:
+        return sum(map(len, self._sends.values()))
 
-    def wait_for_slow(self, seconds: float) -> list[WebSocketHandler]:
-        """For the housekeeper: wait until slow clients can be sent more, or something else is to be done."""
-        ready = [key.data for key, _ in self.selector.select(seconds)]
-        if None in ready:
-            self._alarm.recv(4096)
-        return [client for client in ready if client]
+    def join(self, connection: Connection, response: bytes, mark: str) -> None:
+        """CONNECTING to OPEN: the response and joining are one step, so a client misses nothing after its 101.
 
-    def compress(self, message: Outgoing) -> None:
-        """Compress a message for all who are here, so that it need not be done in the turn."""
-        for window in list(self._lines):
-            message.frame(window)
+        It gets the history first, and behind it the mark, with which the page finds its end.
+        Raises HandshakeError.
+        """
+        window, client = connection.window, connection.client
+        frames, number = self._prepare_history(window)
+        with self.lock:
+            demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            demand(not self._has_ended and client.request in self.pending, 503, "the server is stopping")
+            newer = min(self.messages - number, len(self._history))
+            frames += [message.ready_frame(window) for message in list(self._history)[len(self._history) - newer :]]
+            if mark:
+                frames.append(serialize_frame(TEXT, mark.encode()))
+            for piece in (response, *frames):
+                connection.keep(piece, 0, connection.joined)
+            self._sends.setdefault(window, {})[client] = send_nothing
+            client._connection = connection
+            del self.pending[client.request]
+            self.connections.add(connection)
+            self.put(functools.partial(self.adopt, connection))
+            early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
+            if early:
+                self.put(functools.partial(self.close_connection, connection, early))
 
-    def compress_history(self, window: int) -> None:
-        """The same for somebody who is about to join."""
-        for message in self._history.copy():
-            message.frame(window)
+    def _prepare_history(self, window: int) -> tuple[list[bytes], int]:
+        """The frames of the history, and the number of messages so far; without the lock, where there are many."""
+        if not self._history_length:
+            return [], 0
+        with self.lock:
+            messages, number = list(self._history), self.messages
+        with self._preparing:
+            return [message.ready_frame(window) for message in messages], number
+
+    def set_send(self, connection: Connection, send: Send) -> None:
+        """Change what sends to a client, if it is still in the set."""
+        with self.lock:
+            sends = self._sends.get(connection.window, {})
+            if connection.client in sends:
+                sends[connection.client] = send
+
+    def leave(self, connection: Connection) -> bool:
+        """Take a client out of the set. Returns whether it was there."""
+        with self.lock:
+            sends = self._sends.get(connection.window, {})
+            found = sends.pop(connection.client, None) is not None
+            if not sends:
+                self._sends.pop(connection.window, None)
+            return found
+
+    def close(self, client: WebSocketHandler, frame: bytes) -> None:
+        """Queue a Close for a client; where it has not joined, it gets the Close when it does."""
+        with self.lock:
+            if not client._connection:
+                client._early = client._early or frame
+                return
+            self.put(functools.partial(self.close_connection, client._connection, frame))
+
+    def close_all(self) -> None:
+        """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
+        with self.lock:
+            self._is_closing = True
+            for client in self.clients:
+                self.close(client, serialize_close(CloseCode.GOING_AWAY))
+            for request in self.pending:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RD)
 
     # ---- messages ----
 
-    def deliver(self, run: list[Outgoing]) -> bool:
-        """Send messages to those whom they are for; whether senders should wait for somebody a moment."""
-        for to, group in itertools.groupby(run, TO) if len(run) > 1 else [(run[0].to, run)]:
-            messages = list(group)
-            for window, line in self._lines_to(to).items():
-                self._fan_out(b"".join([message.frame(window) for message in messages]), line)
+    def recipients(self, messages: list[Outgoing], to: Sequence[WebSocketHandler] | None) -> list[tuple[int, Sends]]:
+        """Remember messages, and copy the set of clients that get them: by window, what sends to each."""
+        with self.lock:
             if to is None:
                 self.messages += len(messages)
                 self.bytes += sum([message.size for message in messages])
-                self._remember(messages)
-        return self.should_wait()
-
-    def _lines_to(self, to: tuple[WebSocketHandler, ...] | None) -> Any:
-        """A copy of the lines of all clients, or of some."""
-        if to is None:
-            return self._lines.copy()
-        lines: dict[int, Any] = {}
-        for client in to:
-            send = self._lines.get(client._window, {}).get(client)
-            if send:
-                lines.setdefault(client._window, {})[client] = send
-        return lines
-
-    def _fan_out(self, data: bytes, line: dict[WebSocketHandler, Callable[[bytes, int], int]]) -> None:
-        """Send the same bytes to many: one send for each. This loop is where the time goes."""
-        size, rest, broken = len(data), [], []
-        for client, send in line.items():
-            try:
-                sent = send(data, DONT_WAIT)
-            except BlockingIOError:
-                sent = 0
-            except (OSError, MemoryError) as error:
-                broken.append((client, error))
-                continue
-            if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self._try(client, client._outbox.keep, [data], self.now, sent)
-        for client, why in broken:
-            self._fail(client, why)
+                if self._history_length:
+                    self._remember(messages)
+                return [(window, sends.copy()) for window, sends in self._sends.items()]
+            some: dict[int, Sends] = {}
+            for client in to:
+                window = client._connection.window if client._connection else 0
+                send = self._sends.get(window, {}).get(client)
+                if send:
+                    some.setdefault(window, {})[client] = send
+            return list(some.items())
 
     def _remember(self, messages: list[Outgoing]) -> None:
-        """Keep the last messages for those who join, but no more than they can be given."""
-        if self._history_length:
-            self._history.extend(messages)
-            self._history_size += sum([message.size for message in messages])
-            while len(self._history) > self._history_length or self._history_size > self._history_limit:
-                self._history_size -= self._history.popleft().size
+        """Keep the last messages for those who join, but no more bytes than they can be given."""
+        self._history.extend(messages)
+        self._history_size += sum([message.size for message in messages])
+        while len(self._history) > self._history_length or self._history_size > self._history_limit:
+            self._history_size -= self._history.popleft().size
 
-    def should_wait(self) -> bool:
-        """Whether somebody quick is behind."""
-        return bool(self.slow) and any(client._outbox.is_quick_but_behind() for client in self.slow)
+    @property
+    def compresses(self) -> bool:
+        """Whether some client has compression."""
+        return any(self._sends.copy())
 
-    # ---- one connection: what can be done with its outbox ----
+    def compress(self, message: Outgoing) -> None:
+        """Compress a message for all who are here, outside the loop."""
+        if message.size >= DEFLATE_THRESHOLD:
+            for window in list(self._sends):
+                message.frame(window)
 
-    def write(self, client: WebSocketHandler, pieces: Iterable[bytes]) -> None:
-        """Send bytes to one connection."""
-        self._try(client, client._outbox.write, pieces, self.now)
+    # ---- the queue ----
 
-    def pong(self, client: WebSocketHandler, frames: Sequence[bytes]) -> None:
-        """Answer Pings."""
-        if client._state is State.OPEN:
-            self._try(client, client._outbox.write_pongs, frames, self.now)
+    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
+        """Queue an operation for the loop. Never waits."""
+        with self.lock:
+            self._queue.append(operation)
+            self._queued += size
+            wake, self._is_asleep = self._is_asleep, False
+        if wake:
+            self.wake()
 
-    def flush(self, client: WebSocketHandler) -> None:
-        """Send what waits, since the socket takes more."""
-        if client in self.slow:
-            self._try(client, client._outbox.flush, self.now)
+    def put_own(self, operation: Any) -> None:
+        """Queue an operation of the loop itself: it is carried out in this round."""
+        self._queue.append(operation)
 
-    def _try(self, client: WebSocketHandler, act: Callable[..., None], *arguments: Any) -> None:
-        """The one place where trouble with an outbox becomes a drop, and what is left in it a watch."""
-        try:
-            act(*arguments)
-            self._watch(client, client._outbox.size > 0)
-        except (OSError, MemoryError) as error:
-            self._fail(client, error)
+    def put_message(self, message: Outgoing) -> None:
+        """Queue a message, and wait while too much is queued."""
+        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
+        self.put(message, message.size + MESSAGE_COST + recipients)
+        if self._must_wait():
+            self.wait_for_space()
 
-    def _fail(self, client: WebSocketHandler, error: Exception) -> None:
-        if isinstance(error, (BrokenPipeError, ConnectionResetError)):  # its own thread gets to know by itself
-            client._lost = client._lost or str(error)
-            self.forget(client)
-        else:
-            self.drop(client, str(error) or "out of memory")
+    def wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
+        if threading.get_ident() == self.loop_thread:
+            return True
+        with self.lock:
+            return self._space.wait_for(lambda: not self._must_wait(), timeout)
 
-    def _watch(self, client: WebSocketHandler, slow: bool) -> None:
-        """Let the housekeeper look after a connection that has something in its outbox, or no longer."""
-        if slow == (client in self.slow):
-            return
-        line = self._lines.get(client._window, {})
-        if client in line:
-            line[client] = send_nothing if slow else client._transport.send
-        if slow:
-            self.selector.register(client.request, selectors.EVENT_WRITE, client)
-            self.slow.add(client)
-            if not DONT_WAIT:
-                self.wake()  # epoll and kqueue take a change while they wait, Windows does not
-        else:
-            self.slow.remove(client)
-            self.selector.unregister(client.request)
+    def _must_wait(self) -> bool:
+        return (self._queued > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self._has_ended
 
-    # ---- one connection: its states, in their order ----
+    def wake(self) -> None:
+        """Wake the loop."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            self._ring.send(b"!")
 
-    def join(self, client: WebSocketHandler, response: bytes, mark: str) -> None:
-        """CONNECTING to OPEN. The response and the joining are one: so a client misses nothing after its 101.
+    # ---- the loop ----
 
-        A page that wants to know where the history ends gives a mark, and gets it there.
-        """
-        if client._state is not State.CONNECTING:
-            return
-        client._state, client._deadline = State.OPEN, math.inf
-        self._lines.setdefault(client._window, {})[client] = client._transport.send
-        end = [serialize_frame(TEXT, mark.encode())] if mark else []
-        self.write(client, [response, *[message.frame(client._window) for message in self._history], *end])
-        if self.closing:
-            self.close(client, serialize_close(CloseCode.GOING_AWAY))
-        if client._early:
-            self.close(client, client._early)
+    def start(self, selector: selectors.BaseSelector) -> None:
+        """From now on operations are carried out."""
+        selector.register(self._alarm, selectors.EVENT_READ)
+        self.loop_thread = threading.get_ident()
 
-    def part(self, client: WebSocketHandler) -> None:
-        """Send it no more messages."""
-        line = self._lines.get(client._window, {})
-        if line.pop(client, None) and not line:
-            del self._lines[client._window]
+    def fall_asleep(self) -> bool:
+        """Whether nothing is queued; then what is queued next wakes the loop."""
+        with self.lock:
+            self._is_asleep = not self._queue
+            return self._is_asleep
 
-    def close(self, client: WebSocketHandler, last: bytes, ends: bool = False) -> None:
-        """To CLOSING: send the last bytes, a Close or a response; where nothing is awaited, end the own side."""
-        if client._state is State.CONNECTING and not ends:
-            client._early = last
-        elif client._state in (State.CONNECTING, State.OPEN):
-            self.part(client)
-            client._unheard, client._state = True, State.CLOSING
-            client._deadline, client._last_seen = self.now + self._close_timeout, self.bytes
-            if last:
-                self.write(client, [last])
-        if ends and client._state is State.CLOSING:
-            self._try(client, client._outbox.end, self.now)
+    def hear_alarm(self) -> None:
+        """Take the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            self._alarm.recv(4096)
 
-    def drop(self, client: WebSocketHandler, why: str) -> None:
-        """To CLOSED: give a connection up. Its thread wakes up.
+    def take(self) -> list[Any]:
+        """All that is queued."""
+        if not self._queue:
+            return []
+        with self.lock:
+            operations, self._queue = self._queue, []
+            was_full, self._queued = self._queued > QUEUE_SIZE, 0
+            if was_full:
+                self._space.notify_all()
+        return operations
 
-        It is reset, unless the system has all of its last word: a slow peer may still read that.
-        """
-        if client._state is State.OPEN:
-            self.dropped += 1
-        end = shut if client._state is State.CLOSING and not client._outbox.size else reset
-        client._lost = client._lost or why
-        self.forget(client)
-        end(client.request)
+    def hold(self, held: bool) -> None:
+        """Let senders wait, or go on."""
+        if held != self.held:
+            with self.lock:
+                self.held = held
+                if not held:
+                    self._space.notify_all()
 
-    def forget(self, client: WebSocketHandler) -> None:
-        """To CLOSED: nothing is sent to it any more."""
-        self.part(client)
-        self._watch(client, slow=False)
-        client._outbox.clear()
-        client._unheard, client._state = True, State.CLOSED
+    def end(self) -> None:
+        """Nothing is carried out any more."""
+        with self.lock:
+            self._has_ended = True
+            self._queue.clear()
+            self._space.notify_all()
+            self._fewer.notify_all()
+        self._alarm.close()
+        self._ring.close()
 
-    def stop(self) -> None:
-        """Nobody waits for slow clients any more: those that are left are stuck in a hook."""
-        self.slow.clear()
-        for thing in (self.selector, self._alarm, self._ring):
-            thing.close()
+    # ---- how many there are ----
+
+    @property
+    def size(self) -> int:
+        """The number of connections, clients or not."""
+        return len(self.pending) + len(self.connections)
+
+    def add_pending(self, request: socket.socket, now: float) -> None:
+        """A connection was accepted."""
+        with self.lock:
+            self.pending[request] = now
+
+    def remove(self, request: socket.socket | None, connection: Connection | None = None) -> bool:
+        """A connection has ended, or is to. Returns whether it was still there."""
+        with self.lock:
+            if connection:
+                found = connection in self.connections
+                self.connections.discard(connection)
+            else:
+                found = self.pending.pop(request, None) is not None  # type: ignore[arg-type]
+            self._fewer.notify_all()
+            return found
+
+    def wait_for(self, number: int, end: float) -> bool:
+        """Wait until there are at most this many connections, or until `end` (time.monotonic())."""
+        with self.lock:
+            while self.size > number and time.monotonic() < end:
+                self._fewer.wait(0.1)  # in slices: a signal may come
+            return self.size <= number
 
 
-def send_nothing(data: bytes, flags: int) -> int:
-    """In the place of a socket's send() where others wait in the outbox."""
+def send_nothing(data: Octets | memoryview) -> int:
+    """In the place of a client's send() while others wait in its outbox."""
     return 0
 
 
-def shut(connection: socket.socket, how: int = socket.SHUT_RDWR) -> None:
-    """Shut a socket down in a direction; a thread that waits to read from it wakes up."""
-    with contextlib.suppress(OSError):  # its peer was faster
-        connection.shutdown(how)
-
-
-def wait_for_end(connection: socket.socket) -> None:
-    """Wait until both sides of a connection have ended, however that comes about."""
-    if hasattr(select, "poll"):  # Windows lacks it
-        poll = select.poll()
-        poll.register(connection, 0)  # for POLLHUP alone
-        poll.poll()
-
-
-def reset(connection: socket.socket) -> None:
-    """End a connection without sending what is left."""
-    with contextlib.suppress(OSError):
-        linger = struct.pack("ii" if os.name != "nt" else "hh", 1, 0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    shut(connection)
+def discard(data: Octets | memoryview) -> int:
+    """In the place of the send() of a client that is closing: it gets no more messages."""
+    return len(data)
 
 
 # ======================================================================================
-# Housekeeping
+# Loop: the thread that owns the sockets of all clients
 # ======================================================================================
 
-SPARE_DESCRIPTORS = 32  # of files, for the program itself
-SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-SWITCH_INTERVAL = sys.getswitchinterval()  # seconds: that of the program, without a crowd
-KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
-LOOKS_AT_ONCE = 500  # after connections, whose threads may all wake up then: so that others can work as well
 
+class Exits:
+    """Sends to connections, and ends them: every change of their State. Runs in the loop."""
 
-class Connections:
-    """Those that are accepted and not closed, clients or not. Threads add, the turn removes."""
+    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+        self._server, self._room, self._hooks = server, room, hooks
+        self.now = 0.0  # seconds on the loop's clock
+        self.selector = selectors.DefaultSelector()
+        self.slow: set[Connection] = set()  # those with something in their outbox
+        self.dropped = 0  # for the status
+        self.unfinished = Unfinished(server._budget)
 
-    def __init__(self, max_clients: int) -> None:
-        tune_process()
-        most = max_clients + max_clients // 10 + SPARE_CONNECTIONS
-        self.most = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
-        self.handlers: dict[socket.socket, WebSocketHandler | None] = {}  # None until its thread has begun
-        self.strangers: dict[socket.socket, float] = {}  # those that are no clients, oldest first, and since when
-        self._fewer = threading.Condition()  # notified when one has gone; has an RLock, as Turn
+    # ---- sending ----
 
-    def add(self, request: socket.socket, now: float) -> None:
-        """One has been accepted."""
-        self.handlers[request], self.strangers[request] = None, now
-        if len(self.handlers) % 16 == 0:
-            self.adapt_switch_interval()
+    def adopt(self, connection: Connection) -> None:
+        """A client has joined: send it the 101 and the history."""
+        self.slow.add(connection)
+        self.flush(connection)
 
-    def remove(self, request: socket.socket) -> WebSocketHandler | None:
-        """One is about to be closed."""
-        self.strangers.pop(request, None)
-        handler = self.handlers.pop(request, None)
-        with self._fewer:
-            self._fewer.notify_all()
-        return handler
+    def write(self, connection: Connection, data: bytes) -> None:
+        """Send to one client, behind what waits."""
+        sent = 0
+        if not connection.pieces:
+            with contextlib.suppress(*WOULD_BLOCK):
+                sent = connection.send(data)
+        if sent < len(data):
+            self.keep(connection, data, sent)
 
-    def adapt_switch_interval(self) -> None:
-        """Of thousands of threads that wake up at once, each asks for the interpreter after this interval.
+    def keep(self, connection: Connection, data: Octets, sent: int) -> None:
+        """Let data wait, which the socket has not taken; a client that is too far behind is dropped."""
+        if connection.pieces:
+            behind = connection.size + len(data) > self._server.max_backlog and not connection.is_quick(self.now)
+            if behind and connection.state is State.OPEN:
+                self.drop(connection, f"it was {connection.size} bytes behind")
+                return
+        else:
+            connection.moved = self.now
+        connection.keep(data, sent, self.now)
+        if connection not in self.slow:
+            self.slow.add(connection)
+            if connection.state is State.OPEN:
+                self._room.set_send(connection, send_nothing)
+            self.watch(connection)
 
-        With 5 ms and a proxy that loses 5000 clients, the interpreter did nothing else for 20 s.
-        The price: a hook that computes without a pause keeps all others waiting for as long.
+    def pong(self, connection: Connection, frames: list[bytes]) -> None:
+        """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        if connection.state is not State.OPEN:
+            return
+        if connection.pieces:
+            connection.pong = frames[-1]
+        else:
+            self.write(connection, b"".join(frames))
+
+    def flush(self, connection: Connection) -> None:
+        """Send what waits, since the socket takes more."""
+        if connection.state is State.CLOSED:
+            return
+        connection.is_blocked = False
+        connection.flush(self.now)
+        if connection.pong and not connection.pieces:
+            self.write(connection, connection.take_pong())
+        if not connection.pieces:
+            self.slow.discard(connection)
+            if connection.state is State.OPEN:
+                self._room.set_send(connection, connection.send)
+            elif connection.state is State.ENDING:
+                self._finish(connection)
+        self.watch(connection)
+
+    def watch(self, connection: Connection) -> None:
+        """Tell the selector what this connection waits for."""
+        if connection.state is State.ENDING:
+            reads, writes = connection.is_shut and not connection.peer_ended, not connection.is_shut
+        else:
+            reads = not (connection.paused or connection.peer_ended or connection.is_blocked)
+            writes = connection.size > 0 or connection.is_blocked
+        events = selectors.EVENT_READ if reads else 0
+        if writes:
+            events |= selectors.EVENT_WRITE
+        if connection.state is State.CLOSED:
+            events = 0
+        if events == connection.interest:
+            return
+        if not events:
+            self.selector.unregister(connection.socket)
+        elif connection.interest:
+            self.selector.modify(connection.socket, events, connection)
+        else:
+            self.selector.register(connection.socket, events, connection)
+        connection.interest = events
+
+    def is_someone_behind(self) -> bool:
+        """Whether a quick client is far behind: then nothing new is taken for a moment."""
+        limit = self._server.max_backlog // 2
+        return any(connection.size > limit and connection.is_quick(self.now) for connection in self.slow)
+
+    # ---- ending ----
+
+    def close(self, connection: Connection, frame: bytes) -> None:
+        """OPEN to CLOSING: send a Close, and wait for that of the peer."""
+        if connection.state is not State.OPEN:
+            return
+        connection.state, connection.moved = State.CLOSING, self.now
+        connection.pong, connection.last_seen = b"", self._room.bytes
+        self._room.set_send(connection, discard)
+        self.write(connection, frame)
+
+    def end(self, connection: Connection, code: int, reason: str, frame: bytes = b"") -> None:
+        """OPEN or CLOSING to ENDING: send a last frame, unless a Close was sent, and end the connection."""
+        if connection.state not in (State.OPEN, State.CLOSING):
+            return
+        was_open = connection.state is State.OPEN
+        connection.state, connection.moved, connection.events = State.ENDING, self.now, None
+        connection.pong, connection.last_seen = b"", self._room.bytes
+        self._leave(connection, code, reason)
+        if frame and was_open:
+            self.write(connection, frame)
+        self.flush(connection)
+
+    def _finish(self, connection: Connection) -> None:
+        """All is sent: end the own side, and CLOSED when the peer has ended its own."""
+        if not connection.is_shut:
+            with contextlib.suppress(BlockingIOError):
+                connection.end_sending()
+                connection.moved = self.now
+        if connection.is_shut and connection.peer_ended:
+            self._forget(connection)
+
+    def peer_has_ended(self, connection: Connection) -> None:
+        """The peer has ended its side of TCP, perhaps without a Close. It may still read."""
+        connection.peer_ended = True
+        if connection.state is State.ENDING:
+            self._finish(connection)
+            self.watch(connection)
+        else:
+            self.end(connection, CloseCode.ABNORMAL_CLOSURE, "")
+
+    def drop(self, connection: Connection, why: str) -> None:
+        """To CLOSED, by a limit: reset it.
+
+        Not where it is closing and the system has its last word, which a slow peer may still read.
         """
-        sys.setswitchinterval(max(SWITCH_INTERVAL, len(self.handlers) / 10_000))
+        if connection.state is State.OPEN:
+            self.dropped += 1
+        if connection.state is State.OPEN or connection.size:
+            reset(connection.socket)
+        connection.client._is_closing = True  # what waits for its hooks counts no more
+        self._leave(connection, CloseCode.ABNORMAL_CLOSURE, why)
+        self._forget(connection)
 
-    @property
-    def are_too_many(self) -> bool:
-        """Whether one has to go before another is accepted."""
-        return len(self.handlers) >= self.most
+    def fail(self, connection: Connection, error: BaseException) -> None:
+        """Something was raised for a connection, which ends: the whole policy of what the peer is told."""
+        try:
+            if isinstance(error, ProtocolError):
+                self.end(connection, error.code, str(error), serialize_close(error.code, str(error)))
+            elif isinstance(error, MemoryError):
+                self._refuse(connection, CloseCode.MESSAGE_TOO_BIG, "out of memory")
+            elif isinstance(error, OSError):  # of its socket
+                self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(error))
+                self._forget(connection)
+            else:
+                self._hooks.log(logging.ERROR, "%s: an error", connection.client.address, error=error)
+                self._refuse(connection, CloseCode.INTERNAL_ERROR, "internal error")
+        except Exception as another:
+            self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(another))
+            self._forget(connection)
 
-    def oldest_stranger(self, now: float) -> list[socket.socket]:
-        """The oldest that is no client, if it had time to become one."""
-        return [stranger for stranger, since in list(self.strangers.copy().items())[:1] if now - since > 1]
+    def _refuse(self, connection: Connection, code: int, reason: str) -> None:
+        self.end(connection, code, reason, serialize_close(code, reason))
 
-    def wait_for_fewer(self, number: int, shortage: str) -> bool:
-        """Wait a moment until there are fewer than so many, and one more can be accepted."""
-        log.warning("cannot accept for now: %s", shortage)
-        return self.wait_for(number - 1, time.monotonic() + 0.5)
+    def _leave(self, connection: Connection, code: int, reason: str) -> None:
+        """A client is none any more: the set, on_close and the log get to know, once."""
+        if self._room.leave(connection):
+            self._server._client_has_left(connection.client, code, reason)
 
-    def wait_for(self, number: int, end: float) -> bool:
-        """Wait until there are no more than so many, or until some time on the clock."""
-        while len(self.handlers) > number and time.monotonic() < end:
-            with self._fewer:
-                self._fewer.wait_for(lambda: len(self.handlers) <= number, 0.1)  # in slices: a signal may come
-        return len(self.handlers) <= number
+    def _forget(self, connection: Connection) -> None:
+        """To CLOSED: close the socket, and let go of all that the connection has."""
+        if connection.state is State.CLOSED:
+            return
+        connection.state, connection.events = State.CLOSED, None
+        self.watch(connection)
+        self.slow.discard(connection)
+        self.unfinished.release(connection)
+        connection.pieces, connection.size = NOTHING, 0
+        connection.socket.close()
+        self._room.remove(None, connection)
+
+    # ---- deadlines ----
+
+    def look_after(self, connection: Connection) -> None:
+        """Every deadline of a connection, by its state."""
+        settings, waits = self._server, connection.note_progress(self.now)
+        still = self.now - connection.moved  # seconds in which nothing moved
+        if connection.state is State.OPEN:
+            if still > settings.send_timeout:
+                self.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
+            elif settings.ping_interval:
+                self._keep_alive(connection, waits)
+        elif still > settings.close_timeout:
+            self.drop(connection, "it did not end the connection in time")
+        elif connection.size and self._room.bytes - connection.last_seen > settings.max_backlog:
+            self.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
+
+    def _keep_alive(self, connection: Connection, waits: bool) -> None:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
+        silence = self.now - max(connection.heard, connection.moved if waits else 0.0)
+        if silence <= self._server.ping_interval:
+            connection.pong_deadline = math.inf
+        elif self.now > connection.pong_deadline:
+            self.drop(connection, f"it was silent for {silence:.0f} s")
+        elif connection.pong_deadline == math.inf and not connection.pieces:
+            connection.pong_deadline = self.now + self._server.ping_timeout
+            self.write(connection, serialize_frame(PING, b""))
 
 
-@functools.cache  # once for a process: each further time takes the kernel 30 ms
-def tune_process() -> None:
-    """Two settings of Linux that Python has no words for. They are for speed alone.
+class Budget:
+    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
 
-    Let threads wait for each other in 4096 places of the kernel instead of 16 (futex buckets). So few
-    has a process from Linux 6.16 on, with two processors. To wake a thread, the kernel goes through all
-    that wait in its place: where these were the thousands that wait for the interpreter, each wake-up
-    took a fifth of a millisecond, and 9,900 that were cut off had left after ten seconds instead of one.
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._lock = threading.Lock()
 
-    Let malloc keep KEPT_SIZE of what is freed, as it does by itself after a message of 16 MiB. Where it
-    gives the memory of each message of 1 MiB back, the next one has a page fault for every 4 KiB of each
-    of its five copies, and takes a quarter longer.
+    def take(self, size: int, force: bool = False) -> bool:
+        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
+        with self._lock:
+            if size > self._left and not force:
+                return False
+            self._left -= size
+            return True
+
+    def give_back(self, size: int) -> None:
+        """So many bytes are free again."""
+        with self._lock:
+            self._left += size
+
+
+class Unfinished:
+    """Shares the budget out to connections with unfinished messages. Runs in the loop.
+
+    When the budget is used up, those that need more are not read, and go on one at a time: the
+    *first* of them may exceed the budget, so that there is always progress. While others
+    wait, the connections that bring less than SLOWEST_POST end.
     """
-    with contextlib.suppress(Exception):  # on other systems there is nothing to do
-        import ctypes  # it may not be allowed to load
 
-        libc = ctypes.CDLL(None)
-        libc.prctl(78, 1, 4096, 0, 0)  # PR_FUTEX_HASH, PR_FUTEX_HASH_SET_SLOTS
-        libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
+    GRACE = 2.0  # seconds
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._first: Connection | None = None  # may exceed the budget
+        self._holders: set[Connection] = set()  # connections with something kept
+        self.waiting: deque[Connection] = deque()  # paused until there is room
+        self.ready: deque[Connection] = deque()  # to be resumed
+
+    def grow(self, connection: Connection, now: float) -> bool:
+        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
+        size = connection.reader.size - connection.kept
+        is_first = self._first in (None, connection)
+        if not self._budget.take(size):
+            if not is_first:
+                self.waiting.append(connection)
+                return False
+            self._first = connection
+            self._budget.take(size, force=True)
+        if not connection.kept:
+            self._holders.add(connection)
+            connection.began, connection.received = now, 0
+        connection.kept += size
+        return True
+
+    def release(self, connection: Connection) -> None:
+        """A message is finished, or its connection. One of those that wait can go on."""
+        self._budget.give_back(connection.kept)
+        connection.kept = 0
+        self._holders.discard(connection)
+        if self._first is connection:
+            self._first = None
+        while self.waiting and not self.ready:
+            waiting = self.waiting.popleft()
+            if waiting.paused and waiting.state is not State.CLOSED:
+                self.ready.append(waiting)
+
+    def slow_ones(self, now: float) -> list[Connection]:
+        """Those that keep others waiting."""
+        if not self.waiting:
+            return []
+        slow = []
+        for connection in self._holders:
+            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
+            if not connection.paused and connection.received < fair:
+                slow.append(connection)
+        return slow
 
 
-def raise_file_limit() -> int:
-    """Let the process have as many open files as it may: one for each connection. How many."""
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return sys.maxsize
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if files == resource.RLIM_INFINITY else files
+SLICE_TIME = 0.002  # seconds for what one connection sends
+ROUND_TIME = 0.01  # seconds after which what was read goes out
+HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+LOOKS_AT_ONCE = 500  # after the deadlines of connections
+MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
+MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
 
 
-class Housekeeper(threading.Thread):
-    """The thread that flushes slow clients, pings silent ones, minds every deadline, and succeeds in the turn.
+RECIPIENTS = operator.attrgetter("to")
+
+
+class Loop(threading.Thread):
+    """The thread that owns the sockets of all clients: it reads, decodes, fans out, flushes, and minds deadlines.
+
+    It goes in rounds: wait for what can be read or written; read each ready client once; then
+    send everything that was read or queued, one send for each client; then go on with what
+    took too long, and look after deadlines. Nothing in it waits, and nobody's code is called.
 
     Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
     suspended laptop): so nobody is dropped for a silence that nobody could hear.
     """
 
-    def __init__(self, settings: BroadcastServer, room: Room, turn: Turn, connections: Connections) -> None:
-        super().__init__(name="housekeeper", daemon=True)
-        self._settings = settings
-        self._room, self._turn, self._connections = room, turn, connections
-        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout", "handshake_timeout"
-        set_to = [float(getattr(settings, timeout)) for timeout in timeouts]
-        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two rounds
-        self._unseen: list[WebSocketHandler | None] = []  # by this round
+    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+        super().__init__(name="pywebsock loop", daemon=True)
+        self._server, self._room, self._hooks = server, room, hooks
+        self.exits = Exits(server, room, hooks)
+        room.adopt, room.close_connection = self.adopt, self.close
+        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
+        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
+        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
         self._next_look = 0.0
+        self._to_look_after: list[Connection] = []  # in this look
         self._before = time.monotonic()
-        self._ended = threading.Event()
+        self._later: deque[Connection] = deque()  # whose events go on, or that come after the others
+        self._held_back: list[Connection] = []  # paused while senders wait
+        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
+        self._count = itertools.count()
+        self._read_size = 0  # bytes read since messages went out
+        self._has_limits = bool(server.read_only or server.rate or server._link)
+        self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
+        self._ended = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the loop's clock."""
+        return self.exits.now
 
     def run(self) -> None:
         """What the thread does."""
-        while not self._ended.is_set():
+        self._room.start(self.exits.selector)
+        while not self._ended:
             try:
-                pause = min(self._interval, self._next_look - self._room.now)
-                pause = MOMENT if self._turn.look() else 10 * MOMENT if self._turn.held else max(pause, MOMENT)
-                ready = self._room.wait_for_slow(pause)
-                self._advance_clock()
-                if ready or self._turn.promised or self._turn.held or self._room.now >= self._next_look:
-                    self._turn.take_over(functools.partial(self._work, ready))
-            except Exception:
-                with contextlib.suppress(Exception):
-                    log.exception("an error in housekeeping")
-                self._ended.wait(self._interval)
+                self._do_round()
+            except Exception as error:  # out of memory, say: the next round may go well
+                self._hooks.log(logging.ERROR, "an error in the loop", error=error)
+                time.sleep(self._interval / 10)
+        self._room.end()
+        self.exits.selector.close()
 
     def stop(self) -> None:
-        """End the thread. Nobody succeeds in the turn any more."""
-        self._ended.set()
+        """End the thread. Any other thread."""
         if self.is_alive():
-            self._room.wake()
+            self._room.put(self._end)
             self.join()
-        self._turn.retire()
-        self._room.stop()
+        else:
+            self._room.end()
+            self.exits.selector.close()
+
+    def _end(self) -> None:
+        for connection in list(self._room.connections):
+            self.exits.drop(connection, "the server has stopped")
+        self._ended = True
+
+    # ---- a round ----
+
+    def _do_round(self) -> None:
+        until = math.inf
+        for key, events in self._wait():
+            connection = key.data
+            if connection is None:
+                self._room.hear_alarm()
+                continue
+            try:
+                if events & selectors.EVENT_WRITE:
+                    self.exits.flush(connection)
+                if events & selectors.EVENT_READ:
+                    self._read(connection)
+            except Exception as error:
+                self._in_order(connection, self.exits.fail, error)
+            if self._read_size > RUN_SIZE or time.monotonic() > until:
+                self._carry_out()
+                until = time.monotonic() + ROUND_TIME
+            elif until == math.inf:
+                until = time.monotonic() + ROUND_TIME
+        self._carry_out()
+        if self._later:
+            self._go_on()
+            self._carry_out()
+        self._look_around()
+
+    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for events of sockets, for an operation, or until something is due."""
+        timeout = max(0.001, min(self._interval, self._next_look - self.now))
+        if self._hooks.is_waiting:
+            timeout = STUCK_TIME
+        elif self._room.held or self._held_back or self.exits.unfinished.waiting:
+            timeout = min(timeout, HOLD_TIME)
+        if self._alarms:
+            timeout = max(0.001, min(timeout, self._alarms[0][0] - self.now))
+        if self._later or not self._room.fall_asleep():
+            timeout = 0
+        ready = self.exits.selector.select(timeout)
+        self._advance_clock()
+        return ready
 
     def _advance_clock(self) -> None:
         now = time.monotonic()
         passed, self._before = now - self._before, now
-        self._room.now += min(passed, self._interval)
-        if passed > 3 * self._interval:  # the process stood: first its threads hear what has come meanwhile
-            self._next_look = self._room.now + self._interval
+        self.exits.now += min(passed, self._interval)
+        if passed > 3 * self._interval:  # the process stood: first hear what has come meanwhile
+            self._next_look = self.now + self._interval
 
-    def _work(self, ready: Iterable[WebSocketHandler]) -> bool:
-        """In the turn: send more to those who can take it, and look after some connections, in rounds."""
-        until = time.monotonic() + 2 * TURN_TIME
-        for client in ready:
-            self._room.flush(client)
+    def _look_around(self) -> None:
+        """Whatever is due."""
+        if self._hooks.is_waiting:
+            self._hooks.relieve()
+        while self._alarms and self._alarms[0][0] <= self.now:
+            self.resume(heapq.heappop(self._alarms)[2])
+        while self.exits.unfinished.ready:
+            self.resume(self.exits.unfinished.ready.popleft())
+        for connection in self.exits.unfinished.slow_ones(self.now):
+            self.exits.fail(connection, ProtocolError(CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished"))
+        self._hold_back()
+        if self._next_look <= self.now:
+            self._look_after_some()
+
+    def _hold_back(self) -> None:
+        """Take nothing new while a quick client is far behind, or Redis has not taken what there is."""
+        held = bool(self.exits.slow) and self.exits.is_someone_behind()
+        self._room.hold(held)
+        if self._held_back and not self._must_wait:
+            connections, self._held_back = self._held_back, []
+            for connection in connections:
+                self.resume(connection)
+
+    @property
+    def _must_wait(self) -> bool:
+        link = self._server._link
+        return self._room.held or (link is not None and link.is_full)
+
+    def _look_after_some(self) -> None:
+        connections = self._to_look_after or list(self._room.connections)
+        for connection in connections[:LOOKS_AT_ONCE]:
+            try:
+                if connection.state is not State.CLOSED:
+                    self.exits.look_after(connection)
+            except Exception as error:
+                self.exits.fail(connection, error)
+        self._to_look_after = connections[LOOKS_AT_ONCE:]
+        if not self._to_look_after:
+            self._next_look = self.now + self._interval
+
+    # ---- operations ----
+
+    def _carry_out(self) -> None:
+        """Send everything that was read or queued."""
+        self._read_size = 0
+        run: list[Outgoing] = []
+        size = 0
+        for operation in self._room.take():
+            if type(operation) is Outgoing:
+                run.append(operation)
+                size += operation.size
+                if size < RUN_SIZE:
+                    continue
+            if run:
+                self._deliver(run)
+                run, size = [], 0
+            if type(operation) is not Outgoing:
+                operation()
+        if run:
+            self._deliver(run)
+
+    def _deliver(self, run: list[Outgoing]) -> None:
+        """Send messages to those whom they are for: one send for each client and window."""
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+            messages = list(group)
+            for window, sends in self._room.recipients(messages, to):
+                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+
+    def _fan_out(self, data: bytes, sends: Sends) -> None:
+        """Send the same bytes to many: this loop is where the time goes."""
+        size, rest = len(data), []
+        for client, send in sends.items():
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except (OSError, MemoryError) as error:
+                self._guard(self.exits.fail, client._connection, error)
+                continue
+            if sent < size:
+                rest.append((client, sent))
+        for client, sent in rest:
+            self._guard(self.exits.keep, client._connection, data, sent)
+
+    def _guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
+        """Do something for one connection: what is raised ends that one alone."""
+        if connection and connection.state is not State.CLOSED:
+            try:
+                act(connection, *arguments)
+            except Exception as error:
+                self.exits.fail(connection, error)
+
+    def adopt(self, connection: Connection) -> None:
+        """Operation: a client has joined."""
+        self._guard(self.exits.adopt, connection)
+        if connection.events and not connection.paused:  # it was faster than its 101
+            self._line_up(connection)
+
+    def close(self, connection: Connection, frame: bytes) -> None:
+        """Operation: send a Close, and read on until that of the peer; its messages count no more."""
+        self._guard(self.exits.close, connection, frame)
+        self.resume(connection)
+
+    def refuse(self, connection: Connection | None, code: int, reason: str) -> None:
+        """Operation: send a Close that says what is wrong, and end the connection."""
+        self._guard(self.exits.end, connection, code, reason, serialize_close(code, reason))
+
+    def resume(self, connection: Connection) -> None:
+        """Operation: read a client again that was paused."""
+        if connection.paused and connection.state is not State.CLOSED:
+            connection.paused = False
+            connection.submitted = 0
+            connection.heard = connection.began = self.now
+            connection.received = 0
+            self._guard(self.exits.watch, connection)
+            self._line_up(connection)
+
+    def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
+        """Do not read a client; some of its events are to come again, before the others."""
+        connection.paused = True
+        if events and connection.events:
+            connection.events = itertools.chain(events, connection.events)
+        self.exits.watch(connection)
+
+    # ---- reading ----
+
+    def _read(self, connection: Connection) -> None:
+        """Read a client that has something, once, and act on it."""
+        if connection.is_waiting:
+            return
+        if connection.is_flood:
+            self._line_up(connection)
+            return
+        data = connection.receive()
+        if data is None:
+            self.exits.watch(connection)
+            return
+        connection.heard = self.now
+        if not data:
+            self._in_order(connection, self.exits.peer_has_ended)
+        elif connection.state in (State.OPEN, State.CLOSING):
+            self._read_size += len(data)
+            connection.received += len(data)
+            connection.events = connection.reader.feed(data)
+            del data
+            self._take(connection)
+            if connection.has_more and not connection.paused:
+                self._line_up(connection)
+
+    def _line_up(self, connection: Connection) -> None:
+        if not connection.is_waiting:
+            connection.is_waiting = True
+            self._later.append(connection)
+
+    def _go_on(self) -> None:
+        """Go on with connections whose events took too long, for some time: floods come last."""
+        until = time.monotonic() + ROUND_TIME
+        for _ in range(len(self._later)):
+            connection = self._later.popleft()
+            connection.is_waiting = connection.is_flood = False
+            try:
+                if connection.events and not connection.paused:
+                    self._take(connection)
+                elif connection.interest & selectors.EVENT_READ:
+                    self._read(connection)
+            except Exception as error:
+                self._in_order(connection, self.exits.fail, error)
             if time.monotonic() > until:
-                break  # the others will still be ready
-        now = self._room.now
-        if now >= self._next_look:
-            self._connections.adapt_switch_interval()
-            handlers = self._unseen or list(self._connections.handlers.copy().values())
-            for handler in filter(None, handlers[:LOOKS_AT_ONCE]):
-                self._look_after(handler, now)
-            self._unseen = handlers[LOOKS_AT_ONCE:]
-            self._next_look = now + (10 * MOMENT if self._unseen else self._interval)
-        return self._room.should_wait()
+                return
 
-    def _look_after(self, client: WebSocketHandler, now: float) -> None:
-        """Every deadline of a connection."""
-        outbox, state, settings = client._outbox, client._state, self._settings
-        if state is State.OPEN and outbox.is_too_far_behind():
-            self._room.drop(client, f"it was {outbox.size} bytes behind")
-        elif state is State.OPEN and outbox.size and now - outbox.moved > settings.send_timeout:
-            self._room.drop(client, f"it took nothing for {settings.send_timeout:g} s")
-        elif state is State.OPEN and settings.ping_interval:
-            self._keep_alive(client, now)
-        elif state is State.CLOSING and outbox.size and self._room.bytes - client._last_seen > settings.max_backlog:
-            self._room.drop(client, f"it was {outbox.size} bytes behind")  # which no other client shares any more
-        elif state is State.CLOSING and outbox.size and now - outbox.moved <= settings.close_timeout:
-            pass  # it still takes what it is to get
-        elif now > client._deadline and (state is State.CLOSING or client._lost == TOO_LATE):
-            self._room.drop(client, "it did not end the connection in time")
-        elif now > client._deadline and state is State.CONNECTING and client._quiet_since <= now:
-            client._lost, client._deadline = TOO_LATE, now + settings.close_timeout
-            client._early = serialize_close(CloseCode.POLICY_VIOLATION, TOO_LATE)  # if its request has come this moment
-            shut(client.request, socket.SHUT_RD)  # its thread wakes up and says so
+    def _take(self, connection: Connection) -> None:
+        """Act on what was read, for some milliseconds: each message and control frame."""
+        until = time.monotonic() + SLICE_TIME
+        messages: list[tuple[int, Octets]] = []  # for its hooks
+        try:
+            for opcode, payload in connection.events or ():
+                if not self._take_one(connection, opcode, payload, messages):
+                    return
+                if time.monotonic() > until:
+                    connection.is_flood = True
+                    self._line_up(connection)
+                    return
+            connection.events = None
+        finally:
+            if connection.pongs:
+                self._send_pongs(connection)
+            if messages:
+                self._submit(connection, messages)
 
-    def _keep_alive(self, client: WebSocketHandler, now: float) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        outbox = client._outbox
-        silence = now - max(client._quiet_since, outbox.moved if outbox.size else 0.0)
-        if silence <= self._settings.ping_interval:
-            client._deadline = math.inf
-        elif now > client._deadline:
-            self._room.drop(client, f"it was silent for {silence:.0f} s")
-        elif client._deadline == math.inf and not outbox.size:
-            client._deadline = now + self._settings.ping_timeout
-            self._room.write(client, [serialize_frame(PING, b"")])
+    def _take_one(
+        self, connection: Connection, opcode: int, payload: Octets, messages: list[tuple[int, Octets]]
+    ) -> bool:
+        """Act on a message or control frame. Returns whether to go on with the next one."""
+        if opcode == PING:
+            connection.pongs.append(serialize_frame(PONG, payload))
+            if len(connection.pongs) > MAX_PONGS:
+                del connection.pongs[:-1]
+        elif opcode == CLOSE:
+            connection.events = None
+            self._hear_close(connection, payload, messages)
+            return False
+        elif opcode == CONT:
+            if not self.exits.unfinished.grow(connection, self.now):
+                self._pause(connection, (opcode, payload))
+                return False
+        elif opcode != PONG:
+            if connection.kept:
+                self.exits.unfinished.release(connection)
+            return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
+        return True
+
+    def _take_message(
+        self, connection: Connection, opcode: int, payload: Octets, messages: list[tuple[int, Octets]]
+    ) -> bool:
+        """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
+        if connection.pongs:
+            self._send_pongs(connection)
+        if self._has_limits and not self._may_send(connection):
+            self._pause(connection, (opcode, payload))
+            return False
+        if self._room.held:
+            self._held_back.append(connection)
+            self._pause(connection, (opcode, payload))
+            return False
+        inbox = connection.client._inbox
+        if self._is_direct and not (inbox and inbox.taken) and not self._is_long(payload):
+            message = Outgoing(opcode, payload)
+            if self._server._link:
+                self._server._link.put(message)
+            else:
+                self._room.put_own(message)
+            return True
+        messages.append((opcode, payload))
+        connection.submitted += len(payload) + MESSAGE_COST
+        if connection.submitted > MAX_SUBMITTED:
+            self._pause(connection)
+            return False
+        return True
+
+    def _is_long(self, payload: Octets) -> bool:
+        """Whether a message is to be compressed, and that takes long."""
+        return len(payload) >= LONG_MESSAGE and self._room.compresses
+
+    def _may_send(self, connection: Connection) -> bool:
+        """Whether a client may send a message now; otherwise it is resumed when it may. Raises ProtocolError."""
+        server = self._server
+        if server.read_only:
+            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+        if server._link and server._link.is_full:
+            self._held_back.append(connection)
+            return False
+        if server.rate:
+            connection.pace = connection.pace or Pace()
+            wait = connection.pace.wait_time(server.rate, self.now)
+            if wait:
+                heapq.heappush(self._alarms, (self.now + wait, next(self._count), connection))
+                return False
+            connection.pace.take(server.rate, self.now)
+        return True
+
+    def _send_pongs(self, connection: Connection) -> None:
+        """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
+        pongs, connection.pongs = connection.pongs, []
+        self._room.put_own(functools.partial(self._guard, self.exits.pong, connection, pongs))
+
+    def _hear_close(self, connection: Connection, payload: Octets, messages: list[tuple[int, Octets]]) -> None:
+        """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
+        code, reason = parse_close(bytes(payload))
+        if messages:
+            self._submit(connection, messages)
+            messages.clear()
+        self._in_order(connection, self.exits.end, code, reason, serialize_close(code))
+
+    def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
+        operation = functools.partial(self._guard, act, connection, *arguments)
+        inbox = connection.client._inbox
+        if inbox and inbox.taken and connection.state is State.OPEN:
+            self._pause(connection)
+            self._hooks.submit(inbox, functools.partial(self._room.put, operation))
+        else:
+            self._room.put_own(operation)
+
+    def _submit(self, connection: Connection, messages: list[tuple[int, Octets]]) -> None:
+        """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
+        client = connection.client
+        client._inbox = client._inbox or Inbox()
+        self._hooks.submit(client._inbox, functools.partial(self._server._take_messages, client, messages))
+        if connection.submitted > MAX_SUBMITTED:
+            resume = functools.partial(self.resume, connection)
+            self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
+
+
 
 
 # ======================================================================================
 # Server
 # ======================================================================================
 
-MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
+KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
+SPARE_DESCRIPTORS = 32  # of files, for the program itself
+SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
+MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Pace:
-    """So many messages a second, of which a second's worth may come at once."""
+    """A token bucket: a number of messages a second, with a burst of one second."""
+
+    __slots__ = ("_due",)
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._due = 0.0  # when the next one would come at an even pace
 
-    def wait(self, rate: float, most: float = math.inf) -> bool:
-        """Wait until the next message may come; not at all where that takes too many seconds."""
-        with self._lock:
-            now = time.monotonic()
-            wait = max(0.0, self._due - now - max(0.0, 1 - 1 / rate))
-            if wait > most:
-                return False
-            self._due = max(self._due, now) + 1 / rate
-        time.sleep(wait)
-        return True
+    def wait_time(self, rate: float, now: float) -> float:
+        """Seconds until the next message may come."""
+        return max(0.0, self._due - now - max(0.0, 1 - 1 / rate))
+
+    def take(self, rate: float, now: float) -> None:
+        """Count a message."""
+        self._due = max(self._due, now) + 1 / rate
 
 
 class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
@@ -2231,7 +2645,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
       sends what is queued and closes every client with 1001
 
-    Hooks that may be overridden; they run in the connection's own thread and may take their time:
+    Hooks that may be overridden; each may take its time, and holds up its own client alone:
 
     - admit(client), on_open(client), on_message(client, message), on_post(client, message),
       on_close(client, code, reason)
@@ -2268,49 +2682,52 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._prepare()
         if ":" in server_address[0]:
             self.address_family = socket.AF_INET6
-        try:
-            super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-        except BaseException:
-            self._housekeeper.stop()
-            raise
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
     def _prepare(self) -> None:
         self._started = time.monotonic()
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, deliver=self._take_from_link, **options) if self.redis else None
-        self._room = Room(self)
-        self._turn = Turn(self._room.deliver, self._room.wake)
-        self._connections = Connections(self.max_clients)
-        self._housekeeper = Housekeeper(self, self._room, self._turn, self._connections)
-        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._post_pace = Pace()
         self._refused = 0  # requests, for the status
-        self._local = threading.local()  # .client: whose thread this is
-        self._exit = threading.Lock()  # where thousands leave at once, one at a time: see _serve_websocket()
-        self._seats = threading.RLock()  # guards the next one; for the same reason as that of Turn an RLock
-        self._clients: set[WebSocketHandler] = set()  # from before on_open to before on_close
+        self._local = threading.local()  # .client: whose handshake or hook this thread runs
+        self._post_pace, self._post_lock = Pace(), threading.Lock()
+        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
+        self._hooks = Hooks()
+        self._room = Room(self.max_clients, self.history, self.max_backlog // 2)
+        self._loop = Loop(self, self._room, self._hooks)
+        self._start_lock = threading.Lock()
+        self._has_begun = False
+        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
+        self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
     # ---- hooks ----
 
     def admit(self, client: WebSocketHandler) -> None:
-        """Somebody wants to open a WebSocket, or to POST. Who may not: raise HandshakeError(401, "why").
+        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
 
-        In the connection's own thread, like the other hooks; before the 101, and before the
-        body of a POST is read: client.method says which, "GET" or "POST". There are client.target,
+        In the connection's own thread; before the 101, and before the body of a POST is
+        read: client.method says which, "GET" or "POST". There are client.target,
         client.headers and client.address, too. close() refuses as well, with 403.
         """
 
     def on_open(self, client: WebSocketHandler) -> None:
-        """A client has joined. An exception in this or in on_message closes it with 1011."""
+        """A client has joined. An exception in this or in on_message closes it with 1011.
+
+        In the connection's own thread; the client's messages wait until it returns.
+        """
 
     def on_message(self, client: WebSocketHandler, message: Message) -> None:
-        """A client has sent text (str) or binary (bytes). By default, all clients get it."""
+        """A client has sent text (str) or binary (bytes). By default, all clients get it.
+
+        In a hook thread, like on_close: one call at a time for each client, in order.
+        """
         self.broadcast(message)
 
     def on_post(self, client: WebSocketHandler, message: Message) -> None:
         """A program has sent a message with POST; `client` is its connection, which send() does not reach.
 
-        By default, all clients get the message. HandshakeError and close() refuse it.
+        In the connection's own thread. By default, all clients get the message. HandshakeError
+        and close() refuse it.
         """
         self.broadcast(message)
 
@@ -2322,40 +2739,37 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
     def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
         """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
 
-        Waits while too much is queued, never for one slow client; in a hook, what is said in
-        quick succession goes out together. Raises TypeError for anything but str and bytes.
+        Waits while too much is queued, never for one slow client. Raises TypeError for
+        anything but str and bytes.
         """
-        outgoing, client = Outgoing(message, to), getattr(self._local, "client", None)
-        if self._link and to is None:
-            self._link.put(outgoing)
-            if not client or client._state is not State.CONNECTING:  # a POST has waited before
-                self._settle()
+        outgoing = outgoing_message(message, to)
+        if not self._link or to is not None:
+            self._put(outgoing)
             return
-        self._queue(outgoing)
-        if client and self._turn.has_space:
-            self._turn.soon()  # the connection's thread takes the turn when it has handled what it read
-        else:
-            self._settle()
+        self._link.put(outgoing)
+        client = getattr(self._local, "client", None)
+        if not client or client._connection:  # a POST has waited before
+            self._wait_for_space()
 
     @property
     def clients(self) -> set[WebSocketHandler]:
         """A copy of the set of clients: from before on_open until before on_close. Any thread."""
-        with self._seats:
-            return self._clients.copy()
+        return self._room.clients
 
     def status(self) -> dict[str, Any]:
         """What GET /status answers. Any thread."""
+        exits, clients = self._loop.exits, self.clients
         return {
-            "clients": len(self._clients),
+            "clients": len(clients),
             "messages": self._room.messages,
             "bytes": self._room.bytes,
             "uptime": round(time.monotonic() - self._started, 3),
-            "connections": len(self._connections.handlers),
+            "connections": self._room.size,
             "refused": self._refused,
-            "dropped": self._room.dropped,
-            "slow": len(self._room.slow),
-            "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
-            "contexts": sum([len(client._reader.context) for client in self.clients]),  # bytes, of compression
+            "dropped": exits.dropped,
+            "slow": len(exits.slow),
+            "waiting": sum([connection.size for connection in exits.slow.copy()]),  # bytes
+            "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
             "version": __version__,
             "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }
@@ -2365,117 +2779,147 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         where = f"[{host}]" if host and ":" in host else host
         return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
 
-    # ---- what connections and the link call, each in its own thread ----
+    # ---- hooks and messages, each in the thread that has them ----
 
-    def _queue(self, message: Outgoing) -> None:
-        if message.size >= DEFLATE_THRESHOLD:
+    def _overrides(self, name: str) -> bool:
+        """Whether a method is the program's own."""
+        return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
+
+    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
+        """Call a hook of a client; whatever it raises ends that client alone."""
+        self._local.client = client
+        try:
+            hook(client, *arguments)
+        except BaseException as error:
+            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
+            client._is_closing = True
+            code, reason = CloseCode.INTERNAL_ERROR, "internal error"
+            self._room.put(functools.partial(self._loop.refuse, client._connection, code, reason))
+        finally:
+            self._local.client = None
+
+    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
+        """Messages of a client, in a hook thread."""
+        for opcode, payload in messages:
+            if not client._is_closing:
+                message = payload.decode() if opcode == TEXT else bytes(payload)
+                self._run_hook(client, self.on_message, message)
+
+    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """In the loop: on_close is the last that its hooks get to know."""
+        self._hooks.log(logging.INFO, "%s left: %s", client.address, f"{code:d} {printable(reason)}".rstrip())
+        if client._inbox or self._overrides("on_close"):
+            client._inbox = client._inbox or Inbox()
+            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
+            self._hooks.submit(client._inbox, call)
+
+    def _put(self, message: Outgoing) -> None:
+        if threading.get_ident() != self._room.loop_thread:
             self._room.compress(message)
-        self._turn.put(message, message.size)
-
-    def _perform(self, operation: Callable[..., None], *arguments: Any) -> None:
-        """Queue an operation of the room and see that it is carried out."""
-        size = sum([len(argument) for argument in arguments if isinstance(argument, bytes)])
-        self._turn.put(functools.partial(operation, *arguments), size)
-        self._turn.run(wait=self._turn.is_crowded)
-
-    def _settle(self) -> None:
-        """See that what this thread has said is carried out, and wait while too much is queued."""
-        self._turn.run()
-        self._wait_for_space()
+        self._room.put_message(message)
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
-        """Hold a sender back while too much is on its way. Its socket is not read meanwhile: TCP makes it wait, too."""
-        if self._link and not self._turn.is_mine and not self._link.wait_for_room(timeout):
+        """Wait while too much is on its way. Returns whether that has an end."""
+        if self._link and threading.get_ident() != self._room.loop_thread and not self._link.wait_for_room(timeout):
             return False
-        return self._turn.wait_for_space(timeout)
+        return self._room.wait_for_space(timeout)
+
+    def _wait_for_post(self, timeout: float) -> bool:
+        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
+        with self._post_lock:
+            now = time.monotonic()
+            wait = self._post_pace.wait_time(self.rate, now)
+            if wait > timeout:
+                return False
+            self._post_pace.take(self.rate, now)
+        time.sleep(wait)
+        return True
 
     def _take_from_link(self, messages: Iterable[Outgoing]) -> None:
-        """Messages of all servers, in the order of the stream."""
+        """Messages of all servers, in the order of the stream, in a thread of the link."""
         for message in messages:
-            self._queue(message)
-        self._turn.run()
-        self._turn.wait_for_space()
-
-    def _take_seat(self, client: WebSocketHandler) -> None:
-        with self._seats:
-            demand(len(self._clients) < self.max_clients, 503, f"there are {self.max_clients} clients already")
-            self._clients.add(client)
-        self._connections.strangers.pop(client.request, None)
-
-    def _free_seat(self, client: WebSocketHandler) -> None:
-        with self._seats:
-            self._clients.discard(client)
-
-    def _transport(self, request: socket.socket, address: str) -> Any:
-        """What a connection reads from and writes to."""
-        transport: Any = request if DONT_WAIT else Waiting(request)
-        if self.tls_context:
-            transport = TLS(transport, self.tls_context)
-        return Traced(transport, address) if self.trace else transport
+            self._put(message)
 
     # ---- connections, as socketserver has it ----
 
-    def server_activate(self) -> None:
-        """Called by the constructor: listen."""
-        self._housekeeper.start()
-        if self._link:
-            self._link.start()
-        super().server_activate()
+    def _begin(self) -> None:
+        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
+        with self._start_lock:
+            if not self._has_begun:
+                self._has_begun = True
+                self._loop.start()
+                if self._link:
+                    self._link.start()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
+        self._begin()
+        super().serve_forever(poll_interval)
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if EXCLUSIVE_USE:  # or a second program may bind the same port
+            self.socket.setsockopt(socket.SOL_SOCKET, EXCLUSIVE_USE, 1)
         super().server_bind()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
-        connections = self._connections
+        room, most = self._room, self._most_connections
         try:
-            if connections.are_too_many:
-                self._perform(self._reset, *connections.oldest_stranger(self._room.now))
-            if connections.are_too_many and not connections.wait_for_fewer(connections.most, "too many connections"):
+            if room.size >= most:
+                self._give_up_oldest()
+                self._wait_for_fewer(most, "too many connections")
+            if room.size >= most:
                 raise BlockingIOError
-            return super().get_request()
-        except (OSError, MemoryError) as error:
-            if getattr(error, "errno", errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                connections.wait_for_fewer(len(connections.handlers), str(error) or "out of memory")
+            request, address = super().get_request()
+            request.settimeout(None)  # a program may have set another default
+            if self.tls_context:
+                request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
+            return request, address
+        except (OSError, MemoryError, ValueError) as error:
+            if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
+                self._wait_for_fewer(room.size, str(error) or "out of memory")
             raise OSError("not now") from None
+
+    def _give_up_oldest(self) -> None:
+        """End the oldest connection that is no client, if it had time to become one."""
+        room = self._room
+        with room.lock:
+            request, since = next(iter(room.pending.items()), (None, 0.0))
+            if request and time.monotonic() - since > 1:
+                room.remove(request)
+                reset(request)
+                request.close()
+
+    def _wait_for_fewer(self, number: int, shortage: str) -> None:
+        """Wait a moment until there are fewer connections than so many."""
+        self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
+        self._room.wait_for(number - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
-        self._connections.add(request, self._room.now)
+        self._begin()
+        self._room.add_pending(request, time.monotonic())
         try:
             start_new_thread(self.process_request_thread, (request, client_address))
         except RuntimeError as error:  # there can be no more threads
-            self._connections.wait_for_fewer(len(self._connections.handlers), str(error))
+            self._wait_for_fewer(self._room.size, str(error))
             self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called by socketserver when a connection's thread has done: close it, in the turn like all else."""
-        with self._exit:
-            self._perform(self._leave, request)
-
-    def _leave(self, request: socket.socket) -> None:
-        """Operation: nobody sends to it any more, so its file descriptor may go."""
-        client = self._connections.remove(request)
-        if client:
-            self._room.forget(client)
-        self.close_request(request)
-
-    def _reset(self, *requests: socket.socket) -> None:
-        """Operation: give connections up, where they have not ended; their threads wake up."""
-        for request in requests:
-            self._connections.strangers.pop(request, None)
-            if request in self._connections.handlers:
-                reset(request)
+        """Called by socketserver when a connection's thread has done: a client's socket is the loop's now."""
+        if self._room.remove(request):
+            self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection's thread has failed: that is an error of this program."""
-        if isinstance(sys.exc_info()[1], MemoryError):
-            log.warning("%s lost: out of memory", client_address)
+        error = sys.exc_info()[1]
+        if isinstance(error, MemoryError):
+            self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
         else:
-            log.exception("%s: unexpected error", client_address)
+            self._hooks.log(logging.ERROR, "%s: unexpected error", client_address, error=error)
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
@@ -2488,25 +2932,40 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         end = time.monotonic() + self.close_timeout
         if self._link:
             self._link.stop(self.close_timeout / 2)
-        self._perform(self._say_goodbye)
         client = getattr(self._local, "client", None)
-        own = 1 if client else 0
-        if not self._connections.wait_for(own, end):
-            self._perform(self._reset, *self._connections.handlers.copy())
-            self._connections.wait_for(own, time.monotonic() + 0.5)
-        self._connections.adapt_switch_interval()
-        self._housekeeper.stop()
-        if client:
-            client.request.settimeout(self.close_timeout)  # nobody else minds its deadline any more
+        own = int(client is not None and not client._connection)  # the request that this thread answers
+        self._room.close_all()
+        self._room.wait_for(own, end)
+        self._hooks.wait(int(client is not None), end)
+        self._loop.stop()
+        self._hooks.wait(int(client is not None), time.monotonic() + 0.5)
 
-    def _say_goodbye(self) -> None:
-        """Operation: 1001 for everybody, and for those who are just joining."""
-        self._room.closing = True
-        for request, client in self._connections.handlers.copy().items():
-            if client and client._state is State.OPEN:
-                self._room.close(client, serialize_close(CloseCode.GOING_AWAY))
-            elif not client or client._state is State.CONNECTING:
-                shut(request, socket.SHUT_RD)  # whoever has not said what it wants will not be heard
+
+def raise_file_limit() -> int:
+    """Let the process have as many open files as it may: one for each connection. How many."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return sys.maxsize
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if files == resource.RLIM_INFINITY else files
+
+
+def tune_malloc() -> None:
+    """Let malloc keep KEPT_SIZE of what is freed, as it does by itself after a message of 16 MiB (Linux).
+
+    Where it gives the memory of each message of 1 MiB back, the next one has a page fault for
+    every 4 KiB of each of its copies, and takes a quarter longer.
+    """
+    with contextlib.suppress(Exception):  # on other systems there is nothing to do
+        import ctypes  # it may not be allowed to load
+
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
 
 
 def plural(number: int, noun: str) -> str:
@@ -2721,7 +3180,7 @@ class RedisStream:
             if kind in (b"wait", b"go"):
                 self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
             elif number > seen:
-                messages.append(Outgoing(payload.decode(errors="replace") if kind == b"text" else payload))
+                messages.append(outgoing_message(payload.decode(errors="replace") if kind == b"text" else payload))
                 self.seen[server] = number
                 missed += number - seen - 1 if seen and server else 0
         with contextlib.suppress(OSError):  # what was read is not lost for it; the next reading will tell
@@ -2815,6 +3274,11 @@ class RedisLink:
                 self._cost += total_cost([message])
                 self._news.notify_all()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether senders should wait."""
+        return self._cost > QUEUE_SIZE
+
     def wait_for_room(self, timeout: float | None = None) -> bool:
         """Wait while too much is on its way; whether that has an end.
 
@@ -2896,7 +3360,7 @@ class RedisLink:
         fields: list[bytes] = []
         for number, message in batch.items():
             kind = b"text" if message.opcode == TEXT else b"binary"
-            fields += b"%b:%d:%b" % (self._name, number, kind), message.payload
+            fields += b"%b:%d:%b" % (self._name, number, kind), bytes(message.payload)
         add, last = ("XADD", self._address.stream, "MAXLEN", "~", STREAM_LENGTH), parse_id(self._stream.last)
         try:
             entry = connection.call(*add, "*", *fields)
@@ -3068,12 +3532,59 @@ def broadcast_lines(server: BroadcastServer) -> None:
         log.warning("standard input: %s", error.strerror)
 
 
+class FloodFilter(logging.Filter):
+    """Lets MOST_LINES of one kind through in LINES_TIME: a stranger cannot fill the disk.
+
+    Lines of one kind have the same text before their arguments are filled in. The first line
+    of a new time says how many were left out.
+    """
+
+    MOST_LINES, LINES_TIME = 20, 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kinds: dict[str, tuple[float, int]] = {}  # end of the time, lines in it
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log a line."""
+        now, kind = time.monotonic(), str(record.msg)
+        end, lines = self._kinds.get(kind, (0.0, 0))
+        if now >= end:
+            left_out, end, lines = lines - self.MOST_LINES, now + self.LINES_TIME, 0
+            if left_out > 0:
+                record.msg = f"{kind} ({left_out} more like this were left out)"
+        self._kinds[kind] = (end, lines + 1)
+        return lines < self.MOST_LINES
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, where that can be written to: a reader that stands still stops nothing."""
+
+    PATIENCE = 1.0  # seconds
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or leave it out after PATIENCE."""
+        if IS_WINDOWS or not hasattr(select, "poll"):
+            super().emit(record)
+            return
+        poll = select.poll()
+        try:
+            poll.register(self.stream.fileno(), select.POLLOUT)
+        except (OSError, ValueError):  # no file
+            super().emit(record)
+            return
+        if poll.poll(self.PATIENCE * 1000):
+            super().emit(record)
+
+
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error: one line for each client that left or was refused, and what went wrong."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of a line's price
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    handler = LogHandler()
+    handler.addFilter(FloodFilter())
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
-    trace_log.addHandler(logging.StreamHandler())
+    trace_log.addHandler(LogHandler())
     trace_log.propagate = False
 
 
@@ -3084,7 +3595,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.key is not None and options.cert is None:
         parser.error("--key needs --cert")
     start_logging(options)
-    threading.stack_size(256 * 1024)  # for all threads: those of 10,000 clients take 2.5 GB of address space
+    tune_malloc()
+    if not IS_WINDOWS:  # where it would be taken at once
+        threading.stack_size(256 * 1024)  # for all threads: those of 10,000 handshakes take 2.5 GB of address space
     try:
         server = create_server(options)
         server.catch_signals()

@@ -40,7 +40,6 @@ DEFLATE = "permessage-deflate"
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup; what is started would ignore it, too
-pywebsock.log.removeFilter(pywebsock.is_no_flood)  # and tests may log more than strangers
 
 
 _skipped: collections.Counter[str] = collections.Counter()  # why, and how often
@@ -334,18 +333,9 @@ def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **c
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def brought(parse: typing.Callable[[typing.Iterator[bytes]], typing.Iterable[T]], *pieces: bytes) -> list[list[T]]:
-    """What a parser that takes pieces as they arrive gives after each of them, before it asks for the next."""
-    lists: list[list[T]] = []
-
-    def arriving() -> typing.Iterator[bytes]:
-        for piece in pieces:
-            lists.append([])
-            yield piece
-
-    for each in parse(arriving()):
-        lists[-1].append(each)
-    return lists
+def brought(feed: typing.Callable[[bytes], typing.Iterable[T]], *pieces: bytes) -> list[list[T]]:
+    """What a reader gives for each of the pieces that it is fed with."""
+    return [list(feed(piece)) for piece in pieces]
 
 
 def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
