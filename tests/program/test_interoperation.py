@@ -419,16 +419,33 @@ ENCODED = [[encode(piece) for piece in pieces] for pieces in CONVERSATION]
 SCRIPTS = ROOT / "tests" / "tools" / "interop"
 
 
-def run_client(*command: str, conversation: Conversation = CONVERSATION) -> Report:
-    """A run of a client in another language: JSON in, JSON out."""
-    encoded = [[encode(piece) for piece in pieces] for pieces in conversation]
-    with tempfile.TemporaryFile() as file:
+def converse_in_program(encoded: typing.Any, *command: str) -> typing.Any:
+    """The output of a client in another language: JSON in, JSON out."""
+    with tempfile.TemporaryFile() as file:  # Node cannot read a pipe that is empty for a moment
         file.write(json.dumps(encoded).encode())
         file.seek(0)
         done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
     if done.returncode:
         raise AssertionError(f"{command[0]}: exit status {done.returncode}: {done.stderr.decode()}")
-    return report(json.loads(done.stdout))
+    return json.loads(done.stdout)
+
+
+def converse_in_page(browser: typing.Any, url: str, encoded: typing.Any) -> typing.Any:
+    """What converse.mjs returns in a page from disk; Chromium keeps pages without an address away from localhost."""
+    module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
+    script = """
+        const [module, url, conversation, done] = arguments;
+        import(module).then(({ converse, standard }) => converse(() => standard(new WebSocket(url)), conversation))
+            .then(done, error => done({ error: String(error) }));
+    """
+    browser.get((SCRIPTS / "converse.mjs").as_uri())
+    return browser.execute_async_script(script, module, url, encoded)
+
+
+def run_client(*command: str, conversation: Conversation = CONVERSATION) -> Report:
+    """A run of a client in another language: JSON in, JSON out."""
+    encoded = [[encode(piece) for piece in pieces] for pieces in conversation]
+    return report(converse_in_program(encoded, *command))
 
 
 class JavaScript(Interoperation):
@@ -476,19 +493,9 @@ class JavaScript(Interoperation):
         self.check(self.client(deno, "run", "--quiet", "--no-config", "--allow-net", "--allow-read"), offers=(False,))
 
     def test_chromium(self) -> None:
-        # From a page on the disk; what has no address at all, Chromium keeps away from localhost.
-        module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
-        script = """
-            const [module, url, conversation, done] = arguments;
-            import(module).then(({ converse, standard }) => converse(() => standard(new WebSocket(url)), conversation))
-                .then(done, error => done({ error: String(error) }));
-        """
-
         def converse(url: str, _: bool) -> Report:
             with chromium() as browser:
-                browser.get((SCRIPTS / "converse.mjs").as_uri())
-                result = browser.execute_async_script(script, module, url, ENCODED)
-                return report(result)
+                return report(converse_in_page(browser, url, ENCODED))
 
         self.check(converse, offers=(True,))
 

@@ -1,8 +1,8 @@
-"""README.md says what is so: its table of parts, its options, and every piece of code in it, which is run here."""
+"""README.md is correct and plain: its tables, its words, and its code, which runs here with real clients."""
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import json
 import os
 import pathlib
@@ -19,6 +19,7 @@ import unittest
 
 import pywebsock
 from pywebsock import BroadcastServer
+from tests.tools.readme import CODE, HEADING, TEXT, ProgramTestCase, rows, section, sentences
 from tests.tools.support import (
     DEADLINE,
     EVERYTHING,
@@ -27,20 +28,14 @@ from tests.tools.support import (
     ServerTestCase,
     eventually,
     exchange,
-    free_port,
     package,
     request,
     require,
 )
 
-TEXT = (ROOT / "README.md").read_text()
 SOURCE = pathlib.Path(pywebsock.__file__)
 BANNER = re.compile(r"^# =+\n# (?P<title>[^\n]+)\n", re.MULTILINE)
-HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-CODE = {
-    (HEADING.findall(TEXT, 0, match.start())[-1], match[1]): match[2] for match in BLOCK.finditer(TEXT)
-}  # by heading and language
+IMPORT = "from pywebsock import BroadcastServer\n"  # recipes that are only a class leave it out
 POST: dict[str, typing.Any] = {
     "method": "POST",
     "Upgrade": None,
@@ -50,42 +45,54 @@ POST: dict[str, typing.Any] = {
 }
 
 
-class Readme(unittest.TestCase):
-    """What a reader may rely on."""
+def recipe(heading: str) -> str:
+    """The Python code under a heading, with its imports."""
+    code = CODE[heading, "python"]
+    return code if "from pywebsock import" in code else IMPORT + code
+
+
+class Tables(unittest.TestCase):
+    """The tables and examples agree with the module."""
 
     def test_parts(self) -> None:
-        """The table names every banner, in their order, with its section of an RFC."""
-        table = TEXT.partition("## Read it beside the RFC")[2].partition("\n## ")[0]
-        rows = [tuple(cell.strip("* ") for cell in row.split("|")[1:3]) for row in re.findall(r"^\|.*", table, re.M)]
-        self.assertEqual(rows[2], ("docstring", "RFC 6455 5.2"))
+        """The table lists every banner of the module, in order, with the section of its RFC."""
+        listed = [(row[0].strip("* "), row[1]) for row in rows(section("Read it beside the RFC")) if row[0]]
+        self.assertEqual(listed[0], ("docstring", "RFC 6455 5.2"))
         parts = []
-        for title in BANNER.findall(SOURCE.read_text()):
-            name, section = re.fullmatch(r"([^(:]+?)(?:: .*| \((.*?)\).*)?", title).groups("")  # type: ignore[union-attr]
-            parts.append((name, section))
-        self.assertEqual(rows[3:], parts)
+        for title in BANNER.findall(SOURCE.read_text(encoding="utf-8")):
+            match = re.fullmatch(r"([^(:]+?)(?:: .*| \((.*?)\).*)?", title)
+            parts.append(match.groups("") if match else (title, ""))
+        self.assertEqual(listed[1:], parts)
+
+    def test_reading_path(self) -> None:
+        """Each part after the docstring adds something, and the table says what goes wrong without it."""
+        for part, _, adds, without in rows(section("Read it beside the RFC"))[1:]:
+            self.assertTrue(adds, part)
+            self.assertRegex(without, r"\.$")
 
     def test_options(self) -> None:
-        """Every option is in the table, and none that is not there."""
-        described = set(re.findall(r"`(--[a-z-]+)", TEXT.partition("## Options")[2].partition("\n## ")[0]))
+        """The table lists every option of the command, and no other."""
+        described = {name for row in rows(section("Options")) for name in re.findall(r"`(--[a-z-]+)", row[0])}
         options = set(re.findall(r"(?<!\S)(--[a-z-]+)", pywebsock.argument_parser().format_help()))
         self.assertEqual(described, options - {"--help", "--version"})
 
+    def test_settings(self) -> None:
+        """The table lists every setting, and no other; keyword arguments in the examples are settings."""
+        described = {name for row in rows(section("Options")) for name in re.findall(r"`(\w+)`", row[1])}
+        self.assertEqual(described, {name for name in vars(pywebsock.Settings) if not name.startswith("_")})
+        for arguments in re.findall(r"4545\),([^)]*)\)", TEXT):
+            self.assertLessEqual(set(re.findall(r"(\w+)=", arguments)), described)
+
     def test_command_lines(self) -> None:
-        """Each is one that the program takes."""
-        lines = re.findall(r"(?:python3? |/)pywebsock\.py((?: [^#\n`|]*)?)", TEXT)
+        """The command accepts each command line."""
+        lines = re.findall(r"(?:python3? |py |/)pywebsock\.py((?: [^#\n`|;]*)?)", TEXT)
         self.assertGreater(len(lines), 8)
         for line in lines:
             with self.subTest(line):
                 pywebsock.argument_parser().parse_args(shlex.split(line))
 
-    def test_settings(self) -> None:
-        """Where a keyword argument is shown, there is such a setting."""
-        for name in re.findall(r"4545\),([^)]*)\)", TEXT):
-            for setting in re.findall(r"(\w+)=", name):
-                self.assertTrue(setting == "token" or hasattr(BroadcastServer, setting), setting)
-
     def test_links(self) -> None:
-        """What it links to is there: files, and headings of its own."""
+        """Each link within the project leads to a file or a heading."""
         anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(TEXT)}
         for target in re.findall(r"\]\(([^):]+)\)", TEXT):
             if target.startswith("#"):
@@ -93,71 +100,130 @@ class Readme(unittest.TestCase):
             else:
                 self.assertTrue((ROOT / target).exists(), target)
 
+    def test_license(self) -> None:
+        """pyproject.toml names the license whose text is in the README."""
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        (license_name,) = re.findall(r'^license = "(.*)"$', project, re.MULTILINE)
+        self.assertTrue(section("License").strip().startswith(f"{license_name} License\n"))
+        self.assertIn("the pywebsock authors", project)
+        self.assertIn("the pywebsock authors", section("License"))
+
+    def test_changes(self) -> None:
+        """The changes name the version of the module."""
+        self.assertIn(f"\n{pywebsock.__version__}: ", section("Changes"))
+
     def test_types(self) -> None:
-        """mypy finds nothing wrong in the code."""
+        """mypy finds no error in the code."""
         package("mypy")
         with tempfile.TemporaryDirectory() as folder:
-            files = []
-            for number, text in enumerate(text for (_, language), text in CODE.items() if language == "python"):
-                files.append(pathlib.Path(folder, f"example_{number}.py"))
-                files[-1].write_text(text)
-            command = [
-                sys.executable,
-                "-m",
-                "mypy",
-                "--check-untyped-defs",
-                "--follow-imports=silent",
-                *map(str, files),
-            ]
-            environment = {**os.environ, "MYPYPATH": str(ROOT)}
+            files: list[pathlib.Path] = []
+            for heading, language in CODE:
+                if language == "python":
+                    files.append(pathlib.Path(folder, f"example_{len(files)}.py"))
+                    files[-1].write_text(recipe(heading), encoding="utf-8")
+            options = "--check-untyped-defs", "--follow-imports=silent", "--python-version=3.9"
             mypy = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+                [sys.executable, "-m", "mypy", *options[: 2 + (sys.version_info < (3, 10))], *map(str, files)],
+                cwd=folder,
+                env={**os.environ, "MYPYPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
             )
         self.assertEqual(mypy.returncode, 0, mypy.stdout + mypy.stderr)
 
 
-def server_of(heading: str) -> type[BroadcastServer]:
-    """The class that the code under a heading defines."""
+# Habits that make a reader read a sentence twice. Patterns are searched in each sentence, without its code.
+HABITS = {
+    r"^(?:who|what)\b(?!.*\?$)|, what\b": "begin with a noun",
+    r"\b(?:and|but|by|for|from|if|of|or|than|that|to|where|with) who\b": "name the person or the program",
+    r"\b(?:who|what|where|how)(?:so)?ever\b": "name it",
+    r"\bwho is\b(?!.*\?$)": "name the person or the program",
+    r"\bone(?:'s|self)\b|\bone (?:can|could|has|likes|may|must|only|sees|types|wants|writes)\b": "you",
+    r"\bso (?:many|much)\b(?! that)": "the number of, a number of",
+    r"\bas long as (?:one|they|it) likes?\b|\bthere are those\b|\bthat is all\b|\bthe whole secret\b": "leave it out",
+    r"\bfor ever\b": "forever",
+    r"\bbut for\b": "except",
+    r"\b(?:strangers?|goodbye)\b": "a pending connection; close",
+    r"\b(?:easily|easy|just|obviously|of course|simple|simply)\b": "leave it out",
+}
+LONGEST = 32  # words of a sentence
+
+# pywebsock.py, its help text and the other tests come in here when their words have been rewritten.
+PLAIN = {
+    "README.md": TEXT.partition("\n## License\n")[0],
+    "pyproject.toml": "\n\n".join(
+        re.findall(r'^description = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    ),
+}
+PLAIN_MODULES = "tests/tools/readme.py", "tests/program/test_readme.py", "tests/program/test_first_server.py"
+
+
+def docstrings(path: str) -> str:
+    """The docstrings of a module, a paragraph each."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, found))
+
+
+class Words(unittest.TestCase):
+    """The text is plain English."""
+
+    def test_habits(self) -> None:
+        for name, text in {**PLAIN, **{path: docstrings(path) for path in PLAIN_MODULES}}.items():
+            for sentence in sentences(text):
+                with self.subTest(name, sentence=sentence):
+                    for habit, instead in HABITS.items():
+                        self.assertNotRegex(sentence, f"(?i){habit}", instead)
+                    self.assertLessEqual(len(sentence.split()), LONGEST)
+
+    def test_the_test(self) -> None:
+        """Each pattern finds the habit for which it was written."""
+        for text in (
+            "What one client sends, all clients get.",
+            "It is read from disk, what takes a while.",
+            "The text is for who has time.",
+            "Whoever counts them sets it to 0.",
+            "A client who is just gone is left out.",
+            "One can run it with a certificate of one's own.",
+            "One looks every so many seconds.",
+            "There are those that send as long as one likes.",
+            "It waits for ever.",
+            "All pass but for one.",
+            "A stranger cannot fill the disk.",
+            "It is easy.",
+        ):
+            found = [habit for habit in HABITS if re.search(f"(?i){habit}", text)]
+            self.assertTrue(found, text)
+
+    def test_sentences(self) -> None:
+        """The parts of a text that are read as sentences."""
+        text = "# A title\n\nOne line\nand `code. Here`, [a link](https://a.b). Two\n\n    python x. y\n\n"
+        text += "| a | b. c |\n|---|---|\n```python\nprint()\n```\n- an item; goes on\n"
+        self.assertEqual(
+            sentences(text), ["A title", "One line and CODE, a link.", "Two", "a", "b.", "c", "an item; goes on"]
+        )
+
+
+def server_of(heading: str, name: str) -> type[BroadcastServer]:
+    """The class of this name in the code under a heading."""
     names: dict[str, typing.Any] = {}
-    exec(CODE[heading, "python"].partition("\nwith ")[0], names)
-    (kind,) = (
-        each
-        for each in names.values()
-        if isinstance(each, type)
-        and each.__name__ in CODE[heading, "python"]
-        and issubclass(each, BroadcastServer)
-        and each is not BroadcastServer
-    )
-    return kind
+    exec(recipe(heading).partition("\nwith ")[0], names)
+    return typing.cast("type[BroadcastServer]", names[name])
 
 
 class Recipes(ServerTestCase):
-    """Those that are a class, with real clients."""
+    """The recipes that are a class."""
 
     def say(self, speaker: Client, text: str, *hearers: Client) -> None:
-        """What one says, these hear next."""
+        """Send a text from one client, and read it from others."""
         speaker.send(text)
         self.assertEqual([hearer.read() for hearer in hearers], [text] * len(hearers))
 
-    def test_names(self) -> None:
-        server = self.serve(server_of("A chat with names"))
-        anna, ben = self.connect(server), self.connect(server)
-        self.assertEqual([anna.read(), ben.read()], ["who are you?"] * 2)
-        anna.send("Anna")
-        self.assertEqual([anna.read(), ben.read()], ["Anna is here"] * 2)
-        ben.send("Ben")
-        self.assertEqual([anna.read(), ben.read()], ["Ben is here"] * 2)
-        ben.send("hello")
-        self.assertEqual([anna.read(), ben.read()], ["Ben: hello"] * 2)
-        nobody = self.connect(server)
-        nobody.read()
-        nobody.close()
-        nobody.read_close()
-        ben.close()
-        self.assertEqual(anna.read(), "Ben has left")
-
     def test_rooms(self) -> None:
-        server = self.serve(server_of("Rooms, by path"))
+        server = self.serve(server_of("Rooms, by path", "Rooms"))
         a, b, c = (self.connect(server, target=path) for path in ("/red", "/blue", "/red?mark=01"))
         self.assertEqual(c.read(), "01")
         self.say(a, "in red", a, c)
@@ -167,13 +233,18 @@ class Recipes(ServerTestCase):
         self.assertEqual([each.read() for each in (a, b, c)], ["posts"] * 3)
 
     def test_all_but_the_sender(self) -> None:
-        server = self.serve(server_of("All but the sender"))
+        """The expression for it in the text."""
+        (others,) = re.findall(r"`(to=self\.clients - [^`]*)`", section("Library"))
+        names: dict[str, typing.Any] = {}
+        hook = f"def on_message(self, client, message):\n        self.broadcast(message, {others})\n"
+        exec(f"{IMPORT}class Others(BroadcastServer):\n    {hook}", names)
+        server = self.serve(names["Others"])
         a, b, c = (self.connect(server) for _ in range(3))
         self.say(a, "from a", b, c)
         self.say(b, "from b", a, c)
 
     def test_tokens(self) -> None:
-        server = self.serve(server_of("Tokens"), history=1)
+        server = self.serve(server_of("Tokens", "Tokens"), history=1)
         port = server.server_address[1]
         server.broadcast("secret")
         for bad in (
@@ -190,13 +261,15 @@ class Recipes(ServerTestCase):
             self.assertIn(self.connect(server, **good).read(), ("secret", "01"))
         self.assertEqual(exchange(port, request(**POST, Authorization="Bearer sesame") + b"hello")[0], 202)
 
-    def test_token_of_ones_own(self) -> None:
-        server = self.serve(server_of("Tokens"), token="another")
+    def test_another_token(self) -> None:
+        """The token is a setting."""
+        server = self.serve(server_of("Tokens", "Tokens"), token="another")
         self.assertEqual(exchange(server.server_address[1], request(target="/?token=sesame"))[0], 401)
         self.connect(server, target="/?token=another")
 
-    def test_all_listen_some_send(self) -> None:
-        server = self.serve(server_of("All listen, some send"))
+    def test_news(self) -> None:
+        """Clients only receive; programs with a token send."""
+        server = self.serve(server_of("Tokens", "News"))
         port = server.server_address[1]
         listener, speaker = self.connect(server), self.connect(server)
         self.assertEqual(exchange(port, request(**POST) + b"never")[0], 401)
@@ -206,7 +279,7 @@ class Recipes(ServerTestCase):
         self.assertEqual(listener.read(), "hello")
 
     def test_address(self) -> None:
-        server = self.serve(server_of("The real address, behind a proxy"))
+        server = self.serve(server_of("The real address, behind a proxy", "Behind"))
         for fields, address in (
             ({"X_Forwarded_For": "192.0.2.1"}, "192.0.2.1"),
             ({"X_Forwarded_For": "nonsense, 10.0.0.1,2001:db8::1"}, "2001:db8::1"),
@@ -216,6 +289,13 @@ class Recipes(ServerTestCase):
                 (client,) = server.clients
                 self.assertTrue(client.address.startswith(address), client.address)
             eventually(lambda: not server.clients)
+
+    def test_asyncio(self) -> None:
+        server = self.serve(server_of("With asyncio", "Thinker"))
+        client = self.connect(server)
+        for word in ("hello", "world"):
+            client.send(word)
+        self.assertEqual([client.read(), client.read()], ["HELLO", "WORLD"])
 
     def test_a_test(self) -> None:
         """The test case of the recipe passes, and leaves no thread behind."""
@@ -229,90 +309,65 @@ class Recipes(ServerTestCase):
 
 
 @unittest.skipUnless(EVERYTHING or os.name == "posix", "programs are ended with Ctrl-C")
-class Programs(ServerTestCase):
-    """Those that are whole programs, in a process; 4545 becomes a free port."""
+class Programs(ProgramTestCase):
+    """The complete programs."""
 
-    @contextlib.contextmanager
-    def program(self, heading: str, number: int = signal.SIGINT) -> typing.Iterator[int]:
-        """Run it and end it: its port. What it has printed is in `output`, its folder in `folder`."""
-        port = free_port()
-        text = CODE[heading, "python"].replace("4545", str(port))
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = pathlib.Path(folder.name)
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + text],
-            cwd=folder.name,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            eventually(lambda: process.poll() is not None or self.listens(port), heading)
-            yield port
-            process.send_signal(number)
-            self.output, errors = process.communicate(timeout=DEADLINE)
-            self.assertEqual((process.returncode, re.sub(".* refused: 403, .*\n", "", errors)), (0, ""))
-        finally:
-            process.kill()
-            process.communicate()
-
-    def listens(self, port: int) -> bool:
-        """Whether anybody does."""
-        with contextlib.suppress(OSError):
-            Client(port, handshake=False).socket.close()
-            return True
-        return False
-
-    def goodbye(self, client: Client) -> None:
-        """The Close of a server that stops."""
+    def read_close(self, client: Client) -> None:
+        """Read the Close of a server that stops."""
         self.assertEqual(client.read_frame().payload, b"\x03\xe9")
         client.socket.close()
 
     def test_chat(self) -> None:
-        """The example; Ctrl-C says goodbye to its clients."""
+        """A chat with names and a history; Ctrl-C closes its clients with 1001."""
         with self.program("Library") as port:
-            one, other = Client(port), Client(port)
-            address = ":".join(map(str, one.socket.getsockname()))
-            self.assertEqual(one.read(), f"welcome, {address}")
-            other.read()
-            one.send("hello")
-            self.assertEqual([one.read(), other.read()], [f"{address}: hello"] * 2)
-            one.close()
-            one.read_close()
-            one.socket.close()
-            self.assertEqual(other.read(), f"{address} has left (1000)")
+            anna, ben, nobody = (Client(port) for _ in range(3))
+            self.assertEqual([each.read() for each in (anna, ben, nobody)], ["who are you?"] * 3)
+            anna.send("Anna")
+            self.assertEqual([anna.read(), ben.read()], ["Anna is here"] * 2)
+            nobody.close()
+            self.assertEqual([nobody.read(), nobody.read_close()[0]], ["Anna is here", 1000])
+            nobody.socket.close()
+            ben.send("Ben")
+            self.assertEqual([anna.read(), ben.read()], ["Ben is here"] * 2)
+            ben.send("hello")
+            self.assertEqual([anna.read(), ben.read()], ["Ben: hello"] * 2)
+            anna.close()
+            anna.read_close()
+            anna.socket.close()
+            self.assertEqual(ben.read(), "Anna has left")
             with Client(port) as late:
-                self.assertEqual(late.read(), f"{address}: hello")
-            closing = threading.Thread(target=self.goodbye, args=(other,))
-            other.read()  # late has left
+                history = "Anna is here", "Ben is here", "Ben: hello", "Anna has left", "who are you?"
+                self.assertEqual([late.read() for _ in history], list(history))
+            closing = threading.Thread(target=self.read_close, args=(ben,))
             closing.start()
         closing.join(DEADLINE)
         self.assertEqual(self.output, f"listening on http://localhost:{port}/\nstopping\n")
 
+    def test_sigterm(self) -> None:
+        """SIGTERM ends the program as Ctrl-C does."""
+        with self.program("Library", signal.SIGTERM) as port:
+            pass
+        self.assertEqual(self.output, f"listening on http://localhost:{port}/\nstopping\n")
+
+    def test_log(self) -> None:
+        """The log of the text has warnings, and no line for a client that leaves."""
+        configuration = re.findall(r"`(logging\..*?)`", section("Library"))
+        prelude = "\n".join(["import logging", *(line for line in configuration if "(" in line), ""])
+        self.assertEqual(prelude.count("logging."), 4)
+        with self.program("Library", prelude=prelude) as port:
+            exchange(port, b"nonsense\r\n\r\n")
+            Client(port).socket.close()
+        log = (self.folder / "chat.log").read_text(encoding="utf-8")
+        self.assertRegex(log, "^WARNING:pywebsock:.* refused: 400")
+        self.assertNotIn("left", log)
+
     def test_dashboard(self) -> None:
         with self.program("A dashboard") as port:
             with Client(port) as client:
-                self.assertEqual(len(json.loads(client.read())["load"]), 3)
-                client.send("nobody hears this")
+                self.assertGreater(json.loads(client.read())["free bytes"], 0)
+                client.send("not broadcast")
             self.assertEqual(exchange(port, request(**POST) + b"never")[0], 403)
             self.assertEqual(exchange(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")[0], 200)
-
-    def test_asyncio(self) -> None:
-        with self.program("Inside asyncio") as port, Client(port) as client:
-            for word in ("hello", "world"):
-                client.send(word)
-            self.assertEqual([client.read(), client.read()], ["HELLO", "WORLD"])
-
-    def test_log(self) -> None:
-        """SIGTERM ends it as Ctrl-C does."""
-        with self.program("A log of its own", signal.SIGTERM) as port:
-            exchange(port, b"nonsense\r\n\r\n")
-            Client(port).socket.close()
-        log = (self.folder / "chat.log").read_text()
-        self.assertRegex(log, rf"INFO listening on port {port}\n(.|\n)*WARNING .* refused: 400(.|\n)*INFO stopping\n$")
-        self.assertNotIn("left", log)
 
     def test_python_client(self) -> None:
         package("websockets")
@@ -324,12 +379,13 @@ class Programs(ServerTestCase):
         self.check_client("javascript", str(bun), "hello from JavaScript\nclosed 1001 \n")
 
     def check_client(self, language: str, runtime: str, output: str) -> None:
-        """It says hello, hears it, and ends when the server does."""
+        """The client sends, receives its message, and ends when the server closes."""
         server = self.serve(BroadcastServer)
         witness = self.connect(server)
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder, "client.js" if language == "javascript" else "client.py")
-            file.write_text(CODE["Clients", language].replace("4545", str(server.server_address[1])))
+            code = CODE["Use from programs", language].replace("4545", str(server.server_address[1]))
+            file.write_text(code, encoding="utf-8")
             process = subprocess.Popen([runtime, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             try:
                 self.assertIn("hello from", str(witness.read()))
@@ -346,21 +402,21 @@ class Service(unittest.TestCase):
     """The file for systemd."""
 
     def test_verify(self) -> None:
-        """systemd knows every line of it, and finds it safe."""
+        """systemd knows every line of it, and rates it as safe (exposure below 2 of 10)."""
         require(shutil.which("systemd-analyze"), "systemd-analyze")
         text = (
-            CODE["As a service", "ini"].replace("/usr/bin/python3", sys.executable).replace("/opt/pywebsock", str(ROOT))
+            CODE["Deployment", "ini"].replace("/usr/bin/python3", sys.executable).replace("/opt/pywebsock", str(ROOT))
         )
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder, "pywebsock.service")
-            file.write_text(text)
+            file.write_text(text, encoding="utf-8")
             verified = self.analyze("verify", str(file))
             self.assertEqual((verified.returncode, verified.stdout + verified.stderr), (0, ""))
             exposure = self.analyze("security", "--offline=yes", "--threshold=20", str(file))
             self.assertEqual(exposure.returncode, 0, exposure.stdout)
 
     def analyze(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """What systemd-analyze says."""
+        """Run systemd-analyze."""
         command = ["systemd-analyze", "--man=no", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
