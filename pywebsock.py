@@ -617,9 +617,9 @@ HEAD_END = re.compile(rb"\n\r?\n")  # of any head; a good one ends in CR LF CR L
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
-ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:))/?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
+LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
+ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
 
 class Request(NamedTuple):
@@ -703,18 +703,36 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     as parse_origin() gives it. With nothing listed, so may a page opened from disk, which
     calls itself null or file://.
     """
-    origin, allowed = request.headers.get("origin", "").lower(), origins or ("null", "file://")
-    if "origin" not in request.headers or "*" in allowed or origin in allowed:
+    said = request.headers.get("origin")
+    if said is None or "*" in origins:
         return
-    host = check_host(request).lower()
-    if origin in (f"http://{host}", f"https://{host}") and ADDRESS.fullmatch(host):
+    try:
+        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", said.lower()))  # ws: is what some programs say
+    except ValueError:
+        origin = "*"
+    hint = "only --origin '*' allows it; a program need not send the field"
+    demand("*" not in origin, 403, f"{printable(said)} is not an origin ({hint})")
+    if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
-    name = printable(request.headers["origin"])
-    raise HandshakeError(403, f'origin {name} may not connect (--origin {name} or origins=["{name}"] allows it)')
+    host = check_host(request).lower().rstrip(":")
+    if LOCAL.fullmatch(host) and origin in (parse_origin(f"http://{host}"), parse_origin(f"https://{host}")):
+        return
+    raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
+
+
+def matches(text: str, pattern: str) -> bool:
+    """Whether a text is the pattern, in which a * stands for at least one character."""
+    start, star, end = pattern.partition("*")
+    if not star:
+        return text == pattern
+    return len(text) > len(start + end) and text.startswith(start) and text.endswith(end)
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError."""
+    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError.
+
+    Its host may begin with `*.`, which stands for one label or more.
+    """
     match = ORIGIN.fullmatch(text.lower())
     if not match:
         raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")

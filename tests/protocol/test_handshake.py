@@ -570,6 +570,24 @@ class Origin(unittest.TestCase):
         ("https://anything.example", HERE, ("*",)),
         ("null", HERE, ("*",)),
         ("", HERE, ("*",)),
+        # the default port may be said or not (RFC 6454 4)
+        ("http://192.168.1.5", "192.168.1.5:80", ()),
+        ("http://192.168.1.5:80", "192.168.1.5", ()),
+        ("https://localhost", "localhost:443", ()),
+        ("http://localhost", "localhost:", ()),
+        ("https://example.com:443", HERE, ("https://example.com",)),
+        # RFC 6761 6.3: all names that end in localhost are this machine
+        ("http://chat.localhost:4545", "chat.localhost:4545", ()),
+        ("http://a.b.localhost:4545", "A.b.localhost:4545", ()),
+        # Go's x/net/websocket, ws4py
+        ("http://localhost:4545/", HERE, ()),
+        ("ws://localhost:4545", HERE, ()),
+        ("wss://localhost:4545", HERE, ()),
+        ("wss://example.com", HERE, ("https://example.com",)),
+        # one label or more
+        ("https://www.example.com", HERE, ("https://*.example.com",)),
+        ("https://a.b.example.com", HERE, ("http://a", "https://*.example.com")),
+        ("https://a.example.com:8443", HERE, ("https://*.example.com:8443",)),
     )
     MAY_NOT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("https://evil.example", HERE, ()),
@@ -585,7 +603,8 @@ class Origin(unittest.TestCase):
         # another port, another scheme, nearly the same
         ("http://localhost:4546", HERE, ()),
         ("http://localhost", HERE, ()),
-        ("ws://localhost:4545", HERE, ()),
+        ("ws://localhost:4546", HERE, ()),
+        ("https://localhost", "localhost:80", ()),
         ("http://localhost:4545.evil.example", HERE, ()),
         ("http://evil.example/localhost:4545", HERE, ()),
         ("http://evil@localhost:4545", HERE, ()),
@@ -599,7 +618,8 @@ class Origin(unittest.TestCase):
         ("http://127.0.0.1.evil.example", "127.0.0.1.evil.example", ()),
         ("http://127.1", "127.1", ()),
         ("http://2130706433", "2130706433", ()),
-        ("http://a.localhost:4545", "a.localhost:4545", ()),
+        ("http://a.localhost:4545", HERE, ()),
+        ("http://xlocalhost:4545", "xlocalhost:4545", ()),
         # nearly what is listed
         ("http://example.com", HERE, ("https://example.com",)),
         ("https://example.com:8443", HERE, ("https://example.com",)),
@@ -607,6 +627,15 @@ class Origin(unittest.TestCase):
         ("https://example.com.evil.example", HERE, ("https://example.com",)),
         ("https://evilexample.com", HERE, ("https://example.com",)),
         ("https://exampleXcom", HERE, ("https://example.com",)),
+        ("https://example.com", HERE, ("https://*.example.com",)),
+        ("https://.example.com", HERE, ("https://*.example.com.",)),
+        ("https://evilexample.com", HERE, ("https://*.example.com",)),
+        ("https://*.example.com", HERE, ("https://*.example.com",)),
+        ("http://a.example.com", HERE, ("https://*.example.com",)),
+        ("https://a.example.com:444", HERE, ("https://*.example.com",)),
+        ("https://evil.example/.example.com", HERE, ("https://*.example.com",)),
+        ("https://evil.example:80.example.com", HERE, ("https://*.example.com",)),
+        ("https://evil.example?.example.com", HERE, ("https://*.example.com",)),
     )
 
     def test_may(self) -> None:
@@ -656,11 +685,12 @@ class Origin(unittest.TestCase):
             ("capacitor://localhost", "capacitor://localhost"),
             *((word, word) for word in ("*", "null", "file://")),
             ("NULL", "null"),
+            ("https://*.Example.com:443/", "https://*.example.com"),
         ):
             with self.subTest(text):
                 self.assertEqual(pywebsock.parse_origin(text), origin)
                 self.assertEqual(pywebsock.parse_origin(origin), origin)
-                if origin != "*":
+                if "*" not in origin:
                     pywebsock.check_origin(headers(Host=self.HERE, Origin=origin), [origin])
 
     def test_parse_wrong(self) -> None:
@@ -676,7 +706,8 @@ class Origin(unittest.TestCase):
                 "https://a/b",
                 "https://a//",
             ),
-            *("https://a?b", "https://a#b", "https://a b", "https://user@a", "https://a:x", "https://*.example.com"),
+            *("https://a?b", "https://a#b", "https://a b", "https://user@a", "https://a:x", "https://*"),
+            *("https://*example.com", "https://a.*.com", "https://*.*.com", "https://a*.com", "*.example.com"),
             *("ws://localhost", "wss://example.com", "https://a,https://b", "https://b\xfccher.example", "file:", "**"),
             *("https://example.com\n", " https://example.com", "1http://a", "http:/a"),
         ):
@@ -686,14 +717,28 @@ class Origin(unittest.TestCase):
                 self.assertRegex(str(caught.exception), r"^[ -~]+$")
 
     def test_the_error_helps(self) -> None:
-        """It says what would let the page in, of the command line and of a program, and is safe to print."""
-        with self.assertRaises(HandshakeError) as caught:
-            pywebsock.check_origin(headers(Host="localhost", Origin="https://example.com"), ())
-        self.assertIn("--origin https://example.com", str(caught.exception))
-        self.assertIn('origins=["https://example.com"]', str(caught.exception))
-        with self.assertRaises(HandshakeError) as caught:
-            pywebsock.check_origin(headers(Host="localhost", Origin="\x1b[2J\xe9"), ())
-        self.assertTrue(str(caught.exception).isascii() and str(caught.exception).isprintable())
+        """It says what would let the page in, of the command line and of a program; or that it is no origin."""
+        for said, origin in (
+            ("https://example.com", "https://example.com"),
+            ("HTTPS://Example.com:443/", "https://example.com"),
+            ("ws://h", "http://h"),
+            ("http://localhost/", "http://localhost"),
+            ("null", "null"),
+            (f"https://{'x' * 253}:65535", f"https://{'x' * 253}:65535"),
+            *((wrong, "") for wrong in ("", "localhost", "127.0.0.1", "*", "https://*.example.com", "\x1b[2J\xe9")),
+            ("https://" + "x" * 254, ""),
+        ):
+            with self.subTest(said):
+                asked = headers(Host="h", Origin=said)
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_origin(asked, ["https://other.example"])
+                hint = str(caught.exception)
+                self.assertTrue(hint.isascii() and hint.isprintable())
+                if origin:
+                    self.assertIn(f'(--origin {origin} or origins=["{origin}"] allows it)', hint)
+                    pywebsock.check_origin(asked, [pywebsock.parse_origin(origin)])
+                else:
+                    self.assertIn("is not an origin (only --origin '*' allows it", hint)
 
     def test_needs_a_host(self) -> None:
         """A page is not let in where it is not known whose page it is."""

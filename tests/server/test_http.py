@@ -244,6 +244,11 @@ ORIGINS = (
     ((), "localhost", "http://localhost", True),
     ((), "127.0.0.1:4545", "http://127.0.0.1:4545", True),
     ((), "192.168.1.2:4545", "http://192.168.1.2:4545", True),
+    ((), "192.168.1.2:80", "http://192.168.1.2", True),
+    ((), "chat.localhost:4545", "http://chat.localhost:4545", True),
+    # the page from this server, as libraries have it
+    ((), "localhost:4545", "http://localhost:4545/", True),
+    ((), "localhost:4545", "ws://localhost:4545", True),
     ((), "[::1]:4545", "http://[::1]:4545", True),
     (LISTED, "localhost:4545", "http://localhost:4545", True),
     # another port or name is another origin
@@ -251,7 +256,7 @@ ORIGINS = (
     ((), "localhost:4545", "http://localhost", False),
     ((), "localhost:4545", "http://127.0.0.1:4545", False),
     ((), "127.0.0.1:4545", "http://localhost:4545", False),
-    ((), "localhost:4545", "ws://localhost:4545", False),
+    ((), "localhost:4545", "ws://localhost:4546", False),
     # other pages
     ((), "localhost:4545", "https://example.com", False),
     ((), "localhost:4545", "http://localhost.example.com", False),
@@ -276,6 +281,8 @@ ORIGINS = (
     (LISTED, "localhost:4545", "https://example.com:8443", False),
     (LISTED, "localhost:4545", "https://www.example.com", False),
     (LISTED, "localhost:4545", "https://example.com.evil.example", False),
+    (("https://*.example.com",), "localhost:4545", "https://www.example.com", True),
+    (("https://*.example.com",), "localhost:4545", "https://example.com", False),
     # any
     (("*",), "localhost:4545", "https://example.com", True),
     (("*",), "evil.example", "http://evil.example", True),
