@@ -619,6 +619,7 @@ HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # its size and extensions (RFC 9112 7.1)
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
 
@@ -765,13 +766,75 @@ def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
 
 
 def body_length(request: Request, max_message: int) -> int:
-    """The number of bytes of a request's body, which is to be one message (RFC 9112 6). Raises HandshakeError."""
-    field, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "").lower()
+    """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
+    headers = request.headers
+    kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
     demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
-    demand(field and "transfer-encoding" not in request.headers, 411, "the body needs a Content-Length")
+    if "transfer-encoding" in headers:
+        demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
+        demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
+        demand(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        return max_message
+    demand(field, 411, "the body needs a Content-Length or chunks")
     demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
     demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
+
+
+class Arriving:
+    """Bytes that arrive in pieces, to be taken by number or by line. Both raise HandshakeError at their end."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._data = bytearray()  # what has arrived and is not taken yet
+
+    def _wait(self) -> None:
+        piece = next(self._pieces, None)
+        if piece is None:
+            raise HandshakeError(400, "the body is incomplete")
+        self._data += piece
+
+    def take(self, length: int) -> Iterator[bytes]:
+        """Yield that many bytes as they arrive."""
+        while length:
+            if not self._data:
+                self._wait()
+            piece = bytes(self._data[:length])
+            del self._data[: len(piece)]
+            length -= len(piece)
+            yield piece
+
+    def take_line(self) -> bytes:
+        """The next line, without its end."""
+        while (end := self._data.find(b"\r\n")) < 0:
+            demand(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            self._wait()
+        line = bytes(self._data[:end])
+        del self._data[: end + 2]
+        return line
+
+
+def take_chunks(arriving: Arriving) -> Iterator[bytes]:
+    """Yield the data of chunks (RFC 9112 7.1), without extensions and trailers. Raises HandshakeError."""
+    size = -1
+    while size:
+        head = CHUNK.fullmatch(arriving.take_line())
+        size = int(head[1], 16) if head else -1
+        demand(size >= 0, 400, "a chunk has no size")
+        yield from arriving.take(size)
+        demand(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
+    while arriving.take_line():
+        pass  # trailers
+
+
+def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
+    """Yield the content of a request from what arrives behind its head. Raises HandshakeError."""
+    length = body_length(request, max_message)
+    arriving = Arriving(pieces)
+    for piece in take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length):
+        length -= len(piece)
+        demand(length >= 0, 413, f"a message has at most {max_message} bytes")
+        yield piece
 
 
 def decode_body(request: Request, body: bytes) -> Message:
@@ -846,7 +909,7 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
         server._perform(server._room.write, client, [serialize_response(100, ())])
     try:
-        client._call(server.on_post, decode_body(request, client._read_body(length)))
+        client._call(server.on_post, decode_body(request, client._read_body(request, length)))
     except ProtocolError as error:
         raise HandshakeError(503, str(error), ("Retry-After", "1")) from None
 
@@ -1600,21 +1663,23 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         finally:
             self._quiet_since = math.inf
 
-    def _read_body(self, length: int) -> bytes:
+    def _read_body(self, request: Request, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, ProtocolError, OSError."""
         server = self.server
         demand(not server._link or not server._link.away, 503, "Redis is away", ("Retry-After", "1"))
         since = max(self._deadline, server._room.now + server.handshake_timeout)  # a hook may have taken its time
         self._deadline = since + length / SLOWEST_POST
-        pieces, self._rest = bytearray(self._rest), b""
-        while len(pieces) < length:
-            pieces += self._read_in_time(READ_SIZE)
-            server._budget.keep(self, len(pieces))
+        arriving = itertools.chain([self._rest], iter(functools.partial(self._read_in_time, READ_SIZE), None))
+        self._rest = b""
+        body = bytearray()
+        for piece in read_body(request, arriving, server.max_message):
+            body += piece
+            server._budget.keep(self, len(body))
         paced = not server.rate or server._post_pace.wait(server.rate, server.handshake_timeout)
         demand(paced, 429, f"there are more than {server.rate:g} posts a second", ("Retry-After", "1"))
         space = server._wait_for_space(server.handshake_timeout)
         demand(space, 503, "too much waits to be sent", ("Retry-After", "1"))
-        return bytes(memoryview(pieces)[:length])
+        return bytes(body)
 
     def _end(self, last: bytes) -> None:
         """Say the last word, and end the own side when it is sent."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import random
 import sys
 import typing
 import unittest
+from collections import deque
 
 import pywebsock
 from pywebsock import MAX_FIELDS, MAX_HEAD, MAX_LINE, HandshakeError, Request, parse_request
@@ -748,7 +750,7 @@ class Origin(unittest.TestCase):
 
 
 class Bodies(unittest.TestCase):
-    """body_length, decode_body (RFC 9112 6): a message by POST."""
+    """body_length, read_body, decode_body (RFC 9112 6): a message by POST."""
 
     def test_length(self) -> None:
         for value, length in (("0", 0), ("1", 1), ("100", 100), ("0000000000000000", 0), ("000000000000000099", 99)):
@@ -759,8 +761,14 @@ class Bodies(unittest.TestCase):
         for status, fields in (
             (411, {}),
             (411, {"Content_Length": ""}),
-            (411, {"Transfer_Encoding": "chunked"}),
-            (411, {"Transfer_Encoding": "chunked", "Content_Length": "5"}),
+            (400, {"Transfer_Encoding": "chunked", "Content_Length": "5"}),
+            (400, {"Transfer_Encoding": "chunked", "Content_Length": ""}),
+            (501, {"Transfer_Encoding": "gzip, chunked"}),
+            (501, {"Transfer_Encoding": "chunked, chunked"}),
+            (501, {"Transfer_Encoding": "chunked\r\nTransfer-Encoding: chunked"}),
+            (501, {"Transfer_Encoding": "identity"}),
+            (501, {"Transfer_Encoding": ""}),
+            (501, {"Transfer_Encoding": "\x0bchunked"}),
             (413, {"Content_Length": "101"}),
             (413, {"Content_Length": "9" * 18}),
             *(
@@ -775,6 +783,72 @@ class Bodies(unittest.TestCase):
                 with self.assertRaises(HandshakeError) as caught:
                     pywebsock.body_length(headers(**fields), 100)
                 self.assertEqual(caught.exception.status, status)
+
+    def test_chunked_needs_http_1_1(self) -> None:
+        asked = headers(Transfer_Encoding="Chunked")
+        self.assertEqual(pywebsock.body_length(asked, 100), 100)
+        with self.assertRaises(HandshakeError) as caught:
+            pywebsock.body_length(asked._replace(version=(1, 0)), 100)
+        self.assertEqual(caught.exception.status, 400)
+
+    def read(self, data: bytes, size: int, **fields: str) -> bytes:
+        """The body in data that arrives in pieces of some size."""
+        pieces = (data[i : i + size] for i in range(0, len(data), size))
+        return b"".join(pywebsock.read_body(headers(**fields), pieces, 100))
+
+    CHUNKS = (
+        (b"0\r\n\r\n", b""),
+        (b"5\r\nHello\r\n0\r\n\r\n", b"Hello"),
+        (b"2\r\n\r\n\r\n03\r\n0\r\n\r\n0\r\n\r\n", b"\r\n0\r\n"),
+        (b"a\r\n" + b"x" * 10 + b"\r\nA\r\n" + b"y" * 10 + b"\r\n0\r\n\r\n", b"x" * 10 + b"y" * 10),
+        (b'1;a=b;c="d e;\\""\r\nx\r\n1 ; f\r\ny\r\n0;last\r\n\r\n', b"xy"),
+        (b"1\r\nx\r\n0\r\nX-Sum: 1\r\nContent-Length: 7\r\n\r\n", b"x"),
+        (b"64\r\n" + bytes(100) + b"\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", bytes(100)),
+        (b"0" * 15 + b"1\r\nx\r\n" + b"0" * 16 + b"\r\n\r\n", b"x"),
+    )
+    NO_CHUNKS = (
+        *(b"", b"\r\n", b"5\r\nHello", b"5\r\nHello\r\n", b"0\r\n", b"1\r\nx\r\n0\r\nX: y\r\n"),
+        *(b"-1\r\nx\r\n0\r\n\r\n", b"+1\r\nx\r\n0\r\n\r\n", b"0x1\r\nx\r\n0\r\n\r\n", b"1_0\r\nx\r\n0\r\n\r\n"),
+        *(b" 1\r\nx\r\n0\r\n\r\n", b"1 \r\nx\r\n0\r\n\r\n", b"g\r\nx\r\n0\r\n\r\n", b"1" * 17 + b"\r\nx\r\n0\r\n\r\n"),
+        *(b"1\nx\n0\n\n", b"1\r\nx\n0\r\n\r\n", b"1;a\nb\r\nx\r\n0\r\n\r\n", b"1;\0\r\nx\r\n0\r\n\r\n"),
+        *(b"1\r\nxy\r\n0\r\n\r\n", b"2\r\nx\r\n0\r\n\r\n", b"1\r\nx0\r\n\r\n", b"\xb2\r\nxx\r\n0\r\n\r\n"),
+        *(b"1;" + b"x" * 9000 + b"\r\nx\r\n0\r\n\r\n", b"0\r\nX: " + b"x" * 9000 + b"\r\n\r\n"),
+    )
+    TOO_MUCH = (
+        b"65\r\n" + bytes(101) + b"\r\n0\r\n\r\n",
+        b"1\r\nx\r\n" * 101 + b"0\r\n\r\n",
+        b"F" * 16 + b"\r\n" + bytes(101),
+    )
+
+    def test_chunks(self) -> None:
+        for size in (1, 2, 7, 1000):
+            for data, body in self.CHUNKS:
+                with self.subTest(data[:60], size=size):
+                    self.assertEqual(self.read(data, size, Transfer_Encoding="chunked"), body)
+            for status, cases in ((400, self.NO_CHUNKS), (413, self.TOO_MUCH)):
+                for data in cases:
+                    with self.subTest(data[:60], size=size):
+                        with self.assertRaises(HandshakeError) as caught:
+                            self.read(data, size, Transfer_Encoding="chunked")
+                        self.assertEqual(caught.exception.status, status)
+
+    def test_counted_bytes(self) -> None:
+        for size in (1, 2, 100):
+            self.assertEqual(self.read(b"Hello, more", size, Content_Length="5"), b"Hello")
+            self.assertEqual(self.read(b"", size, Content_Length="0"), b"")
+            with self.assertRaises(HandshakeError):
+                self.read(b"Hell", size, Content_Length="5")
+
+    def test_chunks_in_linear_time(self) -> None:
+        asked = headers(Transfer_Encoding="chunked")
+        for data in (b"1\r\nx\r\n", b"0\r\nx\r\n" + b"x\r\n" * 8, b"1" + b" " * 8):  # chunks, trailers, spaces
+
+            def read(size: int) -> None:
+                with contextlib.suppress(HandshakeError):
+                    deque(pywebsock.read_body(asked, iter([data * size]), 100_000), 0)  # noqa: B023
+
+            with self.subTest(data):
+                self.assertLess(growth(read, MAX_LINE), 9)
 
     def test_message(self) -> None:
         """Text where it is UTF-8 and does not say that it is binary."""

@@ -93,8 +93,9 @@ class Post(ServerTestCase):
 
     REFUSED = (
         (411, "no length", http("POST")),
-        (411, "chunked", http("POST", Transfer_Encoding="chunked") + b"1\r\nx\r\n0\r\n\r\n"),
-        (411, "both", http("POST", body=b"x", Transfer_Encoding="chunked")),
+        (400, "no chunks", http("POST", Transfer_Encoding="chunked") + b"x\r\n"),
+        (400, "both", http("POST", body=b"x", Transfer_Encoding="chunked")),
+        (413, "long chunks", http("POST", Transfer_Encoding="chunked") + b"493E1\r\n" + bytes(300_001)),
         (400, "negative", http("POST", Content_Length="-1")),
         (400, "signed", http("POST", Content_Length="+1")),
         (400, "a word", http("POST", Content_Length="one")),
@@ -146,6 +147,21 @@ class Post(ServerTestCase):
         self.assertEqual(client.read(), "piecemeal")
         self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 202 "))
 
+    def test_chunked(self) -> None:
+        """RFC 9112 7.1, as programs send what they do not know the length of; what comes behind it is nothing."""
+        server = self.serve(max_message=100_000)
+        client, poster = self.connect(server), self.connect(server, handshake=False)
+        poster.send_raw(http("POST", Transfer_Encoding="chunked", Expect="100-continue"))
+        self.assertEqual(poster.read_head(), b"HTTP/1.1 100 Continue\r\n\r\n")
+        for piece in (b"5;x=y\r", b"\nchunk", b"\r\n186A", b"0\r\n", b" " * 99_990):
+            poster.send_raw(piece)
+        poster.send_raw(b"12345ended!\r\n0\r\nX-Trailer: 1\r\n\r\n" + http("POST", "/", b"smuggled"))
+        self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 413 "))
+        small = http("POST", Transfer_Encoding="chunked") + b"5\r\nchunk\r\n4\r\ns!!!\r\n0\r\nX: 1\r\n\r\n"
+        self.assertEqual(exchange(server.server_address[1], small + http("POST", "/", b"smuggled"))[0], 202)
+        server.broadcast("end")
+        self.assertEqual([client.read(), client.read()], ["chunks!!!", "end"])
+
     def test_100_continue(self) -> None:
         """curl asks for it before a body of some size."""
         server = self.serve()
@@ -172,10 +188,15 @@ class Post(ServerTestCase):
                 self.assertEqual(exchange(port, data)[0], status)
 
     def test_body_that_does_not_come(self) -> None:
-        server = self.serve(handshake_timeout=0.3)
-        client, poster = self.connect(server), self.connect(server, handshake=False)
-        poster.send_raw(http("POST", Content_Length="5") + b"Hell")
-        self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 408 "))
+        server = self.serve(handshake_timeout=0.3, max_message=1000)
+        client = self.connect(server)
+        for data in (
+            http("POST", Content_Length="5") + b"Hell",
+            http("POST", Transfer_Encoding="chunked") + b"5\r\nHello\r\n",
+            http("POST", Transfer_Encoding="chunked") + b"5\r\nHello\r\n0\r\nX: y\r\n",
+        ):
+            with self.subTest(data):
+                self.assertEqual(exchange(server.server_address[1], data)[0], 408)
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
 

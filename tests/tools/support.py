@@ -361,8 +361,8 @@ def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
         accept = pywebsock.check_upgrade(request)
         window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
         assert bool(window) == bool(extension)
-        length = pywebsock.body_length(request, 1000) if "content-length" in request.headers else 0
-        message = pywebsock.decode_body(request, rest[:length])
+        body = b"".join(pywebsock.read_body(request, iter([rest]), 1000)) if request.method == "POST" else b""
+        message = pywebsock.decode_body(request, body)
         return request, rest, message, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
         text = pywebsock.printable(str(error))
