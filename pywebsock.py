@@ -619,6 +619,8 @@ HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
+CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # of a body (RFC 9110 8.4.1)
+ACCEPT_CODINGS = "Accept-Encoding", "gzip, deflate"
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # its size and extensions (RFC 9112 7.1)
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
@@ -770,6 +772,8 @@ def body_length(request: Request, max_message: int) -> int:
     headers = request.headers
     kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
     demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    codings = request.tokens("content-encoding") or ["identity"]
+    demand(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
     if "transfer-encoding" in headers:
         demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
         demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
@@ -827,13 +831,33 @@ def take_chunks(arriving: Arriving) -> Iterator[bytes]:
         pass  # trailers
 
 
+def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what was compressed with gzip (of any number of members) or zlib. Raises HandshakeError."""
+    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: either
+    for piece in pieces:
+        data = piece
+        while data:
+            if inflater.eof:
+                inflater = zlib.decompressobj(wbits=32 + 15)
+            try:
+                yield inflater.decompress(data, INFLATE_SIZE)
+            except zlib.error:
+                raise HandshakeError(400, "the body is not in its Content-Encoding") from None
+            data = inflater.unconsumed_tail or inflater.unused_data
+    demand(inflater.eof, 400, "the compressed body is incomplete")
+
+
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
     """Yield the content of a request from what arrives behind its head. Raises HandshakeError."""
     length = body_length(request, max_message)
     arriving = Arriving(pieces)
-    for piece in take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length):
-        length -= len(piece)
-        demand(length >= 0, 413, f"a message has at most {max_message} bytes")
+    content = take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length)
+    if request.tokens("content-encoding") not in ([], ["identity"]):
+        content = decompress(content)
+    total = 0
+    for piece in content:
+        total += len(piece)
+        demand(total <= max_message, 413, f"a message has at most {max_message} bytes")
         yield piece
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import shutil
 import subprocess
 import typing
 import unittest
 import urllib.request
+import zlib
 
 from tests.tools.support import DEADLINE, ROOT, Client, Process, package, require
 
@@ -31,6 +34,32 @@ class Posts(unittest.TestCase):
         command = [str(program), *arguments]
         done = subprocess.run(command, input=data, capture_output=True, timeout=6 * DEADLINE, check=False)
         self.assertEqual(done.returncode, 0, done.stderr)
+
+
+class Compressed(Posts):
+    """printf hi | gzip | curl --data-binary @- -H 'Content-Encoding: gzip' localhost:4545."""
+
+    def test_curl(self) -> None:
+        url = ("--silent", "--fail", "--data-binary", "@-", self.url)
+        for coding, data in (("gzip", gzip.compress(MESSAGE.encode())), ("deflate", zlib.compress(MESSAGE.encode()))):
+            with self.subTest(coding):
+                self.run_program("curl", "--header", f"Content-Encoding: {coding}", *url, data=data)
+                self.assertEqual(self.client.read(), MESSAGE)
+                chunked = ("--header", "Transfer-Encoding: chunked")
+                self.run_program("curl", "--header", f"Content-Encoding: {coding}", *chunked, *url, data=data)
+                self.assertEqual(self.client.read(), MESSAGE)
+
+    def test_aiohttp(self) -> None:
+        """Which sends in chunks what it compresses."""
+        aiohttp = package("aiohttp")
+
+        async def post() -> int:
+            session = aiohttp.ClientSession()
+            async with session, session.post(self.url, data=MESSAGE, compress="gzip") as response:
+                return int(response.status)
+
+        self.assertEqual(asyncio.run(post()), 202)
+        self.assertEqual(self.client.read(), MESSAGE)
 
 
 class InChunks(Posts):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import itertools
 import random
 import sys
 import typing
 import unittest
+import zlib
 from collections import deque
 
 import pywebsock
@@ -767,6 +769,10 @@ class Bodies(unittest.TestCase):
             (501, {"Transfer_Encoding": "chunked, chunked"}),
             (501, {"Transfer_Encoding": "chunked\r\nTransfer-Encoding: chunked"}),
             (501, {"Transfer_Encoding": "identity"}),
+            *(
+                (415, {"Content_Length": "5", "Content_Encoding": value})
+                for value in ("br", "zstd", "gzip, gzip", "gzip, deflate", "compress", "g\xe9zip", "identity, br")
+            ),
             (501, {"Transfer_Encoding": ""}),
             (501, {"Transfer_Encoding": "\x0bchunked"}),
             (413, {"Content_Length": "101"}),
@@ -831,6 +837,64 @@ class Bodies(unittest.TestCase):
                         with self.assertRaises(HandshakeError) as caught:
                             self.read(data, size, Transfer_Encoding="chunked")
                         self.assertEqual(caught.exception.status, status)
+
+    def test_compressed(self) -> None:
+        hello, long = b"Hello " * 10, b"x" * 80
+        for coding, data, body in (
+            ("gzip", gzip.compress(hello), hello),
+            ("GZip", gzip.compress(hello), hello),
+            ("x-gzip", gzip.compress(hello), hello),
+            ("gzip", gzip.compress(b""), b""),
+            ("gzip", gzip.compress(hello[:30]) + gzip.compress(b"") + gzip.compress(hello[30:]), hello),
+            ("deflate", zlib.compress(hello), hello),
+            ("deflate", zlib.compress(long, 0), long),
+            ("identity", hello, hello),
+            ("", hello, hello),
+        ):
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (data[:7], data[7:]) if part)
+            for size in (1, 7, 1000):
+                with self.subTest(coding, body=body, size=size):
+                    got = self.read(data, size, Content_Length=str(len(data)), Content_Encoding=coding)
+                    self.assertEqual(got, body)
+                    chunked = {"Transfer_Encoding": "chunked", "Content_Encoding": coding}
+                    self.assertEqual(self.read(chunks + b"0\r\n\r\n", size, **chunked), body)
+
+    def test_badly_compressed(self) -> None:
+        good = gzip.compress(b"Hello")
+        for status, data in (
+            (400, b""),
+            (400, b"Hello"),
+            (400, good[:-1]),
+            (400, good[:10] + b"\xff" + good[11:]),
+            (400, good[:-8] + b"\0" * 8),  # the checksum
+            (400, good + b"Hello"),
+            (400, zlib.compress(b"Hello")[2:-4]),
+            (413, gzip.compress(bytes(101))),
+            (413, gzip.compress(bytes(60)) + gzip.compress(bytes(60))),
+            (413, gzip.compress(bytes(1 << 20), 1)[:100]),
+        ):
+            for size in (1, 100):
+                with self.subTest(data[:20], size=size):
+                    with self.assertRaises(HandshakeError) as caught:
+                        self.read(data, size, Content_Length=str(len(data)), Content_Encoding="gzip")
+                    self.assertEqual(caught.exception.status, status)
+
+    def test_415_says_what_is_accepted(self) -> None:
+        with self.assertRaises(HandshakeError) as caught:
+            self.read(b"x", 1, Content_Length="1", Content_Encoding="br")
+        self.assertEqual(caught.exception.fields, (("Accept-Encoding", "gzip, deflate"),))
+
+    @unittest.skipIf(sys.implementation.name != "cpython", "its memory")
+    def test_memory_of_what_is_compressed(self) -> None:
+        """A megabyte that inflates to a gigabyte is given up at the limit."""
+        bomb = gzip.compress(bytes(1 << 27))
+        asked = headers(Content_Length=str(len(bomb)), Content_Encoding="gzip")
+
+        def read() -> None:
+            with contextlib.suppress(HandshakeError):
+                deque(pywebsock.read_body(asked, iter([bomb]), 1 << 20), 0)
+
+        self.assertLess(peak_memory(read), 1 << 20)
 
     def test_counted_bytes(self) -> None:
         for size in (1, 2, 100):

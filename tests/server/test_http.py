@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import unittest.mock
 
@@ -105,6 +106,9 @@ class Post(ServerTestCase):
         (400, "no Host", http("POST", body=b"x", Host=None)),
         (413, "too long", http("POST", Content_Length="300001")),
         (413, "much too long", http("POST", Content_Length="9" * 18)),
+        (415, "compressed otherwise", http("POST", "/", b"x", Content_Encoding="br")),
+        (400, "not compressed", http("POST", "/", b"x", Content_Encoding="gzip")),
+        (413, "a bomb", http("POST", "/", gzip.compress(bytes(300_001)), Content_Encoding="gzip")),
         (405, "not here", http("POST", "/status", b"x")),
         (404, "nowhere", http("POST", "/x", b"x")),
     )
@@ -116,6 +120,13 @@ class Post(ServerTestCase):
             with self.subTest(body=body[:20], kind=kind):
                 self.assertEqual(exchange(server.server_address[1], http("POST", "/", body, Content_Type=kind))[0], 202)
                 self.assertEqual(client.read(), message)
+
+    def test_compressed(self) -> None:
+        server = self.serve(max_message=1000)
+        client = self.connect(server)
+        data = http("POST", "/", gzip.compress(b"x" * 1000), Content_Encoding="gzip", Content_Type=self.FORM)
+        self.assertEqual(exchange(server.server_address[1], data)[0], 202)
+        self.assertEqual(client.read(), "x" * 1000)
 
     def test_empty(self) -> None:
         server = self.serve()
