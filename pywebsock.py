@@ -886,7 +886,9 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
         ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
-    return serialize_response(status, (*standard, *fields), b"" if head else body)
+    own = dict(fields)
+    fields = (*(field for field in standard if field[0] not in own), *fields)
+    return serialize_response(status, fields, b"" if head else body)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -898,7 +900,11 @@ def printable(text: str, limit: int = 200) -> str:
 # HTTP on the same port (RFC 9110): the page, the status, POST
 # ======================================================================================
 
-METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
+METHODS = {
+    "/": ("GET", "HEAD", "POST", "OPTIONS"),
+    "/status": ("GET", "HEAD", "OPTIONS"),
+    "*": ("OPTIONS",),  # the server as a whole (RFC 9110 9.3.7)
+}
 
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
@@ -912,16 +918,47 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
     origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
     check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
+    if request.method == "OPTIONS":
+        return serialize_response(204, [("Allow", ", ".join(allowed)), ("Connection", "close"), *preflight(request)])
+    fields = share(request)
+    try:
+        status, kind, body = respond(client, request)
+    except HandshakeError as error:
+        refusal = HandshakeError(error.status, str(error))  # a hook may raise the same one again
+        refusal.fields = (*error.fields, *fields)
+        raise refusal from None
+    return http_response(status, kind, body, *fields, head=request.method == "HEAD")
+
+
+def share(request: Request) -> list[tuple[str, str]]:
+    """The fields that let the page of an allowed origin read the response (Fetch 3.3), with credentials or without."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return []
+    return [("Access-Control-Allow-Origin", origin), ("Access-Control-Allow-Credentials", "true")]
+
+
+def preflight(request: Request) -> list[tuple[str, str]]:
+    """The fields that let the page of an allowed origin send what it asks about (Fetch 3.3.3)."""
+    fields = share(request)
+    if fields:
+        fields.append(("Access-Control-Allow-Methods", "GET, HEAD, POST"))
+        fields.append(("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")))
+        fields.append(("Access-Control-Max-Age", "7200"))  # seconds; Chrome remembers it no longer
+    return fields
+
+
+def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes]:
+    """Status, kind and body of the response to an allowed request. Raises HandshakeError."""
     if request.method == "POST":
         take_post(client, request)
-        return http_response(202, "text/plain; charset=utf-8", b"sent\n")
-    head = request.method == "HEAD"
+        return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
-        figures = client._call(lambda _: json.dumps(server.status()).encode() + b"\n")
-        return http_response(200, "application/json", figures, head=head)
+        figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
+        return 200, "application/json", figures
     page = pathlib.Path(__file__).with_name("pywebsock.html")
     demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
-    return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
+    return 200, "text/html; charset=utf-8", page.read_bytes()
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
