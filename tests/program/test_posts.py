@@ -11,6 +11,7 @@ import unittest
 import urllib.request
 import zlib
 
+from tests.tools.browser import chromium
 from tests.tools.support import DEADLINE, ROOT, Client, Process, package, require
 
 PIECES = ["deploy ", "done, 世界"]
@@ -117,6 +118,39 @@ class InChunks(Posts):
         """Whose client offers HTTP/2 with Upgrade: h2c, too, and asks for a 100."""
         self.run_program("java", str(ROOT / "tests/tools/interop/PostClient.java"), self.url, "from Java")
         self.assertEqual(self.client.read(), "from Java")
+
+
+class Browser(unittest.TestCase):
+    """The page of another origin, which the browser lets send and read only what the server allows (Fetch)."""
+
+    SCRIPT = """
+        const [url, kind, credentials, done] = arguments;
+        const headers = {'Content-Type': kind, Authorization: 'Bearer x'};
+        fetch(url, {method: 'POST', body: 'from a page', headers, credentials})
+            .then(response => response.text()).then(done, error => done(String(error)));
+    """
+
+    def post(self, driver: typing.Any, server: Process, kind: str, credentials: str) -> str:
+        """What the page gets to read."""
+        return str(driver.execute_async_script(self.SCRIPT, f"http://localhost:{server.port}/", kind, credentials))
+
+    def test_chromium(self) -> None:
+        pages = Process()  # its page has another origin: another port
+        self.addCleanup(pages.stop)
+        origin = f"http://localhost:{pages.port}"
+        allowing, refusing = Process("--origin", origin), Process()
+        self.addCleanup(allowing.stop)
+        self.addCleanup(refusing.stop)
+        client = Client(allowing.port)
+        self.addCleanup(client.__exit__)
+        with chromium() as driver:
+            driver.get(f"{origin}/status")
+            for kind, message in (("application/json", "from a page"), ("application/octet-stream", b"from a page")):
+                for credentials in ("omit", "include"):
+                    with self.subTest(kind, credentials=credentials):
+                        self.assertEqual(self.post(driver, allowing, kind, credentials), "sent\n")
+                        self.assertEqual(client.read(), message)
+            self.assertIn("TypeError", self.post(driver, refusing, "application/json", "include"))
 
 
 if __name__ == "__main__":
