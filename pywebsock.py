@@ -723,6 +723,18 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
 
 
+def check_name(request: Request, origins: Sequence[str]) -> None:
+    """Keep figures from a page whose host's name was made to point here: with GET, it has no Origin field.
+
+    As with origins, localhost and addresses are good, and so is a host of `origins`. Raises HandshakeError.
+    """
+    host = check_host(request).lower()
+    name = re.sub(":[0-9]*$", "", host)
+    listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
+    good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
+    demand(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+
+
 def matches(text: str, pattern: str) -> bool:
     """Whether a text is the pattern, in which a * stands for at least one character."""
     start, star, end = pattern.partition("*")
@@ -954,6 +966,7 @@ def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes
         take_post(client, request)
         return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
+        check_name(request, client.server.origins)
         figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
         return 200, "application/json", figures
     page = pathlib.Path(__file__).with_name("pywebsock.html")

@@ -76,6 +76,32 @@ class Status(ServerTestCase):
         status, fields, body = exchange(self.serve().server_address[1], http("HEAD", "/status?x"))
         self.assertEqual((status, fields["content-type"], body), (200, "application/json", b""))
 
+    def test_names(self) -> None:
+        """DNS rebinding: a page from a name that was made to point here has no Origin with GET."""
+        listed = ["https://chat.example.com", "http://*.intern:8080"]
+        for origins, host, expected in (
+            *(((), host, 200) for host in ("localhost", "a.localhost:1", "127.0.0.1:4545", "[::1]", "LOCALHOST:4545")),
+            *(((), host, 403) for host in ("evil.example:4545", "localhost.evil.example", "chat.example.com")),
+            *((listed, host, 200) for host in ("chat.example.com", "Chat.Example.com:4545", "a.intern:1", "localhost")),
+            *(
+                (listed, host, 403)
+                for host in ("example.com", "evil.example", "intern", "xintern", "chat.example.com.")
+            ),
+            (["*"], "evil.example", 200),
+            (["null"], "null", 200),
+            (["file://"], "file", 403),
+        ):
+            with self.subTest(host, origins=origins):
+                port = self.serve(origins=origins).server_address[1]
+                status, _, body = exchange(port, http("GET", "/status", Host=host))
+                self.assertEqual(status, expected)
+                self.assertEqual(b'"uptime"' in body, expected == 200)
+                if expected == 403:
+                    hint = body.decode().partition("--origin ")[2].partition(" ")[0]
+                    port = self.serve(origins=[hint]).server_address[1]
+                    self.assertEqual(exchange(port, http("GET", "/status", Host=host))[0], 200)
+        self.assertEqual(exchange(port, http("GET", Host="evil.example"))[0], 200)  # the page is no secret
+
 
 class Post(ServerTestCase):
     """POST / broadcasts its body: curl -d 'deploy done' localhost:4545."""
