@@ -1630,7 +1630,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     - send(message), close(code, reason)
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
-    - address: the peer's address and port, for people
+    - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
     - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
     """
@@ -1668,6 +1668,15 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server._connections.handlers[self.request] = server._local.client = self
 
     # ---- for hooks and other threads ----
+
+    @property
+    def address(self) -> str:
+        """The peer's address, for people and the log."""
+        return self._address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._address = printable(address, 100)  # it may come from a header field
 
     def send(self, message: Message) -> None:
         """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
