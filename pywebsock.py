@@ -121,7 +121,7 @@ import zlib
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, Callable, NamedTuple, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, Union
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
 __version__ = "1.0.0"
@@ -3222,13 +3222,35 @@ def locations(server: BroadcastServer, host: str) -> str:
     return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
 
 
+def split_lines(stream: TextIO, size: int) -> Iterator[str]:
+    """Each line of a text; one of more than `size` bytes in pieces, none of which ends within a character."""
+    rest, cut = "", False  # of the line that is being read
+    for part in iter(functools.partial(stream.readline, size + 2), ""):
+        rest += part
+        ended = part.endswith("\n")
+        if ended:
+            rest = rest.rstrip("\r\n")
+        while len(rest.encode()) > size:
+            piece = rest.encode()[:size].decode(errors="ignore")
+            if piece:
+                yield piece
+            rest = rest[len(piece) or 1 :]  # a character alone may be over the limit
+            cut = True
+        if ended:
+            if rest or not cut:
+                yield rest
+            rest, cut = "", False
+    if rest:
+        yield rest
+
+
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
+    """Broadcast each line of standard input, in a thread of its own."""
     # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
     try:
         with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
-            for line in iter(functools.partial(stdin.readline, server.max_message + 1), ""):
-                server.broadcast(line.rstrip("\r\n"))
+            for line in split_lines(stdin, server.max_message):
+                server.broadcast(line)
         log.info("standard input has ended")
     except OSError as error:
         log.warning("standard input: %s", error.strerror)

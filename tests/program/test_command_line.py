@@ -299,27 +299,12 @@ class StandardInput(CommandLineTestCase):
         self.assertEqual(client.read(), "and it goes on")
 
     def test_long_lines(self) -> None:
-        """Past the message limit a line comes in pieces, and nothing of it is lost."""
+        """Past the message limit, which is in bytes, a line comes in pieces: none over it, nothing extra."""
         stdin, client = self.pipe("--max-message", "1000")
-        lines = ["a" * 1001, "b" * 5000, "c" * 300_000, "end"]
-        stdin.write("".join(f"{line}\n" for line in lines).encode())
+        stdin.write(("a" * 1001 + "\n" + "\u20ac" * 400 + "\r\n" + "b" * 2000 + "\nend\n").encode())
         stdin.flush()
-        pieces = [str(client.read())]
-        while pieces[-1] != "end":
-            pieces.append(str(client.read()))
-        self.assertEqual("".join(pieces), "".join(lines))
-        self.assertLessEqual(max(len(piece) for piece in pieces), 1001)
-
-    def test_no_character_is_cut(self) -> None:
-        stdin, client = self.pipe("--max-message", "1000")
-        line = "a" + "\u20ac" * 100_000
-        stdin.write(f"{line}\nend\n".encode())
-        stdin.flush()
-        pieces = [str(client.read())]
-        while pieces[-1] != "end":
-            pieces.append(str(client.read()))
-        self.assertEqual("".join(pieces), line + "end")
-        self.assertLessEqual(max(len(piece) for piece in pieces), 1001)
+        expected = ["a" * 1000, "a", "\u20ac" * 333, "\u20ac" * 67, "b" * 1000, "b" * 1000, "end"]
+        self.assertEqual([client.read() for _ in expected], expected)
 
     def test_a_long_line_that_does_not_end(self) -> None:
         stdin, client = self.pipe("--max-message", "1000")
@@ -357,6 +342,50 @@ class StandardInput(CommandLineTestCase):
                 client = self.connect(process)
                 client.send("it goes on")
                 self.assertEqual(client.read(), "it goes on")
+
+
+class Lines(unittest.TestCase):
+    """split_lines: messages of at most so many bytes."""
+
+    def split(self, text: str, size: int) -> list[str]:
+        """The messages."""
+        stream = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="\n")
+        return list(pywebsock.split_lines(stream, size))
+
+    def test_lines(self) -> None:
+        for text, size, messages in (
+            ("", 5, []),
+            ("\n", 5, [""]),
+            ("\r\n\n", 5, ["", ""]),
+            ("abc", 5, ["abc"]),
+            ("abcde\n", 5, ["abcde"]),
+            ("abcde\r\n", 5, ["abcde"]),
+            ("abcdef\n", 5, ["abcde", "f"]),
+            ("abcdefghij\n\n", 5, ["abcde", "fghij", ""]),
+            ("abcdefghij\r\n", 5, ["abcde", "fghij"]),
+            ("abcdefghij", 5, ["abcde", "fghij"]),
+            ("a\rb\n", 5, ["a\rb"]),
+            ("\u20ac\u20ac\n", 5, ["\u20ac", "\u20ac"]),
+            ("\u20ac\n", 3, ["\u20ac"]),
+            ("\u20aca\n\n", 2, ["a", ""]),
+            ("a\n", 0, []),
+            ("\n", 0, [""]),
+        ):
+            with self.subTest(text, size=size):
+                self.assertEqual(self.split(text, size), messages)
+
+    def test_nothing_is_lost(self) -> None:
+        """With each length of a line beside each limit, as with one that is read at once."""
+        for size in range(4, 9):
+            for length in range(30):
+                for character in ("x", "é", "\u20ac", "\U0001f986"):
+                    for end in ("\n", "\r\n"):
+                        line = ("xé\u20ac" * 10)[: length // 2] + character * (length - length // 2)
+                        messages = self.split(f"{line}{end}{line}", size)
+                        with self.subTest(line, size=size, end=end):
+                            self.assertEqual("".join(messages), line + line)
+                            self.assertLessEqual(max(len(message.encode()) for message in [*messages, ""]), size)
+                            self.assertEqual("" in messages, not line)
 
 
 class Settings(CommandLineTestCase):
