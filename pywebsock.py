@@ -969,9 +969,19 @@ def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes
         check_name(request, client.server.origins)
         figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
         return 200, "application/json", figures
-    page = pathlib.Path(__file__).with_name("pywebsock.html")
-    demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
-    return 200, "text/html; charset=utf-8", page.read_bytes()
+    return 200, "text/html; charset=utf-8", read_page()
+
+
+def read_page() -> bytes:
+    """The page, which lies beside this module: in a folder, to which a link may lead, or in a zip file."""
+    here = pathlib.Path(__file__)
+    with contextlib.suppress(OSError):
+        return here.resolve().with_name("pywebsock.html").read_bytes()
+    try:
+        loader: Any = globals()["__loader__"]
+        return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
+    except OSError:
+        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
