@@ -912,6 +912,7 @@ def printable(text: str, limit: int = 200) -> str:
 # HTTP on the same port (RFC 9110): the page, the status, POST
 # ======================================================================================
 
+PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
     "/status": ("GET", "HEAD", "OPTIONS"),
@@ -939,6 +940,10 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         refusal = HandshakeError(error.status, str(error))  # a hook may raise the same one again
         refusal.fields = (*error.fields, *fields)
         raise refusal from None
+    policy = PAGE_POLICY.search(body) if kind.startswith("text/html") else None
+    if policy:  # of the page: a header counts before its first byte is read, and may forbid framing
+        text = " ".join(policy[1].decode().split())
+        fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(status, kind, body, *fields, head=request.method == "HEAD")
 
 
@@ -3214,6 +3219,7 @@ def create_server(options: argparse.Namespace) -> Program:
     if options.cert is not None:
         options.tls_context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
         try:
             context.load_cert_chain(options.cert, options.key)
         except OSError as error:  # which does not say where

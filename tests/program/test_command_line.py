@@ -9,6 +9,7 @@ import pathlib
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,24 @@ class Start(CommandLineTestCase):
         client = self.connect(process, tls=context)
         client.send("secret")
         self.assertEqual(client.read(), "secret")
+
+    def test_ciphers(self) -> None:
+        """With TLS 1.2 only those with forward secrecy and AEAD; TLS 1.3 has no others."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            process = self.start("--cert", path)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        for ciphers, good in (
+            ("ECDHE-ECDSA-AES128-GCM-SHA256", True),
+            ("ECDHE-ECDSA-AES256-GCM-SHA384", True),
+            ("ECDHE-ECDSA-CHACHA20-POLY1305", True),
+            ("ECDHE-ECDSA-AES256-SHA384:ECDHE-ECDSA-AES128-SHA256:ECDHE-ECDSA-AES128-SHA", False),
+        ):
+            with self.subTest(ciphers), contextlib.ExitStack() as stack:
+                context.set_ciphers(ciphers)
+                if not good:
+                    stack.enter_context(self.assertRaises(ssl.SSLError))
+                Client(process.port, tls=context).socket.close()
 
     def test_restart_on_the_same_port_at_once(self) -> None:
         first = self.start()

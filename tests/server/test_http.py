@@ -42,6 +42,12 @@ class Page(ServerTestCase):
         self.assertEqual(exchange(port, http("HEAD"))[:2], exchange(port, http("GET"))[:2])
         self.assertEqual(exchange(port, http("HEAD"))[2], b"")
 
+    def test_policy(self) -> None:
+        """That of the page itself, as a header."""
+        policy = exchange(self.serve().server_address[1], http("GET"))[1]["content-security-policy"]
+        self.assertRegex(policy, "^default-src 'none'; [ -~]*; frame-ancestors 'none'$")
+        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").split()))
+
     def test_http_1_0(self) -> None:
         """Without a Host, which HTTP/1.0 does not demand."""
         port = self.serve().server_address[1]
