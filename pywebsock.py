@@ -95,6 +95,7 @@ import contextlib
 import enum
 import errno
 import functools
+import getpass
 import hashlib
 import http
 import ipaddress
@@ -117,11 +118,15 @@ import sys
 import threading
 import time
 import urllib.parse
+import warnings
 import zlib
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, Union
+
+if sys.version_info < (3, 9):  # noqa: UP036 (a line instead of a traceback)
+    sys.exit("pywebsock needs Python 3.9 or later")
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
 __version__ = "1.0.0"
@@ -3142,7 +3147,9 @@ class Program(BroadcastServer):
     signals: tuple[int, ...] = ()  # that have come
 
     def catch_signals(self) -> None:
-        """From now on signals end the program in good order. The main thread."""
+        """From now on signals end the program in good order. Only the main thread may do this."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, *OTHER_SIGNALS):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.stop)
@@ -3211,20 +3218,37 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.lru_cache(maxsize=1)
+def ask_passphrase() -> str:
+    """That of the key, asked for once on the terminal. Raises OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
+            return getpass.getpass("Passphrase of the key: ")
+    except (getpass.GetPassWarning, EOFError):
+        raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
+
+
+def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
+    """A context for servers. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
+    try:
+        context.load_cert_chain(cert, key, ask_passphrase)
+    except OSError as error:  # which does not say where
+        files = " and ".join(filter(None, (cert, key)))
+        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
+    return context
+
+
 def create_server(options: argparse.Namespace) -> Program:
     """A listening server. Raises OSError; ValueError and OverflowError for settings."""
     if options.stdin and not sys.stdin:  # its descriptor may soon be another's
         raise OSError("standard input is closed")
     options.ping_timeout = options.ping_interval
     if options.cert is not None:
-        options.tls_context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
-        try:
-            context.load_cert_chain(options.cert, options.key)
-        except OSError as error:  # which does not say where
-            files = " and ".join(filter(None, (options.cert, options.key)))
-            raise OSError(f"no certificate and key in PEM in {files}: {error.strerror}") from None
+        options.tls_context = load_certificate(options.cert, options.key)
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
     return Program((options.host, options.port), **settings)
 
@@ -3236,6 +3260,15 @@ def locations(server: BroadcastServer, host: str) -> str:
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
     lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
     return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
+
+
+def announce(text: str) -> None:
+    """Print the first lines of output. Nobody has to read them."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("standard output: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails with it once more at its end
 
 
 def split_lines(stream: TextIO, size: int) -> Iterator[str]:
@@ -3292,7 +3325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server = create_server(options)
         server.catch_signals()
-        print(locations(server, options.host), flush=True)
+        announce(locations(server, options.host))
     except OSError as error:  # one of the system comes from the address, and does not say so
         where = f"{options.host} port {options.port}: " if error.strerror else ""
         parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")

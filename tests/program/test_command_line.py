@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -31,6 +32,7 @@ from tests.tools.support import (
     masked_frame,
     request,
     require,
+    running,
 )
 
 CLOSE = 8
@@ -44,6 +46,14 @@ def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def answers(port: int) -> bool:
+    """Whether a server does."""
+    try:
+        return exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0] == 200
+    except OSError:
+        return False
 
 
 class CommandLineTestCase(unittest.TestCase):
@@ -208,6 +218,77 @@ class Errors(CommandLineTestCase):
             self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
             self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
         self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
+
+    def test_a_passphrase(self) -> None:
+        """It is asked for once, on the terminal; without one that is an error."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            key = str(pathlib.Path(directory, "key.pem"))
+            encrypt = ["openssl", "pkey", "-in", path, "-aes128", "-passout", "pass:sesame", "-out", key]
+            subprocess.run(encrypt, check=True)
+            command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", "0", "--cert", path, "--key", key]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=DEADLINE,
+                check=False,
+                start_new_session=True,  # without a terminal
+            )
+            self.assertEqual((done.returncode, done.stdout), (1, b""))
+            self.assertRegex(done.stderr, rb"\Apywebsock: [^\n]*key\.pem: the key has a passphrase[^\n]*\n\Z")
+            with unittest.mock.patch("getpass.getpass", return_value="sesame") as asked:
+                for _ in range(2):
+                    made = pywebsock.load_certificate(path, key)
+            self.addCleanup(pywebsock.ask_passphrase.cache_clear)
+            asked.assert_called_once()
+            with running(tls_context=made) as server:
+                Client(server.server_address[1], tls=context).socket.close()
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_standard_output_is_not_read(self) -> None:
+        """It says so, and goes on."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        for name, output in (("a pipe without a reader", writer), ("a full disk", os.open("/dev/full", os.O_WRONLY))):
+            with self.subTest(name), socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+                probe.close()
+                command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", str(port)]
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
+                os.close(output)
+                try:
+                    eventually(lambda: answers(port))  # noqa: B023
+                finally:
+                    process.send_signal(signal.SIGTERM)
+                    _, errors = process.communicate(timeout=DEADLINE)
+                self.assertEqual(process.returncode, 0)
+                self.assertRegex(errors, rb"\A\S+ \S+ WARNING standard output: [^\n]+\n\S+ \S+ INFO stopping\n\Z")
+
+    def test_an_old_python(self) -> None:
+        """One line, and no syntax that it does not know."""
+        source = (ROOT / "pywebsock.py").read_text("utf-8")
+        ast.parse(source, feature_version=(3, 8))
+        script = "import sys; sys.version_info = (3, 8, 18); sys.argv[0] = 'x'; import pywebsock"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+        self.assertEqual(
+            (done.returncode, done.stderr.split(b"\n")[0].strip()), (1, b"pywebsock needs Python 3.9 or later")
+        )
+
+    def test_in_another_thread(self) -> None:
+        """Where a program runs main() in a thread that is not the main one, signals are the program's."""
+        script = """if 1:
+            import sys, threading, pywebsock
+            arguments = ["--port", "0"]
+            threading.Thread(target=pywebsock.main, args=(arguments,), daemon=True).start()
+            sys.stdin.read()
+        """
+        process = self.start(program=[sys.executable, "-c", script], stdin=subprocess.PIPE)
+        self.connect(process).socket.close()
+        assert process.stdin
+        process.stdin.close()
+        self.assertEqual(process.wait(), 0)
 
     @unittest.skipIf(os.name == "nt", "POSIX shell")
     def test_standard_input_is_closed(self) -> None:
