@@ -3138,13 +3138,41 @@ class RedisLink:
 # ======================================================================================
 
 
-OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+@functools.lru_cache(maxsize=1)
+def ask_passphrase() -> str:
+    """That of the key, asked for once on the terminal. Raises OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
+            return getpass.getpass("Passphrase of the key: ")
+    except (getpass.GetPassWarning, EOFError):
+        raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
+
+
+def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
+    """A context for servers. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
+    try:
+        context.load_cert_chain(cert, key, ask_passphrase)
+    except OSError as error:  # which does not say where
+        files = " and ".join(filter(None, (cert, key)))
+        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
+    return context
+
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
     """The server of the command line: a signal ends it between two connections, not in the middle of something."""
 
+    cert: str | None = None  # files in PEM
+    key: str | None = None
     signals: tuple[int, ...] = ()  # that have come
+    renews = False  # the certificate is to be loaded again
 
     def catch_signals(self) -> None:
         """From now on signals end the program in good order. Only the main thread may do this."""
@@ -3156,17 +3184,31 @@ class Program(BroadcastServer):
 
     def stop(self, number: int, frame: object) -> None:
         """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        if number == HANGUP and self.cert:
+            self.renews = True
+            return
         if number == signal.SIGINT and number in self.signals:
             os._exit(130)
         self.signals = (*self.signals, number)
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
+        if self.renews:
+            self.renews = False
+            self.renew()
         if self.signals:
             for number in OTHER_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
             log.info("stopping")
             raise KeyboardInterrupt
+
+    def renew(self) -> None:
+        """Load the certificate again, for new connections; one that is not good changes nothing."""
+        try:
+            self.tls_context = load_certificate(str(self.cert), self.key)
+            log.info("the certificate is loaded again")
+        except OSError as error:
+            log.error("the old certificate stays: %s", printable(str(error)))
 
 
 def parse_size(text: str) -> int:
@@ -3218,30 +3260,6 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@functools.lru_cache(maxsize=1)
-def ask_passphrase() -> str:
-    """That of the key, asked for once on the terminal. Raises OSError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
-            return getpass.getpass("Passphrase of the key: ")
-    except (getpass.GetPassWarning, EOFError):
-        raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
-
-
-def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
-    """A context for servers. Raises OSError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
-    try:
-        context.load_cert_chain(cert, key, ask_passphrase)
-    except OSError as error:  # which does not say where
-        files = " and ".join(filter(None, (cert, key)))
-        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
-    return context
-
-
 def create_server(options: argparse.Namespace) -> Program:
     """A listening server. Raises OSError; ValueError and OverflowError for settings."""
     if options.stdin and not sys.stdin:  # its descriptor may soon be another's
@@ -3250,7 +3268,9 @@ def create_server(options: argparse.Namespace) -> Program:
     if options.cert is not None:
         options.tls_context = load_certificate(options.cert, options.key)
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    return Program((options.host, options.port), **settings)
+    server = Program((options.host, options.port), **settings)
+    server.cert, server.key = options.cert, options.key
+    return server
 
 
 def locations(server: BroadcastServer, host: str) -> str:

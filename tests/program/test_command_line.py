@@ -670,6 +670,32 @@ class Signals(CommandLineTestCase):
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(4), 0)
 
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "POSIX")
+    def test_hangup_loads_the_certificate(self) -> None:
+        """For new connections; what cannot be loaded is said, and the old one stays. Without a certificate it ends."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, old = certificate(directory)
+            process = self.start("--cert", path)
+            before = self.connect(process, tls=old)
+            for wrong in ("no certificate", pathlib.Path(path).read_text().partition("-----BEGIN CERT")[0]):
+                with self.subTest(wrong[:30]):
+                    lines = process.log().count("the old certificate stays")
+                    pathlib.Path(path).write_text(wrong)
+                    process.send_signal(signal.SIGHUP)
+                    eventually(lambda: process.log().count("the old certificate stays") > lines)  # noqa: B023
+                    self.connect(process, tls=old).socket.close()
+            path, new = certificate(directory)
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: "INFO the certificate is loaded again" in process.log())
+            after = self.connect(process, tls=new)
+            with self.assertRaises(ssl.SSLCertVerificationError):
+                self.connect(process, tls=old)
+            before.send("over the old one")
+            self.assertEqual([before.read(), after.read()], ["over the old one"] * 2)
+        plain = self.start()
+        plain.send_signal(signal.SIGHUP)
+        self.assertEqual(plain.wait(), 0)
+
     def test_second_interrupt(self) -> None:
         process = self.start()
         client = self.connect(process)
