@@ -1113,8 +1113,14 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+UNIX = "unix:"  # a host that is a path: a Unix socket
+AF_UNIX = getattr(socket, "AF_UNIX", 1)  # Python has none on Windows, where bind() fails then
+
+
 def network_address(bound: str) -> str | None:
     """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    if bound.startswith(UNIX):
+        return None
     address = ipaddress.ip_address(bound)
     if not address.is_unspecified:
         return None if address.is_loopback else bound
@@ -1150,6 +1156,17 @@ class Settings:
 
 MOST_LINES, LINES_TIME = 20, 10.0  # from one place of this module in so many seconds
 log_lines: dict[int, list[float]] = {}  # by their place: [end of the time, lines in it]
+
+
+def clear_path(path: str) -> None:
+    """Remove a Unix socket on which nobody listens any more: its server was killed."""
+    if pathlib.Path(path).is_socket():
+        with socket.socket(AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
+            probe.setblocking(False)  # much may wait for a server that is busy
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                pathlib.Path(path).unlink()
 
 
 def is_no_flood(record: logging.LogRecord) -> bool:
@@ -1662,7 +1679,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Called by socketserver in the new thread, like handle() and finish()."""
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
         self.method = self.target = self.subprotocol = ""
         self.headers: dict[str, str] = {}
         self.data: Any = None
@@ -1724,7 +1741,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Serve the connection."""
         head = False  # whether the response has no body
         try:
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.request.family != AF_UNIX:
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request, self._rest = parse_request(iter(self._read_in_time, None))
             self.method, self.headers, head = request.method, request.headers, request.method == "HEAD"
             self.target = MARK.sub("", request.target)  # which is between the page and join()
@@ -2438,7 +2456,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         bind_and_activate: bool = True,
         **settings: Any,
     ) -> None:
-        """Listen on a host (a name or an address) and a port (0 for any free one).
+        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
 
         Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
         had, or the Redis refuses.
@@ -2452,7 +2470,9 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             if not name.startswith("_"):
                 setattr(self, name, check_setting(name, getattr(self, name), default))
         self._prepare()
-        if ":" in server_address[0]:
+        if server_address[0].startswith(UNIX):
+            self.address_family = AF_UNIX
+        elif ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         try:
             super().__init__(server_address, RequestHandlerClass, bind_and_activate)
@@ -2471,6 +2491,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._post_pace = Pace()
         self._refused = 0  # requests, for the status
+        self._path = ""  # of its Unix socket
         self._local = threading.local()  # .client: whose thread this is
         self._exit = threading.Lock()  # where thousands leave at once, one at a time: see _serve_websocket()
         self._seats = threading.RLock()  # guards the next one; for the same reason as that of Turn an RLock
@@ -2610,6 +2631,14 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
+        if self.address_family == AF_UNIX:
+            path = str(self.server_address[0]).removeprefix(UNIX)
+            if not path:
+                raise ValueError("the host unix: needs a path")
+            clear_path(path)
+            self.socket.bind(path)
+            self._path = path
+            return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
@@ -2622,7 +2651,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
                 self._perform(self._reset, *connections.oldest_stranger(self._room.now))
             if connections.are_too_many and not connections.wait_for_fewer(connections.most, "too many connections"):
                 raise BlockingIOError
-            return super().get_request()
+            request, address = super().get_request()
+            return request, address if isinstance(address, tuple) else ("unix", 0)
         except (OSError, MemoryError) as error:
             if getattr(error, "errno", errno.ENOMEM) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 connections.wait_for_fewer(len(connections.handlers), str(error) or "out of memory")
@@ -2670,6 +2700,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         is reset after the close timeout, and its thread ends when the hook does. It does not end
         serve_forever(): as in socketserver, call shutdown() before.
         """
+        if self._path:
+            pathlib.Path(self._path).unlink(missing_ok=True)
         super().server_close()  # nobody else is accepted
         end = time.monotonic() + self.close_timeout
         if self._link:
@@ -3172,7 +3204,19 @@ class Program(BroadcastServer):
     cert: str | None = None  # files in PEM
     key: str | None = None
     signals: tuple[int, ...] = ()  # that have come
+    inherited = False  # its socket, from systemd
     renews = False  # the certificate is to be loaded again
+
+    def server_bind(self) -> None:
+        """Called by the constructor: bind, or take the socket that systemd has bound (sd_listen_fds(3))."""
+        if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+            super().server_bind()
+            return
+        self.socket.close()
+        self.socket = socket.socket(fileno=3)
+        address: Any = self.socket.getsockname()
+        self.server_address = (UNIX + os.fsdecode(address), 0) if self.socket.family == AF_UNIX else address
+        self.inherited = True
 
     def catch_signals(self) -> None:
         """From now on signals end the program in good order. Only the main thread may do this."""
@@ -3200,6 +3244,7 @@ class Program(BroadcastServer):
             for number in OTHER_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
             log.info("stopping")
+            notify("STOPPING=1")
             raise KeyboardInterrupt
 
     def renew(self) -> None:
@@ -3232,7 +3277,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
+    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0, :: or unix:PATH (%(default)s)")
     add("--port", default=4545, type=int, help="port to listen on, 0 for any free one (%(default)s)")
     origin = "let pages of this origin connect, * for any; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
@@ -3276,6 +3321,8 @@ def create_server(options: argparse.Namespace) -> Program:
 def locations(server: BroadcastServer, host: str) -> str:
     """The first lines of output: where to point a browser, and that of another device."""
     bound = str(server.server_address[0])
+    if bound.startswith(UNIX):
+        return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
     lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
@@ -3289,6 +3336,14 @@ def announce(text: str) -> None:
     except OSError as error:
         log.warning("standard output: %s", error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails with it once more at its end
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it has started this and waits for it (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: in the abstract namespace
 
 
 def split_lines(stream: TextIO, size: int) -> Iterator[str]:
@@ -3345,9 +3400,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server = create_server(options)
         server.catch_signals()
-        announce(locations(server, options.host))
+        announce(locations(server, str(server.server_address[0]) if server.inherited else options.host))
+        notify("READY=1")
     except OSError as error:  # one of the system comes from the address, and does not say so
-        where = f"{options.host} port {options.port}: " if error.strerror else ""
+        place = options.host if options.host.startswith(UNIX) else f"{options.host} port {options.port}"
+        where = f"{place}: " if error.strerror else ""
         parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")
     except (ValueError, OverflowError) as error:
         parser.error(str(error))
