@@ -679,6 +679,8 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
 
 def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
+    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
+    demand(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
     match = HEAD.fullmatch(head)
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
@@ -917,6 +919,7 @@ def printable(text: str, limit: int = 200) -> str:
 # HTTP on the same port (RFC 9110): the page, the status, POST
 # ======================================================================================
 
+FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
 PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
@@ -928,7 +931,9 @@ METHODS = {
 def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
     server, allowed = client.server, METHODS.get(request.path, ())
-    demand(allowed, 404, "there are / and /status, and a WebSocket on any path")
+    hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
+    path = printable(request.path, 80)
+    demand(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
     demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
@@ -1836,7 +1841,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         try:
             server._room.compress_history(self._window)
             server._perform(server._room.join, self, response, mark[1] if mark else "")
-            log.debug("%s joined: %s", self.address, plural(len(server._clients), "client"))
+            path = printable(self.target)
+            log.debug("%s joined %s: %s", self.address, path, plural(len(server._clients), "client"))
             code, reason, last = self._be_client()
         finally:
             server._free_seat(self)
@@ -1849,7 +1855,11 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         with server._exit:
             ends = not self._lost or bool(last or server.tls_context)  # in TLS, an alert may have to be sent
             server._perform(server._room.close, self, last, ends)
-        log.info("%s left: %s", self.address, f"{code} {printable(reason)}".rstrip())
+        words = f"{code} {printable(reason)}".rstrip()
+        if self._lost:  # a line of its own, or the log's limit would hide it behind many who just leave
+            log.info("%s left: %s", self.address, words)
+        else:
+            log.info("%s left: %s", self.address, words)
         try:
             server.on_close(self, code, reason)
         except BaseException:

@@ -564,7 +564,7 @@ class Log(CommandLineTestCase):
 
     def test_verbose(self) -> None:
         log = self.log_of("--verbose")
-        for word, count in (("joined", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
+        for word, count in (("joined /: 1 client", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
             self.assertEqual(log.count(word), count, word)
 
     def test_lines(self) -> None:

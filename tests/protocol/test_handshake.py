@@ -183,6 +183,20 @@ class Requests(unittest.TestCase):
         self.assertEqual(caught.exception.status, 400)
         self.assertIn("incomplete", str(caught.exception))
 
+    def test_proxy_protocol(self) -> None:
+        """The setting of the proxy is named."""
+        for data in (
+            b"PROXY TCP4 192.0.2.1 192.0.2.2 56324 4545\r\n" + request(),
+            b"PROXY UNKNOWN\r\n" + request(),
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\2\1\xc0\0\2\2\xdc\4\x11\xc1" + request(),
+        ):
+            with self.subTest(data):
+                with self.assertRaises(HandshakeError) as caught:
+                    parse_request([data])
+                self.assertEqual(caught.exception.status, 400)
+                self.assertIn("PROXY protocol header", str(caught.exception))
+        self.assertEqual(parse_request([b"PROXYX / HTTP/1.1\r\n\r\n"])[0].method, "PROXYX")
+
     def test_what_is_not_http_is_seen_at_once(self) -> None:
         for code in range(256):
             waits = bytes((code,)).isalpha() or code in b"\r\n"

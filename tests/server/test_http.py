@@ -273,6 +273,21 @@ class Elsewhere(ServerTestCase):
                 self.assertEqual((got, fields["content-length"]), (status, str(len(body))))
                 self.assertEqual(set(fields["allow"].split(", ")) if "allow" in fields else None, allowed)
 
+    def test_log(self) -> None:
+        """It names what was asked for; clients of frameworks do not speak plain WebSocket."""
+        port = self.serve().server_address[1]
+        for target, named, hint in (
+            ("/nothing?token=secret", "/nothing is not here", False),
+            ("/socket.io/?EIO=4&transport=polling", "/socket.io/ is not here", True),
+            ("/hub/negotiate?negotiateVersion=1", "/hub/negotiate is not here", True),
+            ("/chat/sockjs/info", "/chat/sockjs/info is not here", True),
+            ("/" + "x" * 1000, f"/{'x' * 79} is not here", False),
+        ):
+            with self.subTest(target[:40]), self.assertLogs("pywebsock", "WARNING") as logged:
+                exchange(port, http("GET", target))
+                self.assertIn(f"refused: 404, {named}: there are / and /status", logged.output[0])
+                self.assertEqual("this is plain WebSocket" in logged.output[0], hint)
+
 
 class Options(ServerTestCase):
     """What a browser asks before it sends what a form could not (Fetch 3.3, 4.8), and health checkers ask."""
