@@ -95,6 +95,7 @@ import contextlib
 import enum
 import errno
 import functools
+import getpass
 import hashlib
 import heapq
 import http
@@ -118,11 +119,15 @@ import sys
 import threading
 import time
 import urllib.parse
+import warnings
 import zlib
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, Callable, NamedTuple, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, Union
+
+if sys.version_info < (3, 9):  # noqa: UP036 (a line instead of a traceback)
+    sys.exit("pywebsock needs Python 3.9 or later")
 
 __all__ = ["BroadcastServer", "CloseCode", "HandshakeError", "Message", "Opcode", "ProtocolError", "WebSocketHandler"]
 __version__ = "1.0.0"
@@ -632,9 +637,12 @@ HEAD_END = re.compile(rb"\n\r?\n")  # of any head; a good one ends in CR LF CR L
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~-]+)(?::[0-9]{0,5})?")
-ADDRESS = re.compile(r"(localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
-ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]*://{HOST.pattern}(?<!:))/?")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
+LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
+CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # of a body (RFC 9110 8.4.1)
+ACCEPT_CODINGS = "Accept-Encoding", "gzip, deflate"
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # its size and extensions (RFC 9112 7.1)
+ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
 
 class Request(NamedTuple):
@@ -686,6 +694,8 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
 
 def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
+    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
+    demand(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
     match = HEAD.fullmatch(head)
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
@@ -718,18 +728,48 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     as parse_origin() gives it. With nothing listed, so may a page opened from disk, which
     calls itself null or file://.
     """
-    origin, allowed = request.headers.get("origin", "").lower(), origins or ("null", "file://")
-    if "origin" not in request.headers or "*" in allowed or origin in allowed:
+    said = request.headers.get("origin")
+    if said is None or "*" in origins:
         return
+    try:
+        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", said.lower()))  # ws: is what some programs say
+    except ValueError:
+        origin = "*"
+    hint = "only --origin '*' allows it; a program need not send the field"
+    demand("*" not in origin, 403, f"{printable(said)} is not an origin ({hint})")
+    if any(matches(origin, each) for each in origins or ("null", "file://")):
+        return
+    host = check_host(request).lower().rstrip(":")
+    if LOCAL.fullmatch(host) and origin in (parse_origin(f"http://{host}"), parse_origin(f"https://{host}")):
+        return
+    raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
+
+
+def check_name(request: Request, origins: Sequence[str]) -> None:
+    """Keep figures from a page whose host's name was made to point here: with GET, it has no Origin field.
+
+    As with origins, localhost and addresses are good, and so is a host of `origins`. Raises HandshakeError.
+    """
     host = check_host(request).lower()
-    if origin in (f"http://{host}", f"https://{host}") and ADDRESS.fullmatch(host):
-        return
-    name = printable(request.headers["origin"])
-    raise HandshakeError(403, f'origin {name} may not connect (--origin {name} or origins=["{name}"] allows it)')
+    name = re.sub(":[0-9]*$", "", host)
+    listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
+    good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
+    demand(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+
+
+def matches(text: str, pattern: str) -> bool:
+    """Whether a text is the pattern, in which a * stands for at least one character."""
+    start, star, end = pattern.partition("*")
+    if not star:
+        return text == pattern
+    return len(text) > len(start + end) and text.startswith(start) and text.endswith(end)
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError."""
+    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError.
+
+    Its host may begin with `*.`, which stands for one label or more.
+    """
     match = ORIGIN.fullmatch(text.lower())
     if not match:
         raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")
@@ -762,13 +802,97 @@ def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
 
 
 def body_length(request: Request, max_message: int) -> int:
-    """The number of bytes of a request's body, which is to be one message (RFC 9112 6). Raises HandshakeError."""
-    field, kind = request.headers.get("content-length", ""), request.headers.get("content-type", "").lower()
+    """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
+    headers = request.headers
+    kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
     demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
-    demand(field and "transfer-encoding" not in request.headers, 411, "the body needs a Content-Length")
+    codings = request.tokens("content-encoding") or ["identity"]
+    demand(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    if "transfer-encoding" in headers:
+        demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
+        demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
+        demand(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        return max_message
+    demand(field, 411, "the body needs a Content-Length or chunks")
     demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
     demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
+
+
+class Arriving:
+    """Bytes that arrive in pieces, to be taken by number or by line. Both raise HandshakeError at their end."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._data = bytearray()  # what has arrived and is not taken yet
+
+    def _wait(self) -> None:
+        piece = next(self._pieces, None)
+        if piece is None:
+            raise HandshakeError(400, "the body is incomplete")
+        self._data += piece
+
+    def take(self, length: int) -> Iterator[bytes]:
+        """Yield that many bytes as they arrive."""
+        while length:
+            if not self._data:
+                self._wait()
+            piece = bytes(self._data[:length])
+            del self._data[: len(piece)]
+            length -= len(piece)
+            yield piece
+
+    def take_line(self) -> bytes:
+        """The next line, without its end."""
+        while (end := self._data.find(b"\r\n")) < 0:
+            demand(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            self._wait()
+        line = bytes(self._data[:end])
+        del self._data[: end + 2]
+        return line
+
+
+def take_chunks(arriving: Arriving) -> Iterator[bytes]:
+    """Yield the data of chunks (RFC 9112 7.1), without extensions and trailers. Raises HandshakeError."""
+    size = -1
+    while size:
+        head = CHUNK.fullmatch(arriving.take_line())
+        size = int(head[1], 16) if head else -1
+        demand(size >= 0, 400, "a chunk has no size")
+        yield from arriving.take(size)
+        demand(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
+    while arriving.take_line():
+        pass  # trailers
+
+
+def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what was compressed with gzip (of any number of members) or zlib. Raises HandshakeError."""
+    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: either
+    for piece in pieces:
+        data = piece
+        while data:
+            if inflater.eof:
+                inflater = zlib.decompressobj(wbits=32 + 15)
+            try:
+                yield inflater.decompress(data, INFLATE_SIZE)
+            except zlib.error:
+                raise HandshakeError(400, "the body is not in its Content-Encoding") from None
+            data = inflater.unconsumed_tail or inflater.unused_data
+    demand(inflater.eof, 400, "the compressed body is incomplete")
+
+
+def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
+    """Yield the content of a request from what arrives behind its head. Raises HandshakeError."""
+    length = body_length(request, max_message)
+    arriving = Arriving(pieces)
+    content = take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length)
+    if request.tokens("content-encoding") not in ([], ["identity"]):
+        content = decompress(content)
+    total = 0
+    for piece in content:
+        total += len(piece)
+        demand(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        yield piece
 
 
 def decode_body(request: Request, body: bytes) -> Message:
@@ -796,7 +920,9 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
         ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
-    return serialize_response(status, (*standard, *fields), b"" if head else body)
+    own = dict(fields)
+    fields = (*(field for field in standard if field[0] not in own), *fields)
+    return serialize_response(status, fields, b"" if head else body)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -808,13 +934,21 @@ def printable(text: str, limit: int = 200) -> str:
 # HTTP on the same port (RFC 9110): the page, the status, POST
 # ======================================================================================
 
-METHODS = {"/": ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
+FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
+PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
+METHODS = {
+    "/": ("GET", "HEAD", "POST", "OPTIONS"),
+    "/status": ("GET", "HEAD", "OPTIONS"),
+    "*": ("OPTIONS",),  # the server as a whole (RFC 9110 9.3.7)
+}
 
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
     """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
     server, allowed = client.server, METHODS.get(request.path, ())
-    demand(allowed, 404, "there are / and /status, and a WebSocket on any path")
+    hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
+    path = printable(request.path, 80)
+    demand(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
     demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
@@ -822,16 +956,62 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
     origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
     check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
+    if request.method == "OPTIONS":
+        return serialize_response(204, [("Allow", ", ".join(allowed)), ("Connection", "close"), *preflight(request)])
+    fields = share(request)
+    try:
+        status, kind, body = respond(client, request)
+    except HandshakeError as error:
+        refusal = HandshakeError(error.status, str(error))  # a hook may raise the same one again
+        refusal.fields = (*error.fields, *fields)
+        raise refusal from None
+    policy = PAGE_POLICY.search(body) if kind.startswith("text/html") else None
+    if policy:  # of the page: a header counts before its first byte is read, and may forbid framing
+        text = " ".join(policy[1].decode().split())
+        fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
+    return http_response(status, kind, body, *fields, head=request.method == "HEAD")
+
+
+def share(request: Request) -> list[tuple[str, str]]:
+    """The fields that let the page of an allowed origin read the response (Fetch 3.3), with credentials or without."""
+    origin = request.headers.get("origin")
+    if origin is None:
+        return []
+    return [("Access-Control-Allow-Origin", origin), ("Access-Control-Allow-Credentials", "true")]
+
+
+def preflight(request: Request) -> list[tuple[str, str]]:
+    """The fields that let the page of an allowed origin send what it asks about (Fetch 3.3.3)."""
+    fields = share(request)
+    if fields:
+        fields.append(("Access-Control-Allow-Methods", "GET, HEAD, POST"))
+        fields.append(("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")))
+        fields.append(("Access-Control-Max-Age", "7200"))  # seconds; Chrome remembers it no longer
+    return fields
+
+
+def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes]:
+    """Status, kind and body of the response to an allowed request. Raises HandshakeError."""
     if request.method == "POST":
         take_post(client, request)
-        return http_response(202, "text/plain; charset=utf-8", b"sent\n")
-    head = request.method == "HEAD"
+        return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
-        figures = client._call(lambda _: json.dumps(server.status()).encode() + b"\n")
-        return http_response(200, "application/json", figures, head=head)
-    page = pathlib.Path(__file__).with_name("pywebsock.html")
-    demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
-    return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
+        check_name(request, client.server.origins)
+        figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
+        return 200, "application/json", figures
+    return 200, "text/html; charset=utf-8", read_page()
+
+
+def read_page() -> bytes:
+    """The page, which lies beside this module: in a folder, to which a link may lead, or in a zip file."""
+    here = pathlib.Path(__file__)
+    with contextlib.suppress(OSError):
+        return here.resolve().with_name("pywebsock.html").read_bytes()
+    try:
+        loader: Any = globals()["__loader__"]
+        return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
+    except OSError:
+        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
@@ -842,7 +1022,7 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
         client._send(serialize_response(100, ()))
-    client._call(server.on_post, decode_body(request, client._read_body(length)))
+    client._call(server.on_post, decode_body(request, client._read_body(request, length)))
 
 
 # ======================================================================================
@@ -929,8 +1109,14 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+UNIX = "unix:"  # a host that is a path: a Unix socket
+AF_UNIX = getattr(socket, "AF_UNIX", 1)  # Python has none on Windows, where bind() fails then
+
+
 def network_address(bound: str) -> str | None:
     """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    if bound.startswith(UNIX):
+        return None
     address = ipaddress.ip_address(bound)
     if not address.is_unspecified:
         return None if address.is_loopback else bound
@@ -962,6 +1148,17 @@ class Settings:
     tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
     redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
     trace = False  # log every handshake and every frame
+
+
+def clear_path(path: str) -> None:
+    """Remove a Unix socket on which nobody listens any more: its server was killed."""
+    if pathlib.Path(path).is_socket():
+        with socket.socket(AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
+            probe.setblocking(False)  # much may wait for a server that is busy
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                pathlib.Path(path).unlink()
 
 
 # ======================================================================================
@@ -1383,7 +1580,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
     - send(message), close(code, reason)
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
-    - address: the peer's address and port, for people
+    - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
     - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
 
@@ -1398,7 +1595,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         """Called by socketserver in the new thread, before handle()."""
         server = self.server
         host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
         self.method = self.target = self.subprotocol = ""
         self.headers: dict[str, str] = {}
         self.data: Any = None
@@ -1417,6 +1614,15 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         server._local.client = self
 
     # ---- for hooks and other threads ----
+
+    @property
+    def address(self) -> str:
+        """The peer's address, for people and the log."""
+        return self._address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._address = printable(address, 100)  # it may come from a header field
 
     def send(self, message: Message) -> None:
         """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
@@ -1448,7 +1654,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             for tracer in self._tracers:
                 next(tracer)  # up to where it waits for bytes
         try:
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.request.family != AF_UNIX:
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if isinstance(self.request, ssl.SSLSocket):
                 self._within_time(self.request.do_handshake)
             request, self._rest = parse_request(iter(self._receive, None))
@@ -1480,7 +1687,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                 pass
             finally:
                 self._time_left -= min(1.0, time.monotonic() - since)
-            if self.request not in self.server._room.pending:  # there were too many, or the server stops
+            if self.server._room.pending.get(self.request) == GIVEN_UP:
                 raise ConnectionAbortedError("given up")
             if self._time_left <= 0:
                 raise HandshakeError(408, TOO_LATE)
@@ -1494,20 +1701,22 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             self._tracers[0].send(data)
         return data
 
-    def _read_body(self, length: int) -> bytes:
+    def _read_body(self, request: Request, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
         server, later = self.server, ("Retry-After", "1")
         demand(not server._link or not server._link.away, 503, "Redis is away", later)
         self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
-        body, self._rest = bytearray(self._rest), b""
-        while len(body) < length:
-            body += self._receive(READ_SIZE)
+        arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
+        self._rest = b""
+        body = bytearray()
+        for piece in read_body(request, arriving, server.max_message):
+            body += piece
             demand(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
         demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
         demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
-        return bytes(memoryview(body)[:length])
+        return bytes(body)
 
     def _send(self, data: bytes) -> None:
         """Send all of it, a close timeout for each step. Raises OSError."""
@@ -1580,7 +1789,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
             if self._inbox:
                 server._hooks.release(self._inbox)
             raise
-        server._hooks.log(logging.DEBUG, "%s joined: %s", self.address, plural(len(server.clients), "client"))
+        line, count = "%s joined %s: %s", plural(len(server.clients), "client")
+        server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
         if self._inbox:
             server._run_hook(self, server.on_open)
             server._room.put(functools.partial(server._loop.resume, connection))
@@ -1626,6 +1836,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
+GIVEN_UP = -1.0  # in place of the time of a pending connection
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
 
 
@@ -1700,7 +1911,7 @@ class Room:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            demand(not self._has_ended and client.request in self.pending, 503, "the server is stopping")
+            demand(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client.request]
@@ -1752,6 +1963,7 @@ class Room:
             for client in self.clients:
                 self.close(client, serialize_close(CloseCode.GOING_AWAY))
             for request in self.pending:
+                self.pending[request] = GIVEN_UP
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)
 
@@ -2699,7 +2911,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         bind_and_activate: bool = True,
         **settings: Any,
     ) -> None:
-        """Listen on a host (a name or an address) and a port (0 for any free one).
+        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
 
         Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
         had, or the Redis refuses.
@@ -2713,7 +2925,9 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             if not name.startswith("_"):
                 setattr(self, name, check_setting(name, getattr(self, name), default))
         self._prepare()
-        if ":" in server_address[0]:
+        if server_address[0].startswith(UNIX):
+            self.address_family = AF_UNIX
+        elif ":" in server_address[0]:
             self.address_family = socket.AF_INET6
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
@@ -2722,6 +2936,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
         self._refused = 0  # requests, for the status
+        self._path = ""  # of its Unix socket
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
         self._post_pace, self._post_lock = Pace(), threading.Lock()
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
@@ -2840,7 +3055,10 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
         """In the loop: on_close is the last that its hooks get to know."""
-        self._hooks.log(logging.INFO, "%s left: %s", client.address, f"{code:d} {printable(reason)}".rstrip())
+        if reason:  # other words than without one: of each kind, the log has so many lines at most
+            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
+        else:
+            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
         if client._inbox or self._overrides("on_close"):
             client._inbox = client._inbox or Inbox()
             call = functools.partial(self._run_hook, client, self.on_close, code, reason)
@@ -2891,6 +3109,14 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
+        if self.address_family == AF_UNIX:
+            path = str(self.server_address[0]).removeprefix(UNIX)
+            if not path:
+                raise ValueError("the host unix: needs a path")
+            clear_path(path)
+            self.socket.bind(path)
+            self._path = path
+            return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         if EXCLUSIVE_USE:  # or a second program may bind the same port
@@ -2911,7 +3137,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
             room.add_pending(request, time.monotonic())
-            return request, address
+            return request, address if isinstance(address, tuple) else ("unix", 0)
         except (OSError, MemoryError, ValueError) as error:
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
                 self._wait_for_fewer(room.size, str(error) or "out of memory")
@@ -2919,13 +3145,13 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def _give_up_oldest(self) -> None:
         """End the oldest connection that is no client, if it had time to become one."""
-        room = self._room
-        with room.lock:
-            request, since = next(iter(room.pending.items()), (None, 0.0))
-            if request and time.monotonic() - since > 1:
-                room.remove(request)
-                reset(request)
-                request.close()
+        with self._room.lock:
+            pending = self._room.pending
+            late = time.monotonic() - 1
+            oldest = [request for request, since in pending.items() if since != GIVEN_UP and since < late][:1]
+            for request in oldest:
+                pending[request] = GIVEN_UP
+                reset(request)  # its thread wakes up, and closes it
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
         """Wait a moment until there are fewer connections than so many."""
@@ -2961,6 +3187,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         is reset after the close timeout, and its thread ends when the hook does. It does not end
         serve_forever(): as in socketserver, call shutdown() before.
         """
+        if self._path:
+            pathlib.Path(self._path).unlink(missing_ok=True)
         super().server_close()  # nobody else is accepted
         end = time.monotonic() + self.close_timeout
         if self._link:
@@ -3523,33 +3751,90 @@ class RedisLink:
 # ======================================================================================
 
 
-OTHER_SIGNALS = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+@functools.lru_cache(maxsize=1)
+def ask_passphrase() -> str:
+    """That of the key, asked for once on the terminal. Raises OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
+            return getpass.getpass("Passphrase of the key: ")
+    except (getpass.GetPassWarning, EOFError):
+        raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
+
+
+def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
+    """A context for servers. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
+    try:
+        context.load_cert_chain(cert, key, ask_passphrase)
+    except OSError as error:  # which does not say where
+        files = " and ".join(filter(None, (cert, key)))
+        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
+    return context
+
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
     """The server of the command line: a signal ends it between two connections, not in the middle of something."""
 
+    cert: str | None = None  # files in PEM
+    key: str | None = None
     signals: tuple[int, ...] = ()  # that have come
+    inherited = False  # its socket, from systemd
+    renews = False  # the certificate is to be loaded again
+
+    def server_bind(self) -> None:
+        """Called by the constructor: bind, or take the socket that systemd has bound (sd_listen_fds(3))."""
+        if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+            super().server_bind()
+            return
+        self.socket.close()
+        self.socket = socket.socket(fileno=3)
+        address: Any = self.socket.getsockname()
+        self.server_address = (UNIX + os.fsdecode(address), 0) if self.socket.family == AF_UNIX else address
+        self.inherited = True
 
     def catch_signals(self) -> None:
-        """From now on signals end the program in good order. The main thread."""
+        """From now on signals end the program in good order. Only the main thread may do this."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGINT, *OTHER_SIGNALS):
             if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        if number == HANGUP and self.cert:
+            self.renews = True
+            return
         if number == signal.SIGINT and number in self.signals:
             os._exit(130)
         self.signals = (*self.signals, number)
 
     def service_actions(self) -> None:
         """Called by serve_forever() all the time."""
+        if self.renews:
+            self.renews = False
+            self.renew()
         if self.signals:
             for number in OTHER_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
             log.info("stopping")
+            notify("STOPPING=1")
             raise KeyboardInterrupt
+
+    def renew(self) -> None:
+        """Load the certificate again, for new connections; one that is not good changes nothing."""
+        try:
+            self.tls_context = load_certificate(str(self.cert), self.key)
+            log.info("the certificate is loaded again")
+        except OSError as error:
+            log.error("the old certificate stays: %s", printable(str(error)))
 
 
 def parse_size(text: str) -> int:
@@ -3573,7 +3858,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0 for all, :: for IPv6 too (%(default)s)")
+    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0, :: or unix:PATH (%(default)s)")
     add("--port", default=4545, type=int, help="port to listen on, 0 for any free one (%(default)s)")
     origin = "let pages of this origin connect, * for any; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
@@ -3607,33 +3892,70 @@ def create_server(options: argparse.Namespace) -> Program:
         raise OSError("standard input is closed")
     options.ping_timeout = options.ping_interval
     if options.cert is not None:
-        options.tls_context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(options.cert, options.key)
-        except OSError as error:  # which does not say where
-            files = " and ".join(filter(None, (options.cert, options.key)))
-            raise OSError(f"no certificate and key in PEM in {files}: {error.strerror}") from None
+        options.tls_context = load_certificate(options.cert, options.key)
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
-    return Program((options.host, options.port), **settings)
+    server = Program((options.host, options.port), **settings)
+    server.cert, server.key = options.cert, options.key
+    return server
 
 
 def locations(server: BroadcastServer, host: str) -> str:
     """The first lines of output: where to point a browser, and that of another device."""
     bound = str(server.server_address[0])
+    if bound.startswith(UNIX):
+        return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
     lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
     return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
 
 
+def announce(text: str) -> None:
+    """Print the first lines of output. Nobody has to read them."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("standard output: %s", error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails with it once more at its end
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it has started this and waits for it (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: in the abstract namespace
+
+
+def split_lines(stream: TextIO, size: int) -> Iterator[str]:
+    """Each line of a text; one of more than `size` bytes in pieces, none of which ends within a character."""
+    rest, cut = "", False  # of the line that is being read
+    for part in iter(functools.partial(stream.readline, size + 2), ""):
+        rest += part
+        ended = part.endswith("\n")
+        if ended:
+            rest = rest.rstrip("\r\n")
+        while len(rest.encode()) > size:
+            piece = rest.encode()[:size].decode(errors="ignore")
+            if piece:
+                yield piece
+            rest = rest[len(piece) or 1 :]  # a character alone may be over the limit
+            cut = True
+        if ended:
+            if rest or not cut:
+                yield rest
+            rest, cut = "", False
+    if rest:
+        yield rest
+
+
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own; one over the message limit in pieces."""
+    """Broadcast each line of standard input, in a thread of its own."""
     # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
     try:
         with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
-            for line in iter(functools.partial(stdin.readline, server.max_message + 1), ""):
-                server.broadcast(line.rstrip("\r\n"))
+            for line in split_lines(stdin, server.max_message):
+                server.broadcast(line)
         log.info("standard input has ended")
     except OSError as error:
         log.warning("standard input: %s", error.strerror)
@@ -3708,9 +4030,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server = create_server(options)
         server.catch_signals()
-        print(locations(server, options.host), flush=True)
+        announce(locations(server, str(server.server_address[0]) if server.inherited else options.host))
+        notify("READY=1")
     except OSError as error:  # one of the system comes from the address, and does not say so
-        where = f"{options.host} port {options.port}: " if error.strerror else ""
+        place = options.host if options.host.startswith(UNIX) else f"{options.host} port {options.port}"
+        where = f"{place}: " if error.strerror else ""
         parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")
     except (ValueError, OverflowError) as error:
         parser.error(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -9,6 +10,7 @@ import pathlib
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from tests.tools.support import (
     masked_frame,
     request,
     require,
+    running,
 )
 
 CLOSE = 8
@@ -43,6 +46,14 @@ def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def answers(port: int) -> bool:
+    """Whether a server does."""
+    try:
+        return exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0] == 200
+    except OSError:
+        return False
 
 
 class CommandLineTestCase(unittest.TestCase):
@@ -141,6 +152,24 @@ class Start(CommandLineTestCase):
         client.send("secret")
         self.assertEqual(client.read(), "secret")
 
+    def test_ciphers(self) -> None:
+        """With TLS 1.2 only those with forward secrecy and AEAD; TLS 1.3 has no others."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            process = self.start("--cert", path)
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        for ciphers, good in (
+            ("ECDHE-ECDSA-AES128-GCM-SHA256", True),
+            ("ECDHE-ECDSA-AES256-GCM-SHA384", True),
+            ("ECDHE-ECDSA-CHACHA20-POLY1305", True),
+            ("ECDHE-ECDSA-AES256-SHA384:ECDHE-ECDSA-AES128-SHA256:ECDHE-ECDSA-AES128-SHA", False),
+        ):
+            with self.subTest(ciphers), contextlib.ExitStack() as stack:
+                context.set_ciphers(ciphers)
+                if not good:
+                    stack.enter_context(self.assertRaises(ssl.SSLError))
+                Client(process.port, tls=context).socket.close()
+
     def test_restart_on_the_same_port_at_once(self) -> None:
         first = self.start()
         clients = [self.connect(first) for _ in range(3)]
@@ -189,6 +218,77 @@ class Errors(CommandLineTestCase):
             self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
             self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
         self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
+
+    def test_a_passphrase(self) -> None:
+        """It is asked for once, on the terminal; without one that is an error."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, context = certificate(directory)
+            key = str(pathlib.Path(directory, "key.pem"))
+            encrypt = ["openssl", "pkey", "-in", path, "-aes128", "-passout", "pass:sesame", "-out", key]
+            subprocess.run(encrypt, check=True)
+            command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", "0", "--cert", path, "--key", key]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=DEADLINE,
+                check=False,
+                start_new_session=True,  # without a terminal
+            )
+            self.assertEqual((done.returncode, done.stdout), (1, b""))
+            self.assertRegex(done.stderr, rb"\Apywebsock: [^\n]*key\.pem: the key has a passphrase[^\n]*\n\Z")
+            with unittest.mock.patch("getpass.getpass", return_value="sesame") as asked:
+                for _ in range(2):
+                    made = pywebsock.load_certificate(path, key)
+            self.addCleanup(pywebsock.ask_passphrase.cache_clear)
+            asked.assert_called_once()
+            with running(tls_context=made) as server:
+                Client(server.server_address[1], tls=context).socket.close()
+
+    @unittest.skipIf(os.name == "nt", "POSIX")
+    def test_standard_output_is_not_read(self) -> None:
+        """It says so, and goes on."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        for name, output in (("a pipe without a reader", writer), ("a full disk", os.open("/dev/full", os.O_WRONLY))):
+            with self.subTest(name), socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+                probe.close()
+                command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", str(port)]
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
+                os.close(output)
+                try:
+                    eventually(lambda: answers(port))  # noqa: B023
+                finally:
+                    process.send_signal(signal.SIGTERM)
+                    _, errors = process.communicate(timeout=DEADLINE)
+                self.assertEqual(process.returncode, 0)
+                self.assertRegex(errors, rb"\A\S+ \S+ WARNING standard output: [^\n]+\n\S+ \S+ INFO stopping\n\Z")
+
+    def test_an_old_python(self) -> None:
+        """One line, and no syntax that it does not know."""
+        source = (ROOT / "pywebsock.py").read_text("utf-8")
+        ast.parse(source, feature_version=(3, 8))
+        script = "import sys; sys.version_info = (3, 8, 18); sys.argv[0] = 'x'; import pywebsock"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+        self.assertEqual(
+            (done.returncode, done.stderr.split(b"\n")[0].strip()), (1, b"pywebsock needs Python 3.9 or later")
+        )
+
+    def test_in_another_thread(self) -> None:
+        """Where a program runs main() in a thread that is not the main one, signals are the program's."""
+        script = """if 1:
+            import sys, threading, pywebsock
+            arguments = ["--port", "0"]
+            threading.Thread(target=pywebsock.main, args=(arguments,), daemon=True).start()
+            sys.stdin.read()
+        """
+        process = self.start(program=[sys.executable, "-c", script], stdin=subprocess.PIPE)
+        self.connect(process).socket.close()
+        assert process.stdin
+        process.stdin.close()
+        self.assertEqual(process.wait(), 0)
 
     @unittest.skipIf(os.name == "nt", "POSIX shell")
     def test_standard_input_is_closed(self) -> None:
@@ -299,27 +399,12 @@ class StandardInput(CommandLineTestCase):
         self.assertEqual(client.read(), "and it goes on")
 
     def test_long_lines(self) -> None:
-        """Past the message limit a line comes in pieces, and nothing of it is lost."""
+        """Past the message limit, which is in bytes, a line comes in pieces: none over it, nothing extra."""
         stdin, client = self.pipe("--max-message", "1000")
-        lines = ["a" * 1001, "b" * 5000, "c" * 300_000, "end"]
-        stdin.write("".join(f"{line}\n" for line in lines).encode())
+        stdin.write(("a" * 1001 + "\n" + "\u20ac" * 400 + "\r\n" + "b" * 2000 + "\nend\n").encode())
         stdin.flush()
-        pieces = [str(client.read())]
-        while pieces[-1] != "end":
-            pieces.append(str(client.read()))
-        self.assertEqual("".join(pieces), "".join(lines))
-        self.assertLessEqual(max(len(piece) for piece in pieces), 1001)
-
-    def test_no_character_is_cut(self) -> None:
-        stdin, client = self.pipe("--max-message", "1000")
-        line = "a" + "\u20ac" * 100_000
-        stdin.write(f"{line}\nend\n".encode())
-        stdin.flush()
-        pieces = [str(client.read())]
-        while pieces[-1] != "end":
-            pieces.append(str(client.read()))
-        self.assertEqual("".join(pieces), line + "end")
-        self.assertLessEqual(max(len(piece) for piece in pieces), 1001)
+        expected = ["a" * 1000, "a", "\u20ac" * 333, "\u20ac" * 67, "b" * 1000, "b" * 1000, "end"]
+        self.assertEqual([client.read() for _ in expected], expected)
 
     def test_a_long_line_that_does_not_end(self) -> None:
         stdin, client = self.pipe("--max-message", "1000")
@@ -357,6 +442,50 @@ class StandardInput(CommandLineTestCase):
                 client = self.connect(process)
                 client.send("it goes on")
                 self.assertEqual(client.read(), "it goes on")
+
+
+class Lines(unittest.TestCase):
+    """split_lines: messages of at most so many bytes."""
+
+    def split(self, text: str, size: int) -> list[str]:
+        """The messages."""
+        stream = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="\n")
+        return list(pywebsock.split_lines(stream, size))
+
+    def test_lines(self) -> None:
+        for text, size, messages in (
+            ("", 5, []),
+            ("\n", 5, [""]),
+            ("\r\n\n", 5, ["", ""]),
+            ("abc", 5, ["abc"]),
+            ("abcde\n", 5, ["abcde"]),
+            ("abcde\r\n", 5, ["abcde"]),
+            ("abcdef\n", 5, ["abcde", "f"]),
+            ("abcdefghij\n\n", 5, ["abcde", "fghij", ""]),
+            ("abcdefghij\r\n", 5, ["abcde", "fghij"]),
+            ("abcdefghij", 5, ["abcde", "fghij"]),
+            ("a\rb\n", 5, ["a\rb"]),
+            ("\u20ac\u20ac\n", 5, ["\u20ac", "\u20ac"]),
+            ("\u20ac\n", 3, ["\u20ac"]),
+            ("\u20aca\n\n", 2, ["a", ""]),
+            ("a\n", 0, []),
+            ("\n", 0, [""]),
+        ):
+            with self.subTest(text, size=size):
+                self.assertEqual(self.split(text, size), messages)
+
+    def test_nothing_is_lost(self) -> None:
+        """With each length of a line beside each limit, as with one that is read at once."""
+        for size in range(4, 9):
+            for length in range(30):
+                for character in ("x", "é", "\u20ac", "\U0001f986"):
+                    for end in ("\n", "\r\n"):
+                        line = ("xé\u20ac" * 10)[: length // 2] + character * (length - length // 2)
+                        messages = self.split(f"{line}{end}{line}", size)
+                        with self.subTest(line, size=size, end=end):
+                            self.assertEqual("".join(messages), line + line)
+                            self.assertLessEqual(max(len(message.encode()) for message in [*messages, ""]), size)
+                            self.assertEqual("" in messages, not line)
 
 
 class Settings(CommandLineTestCase):
@@ -435,7 +564,7 @@ class Log(CommandLineTestCase):
 
     def test_verbose(self) -> None:
         log = self.log_of("--verbose")
-        for word, count in (("joined", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
+        for word, count in (("joined /: 1 client", 1), ("left: 4000 goodbye", 1), ("refused: 403", 1), ("stopping", 1)):
             self.assertEqual(log.count(word), count, word)
 
     def test_lines(self) -> None:
@@ -540,6 +669,32 @@ class Signals(CommandLineTestCase):
         client.socket.close()
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(4), 0)
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "POSIX")
+    def test_hangup_loads_the_certificate(self) -> None:
+        """For new connections; what cannot be loaded is said, and the old one stays. Without a certificate it ends."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, old = certificate(directory)
+            process = self.start("--cert", path)
+            before = self.connect(process, tls=old)
+            for wrong in ("no certificate", pathlib.Path(path).read_text().partition("-----BEGIN CERT")[0]):
+                with self.subTest(wrong[:30]):
+                    lines = process.log().count("the old certificate stays")
+                    pathlib.Path(path).write_text(wrong)
+                    process.send_signal(signal.SIGHUP)
+                    eventually(lambda: process.log().count("the old certificate stays") > lines)  # noqa: B023
+                    self.connect(process, tls=old).socket.close()
+            path, new = certificate(directory)
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: "INFO the certificate is loaded again" in process.log())
+            after = self.connect(process, tls=new)
+            with self.assertRaises(ssl.SSLCertVerificationError):
+                self.connect(process, tls=old)
+            before.send("over the old one")
+            self.assertEqual([before.read(), after.read()], ["over the old one"] * 2)
+        plain = self.start()
+        plain.send_signal(signal.SIGHUP)
+        self.assertEqual(plain.wait(), 0)
 
     def test_second_interrupt(self) -> None:
         process = self.start()

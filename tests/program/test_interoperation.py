@@ -21,6 +21,7 @@ import tempfile
 import threading
 import typing
 import unittest
+import warnings
 
 from tests.tools.browser import chromium
 from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, package, require
@@ -530,6 +531,44 @@ class Subprotocols(unittest.TestCase):
         command = [str(node), "--experimental-websocket", "--eval", script, self.url]
         done = subprocess.run(command, capture_output=True, timeout=3 * DEADLINE, check=False)
         self.assertEqual(done.stdout, b"chat Hello\n", done.stderr)
+
+    def test_mqtt(self) -> None:
+        """Where subprotocols are listed, what a client of another one says reaches nobody."""
+        mqtt = package("paho.mqtt.client")
+        port = int(self.url.rpartition(":")[2].strip("/"))
+        with Client(port) as witness:
+            client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, transport="websockets")
+            client.username_pw_set("user", "password")
+            with warnings.catch_warnings(), self.assertRaisesRegex(Exception, "WebSocket handshake error"):
+                warnings.simplefilter("ignore", ResourceWarning)  # it leaves its socket open then
+                client.connect("localhost", port)
+            witness.send("only this")
+            self.assertEqual(witness.read(), "only this")
+
+
+class Origins(unittest.TestCase):
+    """Libraries with an Origin field that no browser sends."""
+
+    def test_ws4py(self) -> None:
+        """Origin: ws://localhost:4545."""
+        module = package("ws4py.client.threadedclient")
+        received: queue.Queue[bytes] = queue.Queue()
+
+        class Ws4py(module.WebSocketClient):  # type: ignore[misc, name-defined]
+            """Its interface: methods to override."""
+
+            def opened(self) -> None:
+                self.send("Hello")
+
+            def received_message(self, message: typing.Any) -> None:
+                received.put(message.data)
+
+        with Process() as server:
+            client = Ws4py(f"ws://localhost:{server.port}/")
+            client.connect()
+            self.assertEqual(received.get(timeout=DEADLINE), b"Hello")
+            client.close()
+            client.run_forever()
 
 
 class Careless(Interoperation):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 import venv
+import zipapp
 import zipfile
 
 import pywebsock
@@ -120,6 +123,50 @@ class Wheel(unittest.TestCase):
                 client.close()
                 self.assertEqual(client.read_close(), (1000, ""))
             self.assertEqual(server.stop(), 0)
+
+
+class Places(unittest.TestCase):
+    """Ways to start it; each has the page."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+        self.copy = self.folder / "copy"
+        self.copy.mkdir()
+        for name in ("pywebsock.py", "pywebsock.html"):
+            shutil.copy(ROOT / name, self.copy)
+
+    def check(self, *program: str | pathlib.Path) -> None:
+        """It starts, and has the page."""
+        with Process(program=[str(part) for part in program]) as server:
+            status, _, body = exchange(server.port, b"GET / HTTP/1.0\r\n\r\n")
+            self.assertEqual((status, body), (200, (ROOT / "pywebsock.html").read_bytes()))
+
+    def link(self, target: pathlib.Path) -> pathlib.Path:
+        """A link in another folder."""
+        link = self.folder / "pywebsock"
+        try:
+            link.symlink_to(target)
+        except OSError as error:  # Windows
+            self.skipTest(str(error))
+        return link
+
+    def test_link(self) -> None:
+        """Into a folder of $PATH: ln -s /opt/pywebsock/pywebsock.py /usr/local/bin/pywebsock."""
+        self.check(sys.executable, self.link(self.copy / "pywebsock.py"))
+
+    def test_module(self) -> None:
+        """python -m pywebsock."""
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(self.copy)):
+            self.check(sys.executable, "-m", "pywebsock")
+
+    def test_zip(self) -> None:
+        """python -m zipapp FOLDER -m pywebsock:main."""
+        archive = self.folder / "pywebsock.pyz"
+        zipapp.create_archive(self.copy, archive, main="pywebsock:main")
+        self.check(sys.executable, archive)
+        self.check(sys.executable, self.link(archive))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import itertools
 import random
 import sys
 import typing
 import unittest
+import zlib
+from collections import deque
 
 import pywebsock
 from pywebsock import MAX_FIELDS, MAX_HEAD, MAX_LINE, HandshakeError, Request, parse_request
@@ -178,6 +182,20 @@ class Requests(unittest.TestCase):
             parse_request([data[:-1]])
         self.assertEqual(caught.exception.status, 400)
         self.assertIn("incomplete", str(caught.exception))
+
+    def test_proxy_protocol(self) -> None:
+        """The setting of the proxy is named."""
+        for data in (
+            b"PROXY TCP4 192.0.2.1 192.0.2.2 56324 4545\r\n" + request(),
+            b"PROXY UNKNOWN\r\n" + request(),
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\2\1\xc0\0\2\2\xdc\4\x11\xc1" + request(),
+        ):
+            with self.subTest(data):
+                with self.assertRaises(HandshakeError) as caught:
+                    parse_request([data])
+                self.assertEqual(caught.exception.status, 400)
+                self.assertIn("PROXY protocol header", str(caught.exception))
+        self.assertEqual(parse_request([b"PROXYX / HTTP/1.1\r\n\r\n"])[0].method, "PROXYX")
 
     def test_what_is_not_http_is_seen_at_once(self) -> None:
         for code in range(256):
@@ -570,6 +588,24 @@ class Origin(unittest.TestCase):
         ("https://anything.example", HERE, ("*",)),
         ("null", HERE, ("*",)),
         ("", HERE, ("*",)),
+        # the default port may be said or not (RFC 6454 4)
+        ("http://192.168.1.5", "192.168.1.5:80", ()),
+        ("http://192.168.1.5:80", "192.168.1.5", ()),
+        ("https://localhost", "localhost:443", ()),
+        ("http://localhost", "localhost:", ()),
+        ("https://example.com:443", HERE, ("https://example.com",)),
+        # RFC 6761 6.3: all names that end in localhost are this machine
+        ("http://chat.localhost:4545", "chat.localhost:4545", ()),
+        ("http://a.b.localhost:4545", "A.b.localhost:4545", ()),
+        # Go's x/net/websocket, ws4py
+        ("http://localhost:4545/", HERE, ()),
+        ("ws://localhost:4545", HERE, ()),
+        ("wss://localhost:4545", HERE, ()),
+        ("wss://example.com", HERE, ("https://example.com",)),
+        # one label or more
+        ("https://www.example.com", HERE, ("https://*.example.com",)),
+        ("https://a.b.example.com", HERE, ("http://a", "https://*.example.com")),
+        ("https://a.example.com:8443", HERE, ("https://*.example.com:8443",)),
     )
     MAY_NOT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("https://evil.example", HERE, ()),
@@ -585,7 +621,8 @@ class Origin(unittest.TestCase):
         # another port, another scheme, nearly the same
         ("http://localhost:4546", HERE, ()),
         ("http://localhost", HERE, ()),
-        ("ws://localhost:4545", HERE, ()),
+        ("ws://localhost:4546", HERE, ()),
+        ("https://localhost", "localhost:80", ()),
         ("http://localhost:4545.evil.example", HERE, ()),
         ("http://evil.example/localhost:4545", HERE, ()),
         ("http://evil@localhost:4545", HERE, ()),
@@ -599,7 +636,8 @@ class Origin(unittest.TestCase):
         ("http://127.0.0.1.evil.example", "127.0.0.1.evil.example", ()),
         ("http://127.1", "127.1", ()),
         ("http://2130706433", "2130706433", ()),
-        ("http://a.localhost:4545", "a.localhost:4545", ()),
+        ("http://a.localhost:4545", HERE, ()),
+        ("http://xlocalhost:4545", "xlocalhost:4545", ()),
         # nearly what is listed
         ("http://example.com", HERE, ("https://example.com",)),
         ("https://example.com:8443", HERE, ("https://example.com",)),
@@ -607,6 +645,15 @@ class Origin(unittest.TestCase):
         ("https://example.com.evil.example", HERE, ("https://example.com",)),
         ("https://evilexample.com", HERE, ("https://example.com",)),
         ("https://exampleXcom", HERE, ("https://example.com",)),
+        ("https://example.com", HERE, ("https://*.example.com",)),
+        ("https://.example.com", HERE, ("https://*.example.com.",)),
+        ("https://evilexample.com", HERE, ("https://*.example.com",)),
+        ("https://*.example.com", HERE, ("https://*.example.com",)),
+        ("http://a.example.com", HERE, ("https://*.example.com",)),
+        ("https://a.example.com:444", HERE, ("https://*.example.com",)),
+        ("https://evil.example/.example.com", HERE, ("https://*.example.com",)),
+        ("https://evil.example:80.example.com", HERE, ("https://*.example.com",)),
+        ("https://evil.example?.example.com", HERE, ("https://*.example.com",)),
     )
 
     def test_may(self) -> None:
@@ -656,11 +703,12 @@ class Origin(unittest.TestCase):
             ("capacitor://localhost", "capacitor://localhost"),
             *((word, word) for word in ("*", "null", "file://")),
             ("NULL", "null"),
+            ("https://*.Example.com:443/", "https://*.example.com"),
         ):
             with self.subTest(text):
                 self.assertEqual(pywebsock.parse_origin(text), origin)
                 self.assertEqual(pywebsock.parse_origin(origin), origin)
-                if origin != "*":
+                if "*" not in origin:
                     pywebsock.check_origin(headers(Host=self.HERE, Origin=origin), [origin])
 
     def test_parse_wrong(self) -> None:
@@ -676,7 +724,8 @@ class Origin(unittest.TestCase):
                 "https://a/b",
                 "https://a//",
             ),
-            *("https://a?b", "https://a#b", "https://a b", "https://user@a", "https://a:x", "https://*.example.com"),
+            *("https://a?b", "https://a#b", "https://a b", "https://user@a", "https://a:x", "https://*"),
+            *("https://*example.com", "https://a.*.com", "https://*.*.com", "https://a*.com", "*.example.com"),
             *("ws://localhost", "wss://example.com", "https://a,https://b", "https://b\xfccher.example", "file:", "**"),
             *("https://example.com\n", " https://example.com", "1http://a", "http:/a"),
         ):
@@ -686,14 +735,28 @@ class Origin(unittest.TestCase):
                 self.assertRegex(str(caught.exception), r"^[ -~]+$")
 
     def test_the_error_helps(self) -> None:
-        """It says what would let the page in, of the command line and of a program, and is safe to print."""
-        with self.assertRaises(HandshakeError) as caught:
-            pywebsock.check_origin(headers(Host="localhost", Origin="https://example.com"), ())
-        self.assertIn("--origin https://example.com", str(caught.exception))
-        self.assertIn('origins=["https://example.com"]', str(caught.exception))
-        with self.assertRaises(HandshakeError) as caught:
-            pywebsock.check_origin(headers(Host="localhost", Origin="\x1b[2J\xe9"), ())
-        self.assertTrue(str(caught.exception).isascii() and str(caught.exception).isprintable())
+        """It says what would let the page in, of the command line and of a program; or that it is no origin."""
+        for said, origin in (
+            ("https://example.com", "https://example.com"),
+            ("HTTPS://Example.com:443/", "https://example.com"),
+            ("ws://h", "http://h"),
+            ("http://localhost/", "http://localhost"),
+            ("null", "null"),
+            (f"https://{'x' * 253}:65535", f"https://{'x' * 253}:65535"),
+            *((wrong, "") for wrong in ("", "localhost", "127.0.0.1", "*", "https://*.example.com", "\x1b[2J\xe9")),
+            ("https://" + "x" * 254, ""),
+        ):
+            with self.subTest(said):
+                asked = headers(Host="h", Origin=said)
+                with self.assertRaises(HandshakeError) as caught:
+                    pywebsock.check_origin(asked, ["https://other.example"])
+                hint = str(caught.exception)
+                self.assertTrue(hint.isascii() and hint.isprintable())
+                if origin:
+                    self.assertIn(f'(--origin {origin} or origins=["{origin}"] allows it)', hint)
+                    pywebsock.check_origin(asked, [pywebsock.parse_origin(origin)])
+                else:
+                    self.assertIn("is not an origin (only --origin '*' allows it", hint)
 
     def test_needs_a_host(self) -> None:
         """A page is not let in where it is not known whose page it is."""
@@ -703,7 +766,7 @@ class Origin(unittest.TestCase):
 
 
 class Bodies(unittest.TestCase):
-    """body_length, decode_body (RFC 9112 6): a message by POST."""
+    """body_length, read_body, decode_body (RFC 9112 6): a message by POST."""
 
     def test_length(self) -> None:
         for value, length in (("0", 0), ("1", 1), ("100", 100), ("0000000000000000", 0), ("000000000000000099", 99)):
@@ -714,8 +777,18 @@ class Bodies(unittest.TestCase):
         for status, fields in (
             (411, {}),
             (411, {"Content_Length": ""}),
-            (411, {"Transfer_Encoding": "chunked"}),
-            (411, {"Transfer_Encoding": "chunked", "Content_Length": "5"}),
+            (400, {"Transfer_Encoding": "chunked", "Content_Length": "5"}),
+            (400, {"Transfer_Encoding": "chunked", "Content_Length": ""}),
+            (501, {"Transfer_Encoding": "gzip, chunked"}),
+            (501, {"Transfer_Encoding": "chunked, chunked"}),
+            (501, {"Transfer_Encoding": "chunked\r\nTransfer-Encoding: chunked"}),
+            (501, {"Transfer_Encoding": "identity"}),
+            *(
+                (415, {"Content_Length": "5", "Content_Encoding": value})
+                for value in ("br", "zstd", "gzip, gzip", "gzip, deflate", "compress", "g\xe9zip", "identity, br")
+            ),
+            (501, {"Transfer_Encoding": ""}),
+            (501, {"Transfer_Encoding": "\x0bchunked"}),
             (413, {"Content_Length": "101"}),
             (413, {"Content_Length": "9" * 18}),
             *(
@@ -730,6 +803,130 @@ class Bodies(unittest.TestCase):
                 with self.assertRaises(HandshakeError) as caught:
                     pywebsock.body_length(headers(**fields), 100)
                 self.assertEqual(caught.exception.status, status)
+
+    def test_chunked_needs_http_1_1(self) -> None:
+        asked = headers(Transfer_Encoding="Chunked")
+        self.assertEqual(pywebsock.body_length(asked, 100), 100)
+        with self.assertRaises(HandshakeError) as caught:
+            pywebsock.body_length(asked._replace(version=(1, 0)), 100)
+        self.assertEqual(caught.exception.status, 400)
+
+    def read(self, data: bytes, size: int, **fields: str) -> bytes:
+        """The body in data that arrives in pieces of some size."""
+        pieces = (data[i : i + size] for i in range(0, len(data), size))
+        return b"".join(pywebsock.read_body(headers(**fields), pieces, 100))
+
+    CHUNKS = (
+        (b"0\r\n\r\n", b""),
+        (b"5\r\nHello\r\n0\r\n\r\n", b"Hello"),
+        (b"2\r\n\r\n\r\n03\r\n0\r\n\r\n0\r\n\r\n", b"\r\n0\r\n"),
+        (b"a\r\n" + b"x" * 10 + b"\r\nA\r\n" + b"y" * 10 + b"\r\n0\r\n\r\n", b"x" * 10 + b"y" * 10),
+        (b'1;a=b;c="d e;\\""\r\nx\r\n1 ; f\r\ny\r\n0;last\r\n\r\n', b"xy"),
+        (b"1\r\nx\r\n0\r\nX-Sum: 1\r\nContent-Length: 7\r\n\r\n", b"x"),
+        (b"64\r\n" + bytes(100) + b"\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", bytes(100)),
+        (b"0" * 15 + b"1\r\nx\r\n" + b"0" * 16 + b"\r\n\r\n", b"x"),
+    )
+    NO_CHUNKS = (
+        *(b"", b"\r\n", b"5\r\nHello", b"5\r\nHello\r\n", b"0\r\n", b"1\r\nx\r\n0\r\nX: y\r\n"),
+        *(b"-1\r\nx\r\n0\r\n\r\n", b"+1\r\nx\r\n0\r\n\r\n", b"0x1\r\nx\r\n0\r\n\r\n", b"1_0\r\nx\r\n0\r\n\r\n"),
+        *(b" 1\r\nx\r\n0\r\n\r\n", b"1 \r\nx\r\n0\r\n\r\n", b"g\r\nx\r\n0\r\n\r\n", b"1" * 17 + b"\r\nx\r\n0\r\n\r\n"),
+        *(b"1\nx\n0\n\n", b"1\r\nx\n0\r\n\r\n", b"1;a\nb\r\nx\r\n0\r\n\r\n", b"1;\0\r\nx\r\n0\r\n\r\n"),
+        *(b"1\r\nxy\r\n0\r\n\r\n", b"2\r\nx\r\n0\r\n\r\n", b"1\r\nx0\r\n\r\n", b"\xb2\r\nxx\r\n0\r\n\r\n"),
+        *(b"1;" + b"x" * 9000 + b"\r\nx\r\n0\r\n\r\n", b"0\r\nX: " + b"x" * 9000 + b"\r\n\r\n"),
+    )
+    TOO_MUCH = (
+        b"65\r\n" + bytes(101) + b"\r\n0\r\n\r\n",
+        b"1\r\nx\r\n" * 101 + b"0\r\n\r\n",
+        b"F" * 16 + b"\r\n" + bytes(101),
+    )
+
+    def test_chunks(self) -> None:
+        for size in (1, 2, 7, 1000):
+            for data, body in self.CHUNKS:
+                with self.subTest(data[:60], size=size):
+                    self.assertEqual(self.read(data, size, Transfer_Encoding="chunked"), body)
+            for status, cases in ((400, self.NO_CHUNKS), (413, self.TOO_MUCH)):
+                for data in cases:
+                    with self.subTest(data[:60], size=size):
+                        with self.assertRaises(HandshakeError) as caught:
+                            self.read(data, size, Transfer_Encoding="chunked")
+                        self.assertEqual(caught.exception.status, status)
+
+    def test_compressed(self) -> None:
+        hello, long = b"Hello " * 10, b"x" * 80
+        for coding, data, body in (
+            ("gzip", gzip.compress(hello), hello),
+            ("GZip", gzip.compress(hello), hello),
+            ("x-gzip", gzip.compress(hello), hello),
+            ("gzip", gzip.compress(b""), b""),
+            ("gzip", gzip.compress(hello[:30]) + gzip.compress(b"") + gzip.compress(hello[30:]), hello),
+            ("deflate", zlib.compress(hello), hello),
+            ("deflate", zlib.compress(long, 0), long),
+            ("identity", hello, hello),
+            ("", hello, hello),
+        ):
+            chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (data[:7], data[7:]) if part)
+            for size in (1, 7, 1000):
+                with self.subTest(coding, body=body, size=size):
+                    got = self.read(data, size, Content_Length=str(len(data)), Content_Encoding=coding)
+                    self.assertEqual(got, body)
+                    chunked = {"Transfer_Encoding": "chunked", "Content_Encoding": coding}
+                    self.assertEqual(self.read(chunks + b"0\r\n\r\n", size, **chunked), body)
+
+    def test_badly_compressed(self) -> None:
+        good = gzip.compress(b"Hello")
+        for status, data in (
+            (400, b""),
+            (400, b"Hello"),
+            (400, good[:-1]),
+            (400, good[:10] + b"\xff" + good[11:]),
+            (400, good[:-8] + b"\0" * 8),  # the checksum
+            (400, good + b"Hello"),
+            (400, zlib.compress(b"Hello")[2:-4]),
+            (413, gzip.compress(bytes(101))),
+            (413, gzip.compress(bytes(60)) + gzip.compress(bytes(60))),
+            (413, gzip.compress(bytes(1 << 20), 1)[:100]),
+        ):
+            for size in (1, 100):
+                with self.subTest(data[:20], size=size):
+                    with self.assertRaises(HandshakeError) as caught:
+                        self.read(data, size, Content_Length=str(len(data)), Content_Encoding="gzip")
+                    self.assertEqual(caught.exception.status, status)
+
+    def test_415_says_what_is_accepted(self) -> None:
+        with self.assertRaises(HandshakeError) as caught:
+            self.read(b"x", 1, Content_Length="1", Content_Encoding="br")
+        self.assertEqual(caught.exception.fields, (("Accept-Encoding", "gzip, deflate"),))
+
+    @unittest.skipIf(sys.implementation.name != "cpython", "its memory")
+    def test_memory_of_what_is_compressed(self) -> None:
+        """A megabyte that inflates to a gigabyte is given up at the limit."""
+        bomb = gzip.compress(bytes(1 << 27))
+        asked = headers(Content_Length=str(len(bomb)), Content_Encoding="gzip")
+
+        def read() -> None:
+            with contextlib.suppress(HandshakeError):
+                deque(pywebsock.read_body(asked, iter([bomb]), 1 << 20), 0)
+
+        self.assertLess(peak_memory(read), 1 << 20)
+
+    def test_counted_bytes(self) -> None:
+        for size in (1, 2, 100):
+            self.assertEqual(self.read(b"Hello, more", size, Content_Length="5"), b"Hello")
+            self.assertEqual(self.read(b"", size, Content_Length="0"), b"")
+            with self.assertRaises(HandshakeError):
+                self.read(b"Hell", size, Content_Length="5")
+
+    def test_chunks_in_linear_time(self) -> None:
+        asked = headers(Transfer_Encoding="chunked")
+        for data in (b"1\r\nx\r\n", b"0\r\nx\r\n" + b"x\r\n" * 8, b"1" + b" " * 8):  # chunks, trailers, spaces
+
+            def read(size: int) -> None:
+                with contextlib.suppress(HandshakeError):
+                    deque(pywebsock.read_body(asked, iter([data * size]), 100_000), 0)  # noqa: B023
+
+            with self.subTest(data):
+                self.assertLess(growth(read, MAX_LINE), 9)
 
     def test_message(self) -> None:
         """Text where it is UTF-8 and does not say that it is binary."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import json
+import typing
 import unittest.mock
 
 import pywebsock
-from tests.tools.support import ROOT, ServerTestCase, eventually, exchange, request
+from pywebsock import HandshakeError, WebSocketHandler
+from tests.tools.support import ROOT, Client, Recorder, ServerTestCase, eventually, exchange, request
 
 PAGE = "pywebsock.html"
 
@@ -38,6 +41,12 @@ class Page(ServerTestCase):
         port = self.serve().server_address[1]
         self.assertEqual(exchange(port, http("HEAD"))[:2], exchange(port, http("GET"))[:2])
         self.assertEqual(exchange(port, http("HEAD"))[2], b"")
+
+    def test_policy(self) -> None:
+        """That of the page itself, as a header."""
+        policy = exchange(self.serve().server_address[1], http("GET"))[1]["content-security-policy"]
+        self.assertRegex(policy, "^default-src 'none'; [ -~]*; frame-ancestors 'none'$")
+        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").split()))
 
     def test_http_1_0(self) -> None:
         """Without a Host, which HTTP/1.0 does not demand."""
@@ -73,6 +82,32 @@ class Status(ServerTestCase):
         status, fields, body = exchange(self.serve().server_address[1], http("HEAD", "/status?x"))
         self.assertEqual((status, fields["content-type"], body), (200, "application/json", b""))
 
+    def test_names(self) -> None:
+        """DNS rebinding: a page from a name that was made to point here has no Origin with GET."""
+        listed = ["https://chat.example.com", "http://*.intern:8080"]
+        for origins, host, expected in (
+            *(((), host, 200) for host in ("localhost", "a.localhost:1", "127.0.0.1:4545", "[::1]", "LOCALHOST:4545")),
+            *(((), host, 403) for host in ("evil.example:4545", "localhost.evil.example", "chat.example.com")),
+            *((listed, host, 200) for host in ("chat.example.com", "Chat.Example.com:4545", "a.intern:1", "localhost")),
+            *(
+                (listed, host, 403)
+                for host in ("example.com", "evil.example", "intern", "xintern", "chat.example.com.")
+            ),
+            (["*"], "evil.example", 200),
+            (["null"], "null", 200),
+            (["file://"], "file", 403),
+        ):
+            with self.subTest(host, origins=origins):
+                port = self.serve(origins=origins).server_address[1]
+                status, _, body = exchange(port, http("GET", "/status", Host=host))
+                self.assertEqual(status, expected)
+                self.assertEqual(b'"uptime"' in body, expected == 200)
+                if expected == 403:
+                    hint = body.decode().partition("--origin ")[2].partition(" ")[0]
+                    port = self.serve(origins=[hint]).server_address[1]
+                    self.assertEqual(exchange(port, http("GET", "/status", Host=host))[0], 200)
+        self.assertEqual(exchange(port, http("GET", Host="evil.example"))[0], 200)  # the page is no secret
+
 
 class Post(ServerTestCase):
     """POST / broadcasts its body: curl -d 'deploy done' localhost:4545."""
@@ -93,8 +128,9 @@ class Post(ServerTestCase):
 
     REFUSED = (
         (411, "no length", http("POST")),
-        (411, "chunked", http("POST", Transfer_Encoding="chunked") + b"1\r\nx\r\n0\r\n\r\n"),
-        (411, "both", http("POST", body=b"x", Transfer_Encoding="chunked")),
+        (400, "no chunks", http("POST", Transfer_Encoding="chunked") + b"x\r\n"),
+        (400, "both", http("POST", body=b"x", Transfer_Encoding="chunked")),
+        (413, "long chunks", http("POST", Transfer_Encoding="chunked") + b"493E1\r\n" + bytes(300_001)),
         (400, "negative", http("POST", Content_Length="-1")),
         (400, "signed", http("POST", Content_Length="+1")),
         (400, "a word", http("POST", Content_Length="one")),
@@ -104,6 +140,9 @@ class Post(ServerTestCase):
         (400, "no Host", http("POST", body=b"x", Host=None)),
         (413, "too long", http("POST", Content_Length="300001")),
         (413, "much too long", http("POST", Content_Length="9" * 18)),
+        (415, "compressed otherwise", http("POST", "/", b"x", Content_Encoding="br")),
+        (400, "not compressed", http("POST", "/", b"x", Content_Encoding="gzip")),
+        (413, "a bomb", http("POST", "/", gzip.compress(bytes(300_001)), Content_Encoding="gzip")),
         (405, "not here", http("POST", "/status", b"x")),
         (404, "nowhere", http("POST", "/x", b"x")),
     )
@@ -115,6 +154,13 @@ class Post(ServerTestCase):
             with self.subTest(body=body[:20], kind=kind):
                 self.assertEqual(exchange(server.server_address[1], http("POST", "/", body, Content_Type=kind))[0], 202)
                 self.assertEqual(client.read(), message)
+
+    def test_compressed(self) -> None:
+        server = self.serve(max_message=1000)
+        client = self.connect(server)
+        data = http("POST", "/", gzip.compress(b"x" * 1000), Content_Encoding="gzip", Content_Type=self.FORM)
+        self.assertEqual(exchange(server.server_address[1], data)[0], 202)
+        self.assertEqual(client.read(), "x" * 1000)
 
     def test_empty(self) -> None:
         server = self.serve()
@@ -146,6 +192,21 @@ class Post(ServerTestCase):
         self.assertEqual(client.read(), "piecemeal")
         self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 202 "))
 
+    def test_chunked(self) -> None:
+        """RFC 9112 7.1, as programs send what they do not know the length of; what comes behind it is nothing."""
+        server = self.serve(max_message=100_000)
+        client, poster = self.connect(server), self.connect(server, handshake=False)
+        poster.send_raw(http("POST", Transfer_Encoding="chunked", Expect="100-continue"))
+        self.assertEqual(poster.read_head(), b"HTTP/1.1 100 Continue\r\n\r\n")
+        for piece in (b"5;x=y\r", b"\nchunk", b"\r\n186A", b"0\r\n", b" " * 99_990):
+            poster.send_raw(piece)
+        poster.send_raw(b"12345ended!\r\n0\r\nX-Trailer: 1\r\n\r\n" + http("POST", "/", b"smuggled"))
+        self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 413 "))
+        small = http("POST", Transfer_Encoding="chunked") + b"5\r\nchunk\r\n4\r\ns!!!\r\n0\r\nX: 1\r\n\r\n"
+        self.assertEqual(exchange(server.server_address[1], small + http("POST", "/", b"smuggled"))[0], 202)
+        server.broadcast("end")
+        self.assertEqual([client.read(), client.read()], ["chunks!!!", "end"])
+
     def test_100_continue(self) -> None:
         """curl asks for it before a body of some size."""
         server = self.serve()
@@ -172,10 +233,15 @@ class Post(ServerTestCase):
                 self.assertEqual(exchange(port, data)[0], status)
 
     def test_body_that_does_not_come(self) -> None:
-        server = self.serve(handshake_timeout=0.3)
-        client, poster = self.connect(server), self.connect(server, handshake=False)
-        poster.send_raw(http("POST", Content_Length="5") + b"Hell")
-        self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 408 "))
+        server = self.serve(handshake_timeout=0.3, max_message=1000)
+        client = self.connect(server)
+        for data in (
+            http("POST", Content_Length="5") + b"Hell",
+            http("POST", Transfer_Encoding="chunked") + b"5\r\nHello\r\n",
+            http("POST", Transfer_Encoding="chunked") + b"5\r\nHello\r\n0\r\nX: y\r\n",
+        ):
+            with self.subTest(data):
+                self.assertEqual(exchange(server.server_address[1], data)[0], 408)
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
 
@@ -191,12 +257,12 @@ class Elsewhere(ServerTestCase):
         (404, "GET", "/pywebsock.py", None),
         (404, "GET", "/%2e%2e/etc/passwd", None),
         (404, "GET", "http://localhost:4545/nothing", None),
-        (404, "OPTIONS", "*", None),
-        (405, "PUT", "/", {"get", "head", "post"}),
-        (405, "DELETE", "/", {"get", "head", "post"}),
-        (405, "OPTIONS", "/", {"get", "head", "post"}),
-        (405, "get", "/", {"get", "head", "post"}),
-        (405, "POST", "/status", {"get", "head"}),
+        (405, "PUT", "/", {"get", "head", "post", "options"}),
+        (405, "DELETE", "/", {"get", "head", "post", "options"}),
+        (405, "GET", "*", {"options"}),
+        (404, "OPTIONS", "/nothing", None),
+        (405, "get", "/", {"get", "head", "post", "options"}),
+        (405, "POST", "/status", {"get", "head", "options"}),
     )
 
     def test_elsewhere(self) -> None:
@@ -206,6 +272,88 @@ class Elsewhere(ServerTestCase):
                 got, fields, body = exchange(port, http(method, target))
                 self.assertEqual((got, fields["content-length"]), (status, str(len(body))))
                 self.assertEqual(set(fields["allow"].split(", ")) if "allow" in fields else None, allowed)
+
+    def test_log(self) -> None:
+        """It names what was asked for; clients of frameworks do not speak plain WebSocket."""
+        port = self.serve().server_address[1]
+        for target, named, hint in (
+            ("/nothing?token=secret", "/nothing is not here", False),
+            ("/socket.io/?EIO=4&transport=polling", "/socket.io/ is not here", True),
+            ("/hub/negotiate?negotiateVersion=1", "/hub/negotiate is not here", True),
+            ("/chat/sockjs/info", "/chat/sockjs/info is not here", True),
+            ("/" + "x" * 1000, f"/{'x' * 79} is not here", False),
+        ):
+            with self.subTest(target[:40]), self.assertLogs("pywebsock", "WARNING") as logged:
+                exchange(port, http("GET", target))
+                self.assertIn(f"refused: 404, {named}: there are / and /status", logged.output[0])
+                self.assertEqual("this is plain WebSocket" in logged.output[0], hint)
+
+
+class Options(ServerTestCase):
+    """What a browser asks before it sends what a form could not (Fetch 3.3, 4.8), and health checkers ask."""
+
+    ASKED: typing.ClassVar[dict[str, typing.Any]] = {
+        "Access_Control_Request_Method": "POST",
+        "Access_Control_Request_Headers": "authorization,content-type",
+    }
+
+    def test_allowed(self) -> None:
+        server = self.serve(origins=["https://example.com"])
+        for origin in ("https://example.com", "http://localhost:4545"):
+            with self.subTest(origin):
+                data = http("OPTIONS", Origin=origin, **self.ASKED)
+                status, fields, body = exchange(server.server_address[1], data)
+                self.assertEqual((status, body), (204, b""))
+                self.assertEqual(fields["access-control-allow-origin"], origin)
+                self.assertEqual(fields["access-control-allow-credentials"], "true")
+                self.assertEqual(fields["access-control-allow-methods"], "get, head, post")
+                self.assertEqual(fields["access-control-allow-headers"], "authorization,content-type")
+                self.assertGreater(int(fields["access-control-max-age"]), 0)
+                self.assertNotIn("content-length", fields)  # RFC 9110 8.6
+        self.assertEqual(server.heard, [])
+
+    def test_refused(self) -> None:
+        port = self.serve().server_address[1]
+        status, fields, body = exchange(port, http("OPTIONS", Origin="https://example.com", **self.ASKED))
+        self.assertEqual(status, 403)
+        self.assertNotIn("access-control-allow-headers", fields)
+        self.assertIn(b"--origin https://example.com", body)
+
+    def test_no_page(self) -> None:
+        port = self.serve().server_address[1]
+        for target, allowed in (("/", "get, head, post, options"), ("/status", "get, head, options"), ("*", "options")):
+            with self.subTest(target):
+                status, fields, body = exchange(port, http("OPTIONS", target))
+                self.assertEqual((status, fields, body), (204, {"allow": allowed, "connection": "close"}, b""))
+        self.assertEqual(exchange(port, b"OPTIONS / HTTP/1.0\r\n\r\n")[0], 204)  # as HAProxy asks
+
+    def test_the_page_may_read_the_response(self) -> None:
+        """With credentials, for which * does not do, and of a refusal, too."""
+
+        class Server(Recorder):
+            refusal = HandshakeError(401, "no token", ("WWW-Authenticate", "Bearer"))
+
+            def admit(self, client: WebSocketHandler) -> None:
+                if "authorization" not in client.headers:
+                    raise self.refusal
+
+        port = self.serve(Server, max_message=10).server_address[1]
+        for status, data in (
+            (202, http("POST", "/", b"x", Origin="null", Authorization="Bearer x")),
+            (401, http("POST", "/", b"x", Origin="null")),
+            (401, http("POST", "/", b"x", Origin="null")),
+            (413, http("POST", "/", b"x" * 11, Origin="null", Authorization="Bearer x")),
+            (200, http("GET", "/status", Origin="null")),
+        ):
+            with self.subTest(status, data=data):
+                client = Client(port, handshake=False)
+                self.addCleanup(client.__exit__)
+                client.send_raw(data)
+                head = client.read_head()
+                self.assertEqual(head[9:12], b"%d" % status)
+                self.assertEqual(head.count(b"\r\nAccess-Control-Allow-Origin: null\r\n"), 1)
+                self.assertEqual(head.count(b"Access-Control-Allow-Origin"), 1)
+                self.assertEqual(head.count(b"\r\nAccess-Control-Allow-Credentials: true\r\n"), 1)
 
 
 class Host(ServerTestCase):
@@ -244,6 +392,11 @@ ORIGINS = (
     ((), "localhost", "http://localhost", True),
     ((), "127.0.0.1:4545", "http://127.0.0.1:4545", True),
     ((), "192.168.1.2:4545", "http://192.168.1.2:4545", True),
+    ((), "192.168.1.2:80", "http://192.168.1.2", True),
+    ((), "chat.localhost:4545", "http://chat.localhost:4545", True),
+    # the page from this server, as libraries have it
+    ((), "localhost:4545", "http://localhost:4545/", True),
+    ((), "localhost:4545", "ws://localhost:4545", True),
     ((), "[::1]:4545", "http://[::1]:4545", True),
     (LISTED, "localhost:4545", "http://localhost:4545", True),
     # another port or name is another origin
@@ -251,7 +404,7 @@ ORIGINS = (
     ((), "localhost:4545", "http://localhost", False),
     ((), "localhost:4545", "http://127.0.0.1:4545", False),
     ((), "127.0.0.1:4545", "http://localhost:4545", False),
-    ((), "localhost:4545", "ws://localhost:4545", False),
+    ((), "localhost:4545", "ws://localhost:4546", False),
     # other pages
     ((), "localhost:4545", "https://example.com", False),
     ((), "localhost:4545", "http://localhost.example.com", False),
@@ -276,6 +429,8 @@ ORIGINS = (
     (LISTED, "localhost:4545", "https://example.com:8443", False),
     (LISTED, "localhost:4545", "https://www.example.com", False),
     (LISTED, "localhost:4545", "https://example.com.evil.example", False),
+    (("https://*.example.com",), "localhost:4545", "https://www.example.com", True),
+    (("https://*.example.com",), "localhost:4545", "https://example.com", False),
     # any
     (("*",), "localhost:4545", "https://example.com", True),
     (("*",), "evil.example", "http://evil.example", True),
@@ -311,7 +466,7 @@ class Origin(ServerTestCase):
             self.assertEqual((status, fields["access-control-allow-origin"]), (403, "*"))
             self.assertIn(b"--origin https://example.com", body)
             status, fields, _ = exchange(port, http("GET", target, Origin="null"))
-            self.assertEqual((status, fields["access-control-allow-origin"]), (200, "*"))
+            self.assertEqual((status, fields["access-control-allow-origin"]), (200, "null"))
             self.assertEqual(exchange(port, http("GET", target))[0], 200)
 
     def test_a_page_may_say_its_origin(self) -> None:

@@ -92,6 +92,21 @@ class Keepalive(ServerTestCase):
         eventually(lambda: [heard[:2] for heard in server.heard] == [("open", "/"), ("close", 1006)])
         self.assertEqual(len(server.clients), 0)
 
+    def test_many_who_leave_hide_no_drop(self) -> None:
+        """The log's limit has a number for each of the two."""
+        pywebsock.log.addFilter(pywebsock.is_no_flood)
+        self.addCleanup(pywebsock.log.removeFilter, pywebsock.is_no_flood)
+        pywebsock.log_lines.clear()
+        self.addCleanup(pywebsock.log_lines.clear)
+        server = self.serve(ping_interval=0.3, ping_timeout=0.3)
+        with self.assertLogs("pywebsock", "INFO") as logged:
+            for _ in range(30):
+                self.connect(server).socket.close()
+            eventually(lambda: len(logged.records) == pywebsock.MOST_LINES)
+            self.connect(server)
+            eventually(lambda: len(logged.records) > pywebsock.MOST_LINES)
+        self.assertIn("left: 1006 it was silent", logged.output[-1])
+
     def test_one_ping_is_enough(self) -> None:
         server = self.serve(ping_interval=0.1, ping_timeout=0.5)
         client = self.connect(server)

@@ -9,8 +9,8 @@ import types
 import typing
 
 import pywebsock
-from pywebsock import BroadcastServer, CloseCode, WebSocketHandler
-from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, eventually
+from pywebsock import BroadcastServer, CloseCode, HandshakeError, WebSocketHandler
+from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, eventually, request
 
 
 class Chat(BroadcastServer):
@@ -353,6 +353,33 @@ class Clients(ServerTestCase):
         self.assertEqual(known[0].headers["x-token"], "caf\xe9")
         self.assertEqual(known[0].headers["user-agent"], "test")
         self.assertEqual(known[0].headers["host"], "localhost:4545")
+
+    def test_address_from_a_field(self) -> None:
+        """Bytes from the network are escaped and cut before they reach a log, also where a hook puts them there."""
+
+        class Server(BroadcastServer):
+            """Behind a proxy."""
+
+            def admit(self, client: WebSocketHandler) -> None:
+                client.address = client.headers["x-forwarded-for"]
+                if "refused" in client.address:
+                    raise HandshakeError(401, "no")
+
+        server = self.serve(Server)
+        for said, known in (
+            ("192.0.2.1", "192.0.2.1"),
+            ("[2001:db8::1]:4545", "[2001:db8::1]:4545"),
+            ("\x9b2J\xe9\t", r"\x9b2J\xe9"),
+            ("refused\x9b2J", r"refused\x9b2J"),
+            ("x" * 3000, "x" * 100),
+        ):
+            with self.subTest(said[:20]), self.assertLogs("pywebsock", "INFO") as logged:
+                client = self.connect(server, handshake=False)
+                client.send_raw(request(X_Forwarded_For=said))
+                client.read_head()
+                client.socket.close()
+                eventually(lambda: logged.records)
+                self.assertEqual(logged.records[0].getMessage().split(" ")[0], known)
 
     def test_rooms_by_path(self) -> None:
         """A use of path: who has the same one hears each other."""

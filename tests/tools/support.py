@@ -183,9 +183,11 @@ def running(**settings: typing.Any) -> contextlib.AbstractContextManager[Recorde
 @typing.overload
 def running(kind: type[S], **settings: typing.Any) -> contextlib.AbstractContextManager[S]: ...
 @contextlib.contextmanager
-def running(kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Iterator[typing.Any]:
+def running(
+    kind: typing.Any = Recorder, address: tuple[str, int] = ("127.0.0.1", 0), **settings: typing.Any
+) -> typing.Iterator[typing.Any]:
     """A server in this process, on a free port: `with running(rate=5) as server`."""
-    server = kind(("127.0.0.1", 0), **settings)
+    server = kind(address, **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.005,))
     thread.start()
     try:
@@ -219,7 +221,7 @@ class Process:
         if ":" not in self.first_line:
             self.wait()
             raise AssertionError(f"did not start: {self.first_line}{self.log()}")
-        self.port = int(self.first_line.split("/")[2].rpartition(":")[2])
+        self.port = int(self.first_line.split("/")[2].rpartition(":")[2]) if "http" in self.first_line else 0
 
     def _read_log(self) -> None:
         assert self._process.stderr
@@ -351,8 +353,8 @@ def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
         accept = pywebsock.check_upgrade(request)
         window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
         assert bool(window) == bool(extension)
-        length = pywebsock.body_length(request, 1000) if "content-length" in request.headers else 0
-        message = pywebsock.decode_body(request, rest[:length])
+        body = b"".join(pywebsock.read_body(request, iter([rest]), 1000)) if request.method == "POST" else b""
+        message = pywebsock.decode_body(request, body)
         return request, rest, message, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
         text = pywebsock.printable(str(error))
@@ -367,22 +369,24 @@ class Client:
 
     def __init__(
         self,
-        port: int,
+        port: int | str,  # or the path of a Unix socket
         *,
         tls: ssl.SSLContext | None = None,
         handshake: bool = True,
         small: bool = False,
         **fields: typing.Any,
     ) -> None:
-        self.socket: socket.socket = socket.socket()
+        local = isinstance(port, str)
+        self.socket: socket.socket = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
         if small:  # a receive buffer that is soon full
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.settimeout(DEADLINE)
         self._buffer = b""
         self.response = b""
         try:
-            self.socket.connect(("127.0.0.1", port))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.socket.connect(port if isinstance(port, str) else ("127.0.0.1", port))
+            if not local:
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if tls:
                 self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
             if handshake:
@@ -487,7 +491,7 @@ class Client:
         return struct.unpack("!H", frame.payload[:2])[0], frame.payload[2:].decode()
 
 
-def exchange(port: int, data: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, dict[str, str], bytes]:
+def exchange(port: int | str, data: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, dict[str, str], bytes]:
     """Send bytes and read the HTTP response to its end: (status, fields, body)."""
     with Client(port, handshake=False, tls=tls) as client:
         client.send_raw(data)

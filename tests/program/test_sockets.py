@@ -1,0 +1,231 @@
+"""Listening on Unix sockets, and on sockets that systemd hands over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+from tests.tools.support import (
+    DEADLINE,
+    ROOT,
+    Client,
+    Process,
+    Recorder,
+    ServerTestCase,
+    certificate,
+    eventually,
+    exchange,
+    running,
+)
+
+
+@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "Unix sockets")
+class UnixSocketTestCase(ServerTestCase):
+    """Tests with a folder for sockets."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.path = os.path.join(self.folder, "room.sock")
+
+    def client(self, **how: typing.Any) -> Client:
+        """A client on the Unix socket."""
+        client = Client(self.path, **how)
+        self.addCleanup(client.__exit__)
+        return client
+
+
+class Server(UnixSocketTestCase):
+    """BroadcastServer(("unix:PATH", 0))."""
+
+    @contextlib.contextmanager
+    def running(self, **settings: typing.Any) -> typing.Iterator[Recorder]:
+        """A server on the path."""
+        with running(address=(f"unix:{self.path}", 0), **settings) as server:
+            yield server
+
+    def test_room(self) -> None:
+        with self.running() as server, self.assertLogs("pywebsock", "DEBUG") as logged:
+            first, second = self.client(), self.client()
+            first.send("Hello")
+            self.assertEqual([first.read(), second.read()], ["Hello"] * 2)
+            self.assertEqual({client.address for client in server.clients}, {"unix"})
+            self.assertEqual(exchange(self.path, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
+            self.assertIsNone(server.status()["address"])
+            first.close()
+            self.assertEqual(first.read_close(), (1000, ""))
+            server.wait_for("close", 1000, "")
+            first.socket.close()
+            second.socket.close()
+        self.assertIn("unix left: 1000", [record.getMessage() for record in logged.records])
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_a_client_with_a_path_of_its_own(self) -> None:
+        with self.running() as server, socket.socket(socket.AF_UNIX) as client:
+            client.bind(os.path.join(self.folder, "client.sock"))
+            client.settimeout(DEADLINE)
+            client.connect(self.path)
+            client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx")
+            self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 202 "))
+            self.assertEqual(server.status()["messages"], 1)
+
+    def test_tls(self) -> None:
+        path, context = certificate(self.folder)
+        with self.running(tls_context=pywebsock.load_certificate(path, None)):
+            client = self.client(tls=context)
+            client.send("Hello")
+            self.assertEqual(client.read(), "Hello")
+            client.socket.close()
+
+    def test_what_is_there(self) -> None:
+        """A socket that nobody listens to is replaced; any other file, and the socket of another server, is not."""
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(self.path)
+            killed.listen()
+        with self.running():
+            with self.assertRaises(OSError), self.running():
+                pass
+            self.client().socket.close()
+        file = pathlib.Path(self.path)
+        file.write_text("precious")
+        with self.assertRaises(OSError), self.running():
+            pass
+        self.assertEqual(file.read_text(), "precious")
+
+
+class CommandLine(UnixSocketTestCase):
+    """--host unix:PATH."""
+
+    def test_unix(self) -> None:
+        with Process("--host", f"unix:{self.path}") as process:
+            self.assertEqual(process.first_line, f"pywebsock: listening on unix:{self.path}\n")
+            client = self.client()
+            client.send("Hello")
+            self.assertEqual(client.read(), "Hello")
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(client.read_frame().payload, b"\x03\xe9")  # 1001
+            client.socket.close()
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_wrong(self) -> None:
+        for host, status, words in (
+            (f"unix:{self.folder}/no/room.sock", 1, "No such file or directory"),
+            (f"unix:{self.folder}", 1, "Address already in use"),
+            (f"unix:/{'x' * 200}", 1, "path too long"),
+            ("unix:", 2, "needs a path"),
+        ):
+            with self.subTest(host):
+                command = [sys.executable, str(ROOT / "pywebsock.py"), "--host", host]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+                self.assertEqual((done.returncode, done.stdout), (status, ""))
+                self.assertIn(words, done.stderr.splitlines()[-1])
+
+
+# Becomes the program, with a socket as descriptor 3, as systemd does it.
+START = """if 1:
+    import os, sys
+    os.dup2(int(sys.argv[1]), 3)
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class Systemd(UnixSocketTestCase):
+    """LISTEN_FDS and NOTIFY_SOCKET."""
+
+    def listener(self, family: int, address: typing.Any) -> socket.socket:
+        """A listening socket, which a child inherits."""
+        listener = socket.socket(family)
+        self.addCleanup(listener.close)
+        listener.bind(address)
+        listener.listen()
+        listener.set_inheritable(True)
+        return listener
+
+    @contextlib.contextmanager
+    def started(self, listener: socket.socket, *arguments: str, **environment: str) -> typing.Iterator[typing.Any]:
+        """The program with this socket, ended with SIGTERM."""
+        program = [sys.executable, "-c", START, str(listener.fileno()), str(ROOT / "pywebsock.py"), *arguments]
+        process = subprocess.Popen(
+            program,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            env={**os.environ, **environment},
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=DEADLINE)
+            self.assertEqual(process.returncode, 0, errors)
+
+    def test_tcp(self) -> None:
+        """Two servers, one after the other: who comes between them waits, and is not refused."""
+        listener = self.listener(socket.AF_INET, ("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        waiting = None
+        for _ in range(2):
+            with self.started(listener, "--port", "1") as process:
+                line = process.stdout.readline().decode()
+                self.assertEqual(line, f"pywebsock: listening on http://localhost:{port}/ (ws://localhost:{port}/)\n")
+                if waiting:
+                    waiting.send_raw(b"GET / HTTP/1.0\r\n\r\n")
+                    self.assertTrue(waiting.read_all().startswith(b"HTTP/1.1 200 "))
+                    waiting.socket.close()
+                with Client(port) as client:
+                    client.send("Hello")
+                    self.assertEqual(client.read(), "Hello")
+            waiting = Client(port, handshake=False)
+            self.addCleanup(waiting.__exit__)
+
+    def test_unix(self) -> None:
+        """The path is not the program's to remove."""
+        listener = self.listener(socket.AF_UNIX, self.path)
+        with self.started(listener) as process:
+            self.assertEqual(process.stdout.readline().decode(), f"pywebsock: listening on unix:{self.path}\n")
+            client = self.client()
+            client.send("Hello")
+            self.assertEqual(client.read(), "Hello")
+            client.socket.close()
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_of_another_process(self) -> None:
+        """LISTEN_PID says for whom the sockets are."""
+        with unittest.mock.patch.dict(os.environ, LISTEN_PID="1", LISTEN_FDS="1"), Process() as process:
+            self.assertEqual(exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
+
+    def test_notify(self) -> None:
+        names = [os.path.join(self.folder, "notify"), *(["@pywebsock-test"] if sys.platform == "linux" else [])]
+        for name in names:
+            with self.subTest(name), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.settimeout(DEADLINE)
+                manager.bind(name.replace("@", "\0"))
+                with unittest.mock.patch.dict(os.environ, NOTIFY_SOCKET=name), Process() as process:
+                    self.assertEqual(manager.recv(100), b"READY=1")
+                    self.assertEqual(exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
+                    process.send_signal(signal.SIGTERM)
+                    self.assertEqual(manager.recv(100), b"STOPPING=1")
+
+    def test_nobody_is_notified(self) -> None:
+        with (
+            unittest.mock.patch.dict(os.environ, NOTIFY_SOCKET=os.path.join(self.folder, "gone")),
+            Process() as process,
+        ):
+            eventually(lambda: exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0] == 200)
+
+
+if __name__ == "__main__":
+    unittest.main()
