@@ -1834,6 +1834,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
 
 QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
+RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
 GIVEN_UP = -1.0  # in place of the time of a pending connection
@@ -2047,6 +2048,11 @@ class Room:
         """From now on operations are carried out."""
         selector.register(self._alarm, selectors.EVENT_READ)
         self.loop_thread = threading.get_ident()
+
+    @property
+    def length(self) -> int:
+        """The number of operations queued."""
+        return len(self._queue)
 
     def fall_asleep(self) -> bool:
         """Whether nothing is queued; then what is queued next wakes the loop."""
@@ -2519,7 +2525,7 @@ class Loop(threading.Thread):
                     self._read(connection)
             except Exception as error:
                 self._in_order(connection, self.exits.fail, error)
-            if self._read_size > RUN_SIZE or time.monotonic() > until:
+            if self._read_size > RUN_SIZE or self._room.length > RUN_LENGTH or time.monotonic() > until:
                 self._carry_out()
                 until = time.monotonic() + ROUND_TIME
             elif until == math.inf:

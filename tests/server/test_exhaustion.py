@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -104,7 +103,9 @@ class Host(ServerTestCase):
     """A server changes nothing of the program that it is a part of."""
 
     def test_settings_of_the_process(self) -> None:
-        ended = subprocess.run([sys.executable, "-c", HOST], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-c", HOST], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+        )
         self.assertEqual((ended.stdout, ended.stderr), ("3.0\n", ""))
 
 

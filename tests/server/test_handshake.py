@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import struct
 
 import pywebsock
 from tests.tools.support import (
     ACCEPT,
-    CLOSE,
     KEY,
     PING,
     PONG,

@@ -94,17 +94,16 @@ class Keepalive(ServerTestCase):
 
     def test_many_who_leave_hide_no_drop(self) -> None:
         """The log's limit has a number for each of the two."""
-        pywebsock.log.addFilter(pywebsock.is_no_flood)
-        self.addCleanup(pywebsock.log.removeFilter, pywebsock.is_no_flood)
-        pywebsock.log_lines.clear()
-        self.addCleanup(pywebsock.log_lines.clear)
+        limit = pywebsock.FloodFilter()
+        pywebsock.log.addFilter(limit)
+        self.addCleanup(pywebsock.log.removeFilter, limit)
         server = self.serve(ping_interval=0.3, ping_timeout=0.3)
         with self.assertLogs("pywebsock", "INFO") as logged:
             for _ in range(30):
                 self.connect(server).socket.close()
-            eventually(lambda: len(logged.records) == pywebsock.MOST_LINES)
+            eventually(lambda: len(logged.records) == limit.MOST_LINES)
             self.connect(server)
-            eventually(lambda: len(logged.records) > pywebsock.MOST_LINES)
+            eventually(lambda: len(logged.records) > limit.MOST_LINES)
         self.assertIn("left: 1006 it was silent", logged.output[-1])
 
     def test_one_ping_is_enough(self) -> None:

@@ -24,7 +24,6 @@ from tests.tools.support import (
     ServerTestCase,
     eventually,
     exchange,
-    in_thread,
     masked_frame,
     request,
     running,
@@ -599,9 +598,7 @@ class Stopping(ServerTestCase):
                 client.send("hello")
                 self.assertEqual(client.read(), "hello")
             before.append(threading.active_count())
-            self.assertEqual(
-                (server.clients, server._room.connections, server._room.pending), (set(), set(), {})
-            )
+            self.assertEqual((server.clients, server._room.connections, server._room.pending), (set(), set(), {}))
         self.assertLessEqual(before[-1], before[0])
 
     def test_two_servers(self) -> None:

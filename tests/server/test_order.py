@@ -17,7 +17,6 @@ from tests.tools.support import (
     TEXT,
     Client,
     Frame,
-    Recorder,
     ServerTestCase,
     eventually,
     in_thread,

@@ -6,8 +6,6 @@ import concurrent.futures
 import contextlib
 import functools
 import os
-import random
-import select
 import socket
 import ssl
 import tempfile
@@ -16,11 +14,9 @@ import typing
 import unittest
 import unittest.mock
 
-import pywebsock
 from tests.tools import faults, load
 from tests.tools.support import (
     CLOSE,
-    DEADLINE,
     PING,
     PONG,
     TEXT,

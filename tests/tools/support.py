@@ -506,7 +506,9 @@ class ServerTestCase(unittest.TestCase):
     """Tests of running servers: what they start is ended after each of them, clients first."""
 
     @contextlib.contextmanager
-    def assertLogs(self, *arguments: typing.Any, **options: typing.Any) -> typing.Iterator[typing.Any]:  # type: ignore[override]
+    def assertLogs(  # type: ignore[override]  # noqa: N802
+        self, *arguments: typing.Any, **options: typing.Any
+    ) -> typing.Iterator[typing.Any]:
         """As unittest's; the servers write their logs in a thread, so it waits until that is done."""
         with super().assertLogs(*arguments, **options) as logged:
             yield logged
