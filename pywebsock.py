@@ -2525,7 +2525,7 @@ class Loop(threading.Thread):
                     self._read(connection)
             except Exception as error:
                 self._in_order(connection, self.exits.fail, error)
-            if self._read_size > RUN_SIZE or self._room.length > RUN_LENGTH or time.monotonic() > until:
+            if self._has_much or time.monotonic() > until:
                 self._carry_out()
                 until = time.monotonic() + ROUND_TIME
             elif until == math.inf:
@@ -2729,8 +2729,13 @@ class Loop(threading.Thread):
                     self._read(connection)
             except Exception as error:
                 self._in_order(connection, self.exits.fail, error)
-            if time.monotonic() > until:
+            if self._has_much or time.monotonic() > until:
                 return
+
+    @property
+    def _has_much(self) -> bool:
+        """Whether so much was read that it goes out before more is read."""
+        return self._read_size > RUN_SIZE or self._room.length > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
