@@ -3384,7 +3384,7 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
 
 STREAM_LENGTH = 10_000  # entries that Redis keeps
 STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps; at least eight of the longest messages
-MESSAGE_COST = 4096  # bytes that a message counts for, besides its payload
+LINKED_COST = 4096  # bytes that a message counts for, besides its payload
 ANSWER_TIME = 10.0  # seconds for an answer of Redis
 LISTEN_TIME = 2.0  # seconds for which a reading waits for news
 BACK_TIME = 2.0  # seconds for a message to come back
@@ -3397,7 +3397,7 @@ PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY
 
 def total_cost(payloads: Iterable[bytes]) -> int:
     """Return the cost of messages (bytes). An empty message has a cost, too."""
-    return sum([len(payload) + MESSAGE_COST for payload in payloads])
+    return sum([len(payload) + LINKED_COST for payload in payloads])
 
 
 def warn(*line: Any) -> None:

@@ -80,7 +80,8 @@ HOST = r"""
 import ctypes, logging, socket, sys, threading, resource
 import pywebsock
 def settings():
-    return sys.getswitchinterval(), threading.stack_size(), logging.getLogger("pywebsock").filters, logging.root.handlers
+    logger = logging.getLogger("pywebsock")
+    return sys.getswitchinterval(), threading.stack_size(), logger.filters, logging.root.handlers
 sys.setswitchinterval(0.0005)
 socket.setdefaulttimeout(3.0)
 before = settings()
