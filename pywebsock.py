@@ -1504,7 +1504,7 @@ class Connection:
             self.sent -= len(self.pieces.popleft())
         if not self.pieces:
             self.pieces = NOTHING
-        self.moved = now
+        self.moved = self.heard = now
         self.quick_until = min(max(self.quick_until, now) + sent / QUICK_RATE, now + QUICK_TIME)
 
     def is_quick(self, now: float) -> bool:
@@ -1531,15 +1531,18 @@ class Connection:
 
     # ---- at times ----
 
-    def note_progress(self, now: float) -> bool:
-        """Look what the peer has taken since the last look. Returns whether something is on its way to it."""
+    def note_progress(self, now: float) -> None:
+        """Look what the peer has taken since the last look: while more waits, that is a sign of life."""
         on_the_way, acked = bytes_in_kernel(self.socket)
         waits = self.size > 0 or on_the_way > 0
-        if acked != self.acked or (self.state is State.OPEN and not waits):
+        if acked != self.acked:
             self.acked, self.moved = acked, now
-        if self.paused and not waits:  # it is not read: that its system answers will do
-            self.heard = now
-        return waits
+            if waits:
+                self.heard = now
+        elif self.state is State.OPEN and not waits:
+            self.moved = now
+            if self.paused:  # it is not read: that its system has answered will do
+                self.heard = now
 
 
 def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
@@ -2334,21 +2337,22 @@ class Exits:
 
     def look_after(self, connection: Connection) -> None:
         """Every deadline of a connection, by its state."""
-        settings, waits = self._server, connection.note_progress(self.now)
+        settings = self._server
+        connection.note_progress(self.now)
         still = self.now - connection.moved  # seconds in which nothing moved
         if connection.state is State.OPEN:
             if still > settings.send_timeout:
                 self.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
             elif settings.ping_interval:
-                self._keep_alive(connection, waits)
+                self._keep_alive(connection)
         elif still > settings.close_timeout:
             self.drop(connection, "it did not end the connection in time")
         elif connection.size and self._room.bytes - connection.last_seen > settings.max_backlog:
             self.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
 
-    def _keep_alive(self, connection: Connection, waits: bool) -> None:
+    def _keep_alive(self, connection: Connection) -> None:
         """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        silence = self.now - max(connection.heard, connection.moved if waits else 0.0)
+        silence = self.now - connection.heard
         if silence <= self._server.ping_interval:
             connection.pong_deadline = math.inf
         elif self.now > connection.pong_deadline:
