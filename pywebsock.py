@@ -736,7 +736,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     except ValueError:
         origin = "*"
     hint = "only --origin '*' allows it; a program need not send the field"
-    demand("*" not in origin, 403, f"{printable(said)} is not an origin ({hint})")
+    demand("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")

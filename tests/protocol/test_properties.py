@@ -6,6 +6,7 @@ It needs the packages hypothesis, websockets and wsproto.
 from __future__ import annotations
 
 import datetime
+import gzip
 import pathlib
 import tempfile
 import typing
@@ -383,7 +384,7 @@ class Handshake(unittest.TestCase):
             self.assertEqual(error.status, 400)
         else:
             self.assertIn(window, (0, *range(9, 16)))
-            self.assertEqual(bool(window), answer.startswith("permessage-deflate; "))
+            self.assertEqual(bool(window), answer.startswith("permessage-deflate"))
 
     @given(st.text(max_size=100), st.text(max_size=50), st.lists(st.text(max_size=50), max_size=3))
     def test_any_values(self, origin: str, value: str, listed: list[str]) -> None:
@@ -401,6 +402,32 @@ class Handshake(unittest.TestCase):
             except HandshakeError as error:
                 self.assertIn(error.status, (400, 403, 405, 426))
         self.assertTrue(pywebsock.printable(value).isascii())
+
+    @given(st.text(max_size=60), st.sampled_from(["", "ws://", "https://", "https://*."]))
+    def test_any_origin(self, text: str, start: str) -> None:
+        """What the error recommends is accepted, and lets the page in."""
+        request = pywebsock.Request("GET", "/", (1, 1), {"host": "localhost", "origin": start + text})
+        try:
+            pywebsock.check_origin(request, ["https://example.com"])
+        except HandshakeError as error:
+            hint = str(error).partition("(--origin ")[2].partition(" ")[0]
+            if hint:
+                pywebsock.check_origin(request, [pywebsock.parse_origin(hint)])
+            else:
+                self.assertIn("only --origin '*' allows it", str(error))
+
+    @given(st.binary(max_size=300), CUTS, CUTS, st.sampled_from(["", "gzip", "deflate"]))
+    def test_any_body(self, body: bytes, chunks: tuple[int, ...], cuts: tuple[int, ...], coding: str) -> None:
+        """In chunks and compressed it is the same; cut off anywhere, it is a HandshakeError."""
+        coded = zlib.compress(body) if coding == "deflate" else gzip.compress(body) if coding == "gzip" else body
+        parts = [part for part in pieces_of(coded, chunks) if part]
+        data = b"".join(b"%X;x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\nX: y\r\n\r\n"
+        headers = {"transfer-encoding": "chunked", "content-encoding": coding}
+        request = pywebsock.Request("POST", "/", (1, 1), headers)
+        pieces = pieces_of(data, cuts)
+        self.assertEqual(b"".join(pywebsock.read_body(request, iter(pieces), 1000)), body)
+        with self.assertRaises(HandshakeError):
+            list(pywebsock.read_body(request, iter(pieces_of(data[: -1 - sum(cuts) % len(data)], cuts)), 1000))
 
 
 if __name__ == "__main__":
