@@ -1575,106 +1575,55 @@ TOO_LATE = "the request took too long"
 MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
-class WebSocketHandler(socketserver.BaseRequestHandler):
-    """One connection. After its opening handshake it is a client.
-
-    For hooks and every other thread:
-
-    - send(message), close(code, reason)
-    - method, target: of the request: GET for a WebSocket, or POST; the target with its query
-    - headers: the request's header fields, names in lower case, repeated ones joined by commas
-    - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
-    - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
-    - data: whatever the program likes to keep here; None at first
-
-    socketserver runs setup() and handle() in a thread of the connection. They read the request
-    and answer it. With a WebSocket they end when it has joined: then the loop has its socket.
-    """
+class RequestHandler(socketserver.BaseRequestHandler):
+    """Reads the request of a connection, with a deadline, and answers it; in a thread of its own."""
 
     server: BroadcastServer
     request: socket.socket
 
     def setup(self) -> None:
-        """Called by socketserver in the new thread, before handle()."""
-        server = self.server
-        host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
-        self.method = self.target = self.subprotocol = ""
-        self.headers: dict[str, str] = {}
-        self.data: Any = None
-
-        # Of its own thread.
-        self._time_left = server.handshake_timeout  # seconds
+        """Called by socketserver, before handle()."""
+        self._accepted = self.request
+        self._time_left = self.server.handshake_timeout  # seconds
+        self._is_silent = True  # nothing has come yet
         self._rest = b""  # what has come behind the head of the request
         self._kept = 0  # bytes of the body, as the budget counts them
-        self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # of what comes and what goes, with --trace
-
-        # Of any thread.
         self._is_closing = False  # close() was called: nothing more reaches a hook
-        self._early = b""  # a Close from before it joined; the room's lock guards this and the next one
-        self._connection: Connection | None = None  # from joining on
-        self._inbox: Inbox | None = None  # of its hooks; made by the first thread that needs it
-        server._local.client = self
-
-    # ---- for hooks and other threads ----
-
-    @property
-    def address(self) -> str:
-        """The peer's address, for people and the log."""
-        return self._address
-
-    @address.setter
-    def address(self, address: str) -> None:
-        self._address = printable(address, 100)  # it may come from a header field
-
-    def send(self, message: Message) -> None:
-        """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
-
-        Never fails: where the client is gone or closing, the message is gone too.
-        Raises TypeError for anything but str and bytes.
-        """
-        self.server.broadcast(message, (self,))
-
-    def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
-
-        From now on nothing of this client reaches a hook but on_close. A reason is cut to 123
-        bytes. Raises ValueError for a code that may not be sent (7.4).
-        """
-        if code not in CODES_ON_THE_WIRE:
-            raise ValueError(f"{code} is not a close code that may be sent")
-        self._is_closing = True
-        self.server._room.close(self, serialize_close(code, reason))
-
-    # ---- in its own thread: from its first byte to the answer ----
+        self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # of what comes and what goes, with --trace
+        self.server._local.client = self
 
     def handle(self) -> None:
         """Read the request and answer it."""
-        server, head = self.server, False  # whether the response has no body
-        if server.trace:
+        is_head = False
+        if self.server.trace:
             names = f"{self.address} in ", f"{self.address} out"
-            self._tracers = tuple(follow(name, server._hooks.trace) for name in names)
+            self._tracers = tuple(follow(name, self.server._hooks.trace) for name in names)
             for tracer in self._tracers:
                 next(tracer)  # up to where it waits for bytes
         try:
             if self.request.family != AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if isinstance(self.request, ssl.SSLSocket):
-                self._within_time(self.request.do_handshake)
+                self._shake_tls_hands()
             request, self._rest = parse_request(iter(self._receive, None))
-            self.method, self.headers, head = request.method, request.headers, request.method == "HEAD"
-            self.target = MARK.sub("", request.target)  # which is between the page and join()
-            if request.upgrades:
-                self._open(request)
-            else:
-                self._respond(answer(self, request))
+            is_head = request.method == "HEAD"
+            self._answer(request)
         except HandshakeError as error:
-            self._refuse(error, head)
+            self._refuse(error, is_head)
         except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
-            server._hooks.log(logging.INFO, "%s gone before its handshake: %s", self.address, printable(str(error)))
+            level = logging.DEBUG if self._is_silent else logging.INFO
+            line = "%s gone before its handshake: %s"
+            self.server._hooks.log(level, line, self.address, printable(str(error)))
             self._end_side()
         finally:
-            server._budget.give_back(self._kept)
+            self.server._budget.give_back(self._kept)
+            if self.request is not self._accepted:
+                self.request.close()
+
+    def _answer(self, request: Request) -> None:
+        raise NotImplementedError
+
+    # ---- receiving ----
 
     def _within_time(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a call that may wait for the peer. Raises HandshakeError when no time is left, OSError.
@@ -1690,16 +1639,28 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
                 pass
             finally:
                 self._time_left -= min(1.0, time.monotonic() - since)
-            if self.server._room.pending.get(self.request) == GIVEN_UP:
+            if self.server._room.pending.get(self._accepted) == GIVEN_UP:
                 raise ConnectionAbortedError("given up")
+            if self._time_left <= 0 and self._is_silent:  # a browser's spare connection, say: nothing was asked
+                raise ConnectionAbortedError("it was silent")
             if self._time_left <= 0:
                 raise HandshakeError(408, TOO_LATE)
+
+    def _shake_tls_hands(self) -> None:
+        """TLS (RFC 8446 2), or an answer in plain HTTP to a client that does not speak it. Raises HandshakeError."""
+        start = self._within_time(socket.socket.recv, self.request, 1, socket.MSG_PEEK)
+        self._is_silent = not start
+        if start.isalpha():
+            self.request = socket.fromfd(self.request.fileno(), self.request.family, self.request.type)
+            raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
+        self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
         data: bytes = self._within_time(self.request.recv, size)
         if not data:
             raise ConnectionError("the connection ended")
+        self._is_silent = False
         if self._tracers:
             self._tracers[0].send(data)
         return data
@@ -1720,6 +1681,8 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
         demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
         return bytes(body)
+
+    # ---- sending ----
 
     def _send(self, data: bytes) -> None:
         """Send all of it, a close timeout for each step. Raises OSError."""
@@ -1749,14 +1712,14 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # the peer was faster
             self.request.shutdown(socket.SHUT_WR)
 
-    def _refuse(self, error: HandshakeError, head: bool) -> None:
+    def _refuse(self, error: HandshakeError, is_head: bool) -> None:
         """Answer a request that cannot be served."""
         server = self.server
         server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
         server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
         with contextlib.suppress(OSError):
-            self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=head))
+            self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=is_head))
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
         """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
@@ -1771,33 +1734,100 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         demand(not self._is_closing, 403, "not admitted")
         return result
 
+    @property
+    def address(self) -> str:
+        """The peer's address, for people and the log; `admit` may set it, say to what a proxy says."""
+        return self._address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._address = printable(address, 100)  # it may come from a header field
+
+
+class WebSocketHandler(RequestHandler):
+    """One connection. After its opening handshake it is a client.
+
+    For hooks and every other thread:
+
+    - send(message), close(code, reason)
+    - method, target: of the request: GET for a WebSocket, or POST; the target with its query
+    - headers: the request's header fields, names in lower case, repeated ones joined by commas
+    - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
+    - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
+    - data: whatever the program likes to keep here; None at first
+
+    Its own thread ends when it has joined the room: then the loop has its socket.
+    """
+
+    def setup(self) -> None:
+        """Called by socketserver, before handle()."""
+        super().setup()
+        host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
+        self.method = self.target = self.subprotocol = ""
+        self.headers: dict[str, str] = {}
+        self.data: Any = None
+        self._early = b""  # a Close from before it joined; the room's lock guards this and the next one
+        self._connection: Connection | None = None  # from joining on
+        self._inbox: Inbox | None = None  # of its hooks, when they have something to do
+
+    # ---- for hooks and other threads ----
+
+    def send(self, message: Message) -> None:
+        """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
+
+        Never fails: where the client is gone or closing, the message is gone too.
+        Raises TypeError for anything but str and bytes.
+        """
+        self.server.broadcast(message, (self,))
+
+    def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
+
+        From now on nothing of this client reaches a hook but on_close. A reason is cut to 123
+        bytes. Raises ValueError for a code that may not be sent (7.4).
+        """
+        if code not in CODES_ON_THE_WIRE:
+            raise ValueError(f"{code} is not a close code that may be sent")
+        frame = serialize_close(code, reason)
+        self._is_closing = True
+        self.server._room.close(self, frame)
+
+    # ---- in its own thread ----
+
+    def _answer(self, request: Request) -> None:
+        """Open a WebSocket, or answer as HTTP. Raises HandshakeError, OSError."""
+        self.method, self.headers = request.method, request.headers
+        self.target = MARK.sub("", request.target)  # which is between the page and join()
+        if request.upgrades:
+            self._open(request)
+        else:
+            self._respond(answer(self, request))
+
     def _open(self, request: Request) -> None:
         """Shake hands and join the room; then the loop has the socket. Raises HandshakeError, OSError."""
-        server = self.server
+        server, room = self.server, self.server._room
         response, window, takeover = self._check(request)
         mark = MARK.search(request.target)
         reader = MessageReader(server.max_message, bool(window), takeover)
-        self.request.setblocking(False)
-        if server._overrides("on_open"):
+        connection = Connection(self, reader, window, server._loop.now)
+        if self._rest:  # what came behind the head
+            connection.events = reader.feed(self._rest)
+            self._rest = b""
+        if server._overrides("on_open"):  # what the client sends waits for that
+            connection.paused = True
             self._inbox = Inbox()
             server._hooks.occupy(self._inbox)
         try:
-            connection = Connection(self, reader, window, server._loop.now)
-            if self._rest:  # what came behind the head
-                connection.events = reader.feed(self._rest)
-                self._rest = b""
-            connection.paused = self._inbox is not None
-            server._room.join(connection, response, mark[1] if mark else "")
-        except BaseException:
+            room.join(connection, response, mark[1] if mark else "")
+            line, count = "%s joined %s: %s", plural(len(room), "client")
+            server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
+            if self._inbox:
+                server._run_hook(self, server.on_open)
+                room.put(functools.partial(server._loop.resume, connection))
+        finally:
             if self._inbox:
                 server._hooks.release(self._inbox)
-            raise
-        line, count = "%s joined %s: %s", plural(len(server.clients), "client")
-        server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
-        if self._inbox:
-            server._run_hook(self, server.on_open)
-            server._room.put(functools.partial(server._loop.resume, connection))
-            server._hooks.release(self._inbox)
 
     def _check(self, request: Request) -> tuple[bytes, int, bool]:
         """The response to an opening handshake (4.2), and what it says of compression: window, context takeover.
@@ -1816,6 +1846,7 @@ class WebSocketHandler(socketserver.BaseRequestHandler):
         self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
         self._call(self.server.admit)
         fields += self._answer_subprotocol(request)
+        self.request.setblocking(False)
         return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
 
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:

@@ -144,7 +144,8 @@ class OpeningHandshake(ServerTestCase):
     def test_408_too_slow(self) -> None:
         """The time is for the whole head, not for each read."""
         server = self.serve(handshake_timeout=0.5)
-        silent, dripping = self.connect(server, handshake=False), self.connect(server, handshake=False)
+        stopped, dripping = self.connect(server, handshake=False), self.connect(server, handshake=False)
+        stopped.send_raw(b"GET")
         with contextlib.suppress(ConnectionError):  # it is closed in the midst
             dripping.socket.settimeout(0.05)
             for byte in request(X_Long="x" * 1000):
@@ -154,7 +155,7 @@ class OpeningHandshake(ServerTestCase):
                     break
             else:
                 self.fail("it waited for all")
-        self.assertTrue(silent.read_all().startswith(b"HTTP/1.1 408 "))
+        self.assertTrue(stopped.read_all().startswith(b"HTTP/1.1 408 "))
 
     def test_503_no_seat(self) -> None:
         server = self.serve(max_clients=1)
@@ -171,8 +172,17 @@ class OpeningHandshake(ServerTestCase):
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.read_all(), b"")
             eventually(lambda: len(logged.records) == 3)
-        self.assertEqual({record.levelname for record in logged.records}, {"INFO"})
+        self.assertEqual([record.levelname for record in logged.records], ["DEBUG", "INFO", "INFO"])
         self.assertEqual([record.exc_info for record in logged.records], [None] * 3)
+        self.assertEqual(server.status()["refused"], 0)
+
+    def test_a_spare_connection(self) -> None:
+        """Browsers and health checks connect and send nothing: nothing is answered, nothing was refused."""
+        server = self.serve(handshake_timeout=0.2)
+        with self.assertLogs("pywebsock", "DEBUG") as logged:
+            self.assertEqual(self.connect(server, handshake=False).read_all(), b"")
+        self.assertEqual([record.levelname for record in logged.records], ["DEBUG"])
+        self.assertEqual(server.status()["refused"], 0)
 
     def test_tls_on_a_plain_port(self) -> None:
         server = self.serve()

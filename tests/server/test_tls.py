@@ -132,7 +132,7 @@ class TLS(ServerTestCase):
         witness = self.client(server)
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
         for data in (b"", request(), b"garbage\r\n\r\n", hello, bytes(1000)):
-            with self.subTest(data=data[:20]), self.assertLogs("pywebsock", "INFO") as logged:
+            with self.subTest(data=data[:20]), self.assertLogs("pywebsock", "DEBUG") as logged:
                 client = self.connect(server, handshake=False)
                 client.send_raw(data)
                 client.read_all()
@@ -141,6 +141,11 @@ class TLS(ServerTestCase):
                 self.assertEqual([record.exc_info for record in logged.records], [None])
         witness.send("all is well")
         self.assertEqual(witness.read(), "all is well")
+
+    def test_plain_http(self) -> None:
+        """Somebody who has forgotten the s of https reads why nothing works."""
+        status, _, body = exchange(self.secure().server_address[1], request())
+        self.assertEqual((status, body[:40]), (400, b"400 Bad Request: this port speaks TLS: t"))
 
     def test_a_client_that_does_not_trust_it(self) -> None:
         server = self.secure()
