@@ -2297,8 +2297,8 @@ class Exits:
         self.flush(connection)
 
     def _finish(self, connection: Connection) -> None:
-        """All is sent: end the own side, and CLOSED when the peer has ended its own."""
-        if not connection.is_shut:
+        """Where all is sent, end the own side, and CLOSED when the peer has ended its own."""
+        if not connection.is_shut and not connection.pieces:
             with contextlib.suppress(BlockingIOError):
                 connection.end_sending()
                 connection.moved = self.now
