@@ -2454,9 +2454,11 @@ class Unfinished:
         self._holders.discard(connection)
         if self._first is connection:
             self._first = None
+        if connection in self.ready:  # it ends before its turn
+            self.ready.remove(connection)
         while self.waiting and not self.ready:
             waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state is not State.CLOSED:
+            if waiting.paused and waiting.state in (State.OPEN, State.CLOSING):
                 self.ready.append(waiting)
 
     def slow_ones(self, now: float) -> list[Connection]:
