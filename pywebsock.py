@@ -529,6 +529,8 @@ class MessageReader:
             yield payload
             return
         self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        if not payload:
+            yield b""  # zlib takes memory before it is given anything
         for piece in self._inflater.inflate(payload, fin):
             self._check_size(self._length + len(piece))
             yield piece
