@@ -196,7 +196,7 @@ class Flood(unittest.TestCase):
             self.filter = pywebsock.FloodFilter()
 
     def test_where_it_is(self) -> None:
-        """On the handler of the program alone: the log of a program that uses the library is its own."""
+        """In the program alone: the log of a program that uses the library is its own."""
         flood = "for i in range(100): pywebsock.log.warning('line %s', i)"
         start = "pywebsock.start_logging(pywebsock.argument_parser().parse_args([]))"
         for steps, number in (((flood,), 100), ((start, flood), 20)):
