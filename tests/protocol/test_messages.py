@@ -182,7 +182,7 @@ class Fragments(unittest.TestCase):
             self.assertEqual(read(stream), ([], 1002))
 
     def test_many_empty(self) -> None:
-        """Tens of thousands of them take no memory."""
+        """Ten thousand of them take no memory."""
         piece = masked_frame(CONT, fin=False) * 1000
 
         def arriving(times: int) -> typing.Iterator[bytes]:
@@ -198,7 +198,7 @@ class Fragments(unittest.TestCase):
 
         peak = peak_memory(lambda: read_all(2))
         self.assertLess(peak, 1 << 16)
-        self.assertLess(peak_memory(lambda: read_all(20)), peak + 1000)
+        self.assertLess(peak_memory(lambda: read_all(12)), peak + 1000)
 
     def test_in_linear_time(self) -> None:
         """A message in many fragments, a frame in many pieces, and many messages in one piece."""
@@ -339,8 +339,10 @@ class Utf8(unittest.TestCase):
                 beginnings += more
                 longer = [beginning + bytes((edge,)) for beginning in more for edge in edges]
                 more = [each for each in longer if len(each) < 4 and self.may_be_text(each)]
-                more = [each for each in more if len(each) < 3 or each[2] in (0x80, 0xBF)]  # all others are like these
-        self.assertGreater(len(beginnings), 100)
+                # All others of three bytes are like these: those that are complete, and the third bytes between.
+                more = [each for each in more if len(each) < 3 or not each.decode(errors="ignore")]
+                more = [each for each in more if len(each) < 3 or each[2] in (0x80, 0xBF)]
+        self.assertGreater(len(beginnings), 60)
         wrong = []
         for beginning in beginnings:
             head = masked_frame(TEXT, length=99, key=KEY) + beginning
@@ -358,7 +360,7 @@ class Utf8(unittest.TestCase):
 
     def test_the_oracle(self) -> None:
         """It agrees with Python on every character."""
-        for number in (*range(0x900), *range(0x900, 0x110000, 61)):
+        for number in (*range(0x900), *range(0x900, 0x110000, 131)):
             if not 0xD800 <= number < 0xE000:
                 data = chr(number).encode()
                 self.assertTrue(all(self.may_be_text(data[:end]) for end in range(1, len(data) + 1)), data)

@@ -40,7 +40,7 @@ set_hypothesis_home_dir(pathlib.Path(tempfile.gettempdir()) / "pywebsock-hypothe
 given = hypothesis.given
 hypothesis.settings.register_profile(
     "pywebsock",
-    max_examples=300 if support.EVERYTHING else 60,
+    max_examples=300 if support.EVERYTHING else 40,
     database=None,
     derandomize=True,
     deadline=datetime.timedelta(seconds=5),  # what takes that long hangs
