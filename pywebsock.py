@@ -217,6 +217,9 @@ def demand(good: object, status: int, message: str, *fields: tuple[str, str]) ->
 
 # ======================================================================================
 # Base framing (RFC 6455 5)
+#
+# Bytes to frames, and frames to bytes. A frame is a header of 2 to 14 bytes and a payload. A
+# client masks the payloads it sends, a server does not.
 # ======================================================================================
 
 OPCODES = frozenset(map(int, Opcode))
@@ -228,7 +231,11 @@ XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 
 def apply_mask(payload: Octets, key: bytes) -> Octets:
-    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key."""
+    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key.
+
+    >>> apply_mask(bytes.fromhex("7f 9f 4d 51 58"), bytes.fromhex("37 fa 21 3d"))
+    b'Hello'
+    """
     length = len(payload)
     if length < 512:  # the whole payload as one integer: fastest for short ones
         mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
@@ -240,7 +247,11 @@ def apply_mask(payload: Octets, key: bytes) -> Octets:
 
 
 def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
-    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2)."""
+    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2).
+
+    >>> serialize_frame(TEXT, b"Hello").hex(" ")  # 5.7
+    '81 05 48 65 6c 6c 6f'
+    """
     length = len(payload)
     first = 0x80 | rsv1 << 6 | opcode
     if length < 126:
@@ -255,6 +266,13 @@ class FrameReader:
 
     A data frame is not waited for: the part of its payload that has come is given like a
     fragment, without fin, and later parts follow as continuations. Control frames come whole.
+
+    >>> frame = bytes.fromhex("81 85 37 fa 21 3d 7f 9f 4d 51 58")  # 5.7
+    >>> reader = FrameReader()
+    >>> list(reader.feed(frame))
+    [(True, False, 1, b'Hello', 0)]
+    >>> list(reader.feed(frame[:8])), list(reader.feed(frame[8:]))
+    ([(False, False, 1, b'He', 3)], [(True, False, 0, b'llo', 0)])
     """
 
     __slots__ = ("_first", "_key", "_left", "_rest")
@@ -318,7 +336,11 @@ def parse_header(data: bytes, position: int, strict: bool = True) -> Header | No
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
-    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1)."""
+    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1).
+
+    >>> serialize_close(CloseCode.GOING_AWAY, "bye").hex(" ")
+    '88 05 03 e9 62 79 65'
+    """
     if code == CloseCode.NO_STATUS_RCVD:
         return serialize_frame(CLOSE, b"")
     text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # never half a character
@@ -326,7 +348,11 @@ def serialize_close(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError."""
+    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError.
+
+    >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
+    (1001, 'bye')
+    """
     if not payload:
         return CloseCode.NO_STATUS_RCVD, ""
     code = int.from_bytes(payload[:2], "big")
@@ -383,6 +409,9 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
 
     In linear time. Raises HandshakeError.
+
+    >>> parse_extensions('foo; a=1; b, bar; c="2"')
+    [('foo', [('a', '1'), ('b', '')]), ('bar', [('c', '2')])]
     """
     offers = []
     for text in field.split(","):
@@ -396,7 +425,11 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def negotiate_deflate(field: str) -> tuple[int, str]:
-    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1)."""
+    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1).
+
+    >>> negotiate_deflate("permessage-deflate; client_max_window_bits; server_max_window_bits=10")
+    (10, 'permessage-deflate; server_max_window_bits=10')
+    """
     for name, parameters in parse_extensions(field):
         known = all(key in PARAMETERS and re.fullmatch(PARAMETERS[key], value) for key, value in parameters)
         asked = dict(parameters)
@@ -410,7 +443,11 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
 
 
 def deflate(payload: Octets, window: int) -> bytes:
-    """Compress one message, by itself (7.2.1)."""
+    """Compress one message, by itself (7.2.1).
+
+    >>> deflate(b"Hello", 15).hex(" ")  # 7.2.3.1
+    'f2 48 cd c9 c9 07 00'
+    """
     compressor = zlib.compressobj(wbits=-window)
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
 
@@ -419,6 +456,9 @@ class Inflater:
     """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
 
     `context` is the end of what was inflated before, to which the message may refer.
+
+    >>> list(Inflater().inflate(bytes.fromhex("f2 48 cd c9 c9 07 00"), fin=True))  # 7.2.3.1
+    [b'Hello']
     """
 
     def __init__(self, context: bytes = b"") -> None:
@@ -449,6 +489,9 @@ class Inflater:
 
 # ======================================================================================
 # Messages (RFC 6455 5.4, 5.6, 8.1)
+#
+# A message comes in one frame or in fragments, and control frames may stand between these.
+# It goes out in one frame.
 # ======================================================================================
 
 
@@ -457,6 +500,14 @@ class MessageReader:
 
     - size: bytes kept for a message that is not finished
     - context: the end of the compressed messages, if the client may refer to them (`takeover`)
+
+    >>> reader = MessageReader(max_message=1000)
+    >>> for fragment in "01 83 00000000 48 65 6c", "80 82 00000000 6c 6f":
+    ...     for opcode, payload in reader.feed(bytes.fromhex(fragment)):
+    ...         print(Opcode(opcode).name, bytes(payload))
+    CONT b''
+    CONT b''
+    TEXT b'Hello'
     """
 
     __slots__ = (
@@ -532,6 +583,8 @@ class MessageReader:
             yield payload
             return
         self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        if not payload:
+            yield b""  # zlib takes memory before it is given anything
         for piece in self._inflater.inflate(payload, fin):
             self._check_size(self._length + len(piece))
             yield piece
@@ -576,7 +629,12 @@ class MessageReader:
 
 
 class Outgoing:
-    """A message on its way to clients: a frame for each window in use, made once and shared by all."""
+    """A message on its way to clients: a frame for each window in use, made once and shared by all.
+
+    >>> message = Outgoing(TEXT, b"Hello" * 1000)
+    >>> len(message.frame(window=0)), len(message.frame(window=15)) < 100
+    (5004, True)
+    """
 
     __slots__ = ("_frames", "opcode", "payload", "size", "to")
 
@@ -628,6 +686,9 @@ def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = N
 
 # ======================================================================================
 # Opening handshake (RFC 6455 4; HTTP as in RFC 9112)
+#
+# A client asks for a WebSocket with an HTTP request. The server checks it and answers with the
+# status 101 and a hash of the client's key; frames follow.
 # ======================================================================================
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
@@ -790,7 +851,11 @@ def check_upgrade(request: Request) -> str:
 
 
 def compute_accept(key: str) -> str:
-    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
+    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError.
+
+    >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
+    's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
+    """
     demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
