@@ -217,6 +217,9 @@ def demand(good: object, status: int, message: str, *fields: tuple[str, str]) ->
 
 # ======================================================================================
 # Base framing (RFC 6455 5)
+#
+# Bytes to frames, and frames to bytes. A frame is a header of 2 to 14 bytes and a payload. A
+# client masks the payloads it sends, a server does not.
 # ======================================================================================
 
 OPCODES = frozenset(map(int, Opcode))
@@ -228,7 +231,11 @@ XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 
 def apply_mask(payload: Octets, key: bytes) -> Octets:
-    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key."""
+    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key.
+
+    >>> apply_mask(bytes.fromhex("7f 9f 4d 51 58"), bytes.fromhex("37 fa 21 3d"))
+    b'Hello'
+    """
     length = len(payload)
     if length < 512:  # the whole payload as one integer: fastest for short ones
         mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
@@ -240,7 +247,11 @@ def apply_mask(payload: Octets, key: bytes) -> Octets:
 
 
 def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
-    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2)."""
+    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2).
+
+    >>> serialize_frame(TEXT, b"Hello").hex(" ")  # 5.7
+    '81 05 48 65 6c 6c 6f'
+    """
     length = len(payload)
     first = 0x80 | rsv1 << 6 | opcode
     if length < 126:
@@ -255,6 +266,13 @@ class FrameReader:
 
     A data frame is not waited for: the part of its payload that has come is given like a
     fragment, without fin, and later parts follow as continuations. Control frames come whole.
+
+    >>> frame = bytes.fromhex("81 85 37 fa 21 3d 7f 9f 4d 51 58")  # 5.7
+    >>> reader = FrameReader()
+    >>> list(reader.feed(frame))
+    [(True, False, 1, b'Hello', 0)]
+    >>> list(reader.feed(frame[:8])), list(reader.feed(frame[8:]))
+    ([(False, False, 1, b'He', 3)], [(True, False, 0, b'llo', 0)])
     """
 
     __slots__ = ("_first", "_key", "_left", "_rest")
@@ -318,7 +336,11 @@ def parse_header(data: bytes, position: int, strict: bool = True) -> Header | No
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
-    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1)."""
+    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1).
+
+    >>> serialize_close(CloseCode.GOING_AWAY, "bye").hex(" ")
+    '88 05 03 e9 62 79 65'
+    """
     if code == CloseCode.NO_STATUS_RCVD:
         return serialize_frame(CLOSE, b"")
     text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # never half a character
@@ -326,7 +348,11 @@ def serialize_close(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError."""
+    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError.
+
+    >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
+    (1001, 'bye')
+    """
     if not payload:
         return CloseCode.NO_STATUS_RCVD, ""
     code = int.from_bytes(payload[:2], "big")
@@ -383,6 +409,9 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
 
     In linear time. Raises HandshakeError.
+
+    >>> parse_extensions('foo; a=1; b, bar; c="2"')
+    [('foo', [('a', '1'), ('b', '')]), ('bar', [('c', '2')])]
     """
     offers = []
     for text in field.split(","):
@@ -396,7 +425,11 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def negotiate_deflate(field: str) -> tuple[int, str]:
-    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1)."""
+    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1).
+
+    >>> negotiate_deflate("permessage-deflate; client_max_window_bits; server_max_window_bits=10")
+    (10, 'permessage-deflate; server_max_window_bits=10')
+    """
     for name, parameters in parse_extensions(field):
         known = all(key in PARAMETERS and re.fullmatch(PARAMETERS[key], value) for key, value in parameters)
         asked = dict(parameters)
@@ -410,7 +443,11 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
 
 
 def deflate(payload: Octets, window: int) -> bytes:
-    """Compress one message, by itself (7.2.1)."""
+    """Compress one message, by itself (7.2.1).
+
+    >>> deflate(b"Hello", 15).hex(" ")  # 7.2.3.1
+    'f2 48 cd c9 c9 07 00'
+    """
     compressor = zlib.compressobj(wbits=-window)
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
 
@@ -419,6 +456,9 @@ class Inflater:
     """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
 
     `context` is the end of what was inflated before, to which the message may refer.
+
+    >>> list(Inflater().inflate(bytes.fromhex("f2 48 cd c9 c9 07 00"), fin=True))  # 7.2.3.1
+    [b'Hello']
     """
 
     def __init__(self, context: bytes = b"") -> None:
@@ -449,6 +489,9 @@ class Inflater:
 
 # ======================================================================================
 # Messages (RFC 6455 5.4, 5.6, 8.1)
+#
+# A message comes in one frame or in fragments, and control frames may stand between these.
+# It goes out in one frame.
 # ======================================================================================
 
 
@@ -457,6 +500,14 @@ class MessageReader:
 
     - size: bytes kept for a message that is not finished
     - context: the end of the compressed messages, if the client may refer to them (`takeover`)
+
+    >>> reader = MessageReader(max_message=1000)
+    >>> for fragment in "01 83 00000000 48 65 6c", "80 82 00000000 6c 6f":
+    ...     for opcode, payload in reader.feed(bytes.fromhex(fragment)):
+    ...         print(Opcode(opcode).name, bytes(payload))
+    CONT b''
+    CONT b''
+    TEXT b'Hello'
     """
 
     __slots__ = (
@@ -532,6 +583,8 @@ class MessageReader:
             yield payload
             return
         self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        if not payload:
+            yield b""  # zlib takes memory before it is given anything
         for piece in self._inflater.inflate(payload, fin):
             self._check_size(self._length + len(piece))
             yield piece
@@ -576,7 +629,12 @@ class MessageReader:
 
 
 class Outgoing:
-    """A message on its way to clients: a frame for each window in use, made once and shared by all."""
+    """A message on its way to clients: a frame for each window in use, made once and shared by all.
+
+    >>> message = Outgoing(TEXT, b"Hello" * 1000)
+    >>> len(message.frame(window=0)), len(message.frame(window=15)) < 100
+    (5004, True)
+    """
 
     __slots__ = ("_frames", "opcode", "payload", "size", "to")
 
@@ -628,6 +686,9 @@ def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = N
 
 # ======================================================================================
 # Opening handshake (RFC 6455 4; HTTP as in RFC 9112)
+#
+# A client asks for a WebSocket with an HTTP request. The server checks it and answers with the
+# status 101 and a hash of the client's key; frames follow.
 # ======================================================================================
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
@@ -790,7 +851,11 @@ def check_upgrade(request: Request) -> str:
 
 
 def compute_accept(key: str) -> str:
-    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError."""
+    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError.
+
+    >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
+    's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
+    """
     demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
@@ -1824,7 +1889,7 @@ class WebSocketHandler(RequestHandler):
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
             if self._inbox:
                 server._run_hook(self, server.on_open)
-                room.put(functools.partial(server._loop.resume, connection))
+                room.put(functools.partial(server._loop.receiver.resume, connection))
         finally:
             if self._inbox:
                 server._hooks.release(self._inbox)
@@ -2174,7 +2239,10 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-class Exits:
+RECIPIENTS = operator.attrgetter("to")
+
+
+class Sender:
     """Sends to connections, and ends them: every change of their State. Runs in the loop."""
 
     def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
@@ -2184,6 +2252,14 @@ class Exits:
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
         self.unfinished = Unfinished(server._budget)
+
+    def guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
+        """Do something for one connection: what is raised ends that one alone."""
+        if connection and connection.state is not State.CLOSED:
+            try:
+                act(connection, *arguments)
+            except Exception as error:
+                self.fail(connection, error)
 
     # ---- sending ----
 
@@ -2273,6 +2349,31 @@ class Exits:
         behind = [connection for connection in self.slow if connection.size > limit]
         return any(connection.is_quick(self.now) for connection in behind)
 
+    # ---- messages ----
+
+    def deliver(self, run: list[Outgoing]) -> None:
+        """Send messages to those whom they are for: one send for each client and window."""
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+            messages = list(group)
+            for window, sends in self._room.recipients(messages, to):
+                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+
+    def _fan_out(self, data: bytes, sends: Sends) -> None:
+        """Send the same bytes to many: this loop is where the time goes."""
+        size, rest = len(data), []
+        for client, send in sends.items():
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except (OSError, MemoryError) as error:
+                self.guard(self.fail, client._connection, error)
+                continue
+            if sent < size:
+                rest.append((client, sent))
+        for client, sent in rest:
+            self.guard(self.keep, client._connection, data, sent)
+
     # ---- ending ----
 
     def close(self, connection: Connection, frame: bytes) -> None:
@@ -2331,20 +2432,21 @@ class Exits:
         """Something was raised for a connection, which ends: the whole policy of what the peer is told."""
         try:
             if isinstance(error, ProtocolError):
-                self.end(connection, error.code, str(error), serialize_close(error.code, str(error)))
+                self.refuse(connection, error.code, str(error))
             elif isinstance(error, MemoryError):
-                self._refuse(connection, CloseCode.MESSAGE_TOO_BIG, "out of memory")
+                self.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "out of memory")
             elif isinstance(error, OSError):  # of its socket
                 self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(error))
                 self._forget(connection)
             else:
                 self._hooks.log(logging.ERROR, "%s: an error", connection.client.address, error=error)
-                self._refuse(connection, CloseCode.INTERNAL_ERROR, "internal error")
+                self.refuse(connection, CloseCode.INTERNAL_ERROR, "internal error")
         except Exception as another:
             self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(another))
             self._forget(connection)
 
-    def _refuse(self, connection: Connection, code: int, reason: str) -> None:
+    def refuse(self, connection: Connection, code: int, reason: str) -> None:
+        """Send a Close that says what is wrong, and end the connection."""
         self.end(connection, code, reason, serialize_close(code, reason))
 
     def _leave(self, connection: Connection, code: int, reason: str) -> None:
@@ -2363,34 +2465,6 @@ class Exits:
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
         self._room.remove(None, connection)
-
-    # ---- deadlines ----
-
-    def look_after(self, connection: Connection) -> None:
-        """Every deadline of a connection, by its state."""
-        settings = self._server
-        connection.note_progress(self.now)
-        still = self.now - connection.moved  # seconds in which nothing moved
-        if connection.state is State.OPEN:
-            if still > settings.send_timeout:
-                self.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
-            elif settings.ping_interval:
-                self._keep_alive(connection)
-        elif still > settings.close_timeout:
-            self.drop(connection, "it did not end the connection in time")
-        elif connection.size and self._room.bytes - connection.last_seen > settings.max_backlog:
-            self.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
-
-    def _keep_alive(self, connection: Connection) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        silence = self.now - connection.heard
-        if silence <= self._server.ping_interval:
-            connection.pong_deadline = math.inf
-        elif self.now > connection.pong_deadline:
-            self.drop(connection, f"it was silent for {silence:.0f} s")
-        elif connection.pong_deadline == math.inf and not connection.pieces:
-            connection.pong_deadline = self.now + self._server.ping_timeout
-            self.write(connection, serialize_frame(PING, b""))
 
 
 class Budget:
@@ -2475,329 +2549,153 @@ class Unfinished:
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
 ROUND_TIME = 0.01  # seconds after which what was read goes out
-HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
-LOOKS_AT_ONCE = 500  # after the deadlines of connections
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
+Messages = list[tuple[int, Octets]]
 
 
-RECIPIENTS = operator.attrgetter("to")
+class Receiver:
+    """Reads connections, and acts on the messages and control frames that they send. Runs in the loop.
 
-
-class Loop(threading.Thread):
-    """The thread that owns the sockets of all clients: it reads, decodes, fans out, flushes, and minds deadlines.
-
-    It goes in rounds: wait for what can be read or written; read each ready client once; then
-    send everything that was read or queued, one send for each client; then go on with what
-    took too long, and look after deadlines. Nothing in it waits, and nobody's code is called.
-
-    Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
-    suspended laptop): so nobody is dropped for a silence that nobody could hear.
+    A connection whose message may not be taken now is paused: it is not read, so TCP holds its
+    peer back. It is resumed when the rate, the hooks, the budget, or those that are behind allow it.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
-        super().__init__(name="pywebsock loop", daemon=True)
-        self._server, self._room, self._hooks = server, room, hooks
-        self.exits = Exits(server, room, hooks)
-        room.adopt, room.close_connection = self.adopt, self.close
-        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
-        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
-        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
-        self._next_look = 0.0
-        self._to_look_after: list[Connection] = []  # in this look
-        self._before = time.monotonic()
-        self._later: deque[Connection] = deque()  # whose events go on, or that come after the others
-        self._held_back: list[Connection] = []  # paused while senders wait
-        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
-        self._count = itertools.count()
-        self._read_size = 0  # bytes read since messages went out
+    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks, sender: Sender) -> None:
+        self._server, self._room, self._hooks, self._sender = server, room, hooks, sender
         self._has_limits = bool(server.read_only or server.rate or server._link)
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
-        self._ended = False
-
-    @property
-    def now(self) -> float:
-        """Seconds on the loop's clock."""
-        return self.exits.now
-
-    def run(self) -> None:
-        """What the thread does."""
-        self._room.start(self.exits.selector)
-        while not self._ended:
-            try:
-                self._do_round()
-            except Exception as error:  # out of memory, say: the next round may go well
-                self._hooks.log(logging.ERROR, "an error in the loop", error=error)
-                time.sleep(self._interval / 10)
-        self._room.end()
-        self.exits.selector.close()
-
-    def stop(self) -> None:
-        """End the thread. Any other thread."""
-        if self.is_alive():
-            self._room.put(self._end)
-            self.join()
-        else:
-            self._room.end()
-            self.exits.selector.close()
-
-    def _end(self) -> None:
-        for connection in list(self._room.connections):
-            self.exits.drop(connection, "the server has stopped")
-        self._ended = True
-
-    # ---- a round ----
-
-    def _do_round(self) -> None:
-        until = math.inf
-        for key, events in self._wait():
-            connection = key.data
-            if connection is None:
-                self._room.hear_alarm()
-                continue
-            try:
-                if events & selectors.EVENT_WRITE:
-                    self.exits.flush(connection)
-                if events & selectors.EVENT_READ:
-                    self._read(connection)
-            except Exception as error:
-                self._in_order(connection, self.exits.fail, error)
-            if self._has_much or time.monotonic() > until:
-                self._carry_out()
-                until = time.monotonic() + ROUND_TIME
-            elif until == math.inf:
-                until = time.monotonic() + ROUND_TIME
-        self._carry_out()
-        if self._later:
-            self._go_on()
-            self._carry_out()
-        self._look_around()
-
-    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for events of sockets, for an operation, or until something is due."""
-        timeout = max(0.001, min(self._interval, self._next_look - self.now))
-        if self._hooks.is_waiting:
-            timeout = STUCK_TIME
-        elif self._room.held or self._held_back or self.exits.unfinished.waiting:
-            timeout = min(timeout, HOLD_TIME)
-        if self._alarms:
-            timeout = max(0.001, min(timeout, self._alarms[0][0] - self.now))
-        if self._later or not self._room.fall_asleep():
-            timeout = 0
-        ready = self.exits.selector.select(timeout)
-        self._advance_clock()
-        return ready
-
-    def _advance_clock(self) -> None:
-        now = time.monotonic()
-        passed, self._before = now - self._before, now
-        self.exits.now += min(passed, self._interval)
-        if passed > 3 * self._interval:  # the process stood: first hear what has come meanwhile
-            self._next_look = self.now + self._interval
-
-    def _look_around(self) -> None:
-        """Whatever is due."""
-        if self._hooks.is_waiting:
-            self._hooks.relieve()
-        while self._alarms and self._alarms[0][0] <= self.now:
-            self.resume(heapq.heappop(self._alarms)[2])
-        while self.exits.unfinished.ready:
-            self.resume(self.exits.unfinished.ready.popleft())
-        for connection in self.exits.unfinished.slow_ones(self.now):
-            self.exits.fail(connection, ProtocolError(CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished"))
-        self._hold_back()
-        if self._next_look <= self.now:
-            self._look_after_some()
-
-    def _hold_back(self) -> None:
-        """Take nothing new while a quick client is far behind, or Redis has not taken what there is."""
-        self._room.hold(self.exits.is_someone_behind())
-        if self._held_back and not self._must_wait:
-            connections, self._held_back = self._held_back, []
-            for connection in connections:
-                self.resume(connection)
-
-    @property
-    def _must_wait(self) -> bool:
-        link = self._server._link
-        return self._room.held or (link is not None and link.is_full)
-
-    def _look_after_some(self) -> None:
-        connections = self._to_look_after or list(self._room.connections)
-        for connection in connections[:LOOKS_AT_ONCE]:
-            try:
-                if connection.state is not State.CLOSED:
-                    self.exits.look_after(connection)
-            except Exception as error:
-                self.exits.fail(connection, error)
-        self._to_look_after = connections[LOOKS_AT_ONCE:]
-        if not self._to_look_after:
-            self._next_look = self.now + self._interval
+        self.read_size = 0  # bytes read since messages went out
+        self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
+        self.held_back: list[Connection] = []  # paused while senders wait
+        self.alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
+        self._count = itertools.count()
 
     # ---- operations ----
 
-    def _carry_out(self) -> None:
-        """Send everything that was read or queued."""
-        self._read_size = 0
-        run: list[Outgoing] = []
-        size = 0
-        for operation in self._room.take():
-            if type(operation) is Outgoing:
-                run.append(operation)
-                size += operation.size
-                if size < RUN_SIZE:
-                    continue
-            if run:
-                self._call(self._deliver, run)
-                run, size = [], 0
-            if type(operation) is not Outgoing:
-                self._call(operation)
-        if run:
-            self._call(self._deliver, run)
-
-    def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
-        try:
-            operation(*arguments)
-        except Exception as error:  # those behind it are not to blame
-            self._hooks.log(logging.ERROR, "an operation failed", error=error)
-
-    def _deliver(self, run: list[Outgoing]) -> None:
-        """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
-            messages = list(group)
-            for window, sends in self._room.recipients(messages, to):
-                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
-
-    def _fan_out(self, data: bytes, sends: Sends) -> None:
-        """Send the same bytes to many: this loop is where the time goes."""
-        size, rest = len(data), []
-        for client, send in sends.items():
-            try:
-                sent = send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except (OSError, MemoryError) as error:
-                self._guard(self.exits.fail, client._connection, error)
-                continue
-            if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self._guard(self.exits.keep, client._connection, data, sent)
-
-    def _guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
-        """Do something for one connection: what is raised ends that one alone."""
-        if connection and connection.state is not State.CLOSED:
-            try:
-                act(connection, *arguments)
-            except Exception as error:
-                self.exits.fail(connection, error)
-
     def adopt(self, joiner: Joiner) -> None:
-        """Operation: a client has joined."""
+        """A client has joined."""
         connection = joiner.connection
-        self._guard(self.exits.adopt, connection, self._room.first_frames(joiner))
+        self._sender.guard(self._sender.adopt, connection, self._room.first_frames(joiner))
         if connection.events and not connection.paused:  # it was faster than its 101
-            self._line_up(connection)
+            self.line_up(connection)
 
     def close(self, connection: Connection, frame: bytes) -> None:
-        """Operation: send a Close, and read on until that of the peer; its messages count no more."""
-        self._guard(self.exits.close, connection, frame)
+        """Send a Close, and read on until that of the peer; its messages count no more."""
+        self._sender.guard(self._sender.close, connection, frame)
         self.resume(connection)
 
-    def refuse(self, connection: Connection | None, code: int, reason: str) -> None:
-        """Operation: send a Close that says what is wrong, and end the connection."""
-        self._guard(self.exits.end, connection, code, reason, serialize_close(code, reason))
-
     def resume(self, connection: Connection) -> None:
-        """Operation: read a client again that was paused."""
+        """Read a client again that was paused."""
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
-            connection.submitted = 0
-            connection.heard = connection.began = self.now
-            connection.received = 0
-            self._guard(self.exits.watch, connection)
-            self._line_up(connection)
+            connection.submitted = connection.received = 0
+            connection.heard = connection.began = self._sender.now
+            self._sender.guard(self._sender.watch, connection)
+            self.line_up(connection)
 
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
         """Do not read a client; some of its events are to come again, before the others."""
         connection.paused = True
         if events and connection.events:
             connection.events = itertools.chain(events, connection.events)
-        self.exits.watch(connection)
+        self._sender.watch(connection)
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether no message may be taken now: a quick client is behind, or Redis has not taken what there is."""
+        link = self._server._link
+        return self._room.held or (link is not None and link.is_full)
+
+    def look_around(self) -> None:
+        """Resume those that may go on."""
+        now, unfinished = self._sender.now, self._sender.unfinished
+        while self.alarms and self.alarms[0][0] <= now:
+            self.resume(heapq.heappop(self.alarms)[2])
+        for connection in unfinished.slow_ones(now):
+            self._sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+        while unfinished.ready:
+            self.resume(unfinished.ready.popleft())
+        if self.held_back and not self.must_wait:
+            connections, self.held_back = self.held_back, []
+            for connection in connections:
+                self.resume(connection)
 
     # ---- reading ----
 
-    def _read(self, connection: Connection) -> None:
-        """Read a client that has something, once, and act on it."""
-        if connection.is_waiting:
-            return
+    def read(self, connection: Connection) -> None:
+        """Read a client that has something, once, and act on it; a flood comes after the others."""
         if connection.is_flood:
-            self._line_up(connection)
-            return
+            self.line_up(connection)
+        elif not connection.is_waiting:
+            self._try(self._read, connection)
+
+    def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
+        try:
+            act(connection)
+        except Exception as error:  # behind all that came before
+            self._in_order(connection, self._sender.fail, error)
+
+    def _read(self, connection: Connection) -> None:
         data = connection.receive()
         if data is None:
-            self.exits.watch(connection)
+            self._sender.watch(connection)
             return
-        connection.heard = self.now
+        connection.heard = self._sender.now
         if not data:
-            self._in_order(connection, self.exits.peer_has_ended)
+            self._in_order(connection, self._sender.peer_has_ended)
         elif connection.state in (State.OPEN, State.CLOSING):
-            self._read_size += len(data)
+            self.read_size += len(data)
             connection.received += len(data)
             connection.events = connection.reader.feed(data)
             del data
             self._take(connection)
 
-    def _line_up(self, connection: Connection) -> None:
+    def line_up(self, connection: Connection) -> None:
         if not connection.is_waiting:
             connection.is_waiting = True
-            self._later.append(connection)
+            self.later.append(connection)
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
-        for _ in range(len(self._later)):
-            connection = self._later.popleft()
+        for _ in range(len(self.later)):
+            connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
-            try:
-                if connection.events and not connection.paused:
-                    self._take(connection)
-                elif connection.interest & selectors.EVENT_READ:
-                    self._read(connection)
-            except Exception as error:
-                self._in_order(connection, self.exits.fail, error)
-            if self._has_much or time.monotonic() > until:
+            if connection.events and not connection.paused:
+                self._try(self._take, connection)
+            elif connection.interest & selectors.EVENT_READ:
+                self._try(self._read, connection)
+            if self.has_much or time.monotonic() > until:
                 return
 
     @property
-    def _has_much(self) -> bool:
+    def has_much(self) -> bool:
         """Whether so much was read that it goes out before more is read."""
-        return self._read_size > RUN_SIZE or self._room.length > RUN_LENGTH
+        return self.read_size > RUN_SIZE or self._room.length > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
         until = time.monotonic() + SLICE_TIME
-        messages: list[tuple[int, Octets]] = []  # for its hooks
+        messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
                 if not self._take_one(connection, opcode, payload, messages):
                     return
                 if time.monotonic() > until:
                     connection.is_flood = True
-                    self._line_up(connection)
+                    self.line_up(connection)
                     return
             connection.events = None
             if connection.has_more:
-                self._line_up(connection)
+                self.line_up(connection)
         finally:
             if connection.pongs:
                 self._send_pongs(connection)
             if messages:
                 self._submit(connection, messages)
 
-    def _take_one(
-        self, connection: Connection, opcode: int, payload: Octets, messages: list[tuple[int, Octets]]
-    ) -> bool:
+    def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
             connection.pongs.append(serialize_frame(PONG, payload))
@@ -2808,18 +2706,16 @@ class Loop(threading.Thread):
             self._hear_close(connection, payload, messages)
             return False
         elif opcode == CONT:
-            if not self.exits.unfinished.grow(connection, self.now):
+            if not self._sender.unfinished.grow(connection, self._sender.now):
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
             if connection.kept:
-                self.exits.unfinished.release(connection)
+                self._sender.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
-    def _take_message(
-        self, connection: Connection, opcode: int, payload: Octets, messages: list[tuple[int, Octets]]
-    ) -> bool:
+    def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
         if connection.pongs:
             self._send_pongs(connection)
@@ -2827,7 +2723,7 @@ class Loop(threading.Thread):
             self._pause(connection, (opcode, payload))
             return False
         if self._room.held:
-            self._held_back.append(connection)
+            self.held_back.append(connection)
             self._pause(connection, (opcode, payload))
             return False
         inbox = connection.client._inbox
@@ -2854,33 +2750,33 @@ class Loop(threading.Thread):
         if server.read_only:
             raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
         if server._link and server._link.is_full:
-            self._held_back.append(connection)
+            self.held_back.append(connection)
             return False
         if server.rate:
             connection.pace = connection.pace or Pace()
-            wait = connection.pace.wait_time(server.rate, self.now)
+            wait = connection.pace.wait_time(server.rate, self._sender.now)
             if wait:
-                heapq.heappush(self._alarms, (self.now + wait, next(self._count), connection))
+                heapq.heappush(self.alarms, (self._sender.now + wait, next(self._count), connection))
                 return False
-            connection.pace.take(server.rate, self.now)
+            connection.pace.take(server.rate, self._sender.now)
         return True
 
     def _send_pongs(self, connection: Connection) -> None:
         """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
         pongs, connection.pongs = connection.pongs, []
-        self._room.put_own(functools.partial(self._guard, self.exits.pong, connection, pongs))
+        self._room.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
 
-    def _hear_close(self, connection: Connection, payload: Octets, messages: list[tuple[int, Octets]]) -> None:
+    def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
         code, reason = parse_close(bytes(payload))
         if messages:
             self._submit(connection, messages.copy())
             messages.clear()
-        self._in_order(connection, self.exits.end, code, reason, serialize_close(code))
+        self._in_order(connection, self._sender.end, code, reason, serialize_close(code))
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
-        operation = functools.partial(self._guard, act, connection, *arguments)
+        operation = functools.partial(self._sender.guard, act, connection, *arguments)
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
@@ -2888,7 +2784,7 @@ class Loop(threading.Thread):
         else:
             self._room.put_own(operation)
 
-    def _submit(self, connection: Connection, messages: list[tuple[int, Octets]]) -> None:
+    def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
         client = connection.client
         client._inbox = client._inbox or Inbox()
@@ -2896,6 +2792,183 @@ class Loop(threading.Thread):
         if connection.submitted > MAX_SUBMITTED:
             resume = functools.partial(self.resume, connection)
             self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
+
+
+HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+LOOKS_AT_ONCE = 500  # after the deadlines of connections
+
+
+class Loop(threading.Thread):
+    """The thread that owns the sockets of all clients.
+
+    It goes in rounds: wait for what can be read or written; read each ready client once; then
+    send everything that was read or queued, one send for each client; then go on with what
+    took too long, and look after deadlines. Nothing in it waits, and nobody's code is called.
+
+    Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
+    suspended laptop): so nobody is dropped for a silence that nobody could hear.
+    """
+
+    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+        super().__init__(name="pywebsock loop", daemon=True)
+        self._server, self._room, self._hooks = server, room, hooks
+        self.sender = Sender(server, room, hooks)
+        self.receiver = Receiver(server, room, hooks, self.sender)
+        room.adopt, room.close_connection = self.receiver.adopt, self.receiver.close
+        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
+        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
+        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
+        self._next_look = 0.0
+        self._to_look_after: list[Connection] = []  # in this look
+        self._before = time.monotonic()
+        self._ended = False
+
+    @property
+    def now(self) -> float:
+        """Seconds on the loop's clock."""
+        return self.sender.now
+
+    def run(self) -> None:
+        """What the thread does."""
+        self._room.start(self.sender.selector)
+        while not self._ended:
+            try:
+                self._do_round()
+            except Exception as error:  # out of memory, say: the next round may go well
+                self._hooks.log(logging.ERROR, "an error in the loop", error=error)
+                time.sleep(self._interval / 10)
+        self._room.end()
+        self.sender.selector.close()
+
+    def stop(self) -> None:
+        """End the thread. Any other thread."""
+        if self.is_alive():
+            self._room.put(self._end)
+            self.join()
+        else:
+            self._room.end()
+            self.sender.selector.close()
+
+    def _end(self) -> None:
+        for connection in list(self._room.connections):
+            self.sender.drop(connection, "the server has stopped")
+        self._ended = True
+
+    # ---- a round ----
+
+    def _do_round(self) -> None:
+        sender, receiver = self.sender, self.receiver
+        ready = self._wait()
+        until = time.monotonic() + ROUND_TIME
+        for key, events in ready:
+            connection = key.data
+            if connection is None:
+                self._room.hear_alarm()
+                continue
+            if events & selectors.EVENT_WRITE:
+                sender.guard(sender.flush, connection)
+            if events & selectors.EVENT_READ:
+                receiver.read(connection)
+            if receiver.has_much or time.monotonic() > until:
+                self._carry_out()
+                until = time.monotonic() + ROUND_TIME
+        self._carry_out()
+        if receiver.later:
+            receiver.go_on()
+            self._carry_out()
+        self._look_around()
+
+    def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait for events of sockets, for an operation, or until something is due."""
+        now, receiver = self.sender.now, self.receiver
+        timeout = max(0.001, min(self._interval, self._next_look - now))
+        if self._hooks.is_waiting:
+            timeout = STUCK_TIME
+        elif self._room.held or receiver.held_back or self.sender.unfinished.waiting:
+            timeout = min(timeout, HOLD_TIME)
+        if receiver.alarms:
+            timeout = max(0.001, min(timeout, receiver.alarms[0][0] - now))
+        if receiver.later or not self._room.fall_asleep():
+            timeout = 0
+        ready = self.sender.selector.select(timeout)
+        self._advance_clock()
+        return ready
+
+    def _advance_clock(self) -> None:
+        now = time.monotonic()
+        passed, self._before = now - self._before, now
+        self.sender.now += min(passed, self._interval)
+        if passed > 3 * self._interval:  # the process stood: first hear what has come meanwhile
+            self._next_look = self.now + self._interval
+
+    def _carry_out(self) -> None:
+        """Send everything that was read or queued."""
+        self.receiver.read_size = 0
+        run: list[Outgoing] = []
+        size = 0
+        for operation in self._room.take():
+            if type(operation) is Outgoing:
+                run.append(operation)
+                size += operation.size
+                if size < RUN_SIZE:
+                    continue
+            if run:
+                self._call(self.sender.deliver, run)
+                run, size = [], 0
+            if type(operation) is not Outgoing:
+                self._call(operation)
+        if run:
+            self._call(self.sender.deliver, run)
+
+    def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
+        try:
+            operation(*arguments)
+        except Exception as error:  # those behind it are not to blame
+            self._hooks.log(logging.ERROR, "an operation failed", error=error)
+
+    # ---- what is due ----
+
+    def _look_around(self) -> None:
+        if self._hooks.is_waiting:
+            self._hooks.relieve()
+        self._room.hold(self.sender.is_someone_behind())
+        self.receiver.look_around()
+        if self._next_look <= self.now:
+            self._look_after_some()
+
+    def _look_after_some(self) -> None:
+        connections = self._to_look_after or list(self._room.connections)
+        for connection in connections[:LOOKS_AT_ONCE]:
+            self.sender.guard(self._look_after, connection)
+        self._to_look_after = connections[LOOKS_AT_ONCE:]
+        if not self._to_look_after:
+            self._next_look = self.now + self._interval
+
+    def _look_after(self, connection: Connection) -> None:
+        """Every deadline of a connection, by its state."""
+        settings, now, sender = self._server, self.sender.now, self.sender
+        connection.note_progress(now)
+        still = now - connection.moved  # seconds in which nothing moved
+        if connection.state is State.OPEN:
+            if still > settings.send_timeout:
+                sender.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
+            elif settings.ping_interval:
+                self._keep_alive(connection)
+        elif still > settings.close_timeout:
+            sender.drop(connection, "it did not end the connection in time")
+        elif connection.size and self._room.bytes - connection.last_seen > settings.max_backlog:
+            sender.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
+
+    def _keep_alive(self, connection: Connection) -> None:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
+        silence = self.now - connection.heard
+        if silence <= self._server.ping_interval:
+            connection.pong_deadline = math.inf
+        elif self.now > connection.pong_deadline:
+            self.sender.drop(connection, f"it was silent for {silence:.0f} s")
+        elif connection.pong_deadline == math.inf and not connection.pieces:
+            connection.pong_deadline = self.now + self._server.ping_timeout
+            self.sender.write(connection, serialize_frame(PING, b""))
 
 
 # ======================================================================================
@@ -3054,7 +3127,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     def status(self) -> dict[str, Any]:
         """What GET /status answers. Any thread."""
-        exits, clients = self._loop.exits, self.clients
+        sender, clients = self._loop.sender, self.clients
         return {
             "clients": len(clients),
             "messages": self._room.messages,
@@ -3062,9 +3135,9 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "uptime": round(time.monotonic() - self._started, 3),
             "connections": self._room.size,
             "refused": self._refused,
-            "dropped": exits.dropped,
-            "slow": len(exits.slow),
-            "waiting": sum([connection.size for connection in exits.slow.copy()]),  # bytes
+            "dropped": sender.dropped,
+            "slow": len(sender.slow),
+            "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
             "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
             "version": __version__,
             "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
@@ -3089,8 +3162,8 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         except BaseException as error:
             self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
             client._is_closing = True
-            code, reason = CloseCode.INTERNAL_ERROR, "internal error"
-            self._room.put(functools.partial(self._loop.refuse, client._connection, code, reason))
+            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
+            self._room.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
         finally:
             self._local.client = None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import typing
 import unittest
 
 import pywebsock
-from pywebsock import CloseCode, Opcode, ProtocolError, parse_frames
+from pywebsock import CloseCode, FrameReader, Opcode, ProtocolError
 from tests.tools.support import brought, masked_frame, peak_memory
 
 # RFC 6455 5.7.
@@ -21,7 +22,7 @@ Whole = tuple[bool, bool, int, bytes]  # fin, rsv1, opcode, payload
 
 
 class Assembly:
-    """The frames that a parser gives, put together again from the pieces of each."""
+    """The frames that a FrameReader gives, put together again from the pieces of each."""
 
     def __init__(self) -> None:
         self.frames: list[Whole] = []
@@ -31,9 +32,10 @@ class Assembly:
         self._promised = 0  # bytes of payload still to come
 
     def read(self, pieces: typing.Iterable[bytes]) -> None:
-        """Parse, up to the first error."""
+        """Read the pieces, up to the first error."""
+        feed = FrameReader().feed
         try:
-            for fin, rsv1, opcode, payload, left in parse_frames(pieces):
+            for fin, rsv1, opcode, payload, left in itertools.chain.from_iterable(map(feed, pieces)):
                 self._add(fin, rsv1, opcode, bytes(payload), left)
         except ProtocolError as error:
             self.code = error.code
@@ -140,7 +142,7 @@ class FrameOut(unittest.TestCase):
 
 
 class FrameIn(unittest.TestCase):
-    """parse_frames (5.2)."""
+    """FrameReader (5.2)."""
 
     KEY = b"\x01\x23\x45\x67"
 
@@ -226,13 +228,13 @@ class FrameIn(unittest.TestCase):
         """What has come of a data frame is given at once, and how much is still to come."""
         frame = masked_frame(2, b"0123456789", key=self.KEY)
         self.assertEqual(
-            brought(parse_frames, frame[:5], frame[5:6], frame[6:9], frame[9:]),
+            brought(FrameReader().feed, frame[:5], frame[5:6], frame[6:9], frame[9:]),
             [[], [(False, False, 2, b"", 10)], [(False, False, 0, b"012", 7)], [(True, False, 0, b"3456789", 0)]],
         )
 
     def test_waits_for_a_control_frame(self) -> None:
         frame = masked_frame(9, b"x" * 125)
-        *before, last = brought(parse_frames, *(frame[i : i + 1] for i in range(len(frame))))
+        *before, last = brought(FrameReader().feed, *(frame[i : i + 1] for i in range(len(frame))))
         self.assertEqual(before, [[]] * (len(frame) - 1))
         self.assertEqual(last, [(True, False, 9, b"x" * 125, 0)])
 
@@ -260,17 +262,25 @@ class FrameIn(unittest.TestCase):
                 control = first & 0x08
                 fits = not control or (first >= 0x80 and second & 0x7F <= 125)
                 expected = None if good and second >= 0x80 and fits else CloseCode.PROTOCOL_ERROR
-                if parse(bytes((first, second)))[1] != expected:
+                code: CloseCode | None = None
+                try:
+                    for _ in FrameReader().feed(bytes((first, second))):
+                        self.fail("no frame has so few bytes")
+                except ProtocolError as error:
+                    code = error.code
+                if code != expected:
                     self.fail(f"{first:#x} {second:#x}")
 
     def test_promises_take_no_memory(self) -> None:
         """A header alone, of the longest frame there can be."""
         stream = masked_frame(2, b"abc", length=(1 << 63) - 1)
-        self.assertEqual(list(parse_frames([stream])), [(False, False, 2, b"abc", (1 << 63) - 4)])
+        self.assertEqual(list(FrameReader().feed(stream)), [(False, False, 2, b"abc", (1 << 63) - 4)])
 
         def read() -> None:
-            for _ in parse_frames((masked_frame(2, b"", length=BIG), *[bytes(1 << 16)] * 256)):
-                pass
+            feed = FrameReader().feed
+            for piece in (masked_frame(2, b"", length=BIG), *[bytes(1 << 16)] * 256):
+                for _ in feed(piece):
+                    pass
 
         self.assertLess(peak_memory(read), 1 << 20)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import itertools
 import pathlib
 import tempfile
 import typing
@@ -15,6 +16,7 @@ import zlib
 
 import pywebsock
 from pywebsock import HandshakeError, Inflater, MessageReader, Opcode, ProtocolError
+from tests.protocol.test_framing import parse
 from tests.tools import support
 
 try:
@@ -32,13 +34,14 @@ except ImportError as missing:
     raise
 
 LIMIT = 3000  # bytes of a message
+T = typing.TypeVar("T")
 Heard = typing.List[typing.Tuple[int, typing.Any]]  # noqa: UP006 (opcode; text, bytes, or code and reason)
 
 set_hypothesis_home_dir(pathlib.Path(tempfile.gettempdir()) / "pywebsock-hypothesis")
 given = hypothesis.given
 hypothesis.settings.register_profile(
     "pywebsock",
-    max_examples=300,
+    max_examples=300 if support.EVERYTHING else 40,
     database=None,
     derandomize=True,
     deadline=datetime.timedelta(seconds=5),  # what takes that long hangs
@@ -112,19 +115,31 @@ def mutated(draw: st.DrawFn, originals: st.SearchStrategy[bytes]) -> bytes:
 
 
 STREAMS = steps(st.booleans()).map(lambda all_steps: b"".join(step.frames() for step in all_steps))
+FRAMES = st.lists(  # valid or not, one by one
+    st.builds(
+        lambda first, payload, key, extra: support.masked_frame(
+            first & 15, payload, fin=first > 127, rsv=first >> 4 & 7, key=key, length=len(payload) + extra
+        ),
+        st.sampled_from([0, 1, 2, 8, 9, 10, 0x80, 0x81, 0x82, 0x88, 0x89, 0x8A, 0xC1, 0xC2, 0x41, 0x42, 0xB1, 0x83]),
+        st.one_of(st.binary(max_size=20), DATA),
+        KEYS,
+        st.sampled_from([0] * 20 + [1, -1, 100, 1 << 40]),
+    ),
+    max_size=6,
+).map(b"".join)
 ANY_STREAM = st.one_of(st.binary(max_size=300), mutated(STREAMS))
 
 
 def read(pieces: typing.Iterable[bytes], compressed: bool = True) -> tuple[Heard, int | None]:
-    """What is heard up to a Close, and the code of an error."""
-    reader = MessageReader(LIMIT, compressed)
+    """The messages up to a Close, and the code of an error."""
+    feed = MessageReader(LIMIT, compressed).feed
     heard: Heard = []
     try:
-        for opcode, message in reader.read(pieces):
+        for opcode, payload in itertools.chain.from_iterable(map(feed, pieces)):
             if opcode == Opcode.CLOSE:
-                assert isinstance(message, bytes)
-                return [*heard, (8, pywebsock.parse_close(message))], None
-            heard.append((int(opcode), message))
+                return [*heard, (8, pywebsock.parse_close(bytes(payload)))], None
+            if opcode:
+                heard.append((opcode, payload.decode() if opcode == Opcode.TEXT else bytes(payload)))
     except ProtocolError as error:
         return heard, int(error.code)
     return heard, None
@@ -178,6 +193,75 @@ def read_with_wsproto(stream: bytes) -> Heard:
     return heard
 
 
+class Pieces(unittest.TestCase):
+    """Bytes in one piece, byte by byte, and cut anywhere give the same."""
+
+    def assert_same(self, read: typing.Callable[[list[bytes]], T], data: bytes, cuts: tuple[int, ...]) -> T:
+        """Whatever the pieces; returns what it is."""
+        whole = read([data])
+        self.assertEqual(read(pieces_of(data, cuts)), whole)
+        self.assertEqual(read([data[i : i + 1] for i in range(len(data))]), whole)
+        return whole
+
+    @given(st.one_of(ANY_STREAM, FRAMES), CUTS)
+    def test_frames(self, stream: bytes, cuts: tuple[int, ...]) -> None:
+        """FrameReader."""
+        frames, code = self.assert_same(lambda pieces: parse(*pieces), stream, cuts)
+        self.assertIn(code, (None, 1002))
+        self.assertLessEqual(sum(6 + len(payload) for *_, payload in frames), len(stream))
+
+    @given(st.one_of(ANY_STREAM, FRAMES), CUTS, st.booleans())
+    def test_messages(self, stream: bytes, cuts: tuple[int, ...], takeover: bool) -> None:
+        """MessageReader: also the context that it keeps, where the stream is good."""
+
+        def read_all(pieces: list[bytes]) -> tuple[Heard, bytes, int]:
+            reader = MessageReader(LIMIT, compressed=True, takeover=takeover)
+            heard: Heard = []
+            try:
+                for opcode, payload in itertools.chain.from_iterable(map(reader.feed, pieces)):
+                    if opcode:
+                        heard.append((opcode, bytes(payload)))
+            except ProtocolError:
+                return heard, reader.context, -1
+            return heard, reader.context, reader.size
+
+        heard, context, size = self.assert_same(read_all, stream, cuts)
+        self.assertLessEqual(size, LIMIT + pywebsock.INFLATER_SIZE)
+        self.assertTrue(takeover or not context)
+        self.assertTrue(all(len(payload) <= LIMIT for _, payload in heard))
+
+    @given(st.one_of(st.binary(max_size=200), mutated(DATA.map(lambda data: pywebsock.deflate(data, 15)))), CUTS)
+    def test_inflated(self, data: bytes, cuts: tuple[int, ...]) -> None:
+        """Inflater, and its context."""
+
+        def inflate(pieces: list[bytes]) -> tuple[bytes, bytes] | int:
+            inflater, plain = Inflater(), b""
+            try:
+                for i, piece in enumerate(pieces, 1):
+                    plain += b"".join(inflater.inflate(piece, i == len(pieces)))
+            except ProtocolError as error:
+                return int(error.code)
+            return plain, inflater.context
+
+        if data:
+            self.assert_same(inflate, data, cuts)
+
+    @given(st.one_of(ANY_STREAM, FRAMES), st.booleans(), CUTS)
+    def test_trace(self, stream: bytes, opened: bool, cuts: tuple[int, ...]) -> None:
+        """follow(), with the handshake in the same pieces, and with rubbish in its place."""
+
+        def lines(pieces: list[bytes]) -> list[str]:
+            said: list[str] = []
+            trace = pywebsock.follow("X", lambda line, *arguments: said.append(line % arguments))
+            next(trace)
+            for piece in pieces:
+                trace.send(piece)
+            return said
+
+        whole = self.assert_same(lines, (support.request() if opened else b"") + stream, cuts)
+        self.assertTrue(all(line.isascii() and line.isprintable() for line in whole))
+
+
 class Messages(unittest.TestCase):
     """MessageReader."""
 
@@ -227,7 +311,7 @@ class Messages(unittest.TestCase):
         stream = b"".join(step.frames() for step in sent)
         reader, sizes = MessageReader(limit, compressed=True), [len(step.payload) for step in sent if step.opcode < 8]
         try:
-            list(reader.read([stream]))
+            list(reader.feed(stream))
             self.assertLessEqual(max(sizes, default=0), limit)
         except ProtocolError as error:
             self.assertEqual(error.code, 1009)
@@ -241,7 +325,7 @@ class Frames(unittest.TestCase):
         st.lists(st.one_of(st.text(max_size=300), st.binary(max_size=300), DATA), max_size=5), st.sampled_from((0, 15))
     )
     def test_read_by_a_client(self, messages: list[str | bytes], window: int) -> None:
-        stream = b"".join(pywebsock.Outgoing(message).frame(window) for message in messages)
+        stream = b"".join(pywebsock.outgoing_message(message).frame(window) for message in messages)
         client = Protocol(Side.CLIENT, state=State.OPEN)
         client.extensions = [PerMessageDeflate(True, True, 15, 15)] if window else []
         client.receive_data(stream + pywebsock.serialize_close(1000, "over"))

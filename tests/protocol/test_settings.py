@@ -147,56 +147,64 @@ class NetworkAddress(unittest.TestCase):
 
 
 class Flood(unittest.TestCase):
-    """is_no_flood: a stranger cannot fill the disk."""
+    """FloodFilter: a stranger cannot fill the disk."""
 
     def setUp(self) -> None:
         self.now = 1000.0
         clock = unittest.mock.patch("pywebsock.time.monotonic", lambda: self.now)
         clock.start()
         self.addCleanup(clock.stop)
-        pywebsock.log_lines.clear()
-        self.addCleanup(pywebsock.log_lines.clear)
+        self.filter = pywebsock.FloodFilter()
 
-    def log(self, place: int, message: str = "%s refused", *arguments: object) -> str | None:
-        """The line that is logged from this place, if it is."""
-        record = logging.LogRecord(
-            "pywebsock", logging.WARNING, "pywebsock.py", place, message, arguments or ("x",), None
-        )
-        return record.getMessage() if pywebsock.is_no_flood(record) else None
+    def log(self, message: str = "%s refused", *arguments: object) -> str | None:
+        """The line that is logged, if it is."""
+        record = logging.LogRecord("pywebsock", logging.WARNING, "pywebsock.py", 1, message, arguments or ("x",), None)
+        return record.getMessage() if self.filter.filter(record) else None
 
-    def test_each_place_has_its_own_number(self) -> None:
-        for place in (1, 2):
-            lines = [self.log(place, "%s, %s", place, i) for i in range(100)]
-            self.assertEqual(lines[:20], [f"{place}, {i}" for i in range(20)])
+    def test_each_kind_has_its_own_number(self) -> None:
+        """Lines of a kind have the same text, before it is filled in."""
+        for kind in ("a", "b"):
+            lines = [self.log(f"{kind} %s", i) for i in range(100)]
+            self.assertEqual(lines[:20], [f"{kind} {i}" for i in range(20)])
             self.assertEqual(lines[20:], [None] * 80)
 
     def test_what_was_left_out(self) -> None:
         for _ in range(50):
-            self.log(1)
+            self.log()
         self.now += 9.9
-        self.assertIsNone(self.log(1))
+        self.assertIsNone(self.log())
         self.now += 0.2
-        self.assertEqual(self.log(1), "x refused (31 more like this were left out)")
-        self.assertEqual(self.log(1), "x refused")
+        self.assertEqual(self.log(), "x refused (31 more like this were left out)")
+        self.assertEqual(self.log(), "x refused")
+
+    def test_counted_anew(self) -> None:
+        """The line that says what was left out belongs to its kind."""
+        for _ in range(3):
+            lines = [self.log() for _ in range(100)]
+            self.assertEqual([line is None for line in lines], [False] * 20 + [True] * 80)
+            self.now += 10.0
 
     def test_few_lines(self) -> None:
         for _ in range(100):
-            self.assertEqual(self.log(1), "x refused")
+            self.assertEqual(self.log(), "x refused")
             self.now += 1.0
 
-    def test_memory(self) -> None:
-        """Whatever is in the lines."""
-        for i in range(100):
-            self.log(1, f"{i} %s")
-        self.assertEqual(len(pywebsock.log_lines), 1)
+    def test_two_filters(self) -> None:
+        """Each counts for itself."""
+        for _ in range(2):
+            self.assertEqual([self.log() is None for _ in range(30)], [False] * 20 + [True] * 10)
+            self.filter = pywebsock.FloodFilter()
 
-    def test_of_the_module(self) -> None:
-        """It holds for programs that use the library, too; the tests of this project take it off."""
-        program = "import pywebsock; print(pywebsock.is_no_flood in pywebsock.log.filters)"
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=DEADLINE, check=True
-        )
-        self.assertEqual(done.stdout.split(), [b"True"])
+    def test_where_it_is(self) -> None:
+        """In the program alone: the log of a program that uses the library is its own."""
+        flood = "for i in range(100): pywebsock.log.warning('line %s', i)"
+        start = "pywebsock.start_logging(pywebsock.argument_parser().parse_args([]))"
+        for steps, number in (((flood,), 100), ((start, flood), 20)):
+            program = "\n".join(("import pywebsock", *steps))
+            done = subprocess.run(
+                [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=DEADLINE, check=True
+            )
+            self.assertEqual(done.stderr.count(b"line "), number)
 
 
 if __name__ == "__main__":

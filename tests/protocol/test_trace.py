@@ -3,72 +3,58 @@
 from __future__ import annotations
 
 import random
-import typing
 import unittest
 
 import pywebsock
-from tests.tools.support import ACCEPT, compress, growth, masked_frame, request
+from tests.tools.support import ACCEPT, compress, growth, masked_frame, peak_memory, request
 
 RESPONSE = pywebsock.serialize_response(101, [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", ACCEPT)])
 OPEN = request()
 
 
-class Transport:
-    """What a socket does, without one; it takes no more than 1000 bytes at once."""
-
-    def __init__(self, received: typing.Iterable[bytes]) -> None:
-        self._received = iter(received)
-
-    def recv(self, size: int) -> bytes:
-        """The next piece."""
-        return next(self._received)
-
-    def send(self, data: bytes, flags: int) -> int:
-        """As a socket's."""
-        return min(len(data), 1000)
-
-    def shutdown(self, how: int) -> None:
-        """As a socket's."""
-
-
 class TraceTestCase(unittest.TestCase):
-    """Lines of a connection called X."""
+    """What follow() says."""
 
-    def lines(self, received: typing.Sequence[bytes] = (), sent: typing.Sequence[bytes] = ()) -> list[str]:
-        """What is logged when these pieces pass, first those that are received."""
-        with self.assertLogs("pywebsock.trace", "INFO") as logged:
-            pywebsock.trace_log.info("begin")  # some tests expect nothing
-            traced = pywebsock.Traced(Transport(received), "X")
-            for piece in received:
-                self.assertEqual(traced.recv(1 << 16), piece)
-            for piece in sent:
-                rest = piece
-                while rest:
-                    rest = rest[traced.send(rest) :]
-        return [record.getMessage() for record in logged.records[1:]]
+    def lines(self, *pieces: bytes, name: str = "X in ") -> list[str]:
+        """The lines for these pieces, which pass in one direction."""
+        said: list[str] = []
+        trace = pywebsock.follow(name, lambda line, *arguments: said.append(line % arguments))
+        next(trace)
+        for piece in pieces:
+            trace.send(piece)
+        return said
 
-    def frames(self, *received: bytes) -> list[str]:
-        """The same after an opening handshake, without the name and what stands before the payload."""
+    def frames(self, *pieces: bytes) -> list[str]:
+        """The same after an opening handshake, without the name."""
         head = OPEN.count(b"\r\n") - 1
-        return [line.removeprefix("X in  ") for line in self.lines([OPEN, *received])[head:]]
+        return [line.removeprefix("X in  ") for line in self.lines(OPEN, *pieces)[head:]]
 
 
 class Handshakes(TraceTestCase):
     """The opening handshake, line by line."""
 
     def test_both_sides(self) -> None:
-        expected = [f"X in  {line}" for line in OPEN.decode().split("\r\n")[:-2]]
-        expected += [f"X out {line}" for line in RESPONSE.decode().split("\r\n")[:-2]]
-        self.assertEqual(self.lines([OPEN], [RESPONSE]), expected)
-        in_bytes = [OPEN[i : i + 1] for i in range(len(OPEN))], [RESPONSE[i : i + 1] for i in range(len(RESPONSE))]
-        self.assertEqual(self.lines(*in_bytes), expected)
+        for name, head in (("X in ", OPEN), ("X out", RESPONSE)):
+            expected = [f"{name} {line}" for line in head.decode().split("\r\n")[:-2]]
+            self.assertGreater(len(expected), 2)
+            self.assertEqual(self.lines(head, name=name), expected)
+            self.assertEqual(self.lines(*(head[i : i + 1] for i in range(len(head))), name=name), expected)
+
+    def test_frames_that_come_with_it(self) -> None:
+        """In the piece with the end of the head."""
+        for head in (OPEN, RESPONSE):
+            for cut in (len(head) - 1, len(head), len(head) + 1, len(head) + 6):
+                data = head + b"\x81\x05Hello"
+                *_, line = self.lines(data[:cut], data[cut:])
+                self.assertIn('opcode=1 TEXT   MASK=0 len=5 (7 bits)                     48656c6c "Hello"', line)
 
     def test_nothing_of_nothing(self) -> None:
-        self.assertEqual(self.lines([b"", b""], [b""]), [])
-        self.assertEqual(self.lines([OPEN[:-1]]), [])
+        self.assertEqual(self.lines(), [])
+        self.assertEqual(self.lines(b"", b""), [])
+        self.assertEqual(self.lines(OPEN[:-1]), [])
 
     def test_escaped(self) -> None:
-        (line,) = self.lines([b"GET /\x1b[2J\xe9 HTTP/1.1\r\n\r\n"])
+        (line,) = self.lines(b"GET /\x1b[2J\xe9 HTTP/1.1\r\n\r\n")
         self.assertEqual(line, r"X in  GET /\x1b[2J\xe9 HTTP/1.1")
 
     def test_http(self) -> None:
@@ -76,15 +62,24 @@ class Handshakes(TraceTestCase):
         response = pywebsock.http_response(200, "text/html", b"\x81\x05Hello" * 100)
         refusal = pywebsock.http_response(426, "text/plain", b"\x81\x05Hello", ("Upgrade", "websocket"))
         post = b"POST / HTTP/1.1\r\nContent-Length: 7\r\n\r\n\x81\x05Hello"
-        for answer in (response, refusal):
-            lines = self.lines([post, b"\x81\x05Hello"], [answer, b"\x81\x05Hello"])
-            self.assertEqual(len(lines), 2 + answer.partition(b"\r\n\r\n")[0].count(b"\r\n") + 1)
+        for data in (response, refusal, post):
+            with self.subTest(data[:20]):
+                lines = self.lines(data, b"\x81\x05Hello")
+                self.assertEqual(len(lines), data.partition(b"\r\n\r\n")[0].count(b"\r\n") + 1)
 
     def test_no_http(self) -> None:
-        """It is shown, cut, when it is longer than any head; memory is bounded."""
-        (line,) = self.lines([b"\x16\x03\x01" * 1000] * 20)
+        """It is shown, cut, when it is longer than any head."""
+        (line,) = self.lines(*[b"\x16\x03\x01" * 1000] * 20)
         self.assertTrue(line.startswith(r"X in  \x16\x03\x01\x16"))
         self.assertLess(len(line), 1000)
+
+    def test_memory(self) -> None:
+        """It does not gather what it has shown, nor what it does not show."""
+        piece = b"\x16\x03\x01" * 10_000
+        promise = OPEN + b"\x82\xff" + b"\xff" * 8 + b"abcd"
+        for start in (piece, b"GET / HTTP/1.1\r\n\r\n", promise):
+            with self.subTest(start[:20]):
+                self.assertLess(peak_memory(lambda start=start: self.lines(start, *[piece] * 100)), 1 << 18)  # type: ignore[misc]
 
 
 class Frames(TraceTestCase):
@@ -202,11 +197,9 @@ class Frames(TraceTestCase):
         """Many frames in one piece."""
 
         def follow(size: int) -> None:
-            traced = pywebsock.Traced(Transport((OPEN, masked_frame(1, b"x") * size)), "X")
-            traced.recv(1)
-            traced.recv(1)
+            self.lines(OPEN, masked_frame(1, b"x") * size)
 
-        self.assertLess(growth(follow, 1000), 9)
+        self.assertLess(growth(follow, 400), 9)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class HeldBack(ServerTestCase):
         """While senders wait for somebody who is behind, others come, ping and go."""
         server = self.serve()
         sender = self.connect(server)
-        with unittest.mock.patch.object(server._loop.exits, "is_someone_behind", lambda: True):
+        with unittest.mock.patch.object(server._loop.sender, "is_someone_behind", lambda: True):
             server._room.wake()
             eventually(lambda: server._room.held)
             sender.send("not yet")

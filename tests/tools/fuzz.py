@@ -8,6 +8,7 @@ that is neither a message nor an error of the protocol: then it names a file wit
 from __future__ import annotations
 
 import importlib
+import itertools
 import pathlib
 import sys
 import tempfile
@@ -28,31 +29,52 @@ def cut(data: bytes, size: int) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)] if size else [data]
 
 
-def read_messages(pieces: list[bytes], compressed: bool) -> Outcome:
-    """What a reader makes of them."""
-    reader = pywebsock.MessageReader(LIMIT, compressed)
+def read_messages(pieces: list[bytes], compressed: bool, takeover: bool) -> Outcome:
+    """What a reader makes of them; without an error also what it keeps."""
+    reader = pywebsock.MessageReader(LIMIT, compressed, takeover)
     messages: list[typing.Any] = []
     try:
-        for opcode, message in reader.read(pieces):
-            assert len(message) <= LIMIT
-            assert isinstance(message, str) == (opcode == pywebsock.Opcode.TEXT)
-            messages.append((opcode, message))
-            if opcode == pywebsock.Opcode.CLOSE:
-                assert isinstance(message, bytes)
-                messages.append(pywebsock.parse_close(message))
+        for opcode, payload in itertools.chain.from_iterable(map(reader.feed, pieces)):
+            assert len(payload) <= LIMIT
+            assert reader.size <= LIMIT + pywebsock.INFLATER_SIZE
+            if opcode == pywebsock.Opcode.CONT:
+                assert payload == b""
+                continue
+            messages.append((opcode, bytes(payload)))
+            if opcode == pywebsock.Opcode.TEXT:
+                payload.decode()
+            elif opcode == pywebsock.Opcode.CLOSE:
+                messages.append(pywebsock.parse_close(bytes(payload)))
     except pywebsock.ProtocolError as error:
         return messages, error.code
-    return messages, None
+    assert takeover or not reader.context
+    return [*messages, reader.size, reader.context], None
 
 
 def try_messages(data: bytes) -> None:
-    """Any bytes, in one piece and in pieces, with and without compression."""
-    compressed, size, stream = data[:1] >= b"\x80", data[0] & 0x7F if data else 0, data[1:]
-    whole = read_messages([stream], compressed)
-    pieces = read_messages(cut(stream, size), compressed)
+    """Any bytes, in one piece and in pieces, with and without compression and context takeover."""
+    mode, stream = data[0] if data else 0, data[1:]
+    compressed, takeover, size = mode >= 0x80, mode & 0x40 != 0, mode & 0x3F
+    whole = read_messages([stream], compressed, takeover)
+    pieces = read_messages(cut(stream, size), compressed, takeover)
     # A frame that is wrong may be recognised in pieces before it would be too long, and so on.
     assert whole[0] == pieces[0], (whole, pieces)
     assert (whole[1] is None) == (pieces[1] is None), (whole, pieces)
+
+
+def try_trace(data: bytes) -> None:
+    """What follows a handshake, in one piece and in pieces."""
+    size, stream = data[0] if data else 0, support.request() + data[1:]
+    said: list[list[str]] = []
+    for pieces in ([stream], cut(stream, size)):
+        lines: list[str] = []
+        trace = pywebsock.follow("X", lambda line, *arguments, lines=lines: lines.append(line % arguments))
+        next(trace)
+        for piece in pieces:
+            trace.send(piece)
+        assert all(line.isascii() and line.isprintable() for line in lines), lines
+        said.append(lines)
+    assert said[0] == said[1], said
 
 
 def try_frames(data: bytes) -> None:
@@ -104,7 +126,7 @@ def try_close(data: bytes) -> None:
     assert pywebsock.parse_close(pywebsock.serialize_close(code, reason)[2:]) == (code, reason)
 
 
-TARGETS = (try_messages, try_handshake, try_extensions, try_inflate, try_close, try_frames)
+TARGETS = (try_messages, try_handshake, try_extensions, try_inflate, try_close, try_frames, try_trace)
 
 
 def try_one(data: bytes) -> None:
@@ -128,9 +150,10 @@ def seeds() -> typing.Iterator[bytes]:
         support.masked_frame(1, bytes.fromhex("f2 48 cd"), rsv=4, fin=False)
         + support.masked_frame(0, b"\xc9\xc9\x07\x00"),
     )
-    for mode in (b"\x00", b"\x01", b"\x80", b"\x83", b"\xff"):
+    for mode in (b"\x00", b"\x01", b"\x80", b"\x83", b"\xc2", b"\xff"):
         for frames in (*stream, b"".join(stream)):
             yield b"\x00" + mode + frames
+            yield b"\x06" + mode + frames
     offer = 'permessage-deflate; client_max_window_bits; server_max_window_bits=10, x; a="b"'
     for size in (b"\x00", b"\x01", b"\x1d"):
         yield b"\x01" + size + support.request()

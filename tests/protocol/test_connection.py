@@ -1,0 +1,206 @@
+"""What waits to be sent to one client: a Connection without a server, whose socket is as full as the test says."""
+
+from __future__ import annotations
+
+import random
+import types
+import typing
+import unittest
+
+import pywebsock
+from pywebsock import QUICK_RATE, QUICK_TIME, SEND_SIZE, SENDS_AT_ONCE
+from tests.tools.support import peak_memory
+
+EVERYTHING = 1 << 40  # bytes: more than there are
+
+
+class Pipe:
+    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
+
+    def __init__(self) -> None:
+        self.room = self.most = EVERYTHING
+        self.taken: list[bytes] = []
+        self.error: OSError | None = None
+
+    def send(self, data: typing.Any) -> int:
+        """What socket.send does."""
+        if self.error:
+            raise self.error
+        size = min(len(data), self.room, self.most)
+        if data and not size:
+            raise BlockingIOError
+        self.room -= size
+        self.taken.append(data if size == len(data) else bytes(data[:size]))
+        return size
+
+    @property
+    def stream(self) -> bytes:
+        """All that it took."""
+        return b"".join(self.taken)
+
+
+class ConnectionTestCase(unittest.TestCase):
+    """A connection, its pipe, and a clock."""
+
+    def setUp(self) -> None:
+        self.now = 1000.0
+        self.pipe = Pipe()
+        self.connection = self.connect()
+
+    def connect(self) -> pywebsock.Connection:
+        """A client that joins now; all have the same pipe."""
+        client = types.SimpleNamespace(request=self.pipe, _tracers=())
+        reader = pywebsock.MessageReader(1000)
+        return pywebsock.Connection(typing.cast(pywebsock.WebSocketHandler, client), reader, 0, self.now)
+
+    def keep(self, *pieces: bytes, sent: int = 0) -> None:
+        """Let these wait; some bytes of the first are sent already."""
+        for piece in pieces:
+            self.connection.keep(piece, sent, self.now)
+            sent = 0
+
+    def flush(self, room: int) -> None:
+        """Send what the socket takes when it has this much room."""
+        self.pipe.room = room
+        self.connection.flush(self.now)
+
+    def flush_all(self) -> None:
+        """The socket takes everything."""
+        for _ in range(1 + self.connection.size):
+            if self.connection.size:
+                self.flush(EVERYTHING)
+
+
+class Order(ConnectionTestCase):
+    """Every byte, once, in the order in which it came."""
+
+    def test_part_by_part(self) -> None:
+        self.keep(b"Hello, ", b"world", b"!", sent=3)
+        for room, stream, size in ((0, b"", 10), (6, b"lo, wo", 4), (0, b"lo, wo", 4), (1, b"lo, wor", 3)):
+            self.flush(room)
+            self.assertEqual((self.pipe.stream, self.connection.size), (stream, size))
+        self.flush_all()
+        self.assertEqual((self.pipe.stream, self.connection.size), (b"lo, world!", 0))
+        self.flush(EVERYTHING)
+        self.assertEqual(self.pipe.stream, b"lo, world!")
+
+    def test_nothing_waits(self) -> None:
+        self.flush(EVERYTHING)
+        self.assertEqual((self.pipe.taken, self.connection.size), ([], 0))
+
+    def test_any_pieces_and_any_socket(self) -> None:
+        chance = random.Random(1)
+        for _ in range(100):
+            self.setUp()
+            self.pipe.most = chance.choice((1, 7, EVERYTHING))
+            expected = b""
+            for _ in range(chance.randrange(20)):
+                pieces = [chance.randbytes(chance.choice((1, 5, 100))) for _ in range(chance.randrange(4))]
+                sent = 0 if self.connection.size or not pieces else chance.randrange(len(pieces[0]))
+                self.keep(*pieces, sent=sent)
+                expected += b"".join(pieces)[sent:]
+                self.flush(chance.choice((0, 1, 50, 1000)))
+                self.assertEqual(self.connection.size, len(expected) - len(self.pipe.stream))
+            self.flush_all()
+            self.assertEqual(self.pipe.stream, expected)
+
+    def test_errors(self) -> None:
+        """What the socket raises comes out, but that it is full."""
+        for error in (ConnectionResetError(), BrokenPipeError()):
+            self.keep(b"Hello")
+            self.pipe.error = error
+            with self.assertRaises(type(error)):
+                self.flush(EVERYTHING)
+
+
+class Cost(ConnectionTestCase):
+    """What waits is shared; sending it on costs little."""
+
+    def test_shared_by_all(self) -> None:
+        """A hundred that are stuck have no bytes of their own."""
+        message = bytes(4_000_000)
+        connections = [self.connect() for _ in range(100)]
+
+        def keep() -> None:
+            for connection in connections:
+                connection.keep(message, 0, self.now)
+
+        self.assertLess(peak_memory(keep), 1_000_000)
+        self.assertEqual({connection.size for connection in connections}, {len(message)})
+
+    def test_a_large_piece_is_not_copied(self) -> None:
+        """Not even its rest."""
+        self.keep(bytes(4_000_000), sent=1000)
+        self.assertLess(peak_memory(lambda: self.flush(EVERYTHING)), 1_000_000)
+        self.assertEqual(self.connection.size, 0)
+
+    def test_many_short_pieces(self) -> None:
+        """A thousand messages are a few sends."""
+        self.keep(*[b"x" * 100] * 1000)
+        self.flush_all()
+        self.assertEqual(len(self.pipe.stream), 100_000)
+        self.assertLess(len(self.pipe.taken), 5)
+
+    def test_a_part_at_a_time(self) -> None:
+        """Others wait: of very much, only a part is sent at once, whether it is in long pieces or in short ones."""
+        much = 10 * SENDS_AT_ONCE * SEND_SIZE
+        for size in (SEND_SIZE, SEND_SIZE // 32):
+            with self.subTest(size=size):
+                self.setUp()
+                self.keep(*[bytes(size)] * (much // size))
+                self.flush(EVERYTHING)
+                self.assertLessEqual(len(self.pipe.stream), 2 * SENDS_AT_ONCE * SEND_SIZE)
+                self.assertGreater(self.connection.size, 0)
+                while self.connection.size:
+                    self.flush(EVERYTHING)
+                self.assertEqual(len(self.pipe.stream), much)
+
+
+class Quick(ConnectionTestCase):
+    """A client that takes what it gets without delay."""
+
+    def wait(self, seconds: float) -> bool:
+        """Let time pass; whether the client is quick then."""
+        self.now += seconds
+        return self.connection.is_quick(self.now)
+
+    def test_nothing_waited_before(self) -> None:
+        """It had taken everything: it is quick for a moment."""
+        self.now += 10
+        self.keep(bytes(100))
+        self.assertTrue(self.wait(QUICK_TIME / 2))
+        self.assertFalse(self.wait(QUICK_TIME / 2))
+
+    def test_just_joined(self) -> None:
+        """It has shown nothing yet."""
+        self.keep(bytes(100))
+        self.assertFalse(self.wait(0))
+
+    def test_rate(self) -> None:
+        """However long it goes on: it is quick while it takes QUICK_RATE or more."""
+        self.keep(bytes(6 * QUICK_RATE))
+        step = QUICK_TIME / 8
+        for rate, is_quick in ((1.2, True), (0.8, False), (1.2, True), (0, False)):
+            for _ in range(40):
+                self.now += step
+                self.flush(int(rate * QUICK_RATE * step))
+            with self.subTest(rate=rate):
+                self.assertEqual(self.wait(0), is_quick)
+
+    def test_one_large_send(self) -> None:
+        """It does not make a client quick for longer than a moment."""
+        self.keep(bytes(2 * QUICK_RATE))
+        self.flush(QUICK_RATE)
+        self.assertFalse(self.wait(QUICK_TIME))
+
+    def test_moved(self) -> None:
+        """When the socket took something at last."""
+        self.keep(b"Hello")
+        for room, moved in ((0, 1000.0), (2, 1002.0), (0, 1002.0), (1, 1004.0)):
+            self.now += 1
+            self.flush(room)
+            self.assertEqual(self.connection.moved, moved)
+
+
+if __name__ == "__main__":
+    unittest.main()

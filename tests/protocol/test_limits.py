@@ -1,0 +1,89 @@
+"""What limits count: messages a second (Pace), and bytes that all connections share (Budget)."""
+
+from __future__ import annotations
+
+import unittest
+
+from pywebsock import Budget, Pace
+
+
+class TokenBucket(unittest.TestCase):
+    """Pace: a number of messages a second, with a burst of one second."""
+
+    def take_all(self, pace: Pace, rate: float, now: float) -> int:
+        """Take messages until one has to wait; their number."""
+        number = 0
+        while not pace.wait_time(rate, now):
+            pace.take(rate, now)
+            number += 1
+        return number
+
+    def test_burst_and_pause(self) -> None:
+        """How many may come at once, and for how long the next one waits."""
+        for rate, burst, pause in (
+            (0.25, 1, 4.0),
+            (0.5, 1, 2.0),
+            (1.0, 1, 1.0),
+            (2.0, 2, 0.5),
+            (2.5, 2, 0.2),
+            (8.0, 8, 0.125),
+            (1024.0, 1024, 1 / 1024),
+        ):
+            with self.subTest(rate=rate):
+                pace = Pace()
+                self.assertEqual(self.take_all(pace, rate, 1000.0), burst)
+                self.assertAlmostEqual(pace.wait_time(rate, 1000.0), pause)
+                self.assertAlmostEqual(pace.wait_time(rate, 1000.0 + pause / 2), pause / 2)
+
+    def test_even_pace(self) -> None:
+        """After the burst, one for each period."""
+        pace, rate, now = Pace(), 8.0, 1000.0
+        self.take_all(pace, rate, now)
+        for _ in range(100):
+            now += 1 / rate
+            self.assertEqual(self.take_all(pace, rate, now), 1)
+
+    def test_silence(self) -> None:
+        """It earns no more than one burst, however long it is."""
+        pace, now = Pace(), 1000.0
+        for silence, number in ((0.0, 8), (0.5, 4), (1.0, 8), (3600.0, 8), (0.25, 2)):
+            now += silence
+            self.assertEqual(self.take_all(pace, 8.0, now), number)
+
+    def test_waiting_counts_nothing(self) -> None:
+        pace = Pace()
+        self.take_all(pace, 8.0, 1000.0)
+        waits = {pace.wait_time(8.0, 1000.0) for _ in range(100)}
+        self.assertEqual(waits, {0.125})
+
+
+class SharedBytes(unittest.TestCase):
+    """Budget."""
+
+    def test_up_to_its_size(self) -> None:
+        """A refusal counts nothing."""
+        budget = Budget(100)
+        for size, fits in ((60, True), (41, False), (40, True), (1, False), (0, True)):
+            self.assertEqual(budget.take(size), fits, size)
+        budget.give_back(60)
+        for size, fits in ((61, False), (60, True), (1, False)):
+            self.assertEqual(budget.take(size), fits, size)
+
+    def test_exceeded(self) -> None:
+        """What was forced is given back first."""
+        budget = Budget(100)
+        self.assertTrue(budget.take(150, force=True))
+        for back, size, fits in (
+            (0, 1, False),
+            (50, 1, False),
+            (10, 11, False),
+            (0, 10, True),
+            (100, 100, True),
+            (0, 1, False),
+        ):
+            budget.give_back(back)
+            self.assertEqual(budget.take(size), fits, (back, size))
+
+
+if __name__ == "__main__":
+    unittest.main()
