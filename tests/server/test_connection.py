@@ -381,7 +381,7 @@ class Receive(ServerTestCase):
                 self.assertEqual((connection.is_shut, tls.shutdown.called), (shut, shut))
 
 
-class ExitsTestCase(ServerTestCase):
+class SenderTestCase(ServerTestCase):
     """A server that has not begun: the test carries out what is queued, and sets the clock."""
 
     server: Recorder
@@ -396,10 +396,10 @@ class ExitsTestCase(ServerTestCase):
 
     def use(self, server: typing.Any) -> None:
         """A server that is not started, and its first client."""
-        self.server, self.exits, self.room = server, server._loop.exits, server._room
+        self.server, self.sender, self.room = server, server._loop.sender, server._room
         self.servers = [server]  # of whose logs assertLogs waits
         self.addCleanup(server.server_close)
-        self.exits.now = 1000.0
+        self.sender.now = 1000.0
         self.join()
 
     def join(self) -> None:
@@ -413,18 +413,18 @@ class ExitsTestCase(ServerTestCase):
         self.server._loop._carry_out()
         self.assertEqual(self.far.recv(len(RESPONSE)), RESPONSE)
         self.connection.joined -= 100
-        self.addCleanup(self.exits.drop, self.connection, "the end of the test")
+        self.addCleanup(self.sender.drop, self.connection, "the end of the test")
 
     def fill(self) -> None:
         """The socket takes nothing more, as the peer reads nothing."""
-        self.exits.write(self.connection, bytes(LIMIT // 4))
+        self.sender.write(self.connection, bytes(LIMIT // 4))
         self.assertGreater(self.connection.size, LIMIT // 8)
 
     def drain(self) -> bytes:
         """Send on until all is sent and has arrived: what the peer gets up to then. It may end with a reset."""
         received, end = bytearray(), time.monotonic() + DEADLINE
         while time.monotonic() < end:
-            self.exits.flush(self.connection)
+            self.sender.flush(self.connection)
             self.far.settimeout(DEADLINE if self.connection.state is State.CLOSED else 0)
             arrived = not self.connection.size and not pywebsock.bytes_in_kernel(self.connection.socket)[0]
             try:
@@ -460,18 +460,18 @@ class ExitsTestCase(ServerTestCase):
 FIRST, SECOND = pywebsock.serialize_close(1000, "first"), pywebsock.serialize_close(4000, "second")
 
 
-class Transitions(ExitsTestCase):
+class Transitions(SenderTestCase):
     """The table of State: from each state, by each event."""
 
     def reach(self, state: State) -> None:
         """A new connection in this state; what it took to get there is read."""
         self.begin()
         if state is State.CLOSING:
-            self.exits.close(self.connection, FIRST)
+            self.sender.close(self.connection, FIRST)
         elif state is State.ENDING:
-            self.exits.end(self.connection, 1000, "", FIRST)
+            self.sender.end(self.connection, 1000, "", FIRST)
         elif state is State.CLOSED:
-            self.exits.drop(self.connection, "a test")
+            self.sender.drop(self.connection, "a test")
         self.assertIs(self.connection.state, state)
         self.drain()
 
@@ -481,19 +481,19 @@ class Transitions(ExitsTestCase):
         told_1009 = pywebsock.serialize_close(1009, "out of memory")
         o, c, e, x = State.OPEN, State.CLOSING, State.ENDING, State.CLOSED
         for act, arguments, ends in (
-            (self.exits.close, (SECOND,), ((o, c, SECOND, None), (c, c, b"", None), (e, e, b"", 1000))),
-            (self.exits.end, (4000, "", SECOND), ((o, e, SECOND, 4000), (c, e, b"", 4000), (e, e, b"", 1000))),
-            (self.exits.peer_has_ended, (), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
-            (self.exits.fail, (violation,), ((o, e, told_1002, 1002), (c, e, b"", 1002), (e, e, b"", 1000))),
-            (self.exits.fail, (MemoryError(),), ((o, e, told_1009, 1009), (c, e, b"", 1009), (e, e, b"", 1000))),
-            (self.exits.fail, (OSError("reset"),), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
-            (self.exits.drop, ("late",), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
-            (self.exits.flush, (), ((o, o, b"", None), (c, c, b"", None), (e, e, b"", 1000))),
+            (self.sender.close, (SECOND,), ((o, c, SECOND, None), (c, c, b"", None), (e, e, b"", 1000))),
+            (self.sender.end, (4000, "", SECOND), ((o, e, SECOND, 4000), (c, e, b"", 4000), (e, e, b"", 1000))),
+            (self.sender.peer_has_ended, (), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.fail, (violation,), ((o, e, told_1002, 1002), (c, e, b"", 1002), (e, e, b"", 1000))),
+            (self.sender.fail, (MemoryError(),), ((o, e, told_1009, 1009), (c, e, b"", 1009), (e, e, b"", 1000))),
+            (self.sender.fail, (OSError("reset"),), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.drop, ("late",), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.flush, (), ((o, o, b"", None), (c, c, b"", None), (e, e, b"", 1000))),
         ):
             for before, after, told, code in (*ends, (x, x, b"", 1006)):
                 with self.subTest(act=act.__name__, arguments=arguments, before=before):
                     self.reach(before)
-                    getattr(self.exits, act.__name__)(self.connection, *arguments)
+                    getattr(self.sender, act.__name__)(self.connection, *arguments)
                     self.assertIs(self.connection.state, after)
                     self.assertEqual(self.drain(), told)
                     self.assertEqual([heard[0] for heard in self.heard()], [code] if code else [])
@@ -503,14 +503,14 @@ class Transitions(ExitsTestCase):
 
     def test_an_error_of_the_program(self) -> None:
         with self.assertLogs("pywebsock", "ERROR"):
-            self.exits.fail(self.connection, LookupError("where?"))
+            self.sender.fail(self.connection, LookupError("where?"))
         self.assertEqual(self.drain(), pywebsock.serialize_close(1011, "internal error"))
         self.assertEqual(self.heard(), [(1011, "internal error")])
 
     def test_an_error_while_it_fails(self) -> None:
         """The Close cannot be sent: the connection has ended all the same."""
         self.connection.send = unittest.mock.Mock(side_effect=BrokenPipeError("gone"))
-        self.exits.fail(self.connection, MemoryError())
+        self.sender.fail(self.connection, MemoryError())
         self.assertIs(self.connection.state, State.CLOSED)
         self.assertEqual([heard[0] for heard in self.heard()], [1009])
         self.assertEqual(self.room.size, 0)
@@ -521,15 +521,15 @@ class Transitions(ExitsTestCase):
             with self.subTest(peer_first=peer_first):
                 self.begin()
                 self.fill()
-                self.exits.end(self.connection, 1000, "", FIRST)
+                self.sender.end(self.connection, 1000, "", FIRST)
                 if peer_first:
-                    self.exits.peer_has_ended(self.connection)
+                    self.sender.peer_has_ended(self.connection)
                 self.assertEqual((self.connection.state, self.connection.is_shut), (State.ENDING, False))
                 self.assertTrue(self.drain().endswith(FIRST))
                 self.assertEqual(self.connection.is_shut, not peer_first or self.connection.state is State.CLOSED)
                 if not peer_first:
                     self.assertIs(self.connection.state, State.ENDING)
-                    self.exits.peer_has_ended(self.connection)
+                    self.sender.peer_has_ended(self.connection)
                 self.assertIs(self.connection.state, State.CLOSED)
 
     def test_reset(self) -> None:
@@ -545,28 +545,28 @@ class Transitions(ExitsTestCase):
                 if waits:
                     self.fill()
                 if state is State.CLOSING:
-                    self.exits.close(self.connection, FIRST)
+                    self.sender.close(self.connection, FIRST)
                 elif state is State.ENDING:
-                    self.exits.end(self.connection, 1000, "", FIRST)
-                self.exits.drop(self.connection, "late")
+                    self.sender.end(self.connection, 1000, "", FIRST)
+                self.sender.drop(self.connection, "late")
                 self.assertEqual(self.was_reset(), reset)
                 self.assertEqual(self.server.status()["dropped"], int(state is State.OPEN))
 
     def test_a_dropped_one_reaches_no_hook(self) -> None:
-        self.exits.drop(self.connection, "late")
+        self.sender.drop(self.connection, "late")
         self.assertTrue(self.connection.client._is_closing)
         self.assertEqual(self.heard(), [(1006, "late")])
 
 
-class Selector(ExitsTestCase):
+class Selector(SenderTestCase):
     """What the selector waits for, by the state of a connection."""
 
     def check(self, reads: bool, writes: bool) -> None:
         """What it waits for now."""
-        self.exits.watch(self.connection)
+        self.sender.watch(self.connection)
         events = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * writes
         self.assertEqual(self.connection.interest, events)
-        known = self.exits.selector.get_map()
+        known = self.sender.selector.get_map()
         fileno = self.connection.socket.fileno()
         self.assertEqual(known[fileno].events if fileno in known else 0, events)
 
@@ -581,16 +581,16 @@ class Selector(ExitsTestCase):
         self.connection.paused = False
         self.connection.is_blocked = True  # TLS has something to say first
         self.check(reads=False, writes=True)
-        self.exits.flush(self.connection)
+        self.sender.flush(self.connection)
         self.check(reads=True, writes=False)
 
     def test_closing(self) -> None:
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.check(reads=True, writes=False)
 
     def test_ending(self) -> None:
         self.fill()
-        self.exits.end(self.connection, 1000, "", FIRST)
+        self.sender.end(self.connection, 1000, "", FIRST)
         self.check(reads=False, writes=True)
         self.drain()
         self.check(reads=True, writes=False)
@@ -598,64 +598,64 @@ class Selector(ExitsTestCase):
     def test_ending_while_paused(self) -> None:
         """The peer's end is waited for all the same."""
         self.connection.paused = True
-        self.exits.end(self.connection, 1000, "", FIRST)
+        self.sender.end(self.connection, 1000, "", FIRST)
         self.check(reads=True, writes=False)
 
     def test_closed(self) -> None:
-        self.exits.drop(self.connection, "late")
+        self.sender.drop(self.connection, "late")
         self.assertEqual(self.connection.interest, 0)
-        self.assertEqual([key for key in self.exits.selector.get_map().values() if key.data], [])
+        self.assertEqual([key for key in self.sender.selector.get_map().values() if key.data], [])
 
 
-class Backlog(ExitsTestCase):
+class Backlog(SenderTestCase):
     """A client that is too far behind is dropped; for one that was quick until just now, senders wait."""
 
     def fall_behind(self, size: int) -> None:
         """So many bytes wait for it, and it is not quick."""
         self.fill()
-        self.connection.keep(bytes(size - self.connection.size), 0, self.exits.now)
-        self.exits.now += QUICK_TIME
+        self.connection.keep(bytes(size - self.connection.size), 0, self.sender.now)
+        self.sender.now += QUICK_TIME
         self.assertEqual(self.connection.size, size)
 
     def test_up_to_the_limit(self) -> None:
         self.fall_behind(LIMIT - 1)
-        self.exits.keep(self.connection, b"x", 0)
+        self.sender.keep(self.connection, b"x", 0)
         self.assertIs(self.connection.state, State.OPEN)
-        self.exits.keep(self.connection, b"x", 0)
+        self.sender.keep(self.connection, b"x", 0)
         self.assertIs(self.connection.state, State.CLOSED)
         self.assertEqual(self.heard(), [(1006, f"it was {LIMIT} bytes behind")])
         self.assertTrue(self.was_reset())
-        self.assertEqual((self.exits.slow, self.connection.size), (set(), 0))
+        self.assertEqual((self.sender.slow, self.connection.size), (set(), 0))
 
     def test_one_long_message(self) -> None:
         """What is longer than the limit goes out to a client that had nothing waiting."""
-        self.exits.now += 1
-        self.exits.keep(self.connection, bytes(10 * LIMIT), 100)
+        self.sender.now += 1
+        self.sender.keep(self.connection, bytes(10 * LIMIT), 100)
         self.assertIs(self.connection.state, State.OPEN)
-        self.assertEqual(self.connection.moved, self.exits.now)
+        self.assertEqual(self.connection.moved, self.sender.now)
         self.assertEqual(len(self.drain()), 10 * LIMIT - 100)
 
     def test_a_quick_one(self) -> None:
-        self.exits.keep(self.connection, bytes(LIMIT), 0)
-        self.exits.keep(self.connection, bytes(LIMIT), 0)
+        self.sender.keep(self.connection, bytes(LIMIT), 0)
+        self.sender.keep(self.connection, bytes(LIMIT), 0)
         self.assertIs(self.connection.state, State.OPEN)
-        self.assertTrue(self.exits.is_someone_behind())
-        self.exits.now += QUICK_TIME
-        self.assertFalse(self.exits.is_someone_behind())
-        self.exits.keep(self.connection, b"x", 0)
+        self.assertTrue(self.sender.is_someone_behind())
+        self.sender.now += QUICK_TIME
+        self.assertFalse(self.sender.is_someone_behind())
+        self.sender.keep(self.connection, b"x", 0)
         self.assertIs(self.connection.state, State.CLOSED)
 
     def test_far_behind(self) -> None:
         """Senders wait from half of the limit on."""
-        self.exits.keep(self.connection, bytes(LIMIT // 2), 0)
-        self.assertFalse(self.exits.is_someone_behind())
-        self.exits.keep(self.connection, b"x", 0)
-        self.assertTrue(self.exits.is_someone_behind())
+        self.sender.keep(self.connection, bytes(LIMIT // 2), 0)
+        self.assertFalse(self.sender.is_someone_behind())
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertTrue(self.sender.is_someone_behind())
 
     def test_a_closing_one(self) -> None:
         """Its Close finds room behind whatever waits."""
         self.fall_behind(LIMIT)
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.assertIs(self.connection.state, State.CLOSING)
         self.assertTrue(self.drain().endswith(FIRST))
 
@@ -666,32 +666,32 @@ class Backlog(ExitsTestCase):
         self.assertEqual(sends[client], self.connection.send)
         self.fill()
         self.assertIs(sends[client], pywebsock.send_nothing)
-        self.assertEqual((self.exits.slow, self.server.status()["slow"]), ({self.connection}, 1))
+        self.assertEqual((self.sender.slow, self.server.status()["slow"]), ({self.connection}, 1))
         self.drain()
-        self.assertEqual((sends[client], self.exits.slow), (self.connection.send, set()))
+        self.assertEqual((sends[client], self.sender.slow), (self.connection.send, set()))
         self.fill()
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.assertIs(sends[client], pywebsock.discard)
         self.drain()
         self.assertIs(sends[client], pywebsock.discard)
 
 
-class Pongs(ExitsTestCase):
+class Pongs(SenderTestCase):
     """Pings are answered; if the answers must wait, the newest is enough (RFC 6455 5.5.3)."""
 
     def test_at_once(self) -> None:
-        self.exits.pong(self.connection, [b"1", b"2"])
+        self.sender.pong(self.connection, [b"1", b"2"])
         self.assertEqual(self.drain(), b"12")
 
     def test_the_newest(self) -> None:
         self.fill()
         size = self.connection.size
         for number in range(1000):
-            self.exits.pong(self.connection, [b"old", b"new %d" % number])
+            self.sender.pong(self.connection, [b"old", b"new %d" % number])
         self.assertEqual(self.connection.size, size)
         received = self.drain()
         self.assertTrue(received.endswith(b"\0new 999"))
-        self.exits.pong(self.connection, [b"next"])
+        self.sender.pong(self.connection, [b"next"])
         self.assertEqual(self.drain(), b"next")
 
     def test_none_after_a_close(self) -> None:
@@ -699,25 +699,25 @@ class Pongs(ExitsTestCase):
         for ends in (False, True):
             self.begin()
             self.fill()
-            self.exits.pong(self.connection, [b"before"])
+            self.sender.pong(self.connection, [b"before"])
             if ends:
-                self.exits.end(self.connection, 1000, "", FIRST)
+                self.sender.end(self.connection, 1000, "", FIRST)
             else:
-                self.exits.close(self.connection, FIRST)
-            self.exits.pong(self.connection, [b"after"])
+                self.sender.close(self.connection, FIRST)
+            self.sender.pong(self.connection, [b"after"])
             self.assertTrue(self.drain().endswith(b"\0" + FIRST))
 
 
 PING_FRAME = pywebsock.serialize_frame(PING, b"")
 
 
-class Deadlines(ExitsTestCase):
+class Deadlines(SenderTestCase):
     """What ends a connection in which nothing moves. Seconds are those of the loop's clock."""
 
     def look(self, later: float) -> None:
         """The next look at the connection."""
-        self.exits.now += later
-        self.exits.look_after(self.connection)
+        self.sender.now += later
+        self.server._loop._look_after(self.connection)
 
     def check_end(self, after: float, reason: str) -> None:
         """It is there until then, and is dropped with this reason after it."""
@@ -736,7 +736,7 @@ class Deadlines(ExitsTestCase):
     def test_it_moves(self) -> None:
         self.begin(send_timeout=7.0, ping_interval=0.0)
         self.fill()
-        self.connection.keep(bytes(5 * LIMIT), 0, self.exits.now)
+        self.connection.keep(bytes(5 * LIMIT), 0, self.sender.now)
         for _ in range(5):
             self.look(6.0)
             self.far.recv(1 << 20)
@@ -746,7 +746,7 @@ class Deadlines(ExitsTestCase):
     def moves(self) -> bool:
         """Whether the socket takes something more."""
         size = self.connection.size
-        self.exits.flush(self.connection)
+        self.sender.flush(self.connection)
         return self.connection.size < size
 
     def test_nothing_to_take(self) -> None:
@@ -773,7 +773,7 @@ class Deadlines(ExitsTestCase):
         for _ in range(3):
             self.look(20.1)
             self.assertEqual(self.drain(), PING_FRAME)
-            self.connection.heard = self.exits.now + 4.0
+            self.connection.heard = self.sender.now + 4.0
             self.look(4.0)
             self.assertEqual(self.drain(), b"")
         self.assertIs(self.connection.state, State.OPEN)
@@ -798,7 +798,7 @@ class Deadlines(ExitsTestCase):
     def test_closing(self) -> None:
         self.begin(close_timeout=3.0, send_timeout=1.0, ping_interval=0.5)
         self.look(2.0)
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.drain()
         self.look(0)
         self.check_end(3.0, "it did not end the connection in time")
@@ -807,7 +807,7 @@ class Deadlines(ExitsTestCase):
         """on_close has been told already why it ended."""
         self.begin(close_timeout=3.0)
         self.look(2.0)
-        self.exits.end(self.connection, 1000, "bye", FIRST)
+        self.sender.end(self.connection, 1000, "bye", FIRST)
         self.drain()
         self.look(0)
         self.check_end(3.0, "bye")
@@ -817,7 +817,7 @@ class Deadlines(ExitsTestCase):
         """A closing client keeps what nobody else waits for: no more of the stream than others may."""
         self.begin(close_timeout=60.0)
         self.fill()
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.room.bytes += LIMIT
         self.look(0)
         self.assertIs(self.connection.state, State.CLOSING)
@@ -827,13 +827,13 @@ class Deadlines(ExitsTestCase):
 
     def test_old_bytes_that_the_system_has(self) -> None:
         self.begin(close_timeout=60.0)
-        self.exits.close(self.connection, FIRST)
+        self.sender.close(self.connection, FIRST)
         self.room.bytes += 2 * LIMIT
         self.look(0)
         self.assertIs(self.connection.state, State.CLOSING)
 
 
-class LoopSteps(ExitsTestCase):
+class LoopSteps(SenderTestCase):
     """What the loop does with what was read, one step at a time."""
 
     def test_messages_then_close(self) -> None:
@@ -849,6 +849,6 @@ class LoopSteps(ExitsTestCase):
 
     def step(self) -> State:
         """One round of the loop for this connection."""
-        self.server._loop._read(self.connection)
+        self.server._loop.receiver.read(self.connection)
         self.server._loop._carry_out()
         return self.connection.state

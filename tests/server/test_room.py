@@ -50,8 +50,8 @@ class RoomTestCase(ServerTestCase):
         self.server = Recorder(("127.0.0.1", 0), close_timeout=0.01, **settings)
         self.addCleanup(self.server.server_close)
         self.room, self.loop = self.server._room, self.server._loop
-        self.loop.exits.selector.close()
-        self.loop.exits.selector = unittest.mock.Mock()
+        self.loop.sender.selector.close()
+        self.loop.sender.selector = unittest.mock.Mock()
 
     def prepare(self, window: int = 0) -> tuple[pywebsock.Connection, QuietPipe]:
         """A connection that is about to join."""
@@ -135,7 +135,7 @@ class Joining(RoomTestCase):
             self.room.join(connection, RESPONSE, "")
         self.assertEqual((caught.exception.status, len(self.server.clients)), (503, 2))
         self.carry_out()
-        self.loop.exits.drop(first, "a test")
+        self.loop.sender.drop(first, "a test")
         self.room.join(connection, RESPONSE, "")
         self.assertEqual(len(self.server.clients), 2)
 
@@ -196,7 +196,7 @@ class Recipients(RoomTestCase):
         gone, gone_pipe = self.join()
         _, other = self.join()
         self.carry_out()
-        self.loop.exits.drop(gone, "a test")
+        self.loop.sender.drop(gone, "a test")
         stranger, stranger_pipe = self.prepare()
         self.put("?", gone, stranger)
         self.room.put_message(pywebsock.outgoing_message("nobody", []))
@@ -480,7 +480,7 @@ class Unfinished(RoomTestCase):
         self.grow(b, 1)
         self.grow(c, 1)
         self.grow(d, 1)
-        self.loop.exits.drop(b, "a test")
+        self.loop.sender.drop(b, "a test")
         c.state = pywebsock.State.ENDING
         self.unfinished.release(a)
         self.assertEqual(list(self.unfinished.ready), [d])
@@ -520,8 +520,8 @@ class Unfinished(RoomTestCase):
 
     def test_closed_when_its_turn_has_come(self) -> None:
         """The turn of one that ends before it can go on passes to the next one: nobody waits for ever."""
-        exits = self.loop.exits
-        exits.unfinished = self.unfinished
+        sender = self.loop.sender
+        sender.unfinished = self.unfinished
         a, b, c = self.connections(3)
         self.carry_out()
         self.grow(a, 5000)
@@ -529,7 +529,7 @@ class Unfinished(RoomTestCase):
         self.grow(c, 1)
         self.unfinished.release(a)
         self.assertEqual(list(self.unfinished.ready), [b])
-        exits.drop(b, "a test")
+        sender.drop(b, "a test")
         self.loop._look_around()
         self.assertFalse(c.paused)
 
