@@ -269,7 +269,9 @@ class WakeUp(RealRoom):
         self.room.hear_alarm()
         self.assertFalse(self.woken())
         self.assertFalse(self.room.fall_asleep())  # there is something to do
-        self.assertEqual((self.room.take(), self.room.take()), (["operation"], []))
+        self.room.put("another")
+        self.assertFalse(self.woken())  # it looks without being told
+        self.assertEqual((self.room.take(), self.room.take()), (["operation", "another"], []))
 
     def test_awake(self) -> None:
         """Nothing is written for each of many."""
@@ -394,36 +396,6 @@ class Count(RealRoom):
             self.assertEqual([self.room.remove(request) for request in requests[:2] * 2], [True] * 2 + [False] * 2)
         self.assertEqual(self.room.size, 1)
         self.assertTrue(self.room.wait_for(1, 0.0))
-
-
-class Budget(unittest.TestCase):
-    """Bytes that all unfinished messages may take together."""
-
-    def test_up_to_its_size(self) -> None:
-        budget = pywebsock.Budget(100)
-        self.assertEqual(
-            [budget.take(60), budget.take(41), budget.take(40), budget.take(1)], [True, False, True, False]
-        )
-        budget.give_back(1)
-        self.assertEqual([budget.take(1), budget.take(0), budget.take(50, force=True)], [True, True, True])
-        budget.give_back(50)
-        self.assertFalse(budget.take(1))
-
-    def test_many_threads(self) -> None:
-        budget = pywebsock.Budget(10)
-        taken: list[int] = []
-
-        def take() -> None:
-            for _ in range(2000):
-                if budget.take(3):
-                    taken.append(1)
-                    budget.give_back(3)
-
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(in_thread(take))
-        self.assertTrue(taken)
-        self.assertEqual(budget._left, 10)
 
 
 class Unfinished(RoomTestCase):
