@@ -1889,7 +1889,7 @@ class WebSocketHandler(RequestHandler):
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
             if self._inbox:
                 server._run_hook(self, server.on_open)
-                room.put(functools.partial(server._loop.receiver.resume, connection))
+                server._queue.put(functools.partial(server._loop.receiver.resume, connection))
         finally:
             if self._inbox:
                 server._hooks.release(self._inbox)
@@ -1940,6 +1940,116 @@ GIVEN_UP = -1.0  # in place of the time of a pending connection
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
 
 
+class Queue:
+    """Operations on their way to the loop: messages, and what is to be called. One queue is one order.
+
+    Any thread puts operations in. The loop takes them out, and never waits for anybody.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may broadcast in any place
+        self._space = threading.Condition(self._lock)  # notified when senders may go on
+        self._operations: list[Any] = []
+        self._size = 0  # bytes of these
+        self._held = False  # senders wait for a client that is behind
+        self._is_asleep = False  # the loop waits: a byte wakes it
+        self._has_ended = False  # there is no loop any more
+        self._alarm, self._ring = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        self.loop_thread = 0
+
+    # ---- any thread ----
+
+    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
+        """Queue an operation for the loop. Never waits."""
+        with self._lock:
+            self._operations.append(operation)
+            self._size += size
+            wake, self._is_asleep = self._is_asleep, False
+        if wake:
+            self.wake()
+
+    def put_message(self, message: Outgoing) -> None:
+        """Queue a message, and wait while too much is queued."""
+        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
+        self.put(message, message.size + MESSAGE_COST + recipients)
+        if self._must_wait():
+            self.wait_for_space()
+
+    def wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
+        if threading.get_ident() == self.loop_thread:
+            return True
+        with self._lock:
+            return self._space.wait_for(lambda: not self._must_wait(), timeout)
+
+    def _must_wait(self) -> bool:
+        return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
+
+    def wake(self) -> None:
+        """Wake the loop."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            self._ring.send(b"!")
+
+    # ---- the loop ----
+
+    def start(self, selector: selectors.BaseSelector) -> None:
+        """From now on operations are carried out."""
+        selector.register(self._alarm, selectors.EVENT_READ)
+        self.loop_thread = threading.get_ident()
+
+    def put_own(self, operation: Any) -> None:
+        """Queue an operation of the loop itself: it is carried out in this round."""
+        self._operations.append(operation)
+
+    def __len__(self) -> int:
+        return len(self._operations)
+
+    def fall_asleep(self) -> bool:
+        """Whether nothing is queued; then what is queued next wakes the loop."""
+        with self._lock:
+            self._is_asleep = not self._operations
+            return self._is_asleep
+
+    def hear_alarm(self) -> None:
+        """Take the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            self._alarm.recv(4096)
+
+    def take(self) -> list[Any]:
+        """All that is queued."""
+        if not self._operations:
+            return []
+        with self._lock:
+            operations, self._operations = self._operations, []
+            was_full, self._size = self._size > QUEUE_SIZE, 0
+            if was_full:
+                self._space.notify_all()
+        return operations
+
+    @property
+    def held(self) -> bool:
+        """Whether senders wait for a client that is behind."""
+        return self._held
+
+    def hold(self, held: bool) -> None:
+        """Let senders wait, or go on."""
+        if held != self._held:
+            with self._lock:
+                self._held = held
+                self._space.notify_all()
+
+    def end(self) -> None:
+        """Nothing is carried out any more."""
+        with self._lock:
+            self._has_ended = True
+            self._operations.clear()
+            self._space.notify_all()
+        self._alarm.close()
+        self._ring.close()
+
+
 class Joiner:
     """A client that joins: its response, and the frames of the history that were prepared for it."""
 
@@ -1952,12 +2062,13 @@ class Joiner:
 
 
 class Room:
-    """The shared set of clients, the last messages, and the queue of operations for the loop. Any thread.
+    """The shared set of clients, and the last messages. Any thread.
 
     One lock guards all of it. It is held for short pieces of code that never wait.
     """
 
-    def __init__(self, max_clients: int, history: int, history_size: int) -> None:
+    def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
+        self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
@@ -1975,16 +2086,6 @@ class Room:
         self._history_size = 0
         self.messages = self.bytes = 0  # broadcast so far; bytes of payload
         self._preparing = threading.Lock()  # one joiner at a time compresses the history
-
-        self._space = threading.Condition(self.lock)  # notified when senders may go on
-        self._queue: list[Any] = []  # operations: messages, and what is to be called
-        self._queued = 0  # bytes of these
-        self.held = False  # senders wait for a client that is behind
-        self._is_asleep = False  # the loop waits: a byte wakes it
-        self._alarm, self._ring = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
-        self.loop_thread = 0
 
     # ---- the set of clients ----
 
@@ -2016,10 +2117,10 @@ class Room:
             client._connection = connection
             del self.pending[client.request]
             self.connections.add(connection)
-            self.put(functools.partial(self.adopt, joiner))
+            self._queue.put(functools.partial(self.adopt, joiner))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
-                self.put(functools.partial(self.close_connection, connection, early))
+                self._queue.put(functools.partial(self.close_connection, connection, early))
 
     def first_frames(self, joiner: Joiner) -> list[bytes]:
         """What a client gets first; in the loop."""
@@ -2054,7 +2155,7 @@ class Room:
             if not client._connection:
                 client._early = client._early or frame
                 return
-            self.put(functools.partial(self.close_connection, client._connection, frame))
+            self._queue.put(functools.partial(self.close_connection, client._connection, frame))
 
     def close_all(self) -> None:
         """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
@@ -2104,96 +2205,7 @@ class Room:
             for window in list(self._sends):
                 message.frame(window)
 
-    # ---- the queue ----
-
-    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
-        """Queue an operation for the loop. Never waits."""
-        with self.lock:
-            self._queue.append(operation)
-            self._queued += size
-            wake, self._is_asleep = self._is_asleep, False
-        if wake:
-            self.wake()
-
-    def put_own(self, operation: Any) -> None:
-        """Queue an operation of the loop itself: it is carried out in this round."""
-        self._queue.append(operation)
-
-    def put_message(self, message: Outgoing) -> None:
-        """Queue a message, and wait while too much is queued."""
-        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
-        self.put(message, message.size + MESSAGE_COST + recipients)
-        if self._must_wait():
-            self.wait_for_space()
-
-    def wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
-        if threading.get_ident() == self.loop_thread:
-            return True
-        with self.lock:
-            return self._space.wait_for(lambda: not self._must_wait(), timeout)
-
-    def _must_wait(self) -> bool:
-        return (self._queued > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self._has_ended
-
-    def wake(self) -> None:
-        """Wake the loop."""
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
-
-    # ---- the loop ----
-
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """From now on operations are carried out."""
-        selector.register(self._alarm, selectors.EVENT_READ)
-        self.loop_thread = threading.get_ident()
-
-    @property
-    def length(self) -> int:
-        """The number of operations queued."""
-        return len(self._queue)
-
-    def fall_asleep(self) -> bool:
-        """Whether nothing is queued; then what is queued next wakes the loop."""
-        with self.lock:
-            self._is_asleep = not self._queue
-            return self._is_asleep
-
-    def hear_alarm(self) -> None:
-        """Take the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
-            self._alarm.recv(4096)
-
-    def take(self) -> list[Any]:
-        """All that is queued."""
-        if not self._queue:
-            return []
-        with self.lock:
-            operations, self._queue = self._queue, []
-            was_full, self._queued = self._queued > QUEUE_SIZE, 0
-            if was_full:
-                self._space.notify_all()
-        return operations
-
-    def hold(self, held: bool) -> None:
-        """Let senders wait, or go on."""
-        if held != self.held:
-            with self.lock:
-                self.held = held
-                if not held:
-                    self._space.notify_all()
-
-    def end(self) -> None:
-        """Nothing is carried out any more."""
-        with self.lock:
-            self._has_ended = True
-            self._queue.clear()
-            self._space.notify_all()
-            self._fewer.notify_all()
-        self._alarm.close()
-        self._ring.close()
-
-    # ---- how many there are ----
+    # ---- connections ----
 
     @property
     def size(self) -> int:
@@ -2223,6 +2235,11 @@ class Room:
                 self._fewer.wait(0.1)  # in slices: a signal may come
             return self.size <= number
 
+    def end(self) -> None:
+        """Nobody joins any more."""
+        with self.lock:
+            self._has_ended = True
+
 
 def send_nothing(data: Octets | memoryview) -> int:
     """In the place of a client's send() while others wait in its outbox."""
@@ -2239,19 +2256,156 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-RECIPIENTS = operator.attrgetter("to")
+HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+
+
+class Budget:
+    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._lock = threading.Lock()
+
+    def take(self, size: int, force: bool = False) -> bool:
+        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
+        with self._lock:
+            if size > self._left and not force:
+                return False
+            self._left -= size
+            return True
+
+    def give_back(self, size: int) -> None:
+        """So many bytes are free again."""
+        with self._lock:
+            self._left += size
+
+
+class Unfinished:
+    """Shares the budget out to connections with unfinished messages. Runs in the loop.
+
+    When the budget is used up, those that need more are not read, and go on one at a time: the
+    *first* of them may exceed the budget, so that there is always progress. While others
+    wait, the connections that bring less than SLOWEST_POST end.
+    """
+
+    GRACE = 2.0  # seconds
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._first: Connection | None = None  # may exceed the budget
+        self._holders: set[Connection] = set()  # connections with something kept
+        self.waiting: deque[Connection] = deque()  # paused until there is room
+        self._ready: list[Connection] = []  # to be resumed
+
+    def grow(self, connection: Connection, now: float) -> bool:
+        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
+        size = connection.reader.size - connection.kept
+        is_first = self._first in (None, connection)
+        if not self._budget.take(size):
+            if not is_first:
+                self.waiting.append(connection)
+                return False
+            self._first = connection
+            self._budget.take(size, force=True)
+        if not connection.kept:
+            self._holders.add(connection)
+            connection.began, connection.received = now, 0
+        connection.kept += size
+        return True
+
+    def release(self, connection: Connection) -> None:
+        """A message is finished, or its connection. One of those that wait can go on."""
+        self._budget.give_back(connection.kept)
+        connection.kept = 0
+        self._holders.discard(connection)
+        if self._first is connection:
+            self._first = None
+        while self.waiting and not self._ready:
+            waiting = self.waiting.popleft()
+            if waiting.paused and waiting.state is not State.CLOSED:
+                self._ready.append(waiting)
+
+    def take_ready(self) -> list[Connection]:
+        """Those that may go on."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def slow_ones(self, now: float) -> list[Connection]:
+        """Those that keep others waiting."""
+        if not self.waiting:
+            return []
+        slow = []
+        for connection in self._holders:
+            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
+            if not connection.paused and connection.received < fair:
+                slow.append(connection)
+        return slow
+
+
+class Gate:
+    """Decides whether a client may send a message now. Runs in the loop.
+
+    Connections that may not are paused, until they are among those `to_resume`.
+    """
+
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._queue = server, server._queue
+        self._has_limits = bool(server.read_only or server.rate or server._link)
+        self.unfinished = Unfinished(server._budget)
+        self._held_back: list[Connection] = []  # until nobody quick is behind, and Redis has taken what there is
+        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: until the rate allows one more message
+        self._count = itertools.count()
+
+    def lets_through(self, connection: Connection, now: float) -> bool:
+        """Whether a client may send a message now. Raises ProtocolError."""
+        if self._queue.held:
+            self._held_back.append(connection)
+            return False
+        return not self._has_limits or self._may_send(connection, now)
+
+    def _may_send(self, connection: Connection, now: float) -> bool:
+        server = self._server
+        if server.read_only:
+            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+        if server._link and server._link.is_full:
+            self._held_back.append(connection)
+            return False
+        if server.rate:
+            connection.pace = connection.pace or Pace()
+            wait = connection.pace.wait_time(server.rate, now)
+            if wait:
+                heapq.heappush(self._alarms, (now + wait, next(self._count), connection))
+                return False
+            connection.pace.take(server.rate, now)
+        return True
+
+    def wait_time(self, now: float) -> float:
+        """Seconds until somebody may have to be resumed."""
+        wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
+        return min(wait, self._alarms[0][0] - now) if self._alarms else wait
+
+    def to_resume(self, now: float) -> list[Connection]:
+        """Those that may go on."""
+        connections = self.unfinished.take_ready()
+        while self._alarms and self._alarms[0][0] <= now:
+            connections.append(heapq.heappop(self._alarms)[2])
+        link = self._server._link
+        if self._held_back and not self._queue.held and not (link and link.is_full):
+            connections += self._held_back
+            self._held_back = []
+        return connections
 
 
 class Sender:
     """Sends to connections, and ends them: every change of their State. Runs in the loop."""
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
-        self._server, self._room, self._hooks = server, room, hooks
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
         self.selector = selectors.DefaultSelector()
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
-        self.unfinished = Unfinished(server._budget)
+        self.gate = Gate(server)
 
     def guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
         """Do something for one connection: what is raised ends that one alone."""
@@ -2349,31 +2503,6 @@ class Sender:
         behind = [connection for connection in self.slow if connection.size > limit]
         return any(connection.is_quick(self.now) for connection in behind)
 
-    # ---- messages ----
-
-    def deliver(self, run: list[Outgoing]) -> None:
-        """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
-            messages = list(group)
-            for window, sends in self._room.recipients(messages, to):
-                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
-
-    def _fan_out(self, data: bytes, sends: Sends) -> None:
-        """Send the same bytes to many: this loop is where the time goes."""
-        size, rest = len(data), []
-        for client, send in sends.items():
-            try:
-                sent = send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except (OSError, MemoryError) as error:
-                self.guard(self.fail, client._connection, error)
-                continue
-            if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self.guard(self.keep, client._connection, data, sent)
-
     # ---- ending ----
 
     def close(self, connection: Connection, frame: bytes) -> None:
@@ -2398,8 +2527,8 @@ class Sender:
         self.flush(connection)
 
     def _finish(self, connection: Connection) -> None:
-        """All is sent: end the own side, and CLOSED when the peer has ended its own."""
-        if not connection.is_shut:
+        """When all is sent, end the own side; CLOSED when the peer has ended its own, too."""
+        if not connection.is_shut and not connection.pieces:
             with contextlib.suppress(BlockingIOError):
                 connection.end_sending()
                 connection.moved = self.now
@@ -2461,88 +2590,10 @@ class Sender:
         connection.state, connection.events = State.CLOSED, None
         self.watch(connection)
         self.slow.discard(connection)
-        self.unfinished.release(connection)
+        self.gate.unfinished.release(connection)
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
         self._room.remove(None, connection)
-
-
-class Budget:
-    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._lock = threading.Lock()
-
-    def take(self, size: int, force: bool = False) -> bool:
-        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
-        with self._lock:
-            if size > self._left and not force:
-                return False
-            self._left -= size
-            return True
-
-    def give_back(self, size: int) -> None:
-        """So many bytes are free again."""
-        with self._lock:
-            self._left += size
-
-
-class Unfinished:
-    """Shares the budget out to connections with unfinished messages. Runs in the loop.
-
-    When the budget is used up, those that need more are not read, and go on one at a time: the
-    *first* of them may exceed the budget, so that there is always progress. While others
-    wait, the connections that bring less than SLOWEST_POST end.
-    """
-
-    GRACE = 2.0  # seconds
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._first: Connection | None = None  # may exceed the budget
-        self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: deque[Connection] = deque()  # paused until there is room
-        self.ready: deque[Connection] = deque()  # to be resumed
-
-    def grow(self, connection: Connection, now: float) -> bool:
-        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
-        size = connection.reader.size - connection.kept
-        is_first = self._first in (None, connection)
-        if not self._budget.take(size):
-            if not is_first:
-                self.waiting.append(connection)
-                return False
-            self._first = connection
-            self._budget.take(size, force=True)
-        if not connection.kept:
-            self._holders.add(connection)
-            connection.began, connection.received = now, 0
-        connection.kept += size
-        return True
-
-    def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection. One of those that wait can go on."""
-        self._budget.give_back(connection.kept)
-        connection.kept = 0
-        self._holders.discard(connection)
-        if self._first is connection:
-            self._first = None
-        while self.waiting and not self.ready:
-            waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state is not State.CLOSED:
-                self.ready.append(waiting)
-
-    def slow_ones(self, now: float) -> list[Connection]:
-        """Those that keep others waiting."""
-        if not self.waiting:
-            return []
-        slow = []
-        for connection in self._holders:
-            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
-            if not connection.paused and connection.received < fair:
-                slow.append(connection)
-        return slow
 
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
@@ -2559,15 +2610,13 @@ class Receiver:
     peer back. It is resumed when the rate, the hooks, the budget, or those that are behind allow it.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks, sender: Sender) -> None:
-        self._server, self._room, self._hooks, self._sender = server, room, hooks, sender
-        self._has_limits = bool(server.read_only or server.rate or server._link)
+    def __init__(self, server: BroadcastServer, sender: Sender) -> None:
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self._sender = sender
+        self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
-        self.held_back: list[Connection] = []  # paused while senders wait
-        self.alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
-        self._count = itertools.count()
 
     # ---- operations ----
 
@@ -2598,26 +2647,6 @@ class Receiver:
         if events and connection.events:
             connection.events = itertools.chain(events, connection.events)
         self._sender.watch(connection)
-
-    @property
-    def must_wait(self) -> bool:
-        """Whether no message may be taken now: a quick client is behind, or Redis has not taken what there is."""
-        link = self._server._link
-        return self._room.held or (link is not None and link.is_full)
-
-    def look_around(self) -> None:
-        """Resume those that may go on."""
-        now, unfinished = self._sender.now, self._sender.unfinished
-        while self.alarms and self.alarms[0][0] <= now:
-            self.resume(heapq.heappop(self.alarms)[2])
-        for connection in unfinished.slow_ones(now):
-            self._sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
-        while unfinished.ready:
-            self.resume(unfinished.ready.popleft())
-        if self.held_back and not self.must_wait:
-            connections, self.held_back = self.held_back, []
-            for connection in connections:
-                self.resume(connection)
 
     # ---- reading ----
 
@@ -2670,7 +2699,7 @@ class Receiver:
     @property
     def has_much(self) -> bool:
         """Whether so much was read that it goes out before more is read."""
-        return self.read_size > RUN_SIZE or self._room.length > RUN_LENGTH
+        return self.read_size > RUN_SIZE or len(self._queue) > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
@@ -2704,12 +2733,12 @@ class Receiver:
             self._hear_close(connection, payload, messages)
             return False
         elif opcode == CONT:
-            if not self._sender.unfinished.grow(connection, self._sender.now):
+            if not self.gate.unfinished.grow(connection, self._sender.now):
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
             if connection.kept:
-                self._sender.unfinished.release(connection)
+                self.gate.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
@@ -2717,11 +2746,7 @@ class Receiver:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
         if connection.pongs:
             self._send_pongs(connection)
-        if self._has_limits and not self._may_send(connection):
-            self._pause(connection, (opcode, payload))
-            return False
-        if self._room.held:
-            self.held_back.append(connection)
+        if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
         inbox = connection.client._inbox
@@ -2729,7 +2754,7 @@ class Receiver:
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
-                self._room.put_own(Outgoing(opcode, payload))
+                self._queue.put_own(Outgoing(opcode, payload))
             return True
         messages.append((opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
@@ -2742,27 +2767,10 @@ class Receiver:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
-    def _may_send(self, connection: Connection) -> bool:
-        """Whether a client may send a message now; otherwise it is resumed when it may. Raises ProtocolError."""
-        server = self._server
-        if server.read_only:
-            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
-        if server._link and server._link.is_full:
-            self.held_back.append(connection)
-            return False
-        if server.rate:
-            connection.pace = connection.pace or Pace()
-            wait = connection.pace.wait_time(server.rate, self._sender.now)
-            if wait:
-                heapq.heappush(self.alarms, (self._sender.now + wait, next(self._count), connection))
-                return False
-            connection.pace.take(server.rate, self._sender.now)
-        return True
-
     def _send_pongs(self, connection: Connection) -> None:
         """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
         pongs, connection.pongs = connection.pongs, []
-        self._room.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
+        self._queue.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2778,9 +2786,9 @@ class Receiver:
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
-            self._hooks.submit(inbox, functools.partial(self._room.put, operation))
+            self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self._room.put_own(operation)
+            self._queue.put_own(operation)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
@@ -2789,11 +2797,13 @@ class Receiver:
         self._hooks.submit(client._inbox, functools.partial(self._server._take_messages, client, messages))
         if connection.submitted > MAX_SUBMITTED:
             resume = functools.partial(self.resume, connection)
-            self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
+            self._hooks.submit(client._inbox, functools.partial(self._queue.put, resume))
 
 
-HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
 LOOKS_AT_ONCE = 500  # after the deadlines of connections
+
+
+RECIPIENTS = operator.attrgetter("to")
 
 
 class Loop(threading.Thread):
@@ -2807,12 +2817,12 @@ class Loop(threading.Thread):
     suspended laptop): so nobody is dropped for a silence that nobody could hear.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+    def __init__(self, server: BroadcastServer) -> None:
         super().__init__(name="pywebsock loop", daemon=True)
-        self._server, self._room, self._hooks = server, room, hooks
-        self.sender = Sender(server, room, hooks)
-        self.receiver = Receiver(server, room, hooks, self.sender)
-        room.adopt, room.close_connection = self.receiver.adopt, self.receiver.close
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self.sender = Sender(server)
+        self.receiver = Receiver(server, self.sender)
+        self._room.adopt, self._room.close_connection = self.receiver.adopt, self.receiver.close
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
@@ -2828,22 +2838,24 @@ class Loop(threading.Thread):
 
     def run(self) -> None:
         """What the thread does."""
-        self._room.start(self.sender.selector)
+        self._queue.start(self.sender.selector)
         while not self._ended:
             try:
                 self._do_round()
             except Exception as error:  # out of memory, say: the next round may go well
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self._interval / 10)
+        self._queue.end()
         self._room.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
         """End the thread. Any other thread."""
         if self.is_alive():
-            self._room.put(self._end)
+            self._queue.put(self._end)
             self.join()
         else:
+            self._queue.end()
             self._room.end()
             self.sender.selector.close()
 
@@ -2861,7 +2873,7 @@ class Loop(threading.Thread):
         for key, events in ready:
             connection = key.data
             if connection is None:
-                self._room.hear_alarm()
+                self._queue.hear_alarm()
                 continue
             if events & selectors.EVENT_WRITE:
                 sender.guard(sender.flush, connection)
@@ -2878,15 +2890,11 @@ class Loop(threading.Thread):
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
-        now, receiver = self.sender.now, self.receiver
-        timeout = max(0.001, min(self._interval, self._next_look - now))
+        timeout = min(self._interval, self._next_look - self.now, self.sender.gate.wait_time(self.now))
         if self._hooks.is_waiting:
-            timeout = STUCK_TIME
-        elif self._room.held or receiver.held_back or self.sender.unfinished.waiting:
-            timeout = min(timeout, HOLD_TIME)
-        if receiver.alarms:
-            timeout = max(0.001, min(timeout, receiver.alarms[0][0] - now))
-        if receiver.later or not self._room.fall_asleep():
+            timeout = min(timeout, STUCK_TIME)
+        timeout = max(0.001, timeout)
+        if self.receiver.later or not self._queue.fall_asleep():
             timeout = 0
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
@@ -2904,19 +2912,42 @@ class Loop(threading.Thread):
         self.receiver.read_size = 0
         run: list[Outgoing] = []
         size = 0
-        for operation in self._room.take():
+        for operation in self._queue.take():
             if type(operation) is Outgoing:
                 run.append(operation)
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
             if run:
-                self._call(self.sender.deliver, run)
+                self._call(self._deliver, run)
                 run, size = [], 0
             if type(operation) is not Outgoing:
                 self._call(operation)
         if run:
-            self._call(self.sender.deliver, run)
+            self._call(self._deliver, run)
+
+    def _deliver(self, run: list[Outgoing]) -> None:
+        """Send messages to those whom they are for: one send for each client and window."""
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+            messages = list(group)
+            for window, sends in self._room.recipients(messages, to):
+                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+
+    def _fan_out(self, data: bytes, sends: Sends) -> None:
+        """Send the same bytes to many: this loop is where the time goes."""
+        size, rest = len(data), []
+        for client, send in sends.items():
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except (OSError, MemoryError) as error:
+                self.sender.guard(self.sender.fail, client._connection, error)
+                continue
+            if sent < size:
+                rest.append((client, sent))
+        for client, sent in rest:
+            self.sender.guard(self.sender.keep, client._connection, data, sent)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -2929,8 +2960,12 @@ class Loop(threading.Thread):
     def _look_around(self) -> None:
         if self._hooks.is_waiting:
             self._hooks.relieve()
-        self._room.hold(self.sender.is_someone_behind())
-        self.receiver.look_around()
+        sender, now = self.sender, self.now
+        self._queue.hold(sender.is_someone_behind())
+        for connection in sender.gate.unfinished.slow_ones(now):
+            sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+        for connection in sender.gate.to_resume(now):
+            self.receiver.resume(connection)
         if self._next_look <= self.now:
             self._look_after_some()
 
@@ -2998,7 +3033,97 @@ class Pace:
         self._due = max(self._due, now) + 1 / rate
 
 
-class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
+class LimitedServer(socketserver.ThreadingTCPServer):
+    """Accepts connections while there are descriptors and threads for them. The thread that runs serve_forever()."""
+
+    allow_reuse_address = os.name == "posix"  # on Windows it means something else
+    daemon_threads = True
+    request_queue_size = 4096  # connections that wait to be accepted: storms are normal
+    tls_context: ssl.SSLContext | None
+
+    _hooks: Hooks
+    _room: Room
+    _most_connections: int
+    _path = ""  # of its Unix socket
+
+    def _begin(self) -> None:
+        raise NotImplementedError
+
+    def server_bind(self) -> None:
+        """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
+        if self.address_family == AF_UNIX:
+            path = str(self.server_address[0]).removeprefix(UNIX)
+            if not path:
+                raise ValueError("the host unix: needs a path")
+            clear_path(path)
+            self.socket.bind(path)
+            self._path = path
+            return
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if EXCLUSIVE_USE:  # or a second program may bind the same port
+            self.socket.setsockopt(socket.SOL_SOCKET, EXCLUSIVE_USE, 1)
+        super().server_bind()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
+        room, most = self._room, self._most_connections
+        try:
+            if room.size >= most:
+                self._give_up_oldest()
+                self._wait_for_fewer(most, "too many connections")
+            if room.size >= most:
+                raise BlockingIOError
+            request, address = super().get_request()
+            request.settimeout(None)  # a program may have set another default
+            if self.tls_context:
+                request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
+            room.add_pending(request, time.monotonic())
+            return request, address if isinstance(address, tuple) else ("unix", 0)
+        except (OSError, MemoryError, ValueError) as error:
+            if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
+                self._wait_for_fewer(room.size, str(error) or "out of memory")
+            raise OSError("not now") from None
+
+    def _give_up_oldest(self) -> None:
+        """End the oldest connection that is no client, if it had time to become one."""
+        with self._room.lock:
+            pending = self._room.pending
+            late = time.monotonic() - 1
+            oldest = [request for request, since in pending.items() if since != GIVEN_UP and since < late][:1]
+            for request in oldest:
+                pending[request] = GIVEN_UP
+                reset(request)  # its thread wakes up, and closes it
+
+    def _wait_for_fewer(self, number: int, shortage: str) -> None:
+        """Wait a moment until there are fewer connections than so many."""
+        self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
+        self._room.wait_for(number - 1, time.monotonic() + 0.5)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
+        self._begin()
+        try:
+            start_new_thread(self.process_request_thread, (request, client_address))
+        except RuntimeError as error:  # there can be no more threads
+            self._wait_for_fewer(self._room.size, str(error))
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called by socketserver when a connection's thread has done: a client's socket is the loop's now."""
+        if self._room.remove(request):
+            self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection's thread has failed: that is an error of this program."""
+        error = sys.exc_info()[1]
+        if isinstance(error, MemoryError):
+            self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
+        else:
+            self._hooks.log(logging.ERROR, "%s: unexpected error", client_address, error=error)
+
+
+class BroadcastServer(Settings, LimitedServer):
     """Sends each message that a client sends to all clients, in one order for all.
 
     Methods for the caller, besides those of socketserver:
@@ -3016,12 +3141,6 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
 
     Settings are the attributes of the class Settings; keyword arguments set them for one server.
     """
-
-    # ---- of socketserver ----
-
-    allow_reuse_address = os.name == "posix"  # on Windows it means something else
-    daemon_threads = True
-    request_queue_size = 4096  # connections that wait to be accepted: storms are normal
 
     def __init__(
         self,
@@ -3055,13 +3174,13 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
         self._refused = 0  # requests, for the status
-        self._path = ""  # of its Unix socket
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
         self._post_pace, self._post_lock = Pace(), threading.Lock()
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._hooks = Hooks()
-        self._room = Room(self.max_clients, self.history, self.max_backlog // 2)
-        self._loop = Loop(self, self._room, self._hooks)
+        self._queue = Queue()
+        self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
+        self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
         most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
@@ -3161,7 +3280,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
             client._is_closing = True
             sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
-            self._room.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
+            self._queue.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
         finally:
             self._local.client = None
 
@@ -3184,15 +3303,15 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             self._hooks.submit(client._inbox, call)
 
     def _put(self, message: Outgoing) -> None:
-        if threading.get_ident() != self._room.loop_thread:
+        if threading.get_ident() != self._queue.loop_thread:
             self._room.compress(message)
-        self._room.put_message(message)
+        self._queue.put_message(message)
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is on its way. Returns whether that has an end."""
-        if self._link and threading.get_ident() != self._room.loop_thread and not self._link.wait_for_room(timeout):
+        if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
             return False
-        return self._room.wait_for_space(timeout)
+        return self._queue.wait_for_space(timeout)
 
     def _wait_for_post(self, timeout: float) -> bool:
         """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
@@ -3210,7 +3329,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         for opcode, payload in messages:
             self._put(Outgoing(opcode, payload))
 
-    # ---- connections, as socketserver has it ----
+    # ---- starting and stopping ----
 
     def _begin(self) -> None:
         """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
@@ -3225,79 +3344,6 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
         """Accept connections until shutdown(), looking for that every poll_interval seconds."""
         self._begin()
         super().serve_forever(poll_interval)
-
-    def server_bind(self) -> None:
-        """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
-        if self.address_family == AF_UNIX:
-            path = str(self.server_address[0]).removeprefix(UNIX)
-            if not path:
-                raise ValueError("the host unix: needs a path")
-            clear_path(path)
-            self.socket.bind(path)
-            self._path = path
-            return
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if EXCLUSIVE_USE:  # or a second program may bind the same port
-            self.socket.setsockopt(socket.SOL_SOCKET, EXCLUSIVE_USE, 1)
-        super().server_bind()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
-        room, most = self._room, self._most_connections
-        try:
-            if room.size >= most:
-                self._give_up_oldest()
-                self._wait_for_fewer(most, "too many connections")
-            if room.size >= most:
-                raise BlockingIOError
-            request, address = super().get_request()
-            request.settimeout(None)  # a program may have set another default
-            if self.tls_context:
-                request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
-            room.add_pending(request, time.monotonic())
-            return request, address if isinstance(address, tuple) else ("unix", 0)
-        except (OSError, MemoryError, ValueError) as error:
-            if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
-                self._wait_for_fewer(room.size, str(error) or "out of memory")
-            raise OSError("not now") from None
-
-    def _give_up_oldest(self) -> None:
-        """End the oldest connection that is no client, if it had time to become one."""
-        with self._room.lock:
-            pending = self._room.pending
-            late = time.monotonic() - 1
-            oldest = [request for request, since in pending.items() if since != GIVEN_UP and since < late][:1]
-            for request in oldest:
-                pending[request] = GIVEN_UP
-                reset(request)  # its thread wakes up, and closes it
-
-    def _wait_for_fewer(self, number: int, shortage: str) -> None:
-        """Wait a moment until there are fewer connections than so many."""
-        self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
-        self._room.wait_for(number - 1, time.monotonic() + 0.5)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's thread. (With `threading.Thread` a connection takes half as long again.)"""
-        self._begin()
-        try:
-            start_new_thread(self.process_request_thread, (request, client_address))
-        except RuntimeError as error:  # there can be no more threads
-            self._wait_for_fewer(self._room.size, str(error))
-            self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Called by socketserver when a connection's thread has done: a client's socket is the loop's now."""
-        if self._room.remove(request):
-            self.close_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection's thread has failed: that is an error of this program."""
-        error = sys.exc_info()[1]
-        if isinstance(error, MemoryError):
-            self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
-        else:
-            self._hooks.log(logging.ERROR, "%s: unexpected error", client_address, error=error)
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
