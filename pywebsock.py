@@ -38,52 +38,41 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-What to read.  In the first hour, the protocol: the parts up to the opening handshake know no
-sockets and no threads, take bytes, and give values or raise.  In the second, a client's life
-and the engine: Turn, State and WebSocketHandler, Room.  The rest can be left out: HTTP, the
-trace and TLS until they are wanted, housekeeping and server until something is to be changed,
-many machines by whoever has one.
+How to read it.  The README has the idea in sixty lines; this file adds what those lack.  First the
+protocol: the parts up to "Opening handshake" know no sockets and no threads; they take bytes, and
+return values or raise.  Then the engine: State, Connection, WebSocketHandler, Room and Loop.  Skip
+the rest until you need it.
 
-    vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
-    errors                what the pure parts raise
-    base framing          masking, frames out, frames in       RFC 6455 5
+    Vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
+    Errors                what the pure parts raise
+    Base framing          masking, frames out, frames in       RFC 6455 5
     permessage-deflate    offers, inflating, deflating         RFC 7692
-    messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
-    opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
+    Messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
+    Opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
     HTTP                  the page, the status, POST           RFC 9110
-    trace                 what passes, drawn as in 5.2
-    settings, log         what can be set, and what is said
-    transports            TLS that looks like a socket         RFC 8446
-    Outbox                what one socket has yet to take
-    Turn                  one order for all operations
-    connections           State, WebSocketHandler              RFC 6455 5.5, 7
-    Room                  the clients that get broadcasts
-    housekeeping          deadlines, slow clients, limits
-    server                BroadcastServer
-    many machines         servers that share a Redis stream    (RESP2)
-    command line          main()
+    Trace                 frames drawn as in 5.2
+    Settings and the log
+    Hooks                 the program's code, in its threads
+    Connections           State, Connection, WebSocketHandler  RFC 6455 5.5, 7
+    Room                  the set of clients, and the queue
+    Loop                  reading, sending, ending, deadlines
+    Server                BroadcastServer
+    Many machines         servers that share a Redis stream    (RESP2)
+    Command line          main()
 
-Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
-hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more
-keep the link.  Any other may call broadcast(), send() and close().
+Threads.  One thread accepts connections: it runs serve_forever().  Each new connection has a
+thread for its opening handshake or HTTP request, which ends with that.  The *loop* thread owns the
+sockets of all clients: it reads them, decodes frames, sends, and enforces deadlines.  Hook threads
+run the hooks and write the log.  With --redis, two more threads keep the link.  Any other thread
+may call broadcast(), send() and close().
 
-The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
-closing or leaving.  Operations are carried out one at a time, in one order, by whichever
-thread has the *turn*; the class Turn says how, and why nothing is left behind.  Outbox and
-Room belong to the turn: they are touched in it alone, so they have no locks.  Three rules
-hold everywhere:
+One rule: the loop owns the sockets of open connections; other threads put operations into its
+queue; a lock guards the set of clients.  An operation is a message, a client that joins, or a Close.
+The queue is the one order in which all clients see them.  Nothing in the loop waits.
 
-- A connection's own thread only reads from its socket.  What sends on it, shuts it down or
-  closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
-- In the turn nothing waits, and no hook is called.
-- Locks are taken in the order: exit (of thousands, one leaves at a time), turn, then
-  one of the others (the tally of the turn, the two of a TLS, the seats, the budget, the pace,
-  the news of the connections and of the link), held alone, for a few instructions.
-
-Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
-the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
-window of deflate, 9 to 15 bits, or 0 without compression.  Slow: with something in its
-outbox.  Holder: the thread that has the turn.
+Words.  A client is a connection after its opening handshake; before it, a connection is pending.
+A window is the LZ77 window of deflate, 9 to 15 bits, or 0 without compression.  A client is slow
+while something waits in its outbox.
 """
 
 from __future__ import annotations
