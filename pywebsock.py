@@ -1943,9 +1943,8 @@ class Queue:
         self._held = False  # senders wait for a client that is behind
         self._is_asleep = False  # the loop waits: a byte wakes it
         self._has_ended = False  # there is no loop any more
-        self._alarm, self._ring = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
+        self._alarm: socket.socket | None = None
+        self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0
 
     # ---- any thread ----
@@ -1963,7 +1962,7 @@ class Queue:
         """Queue a message, and wait while too much is queued."""
         recipients = RECIPIENT_COST * len(message.to) if message.to else 0
         self.put(message, message.size + MESSAGE_COST + recipients)
-        if self._must_wait():
+        if self.is_full:
             self.wait_for_space()
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
@@ -1971,21 +1970,30 @@ class Queue:
         if threading.get_ident() == self.loop_thread:
             return True
         with self._lock:
-            return self._space.wait_for(lambda: not self._must_wait(), timeout)
+            return self._space.wait_for(lambda: not self.is_full, timeout)
 
-    def _must_wait(self) -> bool:
+    @property
+    def is_full(self) -> bool:
+        """Whether senders wait."""
         return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
 
     def wake(self) -> None:
         """Wake the loop."""
         with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
+            if self._ring:
+                self._ring.send(b"!")
 
     # ---- the loop ----
 
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """From now on operations are carried out."""
+    def open(self, selector: selectors.BaseSelector) -> None:
+        """Let the selector wait for what wakes the loop."""
+        self._alarm, self._ring = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
         selector.register(self._alarm, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """From now on operations are carried out, in this thread."""
         self.loop_thread = threading.get_ident()
 
     def put_own(self, operation: Any) -> None:
@@ -2004,7 +2012,8 @@ class Queue:
     def hear_alarm(self) -> None:
         """Take the bytes that woke the loop."""
         with contextlib.suppress(BlockingIOError):
-            self._alarm.recv(4096)
+            if self._alarm:
+                self._alarm.recv(4096)
 
     def take(self) -> list[Any]:
         """All that is queued."""
@@ -2035,8 +2044,9 @@ class Queue:
             self._has_ended = True
             self._operations.clear()
             self._space.notify_all()
-        self._alarm.close()
-        self._ring.close()
+        for end in (self._alarm, self._ring):
+            if end:
+                end.close()
 
 
 class Joiner:
@@ -2391,7 +2401,7 @@ class Sender:
     def __init__(self, server: BroadcastServer) -> None:
         self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector  # of all clients
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
         self.gate = Gate(server)
@@ -2825,9 +2835,15 @@ class Loop(threading.Thread):
         """Seconds on the loop's clock."""
         return self.sender.now
 
+    def start(self) -> None:
+        """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
+        self.sender.selector = selectors.DefaultSelector()
+        self._queue.open(self.sender.selector)
+        super().start()
+
     def run(self) -> None:
         """What the thread does."""
-        self._queue.start(self.sender.selector)
+        self._queue.start()
         while not self._ended:
             try:
                 self._do_round()
@@ -2846,7 +2862,6 @@ class Loop(threading.Thread):
         else:
             self._queue.end()
             self._room.end()
-            self.sender.selector.close()
 
     def _end(self) -> None:
         for connection in list(self._room.connections):
@@ -2947,7 +2962,7 @@ class Loop(threading.Thread):
     # ---- what is due ----
 
     def _look_around(self) -> None:
-        if self._hooks.is_waiting:
+        if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
         sender, now = self.sender, self.now
         self._queue.hold(sender.is_someone_behind())
@@ -3286,7 +3301,7 @@ class BroadcastServer(Settings, LimitedServer):
             self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
         else:
             self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
-        if client._inbox or self._overrides("on_close"):
+        if self._overrides("on_close"):
             client._inbox = client._inbox or Inbox()
             call = functools.partial(self._run_hook, client, self.on_close, code, reason)
             self._hooks.submit(client._inbox, call)
