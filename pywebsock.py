@@ -1438,8 +1438,8 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_flood", "is_shut", "is_waiting",
-        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
         "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
         "submitted", "window",
     )  # fmt: skip
@@ -1458,6 +1458,7 @@ class Connection:
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
         self.is_waiting = False  # in the loop's line of those whose events go on
+        self.is_ending = False  # in the line of those that end: it is not read
         self.is_flood = False  # its last bytes took long: it comes after the others
         self.paused = False  # it is not read, until resumed
         self.is_blocked = False  # reading must wait until TLS can write
@@ -2319,9 +2320,11 @@ class Unfinished:
         self._holders.discard(connection)
         if self._first is connection:
             self._first = None
+        if connection in self._ready:  # its turn had come
+            self._ready.remove(connection)
         while self.waiting and not self._ready:
             waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state is not State.CLOSED:
+            if waiting.paused and waiting.state in (State.OPEN, State.CLOSING):
                 self._ready.append(waiting)
 
     def take_ready(self) -> list[Connection]:
@@ -2596,6 +2599,7 @@ class Sender:
 
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
+LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
@@ -2615,6 +2619,9 @@ class Receiver:
         self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
+        self.slice_time = SLICE_TIME  # seconds for each connection in this round
+        self._pinged: list[Connection] = []  # with Pings to be answered
+        self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
 
     # ---- operations ----
@@ -2651,9 +2658,9 @@ class Receiver:
 
     def read(self, connection: Connection) -> None:
         """Read a client that has something, once, and act on it; a flood comes after the others."""
-        if connection.is_flood:
+        if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
-        elif not connection.is_waiting:
+        elif not (connection.is_waiting or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
@@ -2685,12 +2692,13 @@ class Receiver:
     def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
+        self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
-            elif connection.interest & selectors.EVENT_READ:
+            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
                 self._try(self._read, connection)
             if self.has_much or time.monotonic() > until:
                 return
@@ -2702,7 +2710,7 @@ class Receiver:
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
-        until = time.monotonic() + SLICE_TIME
+        until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
@@ -2716,14 +2724,14 @@ class Receiver:
             if connection.has_more:
                 self.line_up(connection)
         finally:
-            if connection.pongs:
-                self._send_pongs(connection)
             if messages:
                 self._submit(connection, messages)
 
     def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
+            if not connection.pongs:
+                self._pinged.append(connection)
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2743,8 +2751,6 @@ class Receiver:
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
-        if connection.pongs:
-            self._send_pongs(connection)
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
@@ -2766,10 +2772,12 @@ class Receiver:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
-    def _send_pongs(self, connection: Connection) -> None:
-        """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
-        pongs, connection.pongs = connection.pongs, []
-        self._queue.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
+    def send_pongs(self) -> None:
+        """Answer the Pings that were read: behind the messages, so that Pings do not part these."""
+        connections, self._pinged = self._pinged, []
+        for connection in connections:
+            pongs, connection.pongs = connection.pongs, []
+            self._sender.guard(self._sender.pong, connection, pongs)
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2781,13 +2789,27 @@ class Receiver:
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
-        operation = functools.partial(self._sender.guard, act, connection, *arguments)
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
+            operation = functools.partial(self.end_soon, connection, act, *arguments)
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self._queue.put_own(operation)
+            self.end_soon(connection, act, *arguments)
+
+    def end_soon(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """End a connection behind what the others send: thousands may end at once."""
+        if not connection.is_ending:
+            connection.is_ending = True
+            self.endings.append((connection, act, arguments))
+
+    def end_some(self) -> None:
+        """End connections, for some time."""
+        until = time.monotonic() + ROUND_TIME
+        while self.endings and time.monotonic() < until:
+            connection, act, arguments = self.endings.popleft()
+            connection.is_ending = False
+            self._sender.guard(act, connection, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
@@ -2873,6 +2895,7 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
+        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
         for key, events in ready:
             connection = key.data
@@ -2890,6 +2913,7 @@ class Loop(threading.Thread):
         if receiver.later:
             receiver.go_on()
             self._carry_out()
+        receiver.end_some()
         self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -2898,7 +2922,7 @@ class Loop(threading.Thread):
         if self._hooks.is_waiting:
             timeout = min(timeout, STUCK_TIME)
         timeout = max(0.001, timeout)
-        if self.receiver.later or not self._queue.fall_asleep():
+        if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
@@ -2929,6 +2953,7 @@ class Loop(threading.Thread):
                 self._call(operation)
         if run:
             self._call(self._deliver, run)
+        self.receiver.send_pongs()
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
@@ -2940,18 +2965,23 @@ class Loop(threading.Thread):
     def _fan_out(self, data: bytes, sends: Sends) -> None:
         """Send the same bytes to many: this loop is where the time goes."""
         size, rest = len(data), []
+        failed: list[tuple[WebSocketHandler, Exception]] = []
         for client, send in sends.items():
             try:
                 sent = send(data)
             except WOULD_BLOCK:
                 sent = 0
             except (OSError, MemoryError) as error:
-                self.sender.guard(self.sender.fail, client._connection, error)
+                failed.append((client, error))
                 continue
             if sent < size:
                 rest.append((client, sent))
         for client, sent in rest:
             self.sender.guard(self.sender.keep, client._connection, data, sent)
+        for client, why in failed:
+            if client._connection:
+                self._room.set_send(client._connection, discard)
+                self.receiver.end_soon(client._connection, self.sender.fail, why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
