@@ -255,6 +255,11 @@ class Process:
                     with contextlib.suppress(OSError):
                         stream.close()
 
+    def kill(self) -> None:
+        """End it in any case."""
+        self._process.kill()
+        self.wait()
+
     def stop(self) -> int:
         """End it as a user does; its exit status."""
         if self._process.poll() is None:
