@@ -2546,6 +2546,7 @@ class Unfinished:
 
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
+LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
@@ -2564,6 +2565,7 @@ class Receiver:
         self._has_limits = bool(server.read_only or server.rate or server._link)
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
+        self.slice_time = SLICE_TIME  # seconds for each connection in this round
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
         self.held_back: list[Connection] = []  # paused while senders wait
         self.alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
@@ -2657,6 +2659,7 @@ class Receiver:
     def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
+        self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
@@ -2674,7 +2677,7 @@ class Receiver:
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
-        until = time.monotonic() + SLICE_TIME
+        until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
@@ -2857,6 +2860,7 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
+        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
         for key, events in ready:
             connection = key.data
