@@ -2553,6 +2553,10 @@ MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
 Messages = list[tuple[int, Octets]]
 
 
+class Pongs(functools.partial):  # type: ignore[type-arg]
+    """The operation that answers Pings: it may come a little later than its place in the queue."""
+
+
 class Receiver:
     """Reads connections, and acts on the messages and control frames that they send. Runs in the loop.
 
@@ -2765,7 +2769,7 @@ class Receiver:
     def _send_pongs(self, connection: Connection) -> None:
         """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
         pongs, connection.pongs = connection.pongs, []
-        self._room.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
+        self._room.put_own(Pongs(self._sender.guard, self._sender.pong, connection, pongs))
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2907,6 +2911,7 @@ class Loop(threading.Thread):
         """Send everything that was read or queued."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
+        pongs: list[Pongs] = []  # behind the run, so that Pings between messages do not part it
         size = 0
         for operation in self._room.take():
             if type(operation) is Outgoing:
@@ -2914,13 +2919,20 @@ class Loop(threading.Thread):
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
-            if run:
-                self._call(self.sender.deliver, run)
-                run, size = [], 0
+            elif type(operation) is Pongs and run:
+                pongs.append(operation)
+                continue
+            self._deliver(run, pongs)
+            run, pongs, size = [], [], 0
             if type(operation) is not Outgoing:
                 self._call(operation)
+        self._deliver(run, pongs)
+
+    def _deliver(self, run: list[Outgoing], pongs: list[Pongs]) -> None:
         if run:
             self._call(self.sender.deliver, run)
+        for each in pongs:
+            self._call(each)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:

@@ -14,7 +14,7 @@ import unittest
 
 from tests.tools import attack, load, siege, support
 
-SECONDS = 8.0  # that an attack goes on
+SECONDS = 5.0  # that an attack goes on
 DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
 NOISE = random.Random(24).randbytes if hasattr(random.Random, "randbytes") else None
 
