@@ -20,14 +20,11 @@ import unittest
 import urllib.request
 import zlib
 
-from tests.tools.browser import BROWSERS, START, PageTestCase, Tab, in_each_engine, only_in
+from tests.tools.browser import BROWSERS, FILE, START, PageTestCase, Tab, in_each_engine, only_in
 from tests.tools.support import ROOT, Client, Process, eventually, free_port, require, scratch
 
 NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
 UP, PAGE_UP = "\ue013", "\ue00e"  # WebDriver 17.4.2
-
-# What files are made of in a page, from base64.
-FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
 
 
 def tearDownModule() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -49,6 +50,9 @@ PREFERENCES = {
     "toolkit.telemetry.server": "",
 }
 
+# An expression for a File in the page: its bytes in base64 and its name are the first two arguments.
+FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
+
 # Marionette's own scripts do not see a page's variables, only its functions. A script element does, and may be added.
 INJECT = """
     const made = document.createElement('script');
@@ -62,6 +66,16 @@ INJECT = """
     delete document.documentElement.dataset.result;
     return result;
 """
+
+
+def seal(page: str) -> str:
+    """The text of a page whose Content-Security-Policy has the hashes of its style and its script (CSP 3, 6.7.3.3)."""
+    for tag in "style", "script":
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert content, tag
+        digest = base64.b64encode(hashlib.sha256(content[1].encode()).digest()).decode()
+        page = re.sub(rf"({tag}-src\s+'sha256-)[^']*", rf"\g<1>{digest}", page)
+    return page
 
 
 @contextlib.contextmanager
@@ -445,7 +459,7 @@ class PageTestCase(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         path = pathlib.Path(folder.name, "page.html")
-        path.write_text(text, "utf-8")
+        path.write_text(seal(text), "utf-8")
         return path
 
     def wait(self, condition: typing.Callable[[], object], what: str) -> None:
@@ -470,3 +484,8 @@ def in_each_engine(case: type[PageTestCase]) -> None:
         name = f"{case.__name__}In{engine}"
         elsewhere = {each: None for each in dir(case) if engine not in getattr(getattr(case, each), "engines", ENGINES)}
         setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__, **elsewhere}))
+
+
+if __name__ == "__main__":
+    PAGE = ROOT / "pywebsock.html"
+    PAGE.write_text(seal(PAGE.read_text("utf-8")), "utf-8")
