@@ -80,9 +80,94 @@ class Draft(PageTestCase):
         self.wait(lambda: tab.run("return draft.value") == "hello", "the draft")
 
 
-for case in (Draft,):
+class Links(PageTestCase):
+    """Where a link ends, and how it reads."""
+
+    def test_where_a_link_ends(self) -> None:
+        texts = {
+            "https://en.wikipedia.org/wiki/WebSocket_(protocol)": "https://en.wikipedia.org/wiki/WebSocket_(protocol)",
+            "(see https://a.example/x_(y)).": "https://a.example/x_(y)",
+            "(https://a.example/x)": "https://a.example/x",
+            "«https://a.example/x»": "https://a.example/x",
+            "“https://a.example/x”…": "https://a.example/x",
+            "https://a.example/x… and": "https://a.example/x",
+            "https://a.example/x、次": "https://a.example/x",
+            "https://a.example/x。": "https://a.example/x",
+            "https://a.example/?q=[1]&b=2!": "https://a.example/?q=[1]&b=2",
+            "https://example.com/grüße": "https://example.com/grüße",
+            "https://evil.example/\u202emoc.elgoog.www": "https://evil.example/",
+            "https://a.example/" + ")" * 5: "https://a.example/",
+        }
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            for text in texts:
+                program.send(text)
+            tab.wait_for_messages(len(texts))
+        self.assertEqual(tab.messages(), list(texts))
+        links = tab.run("return Array.from(document.querySelectorAll('#log a'), a => a.textContent)")
+        self.assertEqual(links, list(texts.values()))
+
+    def test_an_override_does_not_turn_a_link_round(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            program.send("\u202ehttps://evil.example/www")
+            tab.wait_for_messages(1)
+        left = """const text = document.querySelector('#log a').firstChild, range = document.createRange();
+            const at = i => { range.setStart(text, i); range.setEnd(text, i + 1);
+                return range.getBoundingClientRect().left; };
+            return [at(0), at(1), at(10), at(20)]"""
+        places = tab.run(left)
+        self.assertEqual(places, sorted(places))
+
+    def test_hostile_links_take_no_time(self) -> None:
+        tab = self.open(self.from_disk(self.serve()))
+        for part in ")", "(", "http://", "http://a.b/(", ".", "»":
+            text = "http://a.example/" + part * (190_000 // len(part))
+            spent = tab.run("const start = performance.now(), p = document.createElement('p');"
+                            "fill(p, arguments[0]); return performance.now() - start", text)  # fmt: skip
+            self.assertLess(spent, 2000, part)
+
+
+class Pictures(PageTestCase):
+    """A few bytes may be many pixels."""
+
+    def test_a_picture_with_too_many_pixels_is_a_file(self) -> None:
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        with Client(server.port) as program:
+            program.send(png(16_000, 16_000))
+            program.send(png(4_000, 4_000))
+            tab.wait_for_messages(2)
+        self.wait(lambda: tab.run("return document.querySelector('#log img') !== null"), "the small picture")
+        time.sleep(0.5)
+        self.assertEqual(tab.run("return document.querySelectorAll('#log img').length"), 1)
+        self.assertEqual(tab.run("return document.querySelector('#log img').naturalWidth"), 4_000)
+        self.assertRegex(tab.messages()[0], r"^png, [\d,]+ bytes")
+
+    def test_the_size_is_read_from_the_first_bytes(self) -> None:
+        lossy = b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", 300, 200)
+        lossless = b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f" + struct.pack("<I", 299 | 199 << 14)
+        extended = b"RIFF\0\0\0\0WEBPVP8X\0\0\0\0\0\0\0\0" + struct.pack("<I", 299)[:3] + struct.pack("<I", 199)[:3]
+        jpeg = b"\xff\xd8\xff\xe0\x00\x10" + bytes(14) + b"\xff\xff\xc2\x00\x11\x08" + struct.pack("!HH", 200, 300)
+        many = b"\xff\xd8" + b"\xff\xe1\x00\x04\xff\xc0" * 50 + b"\xff\xc0\x00\x11\x08" + struct.pack("!HH", 200, 300)
+        avif = b"\0\0\0\x18ftypavif" + bytes(30) + b"\0\0\0\x14ispe\0\0\0\0" + struct.pack("!II", 300, 200)
+        tab = self.open(self.from_disk(self.serve()))
+        for data in (png(300, 200), b"GIF89a" + struct.pack("<HH", 300, 200), lossy, lossless, extended, jpeg, many,
+                     avif):  # fmt: skip
+            padded = base64.b64encode(data + bytes(20)).decode()
+            found = tab.run("return pixels(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)))", padded)
+            self.assertEqual(found, 60_000, data[:20])
+        for data in b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff" + bytes(50), b"GIF89a", b"RIFF1234WEBP":
+            found = tab.run("return pixels(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))) > 0",
+                            base64.b64encode(data).decode())  # fmt: skip
+            self.assertFalse(found, data)
+
+
+for case in (Draft, Links, Pictures,):
     in_each_engine(case)
-del case, Draft
+del case, Draft, Links, Pictures
 
 
 if __name__ == "__main__":
