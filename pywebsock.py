@@ -781,7 +781,14 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         return http_response(200, "application/json", figures, head=head)
     page = pathlib.Path(__file__).with_name("pywebsock.html")
     demand(os.access(page, os.R_OK), 404, "pywebsock.html does not lie beside pywebsock.py")
-    return http_response(200, "text/html; charset=utf-8", page.read_bytes(), head=head)
+    text = page.read_bytes()
+    return http_response(200, "text/html; charset=utf-8", text, *page_policy(text), head=head)
+
+
+def page_policy(page: bytes) -> list[tuple[str, str]]:
+    """The Content-Security-Policy of a page as a header field: a meta element applies only to what follows it."""
+    policy = re.search(rb'http-equiv="Content-Security-Policy"\s+content="([^"]*)"', page)
+    return [("Content-Security-Policy", " ".join(policy[1].decode().split()))] if policy else []
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
@@ -2292,6 +2299,7 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             "connections": len(self._connections.handlers),
             "refused": self._refused,
             "dropped": self._room.dropped,
+            "read_only": self.read_only,  # the page then offers no composer
             "slow": len(self._room.slow),
             "waiting": sum([client._outbox.size for client in self._room.slow.copy()]),  # bytes
             "version": __version__,
