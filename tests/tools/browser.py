@@ -53,17 +53,17 @@ PREFERENCES = {
 # An expression for a File in the page: its bytes in base64 and its name are the first two arguments.
 FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
 
-# Marionette's own scripts do not see a page's variables, only its functions. A script element does, and may be added.
+# Marionette's own scripts do not see a page's variables, only its functions, and its Content-Security-Policy forbids
+# further script elements. The debugger may run anything in the page.
 INJECT = """
-    const made = document.createElement('script');
-    made.textContent = `try {
-        document.documentElement.dataset.result = JSON.stringify(
-            [(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
-    } catch (error) { document.documentElement.dataset.result = JSON.stringify([null, String(error)]); }`;
-    document.documentElement.append(made);
-    made.remove();
-    const result = document.documentElement.dataset.result;
-    delete document.documentElement.dataset.result;
+    const { addDebuggerToGlobal } = ChromeUtils.importESModule('resource://gre/modules/jsdebugger.sys.mjs');
+    addDebuggerToGlobal(globalThis);
+    const made = new Debugger();
+    const page = made.addDebuggee(window.wrappedJSObject);
+    const { return: result } = page.executeInGlobal(`try {
+        JSON.stringify([(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
+    } catch (error) { JSON.stringify([null, String(error)]); }`);
+    made.removeAllDebuggees();
     return result;
 """
 
@@ -223,7 +223,7 @@ class Firefox:
 
     def execute_script(self, script: str, *arguments: typing.Any) -> typing.Any:
         """Run JavaScript in the page, and return what it returns."""
-        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": None}
+        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": "system"}
         value, error = json.loads(self.call("ExecuteScript", given))
         if error:
             raise RuntimeError(error)
