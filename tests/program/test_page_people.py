@@ -517,10 +517,13 @@ class Odds(PageTestCase):
             tab.wait_for_state("connected")
             self.wait(lambda: "nothing is missing" in tab.notes()[-1], "connected again")
         self.assertEqual(len(tab.notes()), 1)
+        tab.run("connection.welcome(false); connection.welcome(true)")
+        self.wait(lambda: "may be missing" in tab.notes()[-1], "a gap remains one, whatever comes after it")
+        shown, notes = len(tab.messages()), len(tab.notes())
         tab.send("y")
-        tab.wait_for_messages(2)
+        tab.wait_for_messages(shown + 1)
         tab.run("connection.drop('moved')")
-        self.wait(lambda: len(tab.notes()) == 2, "a line of its own after another message")
+        self.wait(lambda: len(tab.notes()) == notes + 1, "a line of its own after another message")
 
 
 class Sides(PageTestCase):
