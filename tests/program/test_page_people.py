@@ -396,13 +396,21 @@ class Pictures(PageTestCase):
         jpeg = b"\xff\xd8\xff\xe0\x00\x10" + bytes(14) + b"\xff\xff\xc2\x00\x11\x08" + struct.pack("!HH", 200, 300)
         many = b"\xff\xd8" + b"\xff\xe1\x00\x04\xff\xc0" * 50 + b"\xff\xc0\x00\x11\x08" + struct.pack("!HH", 200, 300)
         avif = b"\0\0\0\x18ftypavif" + bytes(30) + b"\0\0\0\x14ispe\0\0\0\0" + struct.pack("!II", 300, 200)
+        hidden = b"\xff\xd8\xff\xe0\x00\x02.\xc0\x00\x11\x08\x00\x01\x00\x01" + bytes(50)  # decoders skip it
         tab = self.open(self.from_disk(self.serve()))
         for data in (png(300, 200), b"GIF89a" + struct.pack("<HH", 300, 200), lossy, lossless, extended, jpeg, many,
                      avif):  # fmt: skip
             padded = base64.b64encode(data + bytes(20)).decode()
             found = tab.run("return pixels(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0)))", padded)
             self.assertEqual(found, 60_000, data[:20])
-        for data in b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff" + bytes(50), b"GIF89a", b"RIFF1234WEBP":
+        for data in (
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"\xff\xd8\xff" + bytes(50),
+            hidden,
+            b"GIF89a",
+            b"RIFF1234WEBP",
+        ):
             found = tab.run("return pixels(Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))) > 0",
                             base64.b64encode(data).decode())  # fmt: skip
             self.assertFalse(found, data)
@@ -500,7 +508,9 @@ class Odds(PageTestCase):
         tab = self.open(self.from_disk(server))
         # A page that leaves stores its own state: so it has to be spoilt after that.
         spoil = "addEventListener('pagehide', () => sessionStorage.setItem(storageKey, arguments_0))"
-        for nonsense in "{", "null", "7", '{"texts": 7}', '{"tail": [null], "texts": [null, [5], {}], "draft": {}}':
+        tail = '{"tail": [{"fingerprint": "string 11 0", "time": "never"}], "texts": [["x", "toString"]]}'
+        several = '{"tail": [null], "texts": [null, [5], {}], "draft": {}}'
+        for nonsense in "{", "null", "7", '{"texts": 7}', several, tail:
             tab.run(spoil.replace("arguments_0", repr(nonsense)))
             tab.reload()
             tab.wait_for_state("connected")
