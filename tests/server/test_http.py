@@ -34,6 +34,8 @@ class Page(ServerTestCase):
                 status, fields, body = exchange(port, http("GET", target))
                 self.assertEqual((status, body), (200, page))
                 self.assertEqual(fields["content-type"], "text/html; charset=utf-8")
+                self.assertRegex(fields["content-security-policy"], "^default-src 'none'; .*; form-action 'none'")
+                self.assertIn(fields["content-security-policy"], " ".join(page.decode().split()))
                 self.assertEqual(fields["content-length"], str(len(page)))
                 self.assertEqual(fields["connection"], "close")
 
@@ -77,6 +79,7 @@ class Status(ServerTestCase):
         self.assertEqual([figures[name] for name in ("clients", "messages", "bytes")], [1, 2, 8])
         self.assertGreaterEqual(figures["uptime"], 0)
         self.assertLess(figures["uptime"], 60)
+        self.assertIs(figures["read_only"], False)
 
     def test_head(self) -> None:
         status, fields, body = exchange(self.serve().server_address[1], http("HEAD", "/status?x"))
