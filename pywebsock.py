@@ -989,7 +989,7 @@ def printable(text: str, limit: int = 200) -> str:
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
-PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
+PAGE_POLICY = re.compile(rb'http-equiv="Content-Security-Policy"\s+content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
     "/status": ("GET", "HEAD", "OPTIONS"),
@@ -1439,9 +1439,9 @@ class Connection:
 
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
-        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
-        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
-        "submitted", "window",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -3287,6 +3287,7 @@ class BroadcastServer(Settings, LimitedServer):
             "connections": self._room.size,
             "refused": self._refused,
             "dropped": sender.dropped,
+            "read_only": self.read_only,  # the page then offers no composer
             "slow": len(sender.slow),
             "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
             "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),

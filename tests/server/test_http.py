@@ -34,8 +34,6 @@ class Page(ServerTestCase):
                 status, fields, body = exchange(port, http("GET", target))
                 self.assertEqual((status, body), (200, page))
                 self.assertEqual(fields["content-type"], "text/html; charset=utf-8")
-                self.assertRegex(fields["content-security-policy"], "^default-src 'none'; .*; form-action 'none'")
-                self.assertIn(fields["content-security-policy"], " ".join(page.decode().split()))
                 self.assertEqual(fields["content-length"], str(len(page)))
                 self.assertEqual(fields["connection"], "close")
 
@@ -45,10 +43,10 @@ class Page(ServerTestCase):
         self.assertEqual(exchange(port, http("HEAD"))[2], b"")
 
     def test_policy(self) -> None:
-        """That of the page itself, as a header."""
+        """That of the page itself, as a header (whose value is here in lower case)."""
         policy = exchange(self.serve().server_address[1], http("GET"))[1]["content-security-policy"]
         self.assertRegex(policy, "^default-src 'none'; [ -~]*; frame-ancestors 'none'$")
-        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").split()))
+        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").lower().split()))
 
     def test_http_1_0(self) -> None:
         """Without a Host, which HTTP/1.0 does not demand."""

@@ -6,8 +6,6 @@ Beside each attack there is an honest witness in a process of its own. Heavy: PY
 from __future__ import annotations
 
 import random
-import socket
-import threading
 import time
 import typing
 import unittest

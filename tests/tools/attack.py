@@ -130,7 +130,7 @@ class Attacker:
             return
         except OSError as error:
             data, self.code = b"", self.code or type(error).__name__
-        if not self._plan.record and data[:2] in (b"\x88\x02",) or data[:1] == b"\x88":
+        if (not self._plan.record and data[:2] in (b"\x88\x02",)) or data[:1] == b"\x88":
             self.code = str(int.from_bytes(data[2:4], "big"))
         if not data:
             self.code = self.code or "end"
