@@ -585,7 +585,7 @@ class MessageReader:
         if pieces and len(pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
             pieces[-1] += piece
         else:
-            pieces.append(bytearray(piece))
+            pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
         self._pieces = pieces
         self._length += len(piece)
 
@@ -1390,7 +1390,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -1495,8 +1495,10 @@ class Connection:
             return None
         except WOULD_BLOCK:
             return None
-        much = len(data) > SMALL_READ_SIZE // 2
-        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if len(data) == self.read_size:
+            self.read_size = min(4 * self.read_size, READ_SIZE)
+        elif len(data) < self.read_size // 16:
+            self.read_size = SMALL_READ_SIZE
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
