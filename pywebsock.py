@@ -2456,6 +2456,8 @@ class Sender:
 
     def pong(self, connection: Connection, frames: list[bytes]) -> None:
         """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        if connection.pongs is frames:
+            connection.pongs = []
         if connection.state is not State.OPEN:
             return
         if connection.pieces:
@@ -2622,7 +2624,6 @@ class Receiver:
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
         self.slice_time = SLICE_TIME  # seconds for each connection in this round
-        self._pinged: list[Connection] = []  # with Pings to be answered
         self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
 
@@ -2733,7 +2734,7 @@ class Receiver:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
             if not connection.pongs:
-                self._pinged.append(connection)
+                self._queue.put_own((connection, connection.pongs))
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2753,6 +2754,8 @@ class Receiver:
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
+        if connection.pongs:  # those for Pings behind this message come behind it, too
+            connection.pongs = []
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
@@ -2773,13 +2776,6 @@ class Receiver:
     def _is_long(self, payload: Octets) -> bool:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
-
-    def send_pongs(self) -> None:
-        """Answer the Pings that were read: behind the messages, so that Pings do not part these."""
-        connections, self._pinged = self._pinged, []
-        for connection in connections:
-            pongs, connection.pongs = connection.pongs, []
-            self._sender.guard(self._sender.pong, connection, pongs)
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2941,6 +2937,7 @@ class Loop(threading.Thread):
         """Send everything that was read or queued."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
+        pongs: list[tuple[Connection, list[bytes]]] = []  # behind the run, so that Pings do not part it
         size = 0
         for operation in self._queue.take():
             if type(operation) is Outgoing:
@@ -2948,14 +2945,21 @@ class Loop(threading.Thread):
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
-            if run:
-                self._call(self._deliver, run)
-                run, size = [], 0
-            if type(operation) is not Outgoing:
+            elif type(operation) is tuple:
+                pongs.append(operation)
+                if run:
+                    continue
+            self._send(run, pongs)
+            run, pongs, size = [], [], 0
+            if callable(operation):
                 self._call(operation)
+        self._send(run, pongs)
+
+    def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         if run:
             self._call(self._deliver, run)
-        self.receiver.send_pongs()
+        for connection, frames in pongs:
+            self.sender.guard(self.sender.pong, connection, frames)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
