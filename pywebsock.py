@@ -1710,7 +1710,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if start.isalpha():
             self.request = socket.fromfd(self.request.fileno(), self.request.family, self.request.type)
             raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
-        self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        try:
+            self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        except HandshakeError as error:  # which cannot be answered without TLS
+            raise TimeoutError(str(error)) from None
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""

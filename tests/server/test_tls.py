@@ -135,7 +135,9 @@ class TLS(ServerTestCase):
             with self.subTest(data=data[:20]), self.assertLogs("pywebsock", "DEBUG") as logged:
                 client = self.connect(server, handshake=False)
                 client.send_raw(data)
+                start = time.monotonic()
                 client.read_all()
+                self.assertLess(time.monotonic() - start, server.close_timeout)  # which is for those who are answered
                 client.socket.close()
                 eventually(functools.partial(getattr, logged, "records"))
                 self.assertEqual([record.exc_info for record in logged.records], [None])
