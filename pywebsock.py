@@ -38,52 +38,41 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-What to read.  In the first hour, the protocol: the parts up to the opening handshake know no
-sockets and no threads, take bytes, and give values or raise.  In the second, a client's life
-and the engine: Turn, State and WebSocketHandler, Room.  The rest can be left out: HTTP, the
-trace and TLS until they are wanted, housekeeping and server until something is to be changed,
-many machines by whoever has one.
+How to read it.  The README has the idea in sixty lines; this file adds what those lack.  First the
+protocol: the parts up to "Opening handshake" know no sockets and no threads; they take bytes, and
+return values or raise.  Then the engine: State, Connection, WebSocketHandler, Room and Loop.  Skip
+the rest until you need it.
 
-    vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
-    errors                what the pure parts raise
-    base framing          masking, frames out, frames in       RFC 6455 5
+    Vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
+    Errors                what the pure parts raise
+    Base framing          masking, frames out, frames in       RFC 6455 5
     permessage-deflate    offers, inflating, deflating         RFC 7692
-    messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
-    opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
+    Messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
+    Opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
     HTTP                  the page, the status, POST           RFC 9110
-    trace                 what passes, drawn as in 5.2
-    settings, log         what can be set, and what is said
-    transports            TLS that looks like a socket         RFC 8446
-    Outbox                what one socket has yet to take
-    Turn                  one order for all operations
-    connections           State, WebSocketHandler              RFC 6455 5.5, 7
-    Room                  the clients that get broadcasts
-    housekeeping          deadlines, slow clients, limits
-    server                BroadcastServer
-    many machines         servers that share a Redis stream    (RESP2)
-    command line          main()
+    Trace                 frames drawn as in 5.2
+    Settings and the log
+    Hooks                 the program's code, in its threads
+    Connections           State, Connection, WebSocketHandler  RFC 6455 5.5, 7
+    Room                  the set of clients, and the queue
+    Loop                  reading, sending, ending, deadlines
+    Server                BroadcastServer
+    Many machines         servers that share a Redis stream    (RESP2)
+    Command line          main()
 
-Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
-hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more
-keep the link.  Any other may call broadcast(), send() and close().
+Threads.  One thread accepts connections: it runs serve_forever().  Each new connection has a
+thread for its opening handshake or HTTP request, which ends with that.  The *loop* thread owns the
+sockets of all clients: it reads them, decodes frames, sends, and enforces deadlines.  Hook threads
+run the hooks and write the log.  With --redis, two more threads keep the link.  Any other thread
+may call broadcast(), send() and close().
 
-The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
-closing or leaving.  Operations are carried out one at a time, in one order, by whichever
-thread has the *turn*; the class Turn says how, and why nothing is left behind.  Outbox and
-Room belong to the turn: they are touched in it alone, so they have no locks.  Three rules
-hold everywhere:
+One rule: the loop owns the sockets of open connections; other threads put operations into its
+queue; a lock guards the set of clients.  An operation is a message, a client that joins, or a Close.
+The queue is the one order in which all clients see them.  Nothing in the loop waits.
 
-- A connection's own thread only reads from its socket.  What sends on it, shuts it down or
-  closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
-- In the turn nothing waits, and no hook is called.
-- Locks are taken in the order: exit (of thousands, one leaves at a time), turn, then
-  one of the others (the tally of the turn, the two of a TLS, the seats, the budget, the pace,
-  the news of the connections and of the link), held alone, for a few instructions.
-
-Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
-the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
-window of deflate, 9 to 15 bits, or 0 without compression.  Slow: with something in its
-outbox.  Holder: the thread that has the turn.
+Words.  A client is a connection after its opening handshake; before it, a connection is pending.
+A window is the LZ77 window of deflate, 9 to 15 bits, or 0 without compression.  A client is slow
+while something waits in its outbox.
 """
 
 from __future__ import annotations
@@ -596,7 +585,7 @@ class MessageReader:
         if pieces and len(pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
             pieces[-1] += piece
         else:
-            pieces.append(bytearray(piece))
+            pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
         self._pieces = pieces
         self._length += len(piece)
 
@@ -1000,7 +989,7 @@ def printable(text: str, limit: int = 200) -> str:
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
-PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
+PAGE_POLICY = re.compile(rb'http-equiv="Content-Security-Policy"\s+content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
     "/status": ("GET", "HEAD", "OPTIONS"),
@@ -1401,7 +1390,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -1449,10 +1438,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_flood", "is_shut", "is_waiting",
-        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
-        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
-        "submitted", "window",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1469,6 +1458,7 @@ class Connection:
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
         self.is_waiting = False  # in the loop's line of those whose events go on
+        self.is_ending = False  # in the line of those that end: it is not read
         self.is_flood = False  # its last bytes took long: it comes after the others
         self.paused = False  # it is not read, until resumed
         self.is_blocked = False  # reading must wait until TLS can write
@@ -1505,8 +1495,10 @@ class Connection:
             return None
         except WOULD_BLOCK:
             return None
-        much = len(data) > SMALL_READ_SIZE // 2
-        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if len(data) == self.read_size:
+            self.read_size = min(4 * self.read_size, READ_SIZE)
+        elif len(data) < self.read_size // 16:
+            self.read_size = SMALL_READ_SIZE
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
@@ -1889,7 +1881,7 @@ class WebSocketHandler(RequestHandler):
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
             if self._inbox:
                 server._run_hook(self, server.on_open)
-                room.put(functools.partial(server._loop.receiver.resume, connection))
+                server._queue.put(functools.partial(server._loop.receiver.resume, connection))
         finally:
             if self._inbox:
                 server._hooks.release(self._inbox)
@@ -1947,6 +1939,126 @@ def uses_select() -> bool:
     return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 
 
+class Queue:
+    """Operations on their way to the loop: messages, and what is to be called. One queue is one order.
+
+    Any thread puts operations in. The loop takes them out, and never waits for anybody.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may broadcast in any place
+        self._space = threading.Condition(self._lock)  # notified when senders may go on
+        self._operations: list[Any] = []
+        self._size = 0  # bytes of these
+        self._held = False  # senders wait for a client that is behind
+        self._is_asleep = False  # the loop waits: a byte wakes it
+        self._has_ended = False  # there is no loop any more
+        self._alarm: socket.socket | None = None
+        self._ring: socket.socket | None = None  # a byte sent here wakes the loop
+        self.loop_thread = 0
+
+    # ---- any thread ----
+
+    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
+        """Queue an operation for the loop. Never waits."""
+        with self._lock:
+            self._operations.append(operation)
+            self._size += size
+            wake, self._is_asleep = self._is_asleep, False
+        if wake:
+            self.wake()
+
+    def put_message(self, message: Outgoing) -> None:
+        """Queue a message, and wait while too much is queued."""
+        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
+        self.put(message, message.size + MESSAGE_COST + recipients)
+        if self.is_full:
+            self.wait_for_space()
+
+    def wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
+        if threading.get_ident() == self.loop_thread:
+            return True
+        with self._lock:
+            return self._space.wait_for(lambda: not self.is_full, timeout)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether senders wait."""
+        return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
+
+    def wake(self) -> None:
+        """Wake the loop."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            if self._ring:
+                self._ring.send(b"!")
+
+    # ---- the loop ----
+
+    def open(self, selector: selectors.BaseSelector) -> None:
+        """Let the selector wait for what wakes the loop."""
+        self._alarm, self._ring = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        selector.register(self._alarm, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """From now on operations are carried out, in this thread."""
+        self.loop_thread = threading.get_ident()
+
+    def put_own(self, operation: Any) -> None:
+        """Queue an operation of the loop itself: it is carried out in this round."""
+        self._operations.append(operation)
+
+    def __len__(self) -> int:
+        return len(self._operations)
+
+    def fall_asleep(self) -> bool:
+        """Whether nothing is queued; then what is queued next wakes the loop."""
+        with self._lock:
+            self._is_asleep = not self._operations
+            return self._is_asleep
+
+    def hear_alarm(self) -> None:
+        """Take the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            if self._alarm:
+                self._alarm.recv(4096)
+
+    def take(self) -> list[Any]:
+        """All that is queued."""
+        if not self._operations:
+            return []
+        with self._lock:
+            operations, self._operations = self._operations, []
+            was_full, self._size = self._size > QUEUE_SIZE, 0
+            if was_full:
+                self._space.notify_all()
+        return operations
+
+    @property
+    def held(self) -> bool:
+        """Whether senders wait for a client that is behind."""
+        return self._held
+
+    def hold(self, held: bool) -> None:
+        """Let senders wait, or go on."""
+        if held != self._held:
+            with self._lock:
+                self._held = held
+                self._space.notify_all()
+
+    def end(self) -> None:
+        """Nothing is carried out any more."""
+        with self._lock:
+            self._has_ended = True
+            self._operations.clear()
+            self._space.notify_all()
+        for end in (self._alarm, self._ring):
+            if end:
+                end.close()
+
+
 class Joiner:
     """A client that joins: its response, and the frames of the history that were prepared for it."""
 
@@ -1959,12 +2071,13 @@ class Joiner:
 
 
 class Room:
-    """The shared set of clients, the last messages, and the queue of operations for the loop. Any thread.
+    """The shared set of clients, and the last messages. Any thread.
 
     One lock guards all of it. It is held for short pieces of code that never wait.
     """
 
-    def __init__(self, max_clients: int, history: int, history_size: int) -> None:
+    def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
+        self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
         self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
@@ -1983,16 +2096,6 @@ class Room:
         self._history_size = 0
         self.messages = self.bytes = 0  # broadcast so far; bytes of payload
         self._preparing = threading.Lock()  # one joiner at a time compresses the history
-
-        self._space = threading.Condition(self.lock)  # notified when senders may go on
-        self._queue: list[Any] = []  # operations: messages, and what is to be called
-        self._queued = 0  # bytes of these
-        self.held = False  # senders wait for a client that is behind
-        self._is_asleep = False  # the loop waits: a byte wakes it
-        self._alarm, self._ring = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
-        self.loop_thread = 0
 
     # ---- the set of clients ----
 
@@ -2025,10 +2128,10 @@ class Room:
             client._connection = connection
             del self.pending[client.request]
             self.connections.add(connection)
-            self.put(functools.partial(self.adopt, joiner))
+            self._queue.put(functools.partial(self.adopt, joiner))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
-                self.put(functools.partial(self.close_connection, connection, early))
+                self._queue.put(functools.partial(self.close_connection, connection, early))
 
     def first_frames(self, joiner: Joiner) -> list[bytes]:
         """What a client gets first; in the loop."""
@@ -2063,7 +2166,7 @@ class Room:
             if not client._connection:
                 client._early = client._early or frame
                 return
-            self.put(functools.partial(self.close_connection, client._connection, frame))
+            self._queue.put(functools.partial(self.close_connection, client._connection, frame))
 
     def close_all(self) -> None:
         """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
@@ -2113,96 +2216,7 @@ class Room:
             for window in list(self._sends):
                 message.frame(window)
 
-    # ---- the queue ----
-
-    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
-        """Queue an operation for the loop. Never waits."""
-        with self.lock:
-            self._queue.append(operation)
-            self._queued += size
-            wake, self._is_asleep = self._is_asleep, False
-        if wake:
-            self.wake()
-
-    def put_own(self, operation: Any) -> None:
-        """Queue an operation of the loop itself: it is carried out in this round."""
-        self._queue.append(operation)
-
-    def put_message(self, message: Outgoing) -> None:
-        """Queue a message, and wait while too much is queued."""
-        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
-        self.put(message, message.size + MESSAGE_COST + recipients)
-        if self._must_wait():
-            self.wait_for_space()
-
-    def wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
-        if threading.get_ident() == self.loop_thread:
-            return True
-        with self.lock:
-            return self._space.wait_for(lambda: not self._must_wait(), timeout)
-
-    def _must_wait(self) -> bool:
-        return (self._queued > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self._has_ended
-
-    def wake(self) -> None:
-        """Wake the loop."""
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
-
-    # ---- the loop ----
-
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """From now on operations are carried out."""
-        selector.register(self._alarm, selectors.EVENT_READ)
-        self.loop_thread = threading.get_ident()
-
-    @property
-    def length(self) -> int:
-        """The number of operations queued."""
-        return len(self._queue)
-
-    def fall_asleep(self) -> bool:
-        """Whether nothing is queued; then what is queued next wakes the loop."""
-        with self.lock:
-            self._is_asleep = not self._queue
-            return self._is_asleep
-
-    def hear_alarm(self) -> None:
-        """Take the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
-            self._alarm.recv(4096)
-
-    def take(self) -> list[Any]:
-        """All that is queued."""
-        if not self._queue:
-            return []
-        with self.lock:
-            operations, self._queue = self._queue, []
-            was_full, self._queued = self._queued > QUEUE_SIZE, 0
-            if was_full:
-                self._space.notify_all()
-        return operations
-
-    def hold(self, held: bool) -> None:
-        """Let senders wait, or go on."""
-        if held != self.held:
-            with self.lock:
-                self.held = held
-                if not held:
-                    self._space.notify_all()
-
-    def end(self) -> None:
-        """Nothing is carried out any more."""
-        with self.lock:
-            self._has_ended = True
-            self._queue.clear()
-            self._space.notify_all()
-            self._fewer.notify_all()
-        self._alarm.close()
-        self._ring.close()
-
-    # ---- how many there are ----
+    # ---- connections ----
 
     @property
     def size(self) -> int:
@@ -2232,6 +2246,11 @@ class Room:
                 self._fewer.wait(0.1)  # in slices: a signal may come
             return self.size <= number
 
+    def end(self) -> None:
+        """Nobody joins any more."""
+        with self.lock:
+            self._has_ended = True
+
 
 def send_nothing(data: Octets | memoryview) -> int:
     """In the place of a client's send() while others wait in its outbox."""
@@ -2248,19 +2267,158 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-RECIPIENTS = operator.attrgetter("to")
+HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+
+
+class Budget:
+    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._lock = threading.Lock()
+
+    def take(self, size: int, force: bool = False) -> bool:
+        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
+        with self._lock:
+            if size > self._left and not force:
+                return False
+            self._left -= size
+            return True
+
+    def give_back(self, size: int) -> None:
+        """So many bytes are free again."""
+        with self._lock:
+            self._left += size
+
+
+class Unfinished:
+    """Shares the budget out to connections with unfinished messages. Runs in the loop.
+
+    When the budget is used up, those that need more are not read, and go on one at a time: the
+    *first* of them may exceed the budget, so that there is always progress. While others
+    wait, the connections that bring less than SLOWEST_POST end.
+    """
+
+    GRACE = 2.0  # seconds
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._first: Connection | None = None  # may exceed the budget
+        self._holders: set[Connection] = set()  # connections with something kept
+        self.waiting: deque[Connection] = deque()  # paused until there is room
+        self._ready: list[Connection] = []  # to be resumed
+
+    def grow(self, connection: Connection, now: float) -> bool:
+        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
+        size = connection.reader.size - connection.kept
+        is_first = self._first in (None, connection)
+        if not self._budget.take(size):
+            if not is_first:
+                self.waiting.append(connection)
+                return False
+            self._first = connection
+            self._budget.take(size, force=True)
+        if not connection.kept:
+            self._holders.add(connection)
+            connection.began, connection.received = now, 0
+        connection.kept += size
+        return True
+
+    def release(self, connection: Connection) -> None:
+        """A message is finished, or its connection. One of those that wait can go on."""
+        self._budget.give_back(connection.kept)
+        connection.kept = 0
+        self._holders.discard(connection)
+        if self._first is connection:
+            self._first = None
+        if connection in self._ready:  # its turn had come
+            self._ready.remove(connection)
+        while self.waiting and not self._ready:
+            waiting = self.waiting.popleft()
+            if waiting.paused and waiting.state in (State.OPEN, State.CLOSING):
+                self._ready.append(waiting)
+
+    def take_ready(self) -> list[Connection]:
+        """Those that may go on."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def slow_ones(self, now: float) -> list[Connection]:
+        """Those that keep others waiting."""
+        if not self.waiting:
+            return []
+        slow = []
+        for connection in self._holders:
+            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
+            if not connection.paused and connection.received < fair:
+                slow.append(connection)
+        return slow
+
+
+class Gate:
+    """Decides whether a client may send a message now. Runs in the loop.
+
+    Connections that may not are paused, until they are among those `to_resume`.
+    """
+
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._queue = server, server._queue
+        self._has_limits = bool(server.read_only or server.rate or server._link)
+        self.unfinished = Unfinished(server._budget)
+        self._held_back: list[Connection] = []  # until nobody quick is behind, and Redis has taken what there is
+        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: until the rate allows one more message
+        self._count = itertools.count()
+
+    def lets_through(self, connection: Connection, now: float) -> bool:
+        """Whether a client may send a message now. Raises ProtocolError."""
+        if self._queue.held:
+            self._held_back.append(connection)
+            return False
+        return not self._has_limits or self._may_send(connection, now)
+
+    def _may_send(self, connection: Connection, now: float) -> bool:
+        server = self._server
+        if server.read_only:
+            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+        if server._link and server._link.is_full:
+            self._held_back.append(connection)
+            return False
+        if server.rate:
+            connection.pace = connection.pace or Pace()
+            wait = connection.pace.wait_time(server.rate, now)
+            if wait:
+                heapq.heappush(self._alarms, (now + wait, next(self._count), connection))
+                return False
+            connection.pace.take(server.rate, now)
+        return True
+
+    def wait_time(self, now: float) -> float:
+        """Seconds until somebody may have to be resumed."""
+        wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
+        return min(wait, self._alarms[0][0] - now) if self._alarms else wait
+
+    def to_resume(self, now: float) -> list[Connection]:
+        """Those that may go on."""
+        connections = self.unfinished.take_ready()
+        while self._alarms and self._alarms[0][0] <= now:
+            connections.append(heapq.heappop(self._alarms)[2])
+        link = self._server._link
+        if self._held_back and not self._queue.held and not (link and link.is_full):
+            connections += self._held_back
+            self._held_back = []
+        return connections
 
 
 class Sender:
     """Sends to connections, and ends them: every change of their State. Runs in the loop."""
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
-        self._server, self._room, self._hooks = server, room, hooks
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector  # of all clients
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
-        self.unfinished = Unfinished(server._budget)
+        self.gate = Gate(server)
 
     def guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
         """Do something for one connection: what is raised ends that one alone."""
@@ -2358,31 +2516,6 @@ class Sender:
         behind = [connection for connection in self.slow if connection.size > limit]
         return any(connection.is_quick(self.now) for connection in behind)
 
-    # ---- messages ----
-
-    def deliver(self, run: list[Outgoing]) -> None:
-        """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
-            messages = list(group)
-            for window, sends in self._room.recipients(messages, to):
-                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
-
-    def _fan_out(self, data: bytes, sends: Sends) -> None:
-        """Send the same bytes to many: this loop is where the time goes."""
-        size, rest = len(data), []
-        for client, send in sends.items():
-            try:
-                sent = send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except (OSError, MemoryError) as error:
-                self.guard(self.fail, client._connection, error)
-                continue
-            if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self.guard(self.keep, client._connection, data, sent)
-
     # ---- ending ----
 
     def close(self, connection: Connection, frame: bytes) -> None:
@@ -2407,8 +2540,8 @@ class Sender:
         self.flush(connection)
 
     def _finish(self, connection: Connection) -> None:
-        """All is sent: end the own side, and CLOSED when the peer has ended its own."""
-        if not connection.is_shut:
+        """When all is sent, end the own side; CLOSED when the peer has ended its own, too."""
+        if not connection.is_shut and not connection.pieces:
             with contextlib.suppress(BlockingIOError):
                 connection.end_sending()
                 connection.moved = self.now
@@ -2470,91 +2603,14 @@ class Sender:
         connection.state, connection.events = State.CLOSED, None
         self.watch(connection)
         self.slow.discard(connection)
-        self.unfinished.release(connection)
+        self.gate.unfinished.release(connection)
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
         self._room.remove(None, connection)
 
 
-class Budget:
-    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._lock = threading.Lock()
-
-    def take(self, size: int, force: bool = False) -> bool:
-        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
-        with self._lock:
-            if size > self._left and not force:
-                return False
-            self._left -= size
-            return True
-
-    def give_back(self, size: int) -> None:
-        """So many bytes are free again."""
-        with self._lock:
-            self._left += size
-
-
-class Unfinished:
-    """Shares the budget out to connections with unfinished messages. Runs in the loop.
-
-    When the budget is used up, those that need more are not read, and go on one at a time: the
-    *first* of them may exceed the budget, so that there is always progress. While others
-    wait, the connections that bring less than SLOWEST_POST end.
-    """
-
-    GRACE = 2.0  # seconds
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._first: Connection | None = None  # may exceed the budget
-        self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: deque[Connection] = deque()  # paused until there is room
-        self.ready: deque[Connection] = deque()  # to be resumed
-
-    def grow(self, connection: Connection, now: float) -> bool:
-        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
-        size = connection.reader.size - connection.kept
-        is_first = self._first in (None, connection)
-        if not self._budget.take(size):
-            if not is_first:
-                self.waiting.append(connection)
-                return False
-            self._first = connection
-            self._budget.take(size, force=True)
-        if not connection.kept:
-            self._holders.add(connection)
-            connection.began, connection.received = now, 0
-        connection.kept += size
-        return True
-
-    def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection. One of those that wait can go on."""
-        self._budget.give_back(connection.kept)
-        connection.kept = 0
-        self._holders.discard(connection)
-        if self._first is connection:
-            self._first = None
-        while self.waiting and not self.ready:
-            waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state is not State.CLOSED:
-                self.ready.append(waiting)
-
-    def slow_ones(self, now: float) -> list[Connection]:
-        """Those that keep others waiting."""
-        if not self.waiting:
-            return []
-        slow = []
-        for connection in self._holders:
-            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
-            if not connection.paused and connection.received < fair:
-                slow.append(connection)
-        return slow
-
-
 SLICE_TIME = 0.002  # seconds for what one connection sends
+LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
@@ -2568,15 +2624,16 @@ class Receiver:
     peer back. It is resumed when the rate, the hooks, the budget, or those that are behind allow it.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks, sender: Sender) -> None:
-        self._server, self._room, self._hooks, self._sender = server, room, hooks, sender
-        self._has_limits = bool(server.read_only or server.rate or server._link)
+    def __init__(self, server: BroadcastServer, sender: Sender) -> None:
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self._sender = sender
+        self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
+        self.slice_time = SLICE_TIME  # seconds for each connection in this round
+        self._pinged: list[Connection] = []  # with Pings to be answered
+        self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
-        self.held_back: list[Connection] = []  # paused while senders wait
-        self.alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
-        self._count = itertools.count()
 
     # ---- operations ----
 
@@ -2608,33 +2665,13 @@ class Receiver:
             connection.events = itertools.chain(events, connection.events)
         self._sender.watch(connection)
 
-    @property
-    def must_wait(self) -> bool:
-        """Whether no message may be taken now: a quick client is behind, or Redis has not taken what there is."""
-        link = self._server._link
-        return self._room.held or (link is not None and link.is_full)
-
-    def look_around(self) -> None:
-        """Resume those that may go on."""
-        now, unfinished = self._sender.now, self._sender.unfinished
-        while self.alarms and self.alarms[0][0] <= now:
-            self.resume(heapq.heappop(self.alarms)[2])
-        for connection in unfinished.slow_ones(now):
-            self._sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
-        while unfinished.ready:
-            self.resume(unfinished.ready.popleft())
-        if self.held_back and not self.must_wait:
-            connections, self.held_back = self.held_back, []
-            for connection in connections:
-                self.resume(connection)
-
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
         """Read a client that has something, once, and act on it; a flood comes after the others."""
-        if connection.is_flood:
+        if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
-        elif not connection.is_waiting:
+        elif not (connection.is_waiting or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
@@ -2666,12 +2703,13 @@ class Receiver:
     def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
+        self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
-            elif connection.interest & selectors.EVENT_READ:
+            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
                 self._try(self._read, connection)
             if self.has_much or time.monotonic() > until:
                 return
@@ -2679,11 +2717,11 @@ class Receiver:
     @property
     def has_much(self) -> bool:
         """Whether so much was read that it goes out before more is read."""
-        return self.read_size > RUN_SIZE or self._room.length > RUN_LENGTH
+        return self.read_size > RUN_SIZE or len(self._queue) > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
-        until = time.monotonic() + SLICE_TIME
+        until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
@@ -2697,14 +2735,14 @@ class Receiver:
             if connection.has_more:
                 self.line_up(connection)
         finally:
-            if connection.pongs:
-                self._send_pongs(connection)
             if messages:
                 self._submit(connection, messages)
 
     def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
+            if not connection.pongs:
+                self._pinged.append(connection)
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2713,24 +2751,18 @@ class Receiver:
             self._hear_close(connection, payload, messages)
             return False
         elif opcode == CONT:
-            if not self._sender.unfinished.grow(connection, self._sender.now):
+            if not self.gate.unfinished.grow(connection, self._sender.now):
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
             if connection.kept:
-                self._sender.unfinished.release(connection)
+                self.gate.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
-        if connection.pongs:
-            self._send_pongs(connection)
-        if self._has_limits and not self._may_send(connection):
-            self._pause(connection, (opcode, payload))
-            return False
-        if self._room.held:
-            self.held_back.append(connection)
+        if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
         inbox = connection.client._inbox
@@ -2738,7 +2770,7 @@ class Receiver:
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
-                self._room.put_own(Outgoing(opcode, payload))
+                self._queue.put_own(Outgoing(opcode, payload))
             return True
         messages.append((opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
@@ -2751,27 +2783,12 @@ class Receiver:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
-    def _may_send(self, connection: Connection) -> bool:
-        """Whether a client may send a message now; otherwise it is resumed when it may. Raises ProtocolError."""
-        server = self._server
-        if server.read_only:
-            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
-        if server._link and server._link.is_full:
-            self.held_back.append(connection)
-            return False
-        if server.rate:
-            connection.pace = connection.pace or Pace()
-            wait = connection.pace.wait_time(server.rate, self._sender.now)
-            if wait:
-                heapq.heappush(self.alarms, (self._sender.now + wait, next(self._count), connection))
-                return False
-            connection.pace.take(server.rate, self._sender.now)
-        return True
-
-    def _send_pongs(self, connection: Connection) -> None:
-        """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
-        pongs, connection.pongs = connection.pongs, []
-        self._room.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
+    def send_pongs(self) -> None:
+        """Answer the Pings that were read: behind the messages, so that Pings do not part these."""
+        connections, self._pinged = self._pinged, []
+        for connection in connections:
+            pongs, connection.pongs = connection.pongs, []
+            self._sender.guard(self._sender.pong, connection, pongs)
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2783,13 +2800,27 @@ class Receiver:
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
-        operation = functools.partial(self._sender.guard, act, connection, *arguments)
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
-            self._hooks.submit(inbox, functools.partial(self._room.put, operation))
+            operation = functools.partial(self.end_soon, connection, act, *arguments)
+            self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self._room.put_own(operation)
+            self.end_soon(connection, act, *arguments)
+
+    def end_soon(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """End a connection behind what the others send: thousands may end at once."""
+        if not connection.is_ending:
+            connection.is_ending = True
+            self.endings.append((connection, act, arguments))
+
+    def end_some(self) -> None:
+        """End connections, for some time."""
+        until = time.monotonic() + ROUND_TIME
+        while self.endings and time.monotonic() < until:
+            connection, act, arguments = self.endings.popleft()
+            connection.is_ending = False
+            self._sender.guard(act, connection, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
@@ -2798,11 +2829,13 @@ class Receiver:
         self._hooks.submit(client._inbox, functools.partial(self._server._take_messages, client, messages))
         if connection.submitted > MAX_SUBMITTED:
             resume = functools.partial(self.resume, connection)
-            self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
+            self._hooks.submit(client._inbox, functools.partial(self._queue.put, resume))
 
 
-HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
 LOOKS_AT_ONCE = 500  # after the deadlines of connections
+
+
+RECIPIENTS = operator.attrgetter("to")
 
 
 class Loop(threading.Thread):
@@ -2816,12 +2849,12 @@ class Loop(threading.Thread):
     suspended laptop): so nobody is dropped for a silence that nobody could hear.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+    def __init__(self, server: BroadcastServer) -> None:
         super().__init__(name="pywebsock loop", daemon=True)
-        self._server, self._room, self._hooks = server, room, hooks
-        self.sender = Sender(server, room, hooks)
-        self.receiver = Receiver(server, room, hooks, self.sender)
-        room.adopt, room.close_connection = self.receiver.adopt, self.receiver.close
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self.sender = Sender(server)
+        self.receiver = Receiver(server, self.sender)
+        self._room.adopt, self._room.close_connection = self.receiver.adopt, self.receiver.close
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
@@ -2835,26 +2868,33 @@ class Loop(threading.Thread):
         """Seconds on the loop's clock."""
         return self.sender.now
 
+    def start(self) -> None:
+        """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
+        self.sender.selector = selectors.DefaultSelector()
+        self._queue.open(self.sender.selector)
+        super().start()
+
     def run(self) -> None:
         """What the thread does."""
-        self._room.start(self.sender.selector)
+        self._queue.start()
         while not self._ended:
             try:
                 self._do_round()
             except Exception as error:  # out of memory, say: the next round may go well
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self._interval / 10)
+        self._queue.end()
         self._room.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
         """End the thread. Any other thread."""
         if self.is_alive():
-            self._room.put(self._end)
+            self._queue.put(self._end)
             self.join()
         else:
+            self._queue.end()
             self._room.end()
-            self.sender.selector.close()
 
     def _end(self) -> None:
         for connection in list(self._room.connections):
@@ -2866,11 +2906,12 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
+        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
         for key, events in ready:
             connection = key.data
             if connection is None:
-                self._room.hear_alarm()
+                self._queue.hear_alarm()
                 continue
             if events & selectors.EVENT_WRITE:
                 sender.guard(sender.flush, connection)
@@ -2883,19 +2924,16 @@ class Loop(threading.Thread):
         if receiver.later:
             receiver.go_on()
             self._carry_out()
+        receiver.end_some()
         self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
-        now, receiver = self.sender.now, self.receiver
-        timeout = max(0.001, min(self._interval, self._next_look - now))
+        timeout = min(self._interval, self._next_look - self.now, self.sender.gate.wait_time(self.now))
         if self._hooks.is_waiting:
-            timeout = STUCK_TIME
-        elif self._room.held or receiver.held_back or self.sender.unfinished.waiting:
-            timeout = min(timeout, HOLD_TIME)
-        if receiver.alarms:
-            timeout = max(0.001, min(timeout, receiver.alarms[0][0] - now))
-        if receiver.later or not self._room.fall_asleep():
+            timeout = min(timeout, STUCK_TIME)
+        timeout = max(0.001, timeout)
+        if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
@@ -2913,19 +2951,48 @@ class Loop(threading.Thread):
         self.receiver.read_size = 0
         run: list[Outgoing] = []
         size = 0
-        for operation in self._room.take():
+        for operation in self._queue.take():
             if type(operation) is Outgoing:
                 run.append(operation)
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
             if run:
-                self._call(self.sender.deliver, run)
+                self._call(self._deliver, run)
                 run, size = [], 0
             if type(operation) is not Outgoing:
                 self._call(operation)
         if run:
-            self._call(self.sender.deliver, run)
+            self._call(self._deliver, run)
+        self.receiver.send_pongs()
+
+    def _deliver(self, run: list[Outgoing]) -> None:
+        """Send messages to those whom they are for: one send for each client and window."""
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+            messages = list(group)
+            for window, sends in self._room.recipients(messages, to):
+                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+
+    def _fan_out(self, data: bytes, sends: Sends) -> None:
+        """Send the same bytes to many: this loop is where the time goes."""
+        size, rest = len(data), []
+        failed: list[tuple[WebSocketHandler, Exception]] = []
+        for client, send in sends.items():
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except (OSError, MemoryError) as error:
+                failed.append((client, error))
+                continue
+            if sent < size:
+                rest.append((client, sent))
+        for client, sent in rest:
+            self.sender.guard(self.sender.keep, client._connection, data, sent)
+        for client, why in failed:
+            if client._connection:
+                self._room.set_send(client._connection, discard)
+                self.receiver.end_soon(client._connection, self.sender.fail, why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -2936,10 +3003,14 @@ class Loop(threading.Thread):
     # ---- what is due ----
 
     def _look_around(self) -> None:
-        if self._hooks.is_waiting:
+        if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
-        self._room.hold(self.sender.is_someone_behind())
-        self.receiver.look_around()
+        sender, now = self.sender, self.now
+        self._queue.hold(sender.is_someone_behind())
+        for connection in sender.gate.unfinished.slow_ones(now):
+            sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+        for connection in sender.gate.to_resume(now):
+            self.receiver.resume(connection)
         if self._next_look <= self.now:
             self._look_after_some()
 
@@ -3006,238 +3077,21 @@ class Pace:
         self._due = max(self._due, now) + 1 / rate
 
 
-class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
-    """Sends each message that a client sends to all clients, in one order for all.
-
-    Methods for the caller, besides those of socketserver:
-
-    - broadcast(message, to=None): to all clients, or to some
-    - clients: a copy of the set of them
-    - status(): a dict of figures
-    - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
-      sends what is queued and closes every client with 1001
-
-    Hooks that may be overridden; each may take its time, and holds up its own client alone:
-
-    - admit(client), on_open(client), on_message(client, message), on_post(client, message),
-      on_close(client, code, reason)
-
-    Settings are the attributes of the class Settings; keyword arguments set them for one server.
-    """
-
-    # ---- of socketserver ----
+class LimitedServer(socketserver.ThreadingTCPServer):
+    """Accepts connections while there are descriptors and threads for them. The thread that runs serve_forever()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it means something else
     daemon_threads = True
     request_queue_size = 4096  # connections that wait to be accepted: storms are normal
+    tls_context: ssl.SSLContext | None
 
-    def __init__(
-        self,
-        server_address: tuple[str, int],
-        RequestHandlerClass: Callable[..., socketserver.BaseRequestHandler] = WebSocketHandler,
-        bind_and_activate: bool = True,
-        **settings: Any,
-    ) -> None:
-        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
-
-        Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
-        had, or the Redis refuses.
-        """
-        for name, value in settings.items():
-            kind = getattr(type(self), name, print)
-            if name.startswith("_") or callable(kind) or isinstance(kind, property):
-                raise TypeError(f"there is no setting {name!r}")
-            setattr(self, name, value)
-        for name, default in vars(Settings).items():
-            if not name.startswith("_"):
-                setattr(self, name, check_setting(name, getattr(self, name), default))
-        self._prepare()
-        if server_address[0].startswith(UNIX):
-            self.address_family = AF_UNIX
-        elif ":" in server_address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-
-    def _prepare(self) -> None:
-        self._started = time.monotonic()
-        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
-        self._refused = 0  # requests, for the status
-        self._path = ""  # of its Unix socket
-        self._local = threading.local()  # .client: whose handshake or hook this thread runs
-        self._post_pace, self._post_lock = Pace(), threading.Lock()
-        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._hooks = Hooks()
-        self._room = Room(self.max_clients, self.history, self.max_backlog // 2)
-        self._loop = Loop(self, self._room, self._hooks)
-        self._start_lock = threading.Lock()
-        self._has_begun = False
-        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
-        most = clients + clients // 10 + SPARE_CONNECTIONS
-        self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
-
-    # ---- hooks ----
-
-    def admit(self, client: WebSocketHandler) -> None:
-        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
-
-        In the connection's own thread; before the 101, and before the body of a POST is
-        read: client.method says which, "GET" or "POST". There are client.target,
-        client.headers and client.address, too. close() refuses as well, with 403.
-        """
-
-    def on_open(self, client: WebSocketHandler) -> None:
-        """A client has joined. An exception in this or in on_message closes it with 1011.
-
-        In the connection's own thread; the client's messages wait until it returns.
-        """
-
-    def on_message(self, client: WebSocketHandler, message: Message) -> None:
-        """A client has sent text (str) or binary (bytes). By default, all clients get it.
-
-        In a hook thread, like on_close: one call at a time for each client, in order.
-        """
-        self.broadcast(message)
-
-    def on_post(self, client: WebSocketHandler, message: Message) -> None:
-        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
-
-        In the connection's own thread. By default, all clients get the message. HandshakeError
-        and close() refuse it.
-        """
-        self.broadcast(message)
-
-    def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
-
-    # ---- for any thread ----
-
-    def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
-        """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
-
-        Waits while too much is queued, never for one slow client. Raises TypeError for
-        anything but str and bytes.
-        """
-        outgoing = outgoing_message(message, to)
-        if not self._link or to is not None:
-            self._put(outgoing)
-            return
-        self._link.put(bytes(outgoing.payload), outgoing.opcode)
-        client = getattr(self._local, "client", None)
-        if not client or client._connection:  # a POST has waited before
-            self._wait_for_space()
-
-    @property
-    def clients(self) -> set[WebSocketHandler]:
-        """A copy of the set of clients: from before on_open until before on_close. Any thread."""
-        return self._room.clients
-
-    def status(self) -> dict[str, Any]:
-        """What GET /status answers. Any thread."""
-        sender, clients = self._loop.sender, self.clients
-        return {
-            "clients": len(clients),
-            "messages": self._room.messages,
-            "bytes": self._room.bytes,
-            "uptime": round(time.monotonic() - self._started, 3),
-            "connections": self._room.size,
-            "refused": self._refused,
-            "dropped": sender.dropped,
-            "slow": len(sender.slow),
-            "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
-            "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
-            "version": __version__,
-            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
-        }
-
-    def _url(self, host: str | None) -> str | None:
-        """Of the page, by a name or an address of this machine."""
-        where = f"[{host}]" if host and ":" in host else host
-        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
-
-    # ---- hooks and messages, each in the thread that has them ----
-
-    def _overrides(self, name: str) -> bool:
-        """Whether a method is the program's own."""
-        return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
-
-    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
-        """Call a hook of a client; whatever it raises ends that client alone."""
-        self._local.client = client
-        try:
-            hook(client, *arguments)
-        except BaseException as error:
-            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
-            client._is_closing = True
-            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
-            self._room.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
-        finally:
-            self._local.client = None
-
-    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
-        """Messages of a client, in a hook thread."""
-        for opcode, payload in messages:
-            if not client._is_closing:
-                message = payload.decode() if opcode == TEXT else bytes(payload)
-                self._run_hook(client, self.on_message, message)
-
-    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """In the loop: on_close is the last that its hooks get to know."""
-        if reason:  # other words than without one: of each kind, the log has so many lines at most
-            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
-        else:
-            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
-        if client._inbox or self._overrides("on_close"):
-            client._inbox = client._inbox or Inbox()
-            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
-            self._hooks.submit(client._inbox, call)
-
-    def _put(self, message: Outgoing) -> None:
-        if threading.get_ident() != self._room.loop_thread:
-            self._room.compress(message)
-        self._room.put_message(message)
-
-    def _wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is on its way. Returns whether that has an end."""
-        if self._link and threading.get_ident() != self._room.loop_thread and not self._link.wait_for_room(timeout):
-            return False
-        return self._room.wait_for_space(timeout)
-
-    def _wait_for_post(self, timeout: float) -> bool:
-        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
-        with self._post_lock:
-            now = time.monotonic()
-            wait = self._post_pace.wait_time(self.rate, now)
-            if wait > timeout:
-                return False
-            self._post_pace.take(self.rate, now)
-        time.sleep(wait)
-        return True
-
-    def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
-        """Messages of all servers, in the order of the stream, in a thread of the link."""
-        for opcode, payload in messages:
-            self._put(Outgoing(opcode, payload))
-
-    # ---- connections, as socketserver has it ----
+    _hooks: Hooks
+    _room: Room
+    _most_connections: int
+    _path = ""  # of its Unix socket
 
     def _begin(self) -> None:
-        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
-        with self._start_lock:
-            if not self._has_begun:
-                self._has_begun = True
-                self._loop.start()
-                if self._link:
-                    self._link.start()
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
-        self._begin()
-        try:
-            super().serve_forever(poll_interval)
-        except OSError:  # Windows cannot wait for a socket that is closed already
-            if self.fileno() >= 0:
-                raise
+        raise NotImplementedError
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
@@ -3311,6 +3165,235 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
         else:
             self._hooks.log(logging.ERROR, "%s: unexpected error", client_address, error=error)
+
+
+class BroadcastServer(Settings, LimitedServer):
+    """Sends each message that a client sends to all clients, in one order for all.
+
+    Methods for the caller, besides those of socketserver:
+
+    - broadcast(message, to=None): to all clients, or to some
+    - clients: a copy of the set of them
+    - status(): a dict of figures
+    - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
+      sends what is queued and closes every client with 1001
+
+    Hooks that may be overridden; each may take its time, and holds up its own client alone:
+
+    - admit(client), on_open(client), on_message(client, message), on_post(client, message),
+      on_close(client, code, reason)
+
+    Settings are the attributes of the class Settings; keyword arguments set them for one server.
+    """
+
+    def __init__(
+        self,
+        server_address: tuple[str, int],
+        RequestHandlerClass: Callable[..., socketserver.BaseRequestHandler] = WebSocketHandler,
+        bind_and_activate: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
+
+        Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
+        had, or the Redis refuses.
+        """
+        for name, value in settings.items():
+            kind = getattr(type(self), name, print)
+            if name.startswith("_") or callable(kind) or isinstance(kind, property):
+                raise TypeError(f"there is no setting {name!r}")
+            setattr(self, name, value)
+        for name, default in vars(Settings).items():
+            if not name.startswith("_"):
+                setattr(self, name, check_setting(name, getattr(self, name), default))
+        self._prepare()
+        if server_address[0].startswith(UNIX):
+            self.address_family = AF_UNIX
+        elif ":" in server_address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def _prepare(self) -> None:
+        self._started = time.monotonic()
+        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
+        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
+        self._refused = 0  # requests, for the status
+        self._local = threading.local()  # .client: whose handshake or hook this thread runs
+        self._post_pace, self._post_lock = Pace(), threading.Lock()
+        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
+        self._hooks = Hooks()
+        self._queue = Queue()
+        self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
+        self._loop = Loop(self)
+        self._start_lock = threading.Lock()
+        self._has_begun = False
+        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        most = clients + clients // 10 + SPARE_CONNECTIONS
+        self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
+
+    # ---- hooks ----
+
+    def admit(self, client: WebSocketHandler) -> None:
+        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
+
+        In the connection's own thread; before the 101, and before the body of a POST is
+        read: client.method says which, "GET" or "POST". There are client.target,
+        client.headers and client.address, too. close() refuses as well, with 403.
+        """
+
+    def on_open(self, client: WebSocketHandler) -> None:
+        """A client has joined. An exception in this or in on_message closes it with 1011.
+
+        In the connection's own thread; the client's messages wait until it returns.
+        """
+
+    def on_message(self, client: WebSocketHandler, message: Message) -> None:
+        """A client has sent text (str) or binary (bytes). By default, all clients get it.
+
+        In a hook thread, like on_close: one call at a time for each client, in order.
+        """
+        self.broadcast(message)
+
+    def on_post(self, client: WebSocketHandler, message: Message) -> None:
+        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
+
+        In the connection's own thread. By default, all clients get the message. HandshakeError
+        and close() refuse it.
+        """
+        self.broadcast(message)
+
+    def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
+
+    # ---- for any thread ----
+
+    def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
+        """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
+
+        Waits while too much is queued, never for one slow client. Raises TypeError for
+        anything but str and bytes.
+        """
+        outgoing = outgoing_message(message, to)
+        if not self._link or to is not None:
+            self._put(outgoing)
+            return
+        self._link.put(bytes(outgoing.payload), outgoing.opcode)
+        client = getattr(self._local, "client", None)
+        if not client or client._connection:  # a POST has waited before
+            self._wait_for_space()
+
+    @property
+    def clients(self) -> set[WebSocketHandler]:
+        """A copy of the set of clients: from before on_open until before on_close. Any thread."""
+        return self._room.clients
+
+    def status(self) -> dict[str, Any]:
+        """What GET /status answers. Any thread."""
+        sender, clients = self._loop.sender, self.clients
+        return {
+            "clients": len(clients),
+            "messages": self._room.messages,
+            "bytes": self._room.bytes,
+            "uptime": round(time.monotonic() - self._started, 3),
+            "connections": self._room.size,
+            "refused": self._refused,
+            "dropped": sender.dropped,
+            "read_only": self.read_only,  # the page then offers no composer
+            "slow": len(sender.slow),
+            "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
+            "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
+            "version": __version__,
+            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
+        }
+
+    def _url(self, host: str | None) -> str | None:
+        """Of the page, by a name or an address of this machine."""
+        where = f"[{host}]" if host and ":" in host else host
+        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
+
+    # ---- hooks and messages, each in the thread that has them ----
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a method is the program's own."""
+        return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
+
+    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
+        """Call a hook of a client; whatever it raises ends that client alone."""
+        self._local.client = client
+        try:
+            hook(client, *arguments)
+        except BaseException as error:
+            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
+            client._is_closing = True
+            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
+            self._queue.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
+        finally:
+            self._local.client = None
+
+    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
+        """Messages of a client, in a hook thread."""
+        for opcode, payload in messages:
+            if not client._is_closing:
+                message = payload.decode() if opcode == TEXT else bytes(payload)
+                self._run_hook(client, self.on_message, message)
+
+    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """In the loop: on_close is the last that its hooks get to know."""
+        if reason:  # other words than without one: of each kind, the log has so many lines at most
+            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
+        else:
+            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
+        if self._overrides("on_close"):
+            client._inbox = client._inbox or Inbox()
+            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
+            self._hooks.submit(client._inbox, call)
+
+    def _put(self, message: Outgoing) -> None:
+        if threading.get_ident() != self._queue.loop_thread:
+            self._room.compress(message)
+        self._queue.put_message(message)
+
+    def _wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is on its way. Returns whether that has an end."""
+        if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
+            return False
+        return self._queue.wait_for_space(timeout)
+
+    def _wait_for_post(self, timeout: float) -> bool:
+        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
+        with self._post_lock:
+            now = time.monotonic()
+            wait = self._post_pace.wait_time(self.rate, now)
+            if wait > timeout:
+                return False
+            self._post_pace.take(self.rate, now)
+        time.sleep(wait)
+        return True
+
+    def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
+        """Messages of all servers, in the order of the stream, in a thread of the link."""
+        for opcode, payload in messages:
+            self._put(Outgoing(opcode, payload))
+
+    # ---- starting and stopping ----
+
+    def _begin(self) -> None:
+        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
+        with self._start_lock:
+            if not self._has_begun:
+                self._has_begun = True
+                self._loop.start()
+                if self._link:
+                    self._link.start()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
+        self._begin()
+        try:
+            super().serve_forever(poll_interval)
+        except OSError:  # Windows cannot wait for a socket that is closed already
+            if self.fileno() >= 0:
+                raise
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.

@@ -71,4 +71,4 @@ trap end EXIT
 [ -d "$WINEPREFIX" ] || wineboot -i >/dev/null 2>&1 </dev/null
 
 # Standard handles must be pipes: with a file or /dev/null, Python does not start under Wine.
-: | wine "$folder/python/python.exe" -m unittest "$@" 2>&1 | cat
+: | wine "$folder/python/python.exe" -m unittest "$@" 2>&1 | sed -u 's/\r$//'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import time
 import typing
 import unittest.mock
 
@@ -11,6 +12,7 @@ import pywebsock
 from tests.tools import faults
 from tests.tools.support import (
     BINARY,
+    DEADLINE,
     DEFLATE,
     PING,
     PONG,
@@ -154,11 +156,11 @@ class Joining(ServerTestCase):
         server = self.serve(history=1)
         server.broadcast("x" * 5000)
         eventually(lambda: server._room._history)
-        with contextlib.ExitStack() as stack, server._room.lock:  # the loop can carry out nothing
+        with contextlib.ExitStack() as stack, server._queue._lock:  # the loop can carry out nothing
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
-            server._room.lock.release()
+            server._queue._lock.release()
             eventually(lambda: 15 in (server._room._history[0]._frames or {}))
-            server._room.lock.acquire()
+            server._queue._lock.acquire()
 
     def test_no_history(self) -> None:
         server = self.serve()
@@ -204,7 +206,7 @@ class HeldBack(ServerTestCase):
     @contextlib.contextmanager
     def watch_queue(self, server: pywebsock.BroadcastServer) -> typing.Iterator[list[int]]:
         """Notes how much the loop takes from the queue at once, in bytes."""
-        take, sizes = server._room.take, [0]
+        take, sizes = server._queue.take, [0]
 
         def watched() -> list[typing.Any]:
             operations = take()
@@ -212,7 +214,7 @@ class HeldBack(ServerTestCase):
             sizes.append(sum(each.size + pywebsock.MESSAGE_COST for each in messages))
             return operations
 
-        with unittest.mock.patch.object(server._room, "take", watched):
+        with unittest.mock.patch.object(server._queue, "take", watched):
             yield sizes
 
     def test_nobody_else(self) -> None:
@@ -220,14 +222,16 @@ class HeldBack(ServerTestCase):
         server = self.serve()
         sender = self.connect(server)
         with unittest.mock.patch.object(server._loop.sender, "is_someone_behind", lambda: True):
-            server._room.wake()
-            eventually(lambda: server._room.held)
+            server._queue.wake()
+            eventually(lambda: server._queue.held)
             sender.send("not yet")
             other = self.connect(server)
             other.frame(PING, b"?")
             self.assertEqual(other.read_frame(), Frame(True, False, PONG, b"?"))
             other.close()
             self.assertEqual(other.read_close(), (1000, ""))
+            self.assertEqual(len(server._loop.receiver.held_back), 1)
+            server._hooks.wait(0, time.monotonic() + DEADLINE)
             self.assertNotIn(("message", "not yet"), server.heard)
         self.assertEqual(sender.read(), "not yet")
 
@@ -252,9 +256,9 @@ class HeldBack(ServerTestCase):
                 done.append(i)
 
         with contextlib.ExitStack() as stack:
-            with unittest.mock.patch.object(server._room, "take", list):  # nothing is carried out meanwhile
+            with unittest.mock.patch.object(server._queue, "take", list):  # nothing is carried out meanwhile
                 stack.enter_context(in_thread(broadcast))
-                eventually(lambda: server._room._queued > pywebsock.QUEUE_SIZE)
+                eventually(lambda: server._queue._size > pywebsock.QUEUE_SIZE)
                 self.assertLess(len(done), 200)
             for _ in range(200):
                 self.assertEqual(client.read(), bytes(100_000))

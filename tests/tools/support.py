@@ -271,6 +271,11 @@ class Process:
                     with contextlib.suppress(OSError):
                         stream.close()
 
+    def kill(self) -> None:
+        """End it in any case."""
+        self._process.kill()
+        self.wait()
+
     def stop(self) -> int:
         """End it as a user does, or kill it under Wine; its exit status."""
         if self._process.poll() is None:
