@@ -1932,7 +1932,14 @@ RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
 GIVEN_UP = -1.0  # in place of the time of a pending connection
+MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
+
+
+def uses_select() -> bool:
+    """Whether the loop has nothing better than select(), which takes few sockets."""
+    return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 
 
 class Queue:
@@ -2076,6 +2083,7 @@ class Room:
         self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
+        self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
@@ -2117,6 +2125,7 @@ class Room:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            demand(len(self.connections) < self._most_selected, 503, TOO_MANY_SELECTED)
             demand(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
@@ -3054,7 +3063,6 @@ class Loop(threading.Thread):
 KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3226,7 +3234,8 @@ class BroadcastServer(Settings, LimitedServer):
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
+        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        most = clients + clients // 10 + SPARE_CONNECTIONS
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
     # ---- hooks ----
@@ -3387,7 +3396,11 @@ class BroadcastServer(Settings, LimitedServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until shutdown(), looking for that every poll_interval seconds."""
         self._begin()
-        super().serve_forever(poll_interval)
+        try:
+            super().serve_forever(poll_interval)
+        except OSError:  # Windows cannot wait for a socket that is closed already
+            if self.fileno() >= 0:
+                raise
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
@@ -3985,7 +3998,8 @@ def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
 
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
+BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break, on Windows alone
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
@@ -4083,7 +4097,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
     add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", metavar="N", default=10_000, help="clients at once (%(default)s)")
+    clients = f"clients at once (%(default)s; on Windows at most {MOST_SELECTED})"
+    add("--max-clients", metavar="N", default=10_000, help=clients)
     ping = "seconds of silence before a ping, and after it (%(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")
