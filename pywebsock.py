@@ -1440,7 +1440,7 @@ class Connection:
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
         "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
-        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source",
         "state", "submitted", "window",
     )  # fmt: skip
 
@@ -1457,6 +1457,7 @@ class Connection:
         self.reader = reader
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
+        self.source: Iterator[tuple[int, Octets]] | None = None  # the same without those that are to come again
         self.is_waiting = False  # in the loop's line of those whose events go on
         self.is_ending = False  # in the line of those that end: it is not read
         self.is_flood = False  # its last bytes took long: it comes after the others
@@ -1468,7 +1469,7 @@ class Connection:
         self.submitted = 0  # bytes of messages given to its hooks without a pause
         self.kept = 0  # bytes of an unfinished message, as the budget counts them
         self.began = 0.0  # when it began, or went on after a pause
-        self.received = 0  # bytes since then
+        self.received = 0  # bytes of it since then: Pings are no progress
 
         # Going out.
         self.pieces = NOTHING
@@ -1872,7 +1873,7 @@ class WebSocketHandler(RequestHandler):
         reader = MessageReader(server.max_message, bool(window), takeover)
         connection = Connection(self, reader, window, server._loop.now)
         if self._rest:  # what came behind the head
-            connection.events = reader.feed(self._rest)
+            connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
         if server._overrides("on_open"):  # what the client sends waits for that
             connection.paused = True
@@ -2277,21 +2278,21 @@ class Budget:
     """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
 
     def __init__(self, size: int) -> None:
-        self._left = size
+        self.left = size
         self._lock = threading.Lock()
 
     def take(self, size: int, force: bool = False) -> bool:
         """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
         with self._lock:
-            if size > self._left and not force:
+            if size > self.left and not force:
                 return False
-            self._left -= size
+            self.left -= size
             return True
 
     def give_back(self, size: int) -> None:
         """So many bytes are free again."""
         with self._lock:
-            self._left += size
+            self.left += size
 
 
 class Unfinished:
@@ -2308,8 +2309,7 @@ class Unfinished:
         self._budget = budget
         self._first: Connection | None = None  # may exceed the budget
         self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: deque[Connection] = deque()  # paused until there is room
-        self._ready: list[Connection] = []  # to be resumed
+        self.waiting: set[Connection] = set()  # paused until there is room
 
     def grow(self, connection: Connection, now: float) -> bool:
         """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
@@ -2317,7 +2317,7 @@ class Unfinished:
         is_first = self._first in (None, connection)
         if not self._budget.take(size):
             if not is_first:
-                self.waiting.append(connection)
+                self.waiting.add(connection)
                 return False
             self._first = connection
             self._budget.take(size, force=True)
@@ -2325,25 +2325,29 @@ class Unfinished:
             self._holders.add(connection)
             connection.began, connection.received = now, 0
         connection.kept += size
+        connection.received += size
         return True
 
     def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection. One of those that wait can go on."""
+        """A message is finished, or its connection."""
         self._budget.give_back(connection.kept)
+        self.waiting.discard(connection)
         connection.kept = 0
         self._holders.discard(connection)
         if self._first is connection:
             self._first = None
-        if connection in self._ready:  # its turn had come
-            self._ready.remove(connection)
-        while self.waiting and not self._ready:
-            waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state in (State.OPEN, State.CLOSING):
-                self._ready.append(waiting)
 
     def take_ready(self) -> list[Connection]:
-        """Those that may go on."""
-        ready, self._ready = self._ready, []
+        """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
+        left, ready = self._budget.left, []
+        for connection in sorted(self.waiting, key=lambda each: each.reader.size):
+            size = connection.reader.size - connection.kept
+            if size > left and (self._first or ready):
+                break
+            left -= size
+            self.waiting.remove(connection)
+            if connection.paused and connection.state in (State.OPEN, State.CLOSING):
+                ready.append(connection)
         return ready
 
     def slow_ones(self, now: float) -> list[Connection]:
@@ -2352,9 +2356,12 @@ class Unfinished:
             return []
         slow = []
         for connection in self._holders:
-            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
-            if not connection.paused and connection.received < fair:
+            if connection.paused or now - connection.began < self.GRACE:
+                continue
+            if connection.received < self.GRACE * SLOWEST_POST:
                 slow.append(connection)
+            else:
+                connection.began, connection.received = now, 0
         return slow
 
 
@@ -2665,8 +2672,8 @@ class Receiver:
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
         """Do not read a client; some of its events are to come again, before the others."""
         connection.paused = True
-        if events and connection.events:
-            connection.events = itertools.chain(events, connection.events)
+        if events and connection.source:
+            connection.events = itertools.chain(events, connection.source)  # not of chains: each takes stack
         self._sender.watch(connection)
 
     # ---- reading ----
@@ -2694,8 +2701,7 @@ class Receiver:
             self._in_order(connection, self._sender.peer_has_ended)
         elif connection.state in (State.OPEN, State.CLOSING):
             self.read_size += len(data)
-            connection.received += len(data)
-            connection.events = connection.reader.feed(data)
+            connection.events = connection.source = connection.reader.feed(data)
             del data
             self._take(connection)
 
