@@ -198,9 +198,9 @@ class ProtocolError(Exception):
         self.code = code
 
 
-def demand(good: object, status: int, message: str, *fields: tuple[str, str]) -> None:
-    """Refuse a request in which something is not good: raises HandshakeError."""
-    if not good:
+def require(condition: object, status: int, message: str, *fields: tuple[str, str]) -> None:
+    """Raise HandshakeError if the condition is false."""
+    if not condition:
         raise HandshakeError(status, message, *fields)
 
 
@@ -735,17 +735,17 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
-    demand(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
-    demand(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
-    demand(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
-    demand(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
+    require(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
+    require(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
 def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
     proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
-    demand(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
+    require(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
     match = HEAD.fullmatch(head)
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
@@ -758,14 +758,14 @@ def parse_head(head: str) -> Request:
 
 
 def check_host(request: Request) -> str:
-    """The host that is asked: the Host field, which HTTP/1.1 demands, or in absolute form that of the target.
+    """The host that is asked: the Host field, which HTTP/1.1 requires, or in absolute form that of the target.
 
     RFC 9112 3.2. Raises HandshakeError.
     """
     host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
     may_lack = not host and request.version < (1, 1)
-    demand(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
-    demand(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
+    require(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    require(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
@@ -786,7 +786,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     except ValueError:
         origin = "*"
     hint = "only --origin '*' allows it; a program need not send the field"
-    demand("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
+    require("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")
@@ -804,7 +804,7 @@ def check_name(request: Request, origins: Sequence[str]) -> None:
     name = re.sub(":[0-9]*$", "", host)
     listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
     good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
-    demand(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+    require(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -828,14 +828,14 @@ def parse_origin(text: str) -> str:
 
 def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    require(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    require(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
     body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    demand(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
-    demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
-    demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    require(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
+    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
+    require("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-    demand(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
+    require(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
@@ -845,7 +845,7 @@ def compute_accept(key: str) -> str:
     >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
     's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
     """
-    demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    require(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
@@ -859,17 +859,17 @@ def body_length(request: Request, max_message: int) -> int:
     """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
     headers = request.headers
     kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
-    demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    require(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
     codings = request.tokens("content-encoding") or ["identity"]
-    demand(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    require(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
     if "transfer-encoding" in headers:
-        demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
-        demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
-        demand(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        require(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
+        require("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
+        require(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
         return max_message
-    demand(field, 411, "the body needs a Content-Length or chunks")
-    demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
-    demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
+    require(field, 411, "the body needs a Content-Length or chunks")
+    require(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
+    require(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
 
 
@@ -899,7 +899,7 @@ class Arriving:
     def take_line(self) -> bytes:
         """The next line, without its end."""
         while (end := self._data.find(b"\r\n")) < 0:
-            demand(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            require(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
             self._wait()
         line = bytes(self._data[:end])
         del self._data[: end + 2]
@@ -912,9 +912,9 @@ def take_chunks(arriving: Arriving) -> Iterator[bytes]:
     while size:
         head = CHUNK.fullmatch(arriving.take_line())
         size = int(head[1], 16) if head else -1
-        demand(size >= 0, 400, "a chunk has no size")
+        require(size >= 0, 400, "a chunk has no size")
         yield from arriving.take(size)
-        demand(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
+        require(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
     while arriving.take_line():
         pass  # trailers
 
@@ -932,7 +932,7 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
             except zlib.error:
                 raise HandshakeError(400, "the body is not in its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
-    demand(inflater.eof, 400, "the compressed body is incomplete")
+    require(inflater.eof, 400, "the compressed body is incomplete")
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
@@ -945,7 +945,7 @@ def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> It
     total = 0
     for piece in content:
         total += len(piece)
-        demand(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        require(total <= max_message, 413, f"a message has at most {max_message} bytes")
         yield piece
 
 
@@ -1002,8 +1002,8 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     server, allowed = client.server, METHODS.get(request.path, ())
     hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
     path = printable(request.path, 80)
-    demand(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
-    demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    require(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
+    require(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
     # same origin, the browser sends no Origin with GET: so the page says it in the query.
@@ -1071,7 +1071,7 @@ def read_page() -> bytes:
 def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
-    demand(not server.read_only, 403, "this server only sends")
+    require(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
@@ -1722,18 +1722,18 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _read_body(self, request: Request, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
         server, later = self.server, ("Retry-After", "1")
-        demand(not server._link or not server._link.away, 503, "Redis is away", later)
+        require(not server._link or not server._link.away, 503, "Redis is away", later)
         self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
         arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
         self._rest = b""
         body = bytearray()
         for piece in read_body(request, arriving, server.max_message):
             body += piece
-            demand(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            require(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
-        demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
-        demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
+        require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
+        require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
         return bytes(body)
 
     # ---- sending ----
@@ -1777,7 +1777,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
         """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         try:
             result = hook(self, *arguments)
         except HandshakeError:
@@ -1785,7 +1785,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         except BaseException as error:
             self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
             raise HandshakeError(500, "internal error") from None
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         return result
 
     @property
@@ -1906,10 +1906,10 @@ class WebSocketHandler(RequestHandler):
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
         """The header field that names the chosen subprotocol. Raises HandshakeError."""
         if self.subprotocol:
-            demand(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            require(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
             return [("Sec-WebSocket-Protocol", self.subprotocol)]
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
-        demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
+        require(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
         if offered:
             line = "%s offers the subprotocol %s, none is chosen: browsers close now"
             self.server._hooks.log(logging.WARNING, line, self.address, offered)
@@ -2100,8 +2100,8 @@ class Room:
             with self._preparing:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
-            demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            demand(not self._has_ended, 503, "the server is stopping")
+            require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client.request]
