@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A WebSocket broadcast server in one file: what one client sends, all clients get.
+"""A WebSocket broadcast server in one file: each message from a client goes to all clients.
 
     python pywebsock.py                 # then open pywebsock.html in several tabs
 
@@ -38,52 +38,41 @@ The frame (RFC 6455 5.2), which is all there is on the wire after the opening ha
      |                     Payload Data continued ...                |
      +---------------------------------------------------------------+
 
-What to read.  In the first hour, the protocol: the parts up to the opening handshake know no
-sockets and no threads, take bytes, and give values or raise.  In the second, a client's life
-and the engine: Turn, State and WebSocketHandler, Room.  The rest can be left out: HTTP, the
-trace and TLS until they are wanted, housekeeping and server until something is to be changed,
-many machines by whoever has one.
+How to read it.  The README has the idea in sixty lines; this file adds what those lack.  First the
+protocol: the parts up to "Opening handshake" know no sockets and no threads; they take bytes, and
+return values or raise.  Then the engine: State, Connection, WebSocketHandler, Room and Loop.  Skip
+the rest until you need it.
 
-    vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
-    errors                what the pure parts raise
-    base framing          masking, frames out, frames in       RFC 6455 5
+    Vocabulary            opcodes, status codes                RFC 6455 5.2, 7.4
+    Errors                what the pure parts raise
+    Base framing          masking, frames out, frames in       RFC 6455 5
     permessage-deflate    offers, inflating, deflating         RFC 7692
-    messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
-    opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
+    Messages              fragments, UTF-8, what to broadcast  RFC 6455 5.4, 5.6, 8.1
+    Opening handshake     requests, checks, origins, answers   RFC 6455 4, RFC 9112
     HTTP                  the page, the status, POST           RFC 9110
-    trace                 what passes, drawn as in 5.2
-    settings, log         what can be set, and what is said
-    transports            TLS that looks like a socket         RFC 8446
-    Outbox                what one socket has yet to take
-    Turn                  one order for all operations
-    connections           State, WebSocketHandler              RFC 6455 5.5, 7
-    Room                  the clients that get broadcasts
-    housekeeping          deadlines, slow clients, limits
-    server                BroadcastServer
-    many machines         servers that share a Redis stream    (RESP2)
-    command line          main()
+    Trace                 frames drawn as in 5.2
+    Settings and the log
+    Hooks                 the program's code, in its threads
+    Connections           State, Connection, WebSocketHandler  RFC 6455 5.5, 7
+    Room                  the set of clients, and the queue
+    Loop                  reading, sending, ending, deadlines
+    Server                BroadcastServer
+    Many machines         servers that share a Redis stream    (RESP2)
+    Command line          main()
 
-Threads.  One accepts (it runs serve_forever), one for each connection reads it and runs its
-hooks, one, the *housekeeper*, minds slow clients and deadlines; with --redis, two more
-keep the link.  Any other may call broadcast(), send() and close().
+Threads.  One thread accepts connections: it runs serve_forever().  Each new connection has a
+thread for its opening handshake or HTTP request, which ends with that.  The *loop* thread owns the
+sockets of all clients: it reads them, decodes frames, sends, and enforces deadlines.  Hook threads
+run the hooks and write the log.  With --redis, two more threads keep the link.  Any other thread
+may call broadcast(), send() and close().
 
-The turn.  Whatever changes what clients see is an *operation*: a broadcast, a client joining,
-closing or leaving.  Operations are carried out one at a time, in one order, by whichever
-thread has the *turn*; the class Turn says how, and why nothing is left behind.  Outbox and
-Room belong to the turn: they are touched in it alone, so they have no locks.  Three rules
-hold everywhere:
+One rule: the loop owns the sockets of open connections; other threads put operations into its
+queue; a lock guards the set of clients.  An operation is a message, a client that joins, or a Close.
+The queue is the one order in which all clients see them.  Nothing in the loop waits.
 
-- A connection's own thread only reads from its socket.  What sends on it, shuts it down or
-  closes it is an operation (but for the TLS handshake, in which nobody else sends yet).
-- In the turn nothing waits, and no hook is called.
-- Locks are taken in the order: exit (of thousands, one leaves at a time), turn, then
-  one of the others (the tally of the turn, the two of a TLS, the seats, the budget, the pace,
-  the news of the connections and of the link), held alone, for a few instructions.
-
-Glossary.  Client: a connection after its opening handshake.  Stranger: one before it.  Room:
-the clients that get broadcasts.  Line: those of them with the same window.  Window: the LZ77
-window of deflate, 9 to 15 bits, or 0 without compression.  Slow: with something in its
-outbox.  Holder: the thread that has the turn.
+Words.  A client is a connection after its opening handshake; before it, a connection is pending.
+A window is the LZ77 window of deflate, 9 to 15 bits, or 0 without compression.  A client is slow
+while something waits in its outbox.
 """
 
 from __future__ import annotations
@@ -143,7 +132,7 @@ Octets = Union[bytes, bytearray]
 
 
 class Opcode(enum.IntEnum):
-    """What a frame is (RFC 6455 5.2, 11.8). From 8 on: control frames."""
+    """The opcode of a frame (RFC 6455 5.2, 11.8). Control frames have 8 or more."""
 
     CONT = 0x0
     TEXT = 0x1
@@ -154,7 +143,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """Why a connection ends (RFC 6455 7.4.1, names of the IANA registry)."""
+    """The reason for closing a connection (RFC 6455 7.4.1; the names are those of the IANA registry)."""
 
     NORMAL_CLOSURE = 1000
     GOING_AWAY = 1001
@@ -173,11 +162,11 @@ class CloseCode(enum.IntEnum):
     TLS_HANDSHAKE = 1015  # never sent
 
 
-# 7.4: those of the registry that may stand in a frame, 3000-3999 registered, 4000-4999 private.
+# The codes that a Close frame may have (7.4.2). Programs may register 3000-3999; 4000-4999 are private.
 CODES_ON_THE_WIRE = frozenset(CloseCode) - {1005, 1006, 1015} | frozenset(range(3000, 5000))
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a word in a header field (RFC 9110 5.6.2)
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # in a header field (RFC 9110 5.6.2)
 
 
 # ======================================================================================
@@ -186,68 +175,69 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a word in a header field (RFC 9110 5.
 
 
 class HandshakeError(Exception):
-    """The request is refused: carries the HTTP status, and more header fields for the response.
+    """The server refuses the request. The response has this HTTP status, message, and header fields.
 
     A hook may raise it: HandshakeError(401, "no token", ("WWW-Authenticate", "Bearer")). The
-    peer and the log see the message. Raises ValueError for what is no status from 300 on, or
-    no header field in ASCII (RFC 9110 15, 5.5).
+    message also goes into the log. The constructor raises ValueError if the status is not an
+    HTTP status of 300 or more, or if a field is not in ASCII (RFC 9110 15, 5.5).
     """
 
     def __init__(self, status: int, message: str, *fields: tuple[str, str]) -> None:
         super().__init__(message)
         self.status = http.HTTPStatus(status)
         self.fields = fields
-        if status < 300 or not all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields):
-            raise ValueError(f"a refusal has a status from 300 on and fields in ASCII, not {status} and {fields}")
+        valid = all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields)
+        if status < 300 or not valid:
+            raise ValueError(f"the status must be 300 or more and the fields in ASCII, not {status} and {fields}")
 
 
 class ProtocolError(Exception):
-    """The connection must fail (RFC 6455 7.1.7): carries the close code."""
+    """The client breaks the protocol: the connection fails with this close code (RFC 6455 7.1.7)."""
 
     def __init__(self, code: CloseCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-def demand(good: object, status: int, message: str, *fields: tuple[str, str]) -> None:
-    """Refuse a request in which something is not good: raises HandshakeError."""
-    if not good:
+def require(condition: object, status: int, message: str, *fields: tuple[str, str]) -> None:
+    """Raise HandshakeError if the condition is false."""
+    if not condition:
         raise HandshakeError(status, message, *fields)
 
 
 # ======================================================================================
 # Base framing (RFC 6455 5)
 #
-# Bytes to frames, and frames to bytes. A frame is a header of 2 to 14 bytes and a payload. A
-# client masks the payloads it sends, a server does not.
+# This part converts between bytes and frames. A frame has a header (2 to 14 bytes) and a
+# payload. Clients mask their payloads; servers do not.
 # ======================================================================================
 
 OPCODES = frozenset(map(int, Opcode))
 MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
 Header = tuple[int, int, bytes, int]  # first byte, payload length, masking key, start of the payload
 
-# A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
+# XOR_WITH[key][byte] == key ^ byte
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 
 def apply_mask(payload: Octets, key: bytes) -> Octets:
-    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key.
+    """Mask or unmask a payload: return byte i XOR byte i mod 4 of the key (5.3).
 
     >>> apply_mask(bytes.fromhex("7f 9f 4d 51 58"), bytes.fromhex("37 fa 21 3d"))
     b'Hello'
     """
     length = len(payload)
-    if length < 512:  # the whole payload as one integer: fastest for short ones
+    if length < 512:  # XOR of two integers: fastest for short payloads
         mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
         return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
-    masked = bytearray(payload)  # each fourth byte through one table: fastest for long ones
+    masked = bytearray(payload)  # a table for every fourth byte: fastest for long payloads
     for i in range(4):
         masked[i::4] = masked[i::4].translate(XOR_WITH[key[i]])
     return masked
 
 
 def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
-    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2).
+    """Return a frame of the server: FIN is set, the payload is not masked (5.1, 5.2).
 
     >>> serialize_frame(TEXT, b"Hello").hex(" ")  # 5.7
     '81 05 48 65 6c 6c 6f'
@@ -262,10 +252,11 @@ def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
 
 
 class FrameReader:
-    """Cuts the bytes that a client sends into frames, checked and unmasked (5.2).
+    """Splits the bytes that a client sends into frames; checks and unmasks them (5.2).
 
-    A data frame is not waited for: the part of its payload that has come is given like a
-    fragment, without fin, and later parts follow as continuations. Control frames come whole.
+    The reader does not wait for the rest of a data frame: it yields the part of the payload
+    that has arrived as a fragment, and later parts as continuation frames. It yields a control
+    frame when it is complete.
 
     >>> frame = bytes.fromhex("81 85 37 fa 21 3d 7f 9f 4d 51 58")  # 5.7
     >>> reader = FrameReader()
@@ -278,77 +269,84 @@ class FrameReader:
     __slots__ = ("_first", "_key", "_left", "_rest")
 
     def __init__(self) -> None:
-        self._rest = b""  # the start of a frame whose header, or control payload, is incomplete
-        self._left = 0  # bytes of the current frame's payload that are still to come
-        self._first = 0  # first byte of that frame
-        self._key = b""  # its masking key, turned to the next byte of the payload
+        self._rest = b""  # the beginning of an incomplete header or control frame
+        self._left = 0  # bytes of the current payload that have not arrived
+        self._first = 0  # first byte of the current frame
+        self._key = b""  # its masking key, rotated to the next byte of the payload
 
     def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
-        """Yield (fin, rsv1, opcode, payload, left) for each frame, or part of one, in `data`.
+        """Yield (fin, rsv1, opcode, payload, left) for each frame or part of a frame in `data`.
 
-        `left` is the number of bytes that the header still promises. Raises ProtocolError,
-        after everything that was good before.
+        `left` is the number of bytes of the payload that have not arrived. Raise ProtocolError
+        for a wrong frame, after the frames before it.
         """
-        data, position = self._rest + data, 0
+        data = self._rest + data
         self._rest = b""
-        header = parse_header(data, 0) if not self._left else None
-        if self._left:  # the payload goes on, as if behind the header of a continuation
-            header = (self._first & 0x80, self._left, self._key, 0)
+        position = 0
+        header: Header | None = (self._first & 0x80, self._left, self._key, 0)  # of the current payload
+        if not self._left:
+            header = parse_header(data, 0)
         while header:
             first, length, key, start = header
             payload = data[start : start + length]
             left = length - len(payload)
-            if left and first & 0x08:  # control frames are short: wait for the whole
+            if left and first & 0x08:  # wait for the rest of a control frame
                 break
             position = start + length - left
             self._left = left
             if left:
-                turn = len(payload) % 4
-                self._first, self._key = first, key[turn:] + key[:turn]
-            yield first >= 0x80 and not left, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
+                used = len(payload) % 4
+                self._key = key[used:] + key[:used]
+                self._first = first
+            fin = first >= 0x80 and not left
+            yield fin, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
             header = parse_header(data, position) if position < len(data) else None
         self._rest = data[position:]
 
 
 def parse_header(data: bytes, position: int, strict: bool = True) -> Header | None:
-    """The frame header at `position` (5.2); None where more bytes are needed.
+    """Return the frame header at `position` (5.2), or None if it is incomplete.
 
-    Raises ProtocolError, if `strict`, as soon as the bytes show what no client may send.
+    If `strict`, raise ProtocolError for a header that a client must not send, as early as possible.
     """
     if len(data) < position + 2:
         return None
     first, second = data[position], data[position + 1]
     if strict:
-        if first & 0x3F not in OPCODES:  # 5.2: no extension here gives the others a meaning
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"RSV2, RSV3 or opcode {first & 0x0F} is reserved")
+        if first & 0x3F not in OPCODES:  # 5.2: no extension of this server uses them
+            reserved = "RSV2 or RSV3 is set" if first & 0x30 else f"opcode {first & 0x0F} is reserved"
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, reserved)
         if second < 0x80:  # 5.1
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
         if first & 0x08 and (first < 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
-    length, key = second & 0x7F, position + 2
-    if length > 125:  # it follows, in 16 or 64 bits
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or longer than 125 bytes")
+    length = second & 0x7F
+    key = position + 2
+    if length > 125:  # the next 16 or 64 bits are the length
         least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
         length = int.from_bytes(data[position + 2 : key], "big")
         if strict and key <= len(data) and not least <= length < 1 << 63:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
+            raise ProtocolError(
+                CloseCode.PROTOCOL_ERROR, "a payload length is not in the shortest form, or its first bit is set"
+            )
     start = key + 4 if second >= 0x80 else key
     return (first, length, data[key:start], start) if start <= len(data) else None
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
-    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1).
+    """Return a Close frame (5.5.1), without a code if `code` is 1005. Cut a reason of more than 123 bytes.
 
     >>> serialize_close(CloseCode.GOING_AWAY, "bye").hex(" ")
     '88 05 03 e9 62 79 65'
     """
     if code == CloseCode.NO_STATUS_RCVD:
         return serialize_frame(CLOSE, b"")
-    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # never half a character
+    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # whole characters
     return serialize_frame(CLOSE, struct.pack("!H", code) + text.encode())
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError.
+    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError for a wrong one.
 
     >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
     (1001, 'bye')
@@ -357,14 +355,14 @@ def parse_close(payload: bytes) -> tuple[int, str]:
         return CloseCode.NO_STATUS_RCVD, ""
     code = int.from_bytes(payload[:2], "big")
     if len(payload) < 2 or code not in CODES_ON_THE_WIRE:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has no valid code")
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has an invalid code")
     return code, decode_text(payload[2:])
 
 
 def decode_text(payload: Octets) -> str:
-    """The text in a payload, which is UTF-8 (8.1). Raises ProtocolError."""
+    """Return the text in a payload. Raise ProtocolError if it is not UTF-8 (8.1)."""
     try:
-        return payload.decode()  # on PyPy, str(payload, "utf-8") lets surrogates through
+        return payload.decode()  # on PyPy, str(payload, "utf-8") accepts surrogates
     except UnicodeDecodeError:
         raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
@@ -372,31 +370,31 @@ def decode_text(payload: Octets) -> str:
 # ======================================================================================
 # permessage-deflate (RFC 7692)
 #
-# The server compresses each message by itself, so a broadcast is compressed once for all
-# clients. Nobody needs to be told: such messages suit a client that keeps its context, too.
-# So the answer repeats the parameters of the offer and adds none, since some clients ignore
-# what they did not offer, and others refuse the handshake. A client that did not offer
+# The server compresses each message independently of earlier ones, so that it compresses a
+# broadcast once for all clients. All clients can decompress such messages, with context
+# takeover or without. The response repeats the parameters of the offer and adds none: some
+# clients ignore other parameters, some refuse them. A client that did not offer
 # client_no_context_takeover may refer to its earlier messages: the server keeps the last
-# 32 KiB of what that client sent compressed.
+# 32 KiB of its decompressed messages.
 #
-# If you skip this part: a client's `window` is 0 without compression, and rsv1 marks a
+# If you skip this part: the `window` of a client is 0 without compression; RSV1 marks a
 # compressed message.
 # ======================================================================================
 
-DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
-LONG_MESSAGE = 64 * 1024  # bytes; compressing takes milliseconds: not where others wait
-SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
-MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere (7.2.1), zlib ends at each
-INFLATE_SIZE = 64 * 1024  # bytes
-INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
-CONTEXT_SIZE = 32 * 1024  # bytes: the largest window
+DEFLATE_THRESHOLD = 1024  # bytes; the server does not compress shorter messages
+LONG_MESSAGE = 64 * 1024  # bytes; compressing a longer message takes milliseconds
+SYNC_TAIL = b"\x00\x00\xff\xff"  # the end of a sync flush, which is not sent (7.2.1)
+MAX_FINALS = 1000  # blocks with BFINAL in one message (7.2.3.4); zlib starts again after each
+INFLATE_SIZE = 64 * 1024  # bytes that zlib returns at most in one step
+INFLATER_SIZE = 40 * 1024  # bytes of memory that zlib needs, mostly for its window
+CONTEXT_SIZE = 32 * 1024  # bytes of the largest window
 
 PARAMETER = rf'({TOKEN})(?:[ \t]*=[ \t]*({TOKEN}|"{TOKEN}"))?'
 EXTENSION = re.compile(rf"({TOKEN})((?:[ \t]*;[ \t]*{PARAMETER})*)")
 
-# The parameters that an offer may have, and their values (7.1).  A client may announce that its own
-# window can be limited.  There is no need to: a window of 15 bits inflates all smaller ones, and costs
-# its memory for one message.  zlib has no raw deflate with a window of 8 bits: such an offer is declined.
+# The parameters of an offer, and their values (7.1). The server does not limit the windows of
+# clients: a window of 15 bits inflates data of all smaller ones, and its memory is needed for one
+# message only. zlib cannot deflate with a window of 8 bits: the server declines such an offer.
 PARAMETERS = {
     "server_no_context_takeover": "",
     "client_no_context_takeover": "",
@@ -406,9 +404,9 @@ PARAMETERS = {
 
 
 def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
+    """Return the offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
 
-    In linear time. Raises HandshakeError.
+    Raise HandshakeError if the field is malformed. The time is linear in its length.
 
     >>> parse_extensions('foo; a=1; b, bar; c="2"')
     [('foo', [('a', '1'), ('b', '')]), ('bar', [('c', '2')])]
@@ -419,43 +417,47 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
         if match:
             parameters = re.findall(PARAMETER, match[2])
             offers.append((match[1], [(name, value.strip('"')) for name, value in parameters]))
-        elif text.strip(" \t"):  # a list may have empty elements (RFC 9110 5.6.1)
+        elif text.strip(" \t"):  # empty elements are allowed (RFC 9110 5.6.1)
             raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
     return offers
 
 
 def negotiate_deflate(field: str) -> tuple[int, str]:
-    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1).
+    """Return the window and the extension field of the response for the first offer that the server accepts.
+
+    Return (0, "") if it accepts none (RFC 7692 5, 7.1).
 
     >>> negotiate_deflate("permessage-deflate; client_max_window_bits; server_max_window_bits=10")
     (10, 'permessage-deflate; server_max_window_bits=10')
     """
     for name, parameters in parse_extensions(field):
         known = all(key in PARAMETERS and re.fullmatch(PARAMETERS[key], value) for key, value in parameters)
-        asked = dict(parameters)
-        if name == "permessage-deflate" and known and len(asked) == len(parameters):  # each at most once
-            window = asked.get("server_max_window_bits", "")
-            answer = [name, *(key for key in asked if key.endswith("no_context_takeover"))]
+        offer = dict(parameters)
+        unique = len(offer) == len(parameters)
+        if name == "permessage-deflate" and known and unique:
+            window = offer.get("server_max_window_bits", "")
+            response = [name, *(key for key in offer if key.endswith("no_context_takeover"))]
             if window:
-                answer.append(f"server_max_window_bits={window}")
-            return int(window or 15), "; ".join(answer)
+                response.append(f"server_max_window_bits={window}")
+            return int(window or 15), "; ".join(response)
     return 0, ""
 
 
 def deflate(payload: Octets, window: int) -> bytes:
-    """Compress one message, by itself (7.2.1).
+    """Return the compressed payload of a message, which refers to no other message (7.2.1).
 
     >>> deflate(b"Hello", 15).hex(" ")  # 7.2.3.1
     'f2 48 cd c9 c9 07 00'
     """
     compressor = zlib.compressobj(wbits=-window)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
+    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    return data[: -len(SYNC_TAIL)]
 
 
 class Inflater:
-    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
+    """Decompresses the fragments of one message, in pieces of bounded size (7.2.2).
 
-    `context` is the end of what was inflated before, to which the message may refer.
+    `context` is the end of the decompressed data so far. The message may refer to it.
 
     >>> list(Inflater().inflate(bytes.fromhex("f2 48 cd c9 c9 07 00"), fin=True))  # 7.2.3.1
     [b'Hello']
@@ -467,9 +469,9 @@ class Inflater:
         self._finals = 0
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
-        """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
+        """Yield the decompressed bytes, at most INFLATE_SIZE at once. Raise ProtocolError if `data` is corrupt."""
         if fin:
-            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
+            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib reaches its end if no block is cut
         while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
                 self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
@@ -483,23 +485,23 @@ class Inflater:
             yield plain
         if data or (fin and not self._zlib.eof):
             raise ProtocolError(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block or too often"
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is incomplete or has too many final blocks"
             )
 
 
 # ======================================================================================
 # Messages (RFC 6455 5.4, 5.6, 8.1)
 #
-# A message comes in one frame or in fragments, and control frames may stand between these.
-# It goes out in one frame.
+# A client sends a message in one frame or in fragments, with control frames between them. The
+# server sends a message in one frame.
 # ======================================================================================
 
 
 class MessageReader:
-    """Puts fragments together: fed with bytes, it gives whole messages and control frames.
+    """Assembles messages from the bytes that a client sends.
 
-    - size: bytes kept for a message that is not finished
-    - context: the end of the compressed messages, if the client may refer to them (`takeover`)
+    - size: bytes that the reader buffers for an incomplete message
+    - context: the end of the decompressed messages, if the client may refer to it (`takeover`)
 
     >>> reader = MessageReader(max_message=1000)
     >>> for fragment in "01 83 00000000 48 65 6c", "80 82 00000000 6c 6f":
@@ -529,33 +531,33 @@ class MessageReader:
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
         self._frames = FrameReader()
-        self._opcode = 0  # of the message whose fragments are coming; 0 between messages
-        self._pieces: list[bytearray] | None = None  # of its payload: one buffer that grows would be copied often
-        self._length = 0  # bytes in them
-        self._inflater: Inflater | None = None
-        self._utf8: codecs.IncrementalDecoder | None = None  # finds wrong bytes as they come
+        self._opcode = 0  # of the incomplete message; 0 if there is none
+        self._pieces: list[bytearray] = []  # of its payload; one long buffer would be copied each time it grows
+        self._length = 0  # of its payload so far (bytes)
+        self._inflater: Inflater | None = None  # if it is compressed
+        self._utf8: codecs.IncrementalDecoder | None = None  # if it is text: checks each piece
 
     @property
     def size(self) -> int:
-        """Bytes kept for a message that is not finished."""
+        """Return the number of bytes that the reader buffers for an incomplete message."""
         return self._length + (INFLATER_SIZE if self._inflater else 0)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Octets]]:
         """Yield (opcode, payload) for each message, Close, Ping and Pong that `data` completes.
 
-        The payload of text is checked, not decoded. Between the pieces of an unfinished
-        message comes (CONT, b""), when `size` has grown: there the caller may stop for a while.
-        Raises ProtocolError as soon as the bytes allow, after everything that was good before.
+        A text message is valid UTF-8; its payload is not decoded. Yield (CONT, b"") when the
+        reader has buffered a piece of an incomplete message: the caller may check `size` and
+        pause. Raise ProtocolError as early as possible, after the messages before the error.
         """
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
-            if opcode >= 8:  # 5.4: control frames may stand between fragments
+            if opcode >= 8:  # may come between fragments (5.4)
                 if rsv1:
                     raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
                 yield opcode, payload
             elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
                 if opcode == TEXT and not payload.isascii():
                     decode_text(payload)
-                yield opcode, payload  # nearly all messages
+                yield opcode, payload  # most messages: one frame, not compressed
             else:
                 self._begin_or_continue(opcode, rsv1)
                 for piece in self._inflate(fin, payload, left):
@@ -566,25 +568,26 @@ class MessageReader:
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
         if opcode and self._opcode:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins within a fragmented one")
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins before the last fragment of another")
         if not opcode and not self._opcode:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "there is no message to continue")
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation frame has no message to continue")
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
-            self._opcode, self._pieces = opcode, []
+            self._opcode = opcode
             self._inflater = Inflater(self.context) if rsv1 else None
             self._utf8 = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT else None
 
     def _inflate(self, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
-        """The plain bytes of a fragment, in pieces, each once its size is checked."""
+        """Yield the decompressed bytes of a fragment in pieces, after a check of their size."""
         if not self._inflater:
             self._check_size(self._length + len(payload) + left)
             yield payload
             return
-        self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        # Deflate makes a message of the maximum size at most this much longer.
+        self._check_size(len(payload) + left - self._max_message // 8 - 64)
         if not payload:
-            yield b""  # zlib takes memory before it is given anything
+            yield b""  # the inflater has memory already: the caller may check `size`
         for piece in self._inflater.inflate(payload, fin):
             self._check_size(self._length + len(piece))
             yield piece
@@ -592,12 +595,10 @@ class MessageReader:
     def _append(self, piece: Octets) -> None:
         if self._utf8:
             self._check_utf8(self._utf8, piece)
-        pieces = self._pieces or []
-        if pieces and len(pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
-            pieces[-1] += piece
+        if self._pieces and len(self._pieces[-1]) < INFLATE_SIZE // 2:  # a buffer for many short fragments
+            self._pieces[-1] += piece
         else:
-            pieces.append(bytearray(piece))
-        self._pieces = pieces
+            self._pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
         self._length += len(piece)
 
     def _check_size(self, size: int) -> None:
@@ -607,29 +608,29 @@ class MessageReader:
     @staticmethod
     def _check_utf8(decoder: codecs.IncrementalDecoder, payload: Octets) -> None:
         if payload.isascii() and not decoder.getstate()[0]:
-            return  # the decoder's answer, too, but ten times faster
+            return  # ten times faster than the decoder
         try:
             decoder.decode(payload)
             rest, _ = decoder.getstate()
-            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate: Python waits for its third byte
+            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate; the decoder waits for its third byte
                 rest.decode()
         except UnicodeDecodeError:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
     def _finish(self) -> Octets:
-        pieces = self._pieces or []
-        payload = b"".join(pieces) if len(pieces) != 1 else pieces[0]
-        if self._utf8 and self._utf8.getstate()[0]:  # it ends within a character
+        payload = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
+        if self._utf8 and self._utf8.getstate()[0]:  # the last character is incomplete
             decode_text(payload)
         if self._inflater and self._takeover:
             self.context = self._inflater.context
-        self._opcode, self._length = 0, 0
-        self._inflater = self._pieces = self._utf8 = None
+        self._opcode = self._length = 0
+        self._pieces = []
+        self._inflater = self._utf8 = None
         return payload
 
 
 class Outgoing:
-    """A message on its way to clients: a frame for each window in use, made once and shared by all.
+    """A message to clients. All clients with the same window share one frame.
 
     >>> message = Outgoing(TEXT, b"Hello" * 1000)
     >>> len(message.frame(window=0)), len(message.frame(window=15)) < 100
@@ -642,15 +643,15 @@ class Outgoing:
         self.opcode = opcode
         self.payload = payload
         self.size = len(payload)  # bytes
-        self.to = to  # the clients that get it; None for all
-        self._frames: dict[int, bytes] | None = None  # by window
+        self.to = to  # its recipients; None: all clients
+        self._frames: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
-        """The frame for clients with this window (any thread: a race costs only time)."""
+        """Return the frame for clients with this window. Two threads may call it at once: both do the work."""
         frames = self._frames
-        if frames is None:
-            frames = self._frames = {0: serialize_frame(self.opcode, self.payload)}
-        if window not in frames and self.size < DEFLATE_THRESHOLD:
+        if 0 not in frames:
+            frames[0] = serialize_frame(self.opcode, self.payload)
+        if self.size < DEFLATE_THRESHOLD:
             return frames[0]
         if window not in frames:
             payload = deflate(self.payload, window)
@@ -659,29 +660,29 @@ class Outgoing:
         return frames[window]
 
     def ready_frame(self, window: int) -> bytes:
-        """The same, but a long message is not compressed now: the best frame that is there already."""
+        """Return a frame for this window, without compressing a long message: an existing frame is sent then."""
         if self.size < LONG_MESSAGE or not window:
             return self.frame(window)
         self.frame(0)
-        frames = self._frames or {}
-        return frames[max([ready for ready in list(frames) if ready <= window])]
+        best = max([ready for ready in list(self._frames) if ready <= window])
+        return self._frames[best]
 
 
 def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = None) -> Outgoing:
-    """A message of the program, to all or some clients.
+    """Return a message of the program to all clients, or to some of them.
 
-    Raises TypeError for anything but str and what is like bytes, ValueError for half a surrogate
-    pair in a str.
+    Raise TypeError unless the message is str, bytes, bytearray or memoryview, and ValueError if
+    a str has a lone surrogate.
     """
     recipients = to if to is None else tuple(to)
     for client in recipients or ():
         if not isinstance(client, WebSocketHandler):
-            raise TypeError("a message goes to clients")
+            raise TypeError("the recipients of a message must be clients")
     if isinstance(message, str):
         return Outgoing(TEXT, message.encode(), recipients)
     if isinstance(message, (bytes, bytearray, memoryview)):
         return Outgoing(BINARY, bytes(message), recipients)
-    raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+    raise TypeError(f"a message must be str or bytes, not {type(message).__name__}")
 
 
 # ======================================================================================
@@ -746,17 +747,17 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
-    demand(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
-    demand(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
-    demand(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
-    demand(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
+    require(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
+    require(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
 def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
     proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
-    demand(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
+    require(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
     match = HEAD.fullmatch(head)
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
@@ -769,14 +770,14 @@ def parse_head(head: str) -> Request:
 
 
 def check_host(request: Request) -> str:
-    """The host that is asked: the Host field, which HTTP/1.1 demands, or in absolute form that of the target.
+    """The host that is asked: the Host field, which HTTP/1.1 requires, or in absolute form that of the target.
 
     RFC 9112 3.2. Raises HandshakeError.
     """
     host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
     may_lack = not host and request.version < (1, 1)
-    demand(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
-    demand(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
+    require(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    require(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
@@ -797,7 +798,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     except ValueError:
         origin = "*"
     hint = "only --origin '*' allows it; a program need not send the field"
-    demand("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
+    require("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")
@@ -815,7 +816,7 @@ def check_name(request: Request, origins: Sequence[str]) -> None:
     name = re.sub(":[0-9]*$", "", host)
     listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
     good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
-    demand(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+    require(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -839,14 +840,14 @@ def parse_origin(text: str) -> str:
 
 def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    require(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    require(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
     body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    demand(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
-    demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
-    demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    require(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
+    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
+    require("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-    demand(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
+    require(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
@@ -856,7 +857,7 @@ def compute_accept(key: str) -> str:
     >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
     's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
     """
-    demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    require(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
@@ -870,17 +871,17 @@ def body_length(request: Request, max_message: int) -> int:
     """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
     headers = request.headers
     kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
-    demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    require(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
     codings = request.tokens("content-encoding") or ["identity"]
-    demand(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    require(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
     if "transfer-encoding" in headers:
-        demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
-        demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
-        demand(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        require(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
+        require("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
+        require(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
         return max_message
-    demand(field, 411, "the body needs a Content-Length or chunks")
-    demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
-    demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
+    require(field, 411, "the body needs a Content-Length or chunks")
+    require(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
+    require(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
 
 
@@ -910,7 +911,7 @@ class Arriving:
     def take_line(self) -> bytes:
         """The next line, without its end."""
         while (end := self._data.find(b"\r\n")) < 0:
-            demand(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            require(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
             self._wait()
         line = bytes(self._data[:end])
         del self._data[: end + 2]
@@ -923,9 +924,9 @@ def take_chunks(arriving: Arriving) -> Iterator[bytes]:
     while size:
         head = CHUNK.fullmatch(arriving.take_line())
         size = int(head[1], 16) if head else -1
-        demand(size >= 0, 400, "a chunk has no size")
+        require(size >= 0, 400, "a chunk has no size")
         yield from arriving.take(size)
-        demand(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
+        require(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
     while arriving.take_line():
         pass  # trailers
 
@@ -943,7 +944,7 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
             except zlib.error:
                 raise HandshakeError(400, "the body is not in its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
-    demand(inflater.eof, 400, "the compressed body is incomplete")
+    require(inflater.eof, 400, "the compressed body is incomplete")
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
@@ -956,7 +957,7 @@ def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> It
     total = 0
     for piece in content:
         total += len(piece)
-        demand(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        require(total <= max_message, 413, f"a message has at most {max_message} bytes")
         yield piece
 
 
@@ -1000,7 +1001,7 @@ def printable(text: str, limit: int = 200) -> str:
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
-PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
+PAGE_POLICY = re.compile(rb'http-equiv="Content-Security-Policy"\s+content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
     "/status": ("GET", "HEAD", "OPTIONS"),
@@ -1013,8 +1014,8 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     server, allowed = client.server, METHODS.get(request.path, ())
     hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
     path = printable(request.path, 80)
-    demand(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
-    demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    require(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
+    require(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
     # same origin, the browser sends no Origin with GET: so the page says it in the query.
@@ -1082,7 +1083,7 @@ def read_page() -> bytes:
 def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
-    demand(not server.read_only, 403, "this server only sends")
+    require(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
@@ -1401,7 +1402,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -1449,10 +1450,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_flood", "is_shut", "is_waiting",
-        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
-        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
-        "submitted", "window",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source",
+        "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1468,7 +1469,9 @@ class Connection:
         self.reader = reader
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
+        self.source: Iterator[tuple[int, Octets]] | None = None  # the same without those that are to come again
         self.is_waiting = False  # in the loop's line of those whose events go on
+        self.is_ending = False  # in the line of those that end: it is not read
         self.is_flood = False  # its last bytes took long: it comes after the others
         self.paused = False  # it is not read, until resumed
         self.is_blocked = False  # reading must wait until TLS can write
@@ -1478,7 +1481,7 @@ class Connection:
         self.submitted = 0  # bytes of messages given to its hooks without a pause
         self.kept = 0  # bytes of an unfinished message, as the budget counts them
         self.began = 0.0  # when it began, or went on after a pause
-        self.received = 0  # bytes since then
+        self.received = 0  # bytes of it since then: Pings are no progress
 
         # Going out.
         self.pieces = NOTHING
@@ -1505,8 +1508,10 @@ class Connection:
             return None
         except WOULD_BLOCK:
             return None
-        much = len(data) > SMALL_READ_SIZE // 2
-        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if len(data) == self.read_size:
+            self.read_size = min(4 * self.read_size, READ_SIZE)
+        elif len(data) < self.read_size // 16:
+            self.read_size = SMALL_READ_SIZE
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
@@ -1736,18 +1741,18 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _read_body(self, request: Request, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
         server, later = self.server, ("Retry-After", "1")
-        demand(not server._link or not server._link.away, 503, "Redis is away", later)
+        require(not server._link or not server._link.away, 503, "Redis is away", later)
         self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
         arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
         self._rest = b""
         body = bytearray()
         for piece in read_body(request, arriving, server.max_message):
             body += piece
-            demand(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            require(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
-        demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
-        demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
+        require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
+        require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
         return bytes(body)
 
     # ---- sending ----
@@ -1791,7 +1796,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
         """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         try:
             result = hook(self, *arguments)
         except HandshakeError:
@@ -1799,7 +1804,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         except BaseException as error:
             self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
             raise HandshakeError(500, "internal error") from None
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         return result
 
     @property
@@ -1880,7 +1885,7 @@ class WebSocketHandler(RequestHandler):
         reader = MessageReader(server.max_message, bool(window), takeover)
         connection = Connection(self, reader, window, server._loop.now)
         if self._rest:  # what came behind the head
-            connection.events = reader.feed(self._rest)
+            connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
         if server._overrides("on_open"):  # what the client sends waits for that
             connection.paused = True
@@ -1892,7 +1897,7 @@ class WebSocketHandler(RequestHandler):
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
             if self._inbox:
                 server._run_hook(self, server.on_open)
-                room.put(functools.partial(server._loop.receiver.resume, connection))
+                server._queue.put(functools.partial(server._loop.receiver.resume, connection))
         finally:
             if self._inbox:
                 server._hooks.release(self._inbox)
@@ -1920,10 +1925,10 @@ class WebSocketHandler(RequestHandler):
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
         """The header field that names the chosen subprotocol. Raises HandshakeError."""
         if self.subprotocol:
-            demand(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            require(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
             return [("Sec-WebSocket-Protocol", self.subprotocol)]
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
-        demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
+        require(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
         if offered:
             line = "%s offers the subprotocol %s, none is chosen: browsers close now"
             self.server._hooks.log(logging.WARNING, line, self.address, offered)
@@ -1940,7 +1945,134 @@ RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
 GIVEN_UP = -1.0  # in place of the time of a pending connection
+MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
+
+
+def uses_select() -> bool:
+    """Whether the loop has nothing better than select(), which takes few sockets."""
+    return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
+
+
+class Queue:
+    """Operations on their way to the loop: messages, and what is to be called. One queue is one order.
+
+    Any thread puts operations in. The loop takes them out, and never waits for anybody.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may broadcast in any place
+        self._space = threading.Condition(self._lock)  # notified when senders may go on
+        self._operations: list[Any] = []
+        self._size = 0  # bytes of these
+        self._held = False  # senders wait for a client that is behind
+        self._is_asleep = False  # the loop waits: a byte wakes it
+        self._has_ended = False  # there is no loop any more
+        self._alarm: socket.socket | None = None
+        self._ring: socket.socket | None = None  # a byte sent here wakes the loop
+        self.loop_thread = 0
+
+    # ---- any thread ----
+
+    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
+        """Queue an operation for the loop. Never waits."""
+        with self._lock:
+            self._operations.append(operation)
+            self._size += size
+            wake, self._is_asleep = self._is_asleep, False
+        if wake:
+            self.wake()
+
+    def put_message(self, message: Outgoing) -> None:
+        """Queue a message, and wait while too much is queued."""
+        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
+        self.put(message, message.size + MESSAGE_COST + recipients)
+        if self.is_full:
+            self.wait_for_space()
+
+    def wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
+        if threading.get_ident() == self.loop_thread:
+            return True
+        with self._lock:
+            return self._space.wait_for(lambda: not self.is_full, timeout)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether senders wait."""
+        return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
+
+    def wake(self) -> None:
+        """Wake the loop."""
+        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+            if self._ring:
+                self._ring.send(b"!")
+
+    # ---- the loop ----
+
+    def open(self, selector: selectors.BaseSelector) -> None:
+        """Let the selector wait for what wakes the loop."""
+        self._alarm, self._ring = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
+        selector.register(self._alarm, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """From now on operations are carried out, in this thread."""
+        self.loop_thread = threading.get_ident()
+
+    def put_own(self, operation: Any) -> None:
+        """Queue an operation of the loop itself: it is carried out in this round."""
+        self._operations.append(operation)
+
+    def __len__(self) -> int:
+        return len(self._operations)
+
+    def fall_asleep(self) -> bool:
+        """Whether nothing is queued; then what is queued next wakes the loop."""
+        with self._lock:
+            self._is_asleep = not self._operations
+            return self._is_asleep
+
+    def hear_alarm(self) -> None:
+        """Take the bytes that woke the loop."""
+        with contextlib.suppress(BlockingIOError):
+            if self._alarm:
+                self._alarm.recv(4096)
+
+    def take(self) -> list[Any]:
+        """All that is queued."""
+        if not self._operations:
+            return []
+        with self._lock:
+            operations, self._operations = self._operations, []
+            was_full, self._size = self._size > QUEUE_SIZE, 0
+            if was_full:
+                self._space.notify_all()
+        return operations
+
+    @property
+    def held(self) -> bool:
+        """Whether senders wait for a client that is behind."""
+        return self._held
+
+    def hold(self, held: bool) -> None:
+        """Let senders wait, or go on."""
+        if held != self._held:
+            with self._lock:
+                self._held = held
+                self._space.notify_all()
+
+    def end(self) -> None:
+        """Nothing is carried out any more."""
+        with self._lock:
+            self._has_ended = True
+            self._operations.clear()
+            self._space.notify_all()
+        for end in (self._alarm, self._ring):
+            if end:
+                end.close()
 
 
 class Joiner:
@@ -1955,14 +2087,16 @@ class Joiner:
 
 
 class Room:
-    """The shared set of clients, the last messages, and the queue of operations for the loop. Any thread.
+    """The shared set of clients, and the last messages. Any thread.
 
     One lock guards all of it. It is held for short pieces of code that never wait.
     """
 
-    def __init__(self, max_clients: int, history: int, history_size: int) -> None:
+    def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
+        self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
+        self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
@@ -1978,16 +2112,6 @@ class Room:
         self._history_size = 0
         self.messages = self.bytes = 0  # broadcast so far; bytes of payload
         self._preparing = threading.Lock()  # one joiner at a time compresses the history
-
-        self._space = threading.Condition(self.lock)  # notified when senders may go on
-        self._queue: list[Any] = []  # operations: messages, and what is to be called
-        self._queued = 0  # bytes of these
-        self.held = False  # senders wait for a client that is behind
-        self._is_asleep = False  # the loop waits: a byte wakes it
-        self._alarm, self._ring = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
-        self.loop_thread = 0
 
     # ---- the set of clients ----
 
@@ -2013,16 +2137,17 @@ class Room:
             with self._preparing:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
-            demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            demand(not self._has_ended, 503, "the server is stopping")
+            require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            require(len(self.connections) < self._most_selected, 503, TOO_MANY_SELECTED)
+            require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client.request]
             self.connections.add(connection)
-            self.put(functools.partial(self.adopt, joiner))
+            self._queue.put(functools.partial(self.adopt, joiner))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
-                self.put(functools.partial(self.close_connection, connection, early))
+                self._queue.put(functools.partial(self.close_connection, connection, early))
 
     def first_frames(self, joiner: Joiner) -> list[bytes]:
         """What a client gets first; in the loop."""
@@ -2057,7 +2182,7 @@ class Room:
             if not client._connection:
                 client._early = client._early or frame
                 return
-            self.put(functools.partial(self.close_connection, client._connection, frame))
+            self._queue.put(functools.partial(self.close_connection, client._connection, frame))
 
     def close_all(self) -> None:
         """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
@@ -2107,96 +2232,7 @@ class Room:
             for window in list(self._sends):
                 message.frame(window)
 
-    # ---- the queue ----
-
-    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
-        """Queue an operation for the loop. Never waits."""
-        with self.lock:
-            self._queue.append(operation)
-            self._queued += size
-            wake, self._is_asleep = self._is_asleep, False
-        if wake:
-            self.wake()
-
-    def put_own(self, operation: Any) -> None:
-        """Queue an operation of the loop itself: it is carried out in this round."""
-        self._queue.append(operation)
-
-    def put_message(self, message: Outgoing) -> None:
-        """Queue a message, and wait while too much is queued."""
-        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
-        self.put(message, message.size + MESSAGE_COST + recipients)
-        if self._must_wait():
-            self.wait_for_space()
-
-    def wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
-        if threading.get_ident() == self.loop_thread:
-            return True
-        with self.lock:
-            return self._space.wait_for(lambda: not self._must_wait(), timeout)
-
-    def _must_wait(self) -> bool:
-        return (self._queued > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self._has_ended
-
-    def wake(self) -> None:
-        """Wake the loop."""
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
-
-    # ---- the loop ----
-
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """From now on operations are carried out."""
-        selector.register(self._alarm, selectors.EVENT_READ)
-        self.loop_thread = threading.get_ident()
-
-    @property
-    def length(self) -> int:
-        """The number of operations queued."""
-        return len(self._queue)
-
-    def fall_asleep(self) -> bool:
-        """Whether nothing is queued; then what is queued next wakes the loop."""
-        with self.lock:
-            self._is_asleep = not self._queue
-            return self._is_asleep
-
-    def hear_alarm(self) -> None:
-        """Take the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
-            self._alarm.recv(4096)
-
-    def take(self) -> list[Any]:
-        """All that is queued."""
-        if not self._queue:
-            return []
-        with self.lock:
-            operations, self._queue = self._queue, []
-            was_full, self._queued = self._queued > QUEUE_SIZE, 0
-            if was_full:
-                self._space.notify_all()
-        return operations
-
-    def hold(self, held: bool) -> None:
-        """Let senders wait, or go on."""
-        if held != self.held:
-            with self.lock:
-                self.held = held
-                if not held:
-                    self._space.notify_all()
-
-    def end(self) -> None:
-        """Nothing is carried out any more."""
-        with self.lock:
-            self._has_ended = True
-            self._queue.clear()
-            self._space.notify_all()
-            self._fewer.notify_all()
-        self._alarm.close()
-        self._ring.close()
-
-    # ---- how many there are ----
+    # ---- connections ----
 
     @property
     def size(self) -> int:
@@ -2226,6 +2262,11 @@ class Room:
                 self._fewer.wait(0.1)  # in slices: a signal may come
             return self.size <= number
 
+    def end(self) -> None:
+        """Nobody joins any more."""
+        with self.lock:
+            self._has_ended = True
+
 
 def send_nothing(data: Octets | memoryview) -> int:
     """In the place of a client's send() while others wait in its outbox."""
@@ -2242,19 +2283,164 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-RECIPIENTS = operator.attrgetter("to")
+HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+
+
+class Budget:
+    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+        self._lock = threading.Lock()
+
+    def take(self, size: int, force: bool = False) -> bool:
+        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
+        with self._lock:
+            if size > self.left and not force:
+                return False
+            self.left -= size
+            return True
+
+    def give_back(self, size: int) -> None:
+        """So many bytes are free again."""
+        with self._lock:
+            self.left += size
+
+
+class Unfinished:
+    """Shares the budget out to connections with unfinished messages. Runs in the loop.
+
+    When the budget is used up, those that need more are not read, and go on one at a time: the
+    *first* of them may exceed the budget, so that there is always progress. While others
+    wait, the connections that bring less than SLOWEST_POST end.
+    """
+
+    GRACE = 2.0  # seconds
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._first: Connection | None = None  # may exceed the budget
+        self._holders: set[Connection] = set()  # connections with something kept
+        self.waiting: set[Connection] = set()  # paused until there is room
+
+    def grow(self, connection: Connection, now: float) -> bool:
+        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
+        size = connection.reader.size - connection.kept
+        is_first = self._first in (None, connection)
+        if not self._budget.take(size):
+            if not is_first:
+                self.waiting.add(connection)
+                return False
+            self._first = connection
+            self._budget.take(size, force=True)
+        if not connection.kept:
+            self._holders.add(connection)
+            connection.began, connection.received = now, 0
+        connection.kept += size
+        connection.received += size
+        return True
+
+    def release(self, connection: Connection) -> None:
+        """A message is finished, or its connection."""
+        self._budget.give_back(connection.kept)
+        self.waiting.discard(connection)
+        connection.kept = 0
+        self._holders.discard(connection)
+        if self._first is connection:
+            self._first = None
+
+    def take_ready(self) -> list[Connection]:
+        """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
+        left, ready = self._budget.left, []
+        for connection in sorted(self.waiting, key=lambda each: each.reader.size):
+            size = connection.reader.size - connection.kept
+            if size > left and (self._first or ready):
+                break
+            left -= size
+            self.waiting.remove(connection)
+            if connection.paused and connection.state in (State.OPEN, State.CLOSING):
+                ready.append(connection)
+        return ready
+
+    def slow_ones(self, now: float) -> list[Connection]:
+        """Those that keep others waiting."""
+        if not self.waiting:
+            return []
+        slow = []
+        for connection in self._holders:
+            if connection.paused or now - connection.began < self.GRACE:
+                continue
+            if connection.received < self.GRACE * SLOWEST_POST:
+                slow.append(connection)
+            else:
+                connection.began, connection.received = now, 0
+        return slow
+
+
+class Gate:
+    """Decides whether a client may send a message now. Runs in the loop.
+
+    Connections that may not are paused, until they are among those `to_resume`.
+    """
+
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._queue = server, server._queue
+        self._has_limits = bool(server.read_only or server.rate or server._link)
+        self.unfinished = Unfinished(server._budget)
+        self._held_back: list[Connection] = []  # until nobody quick is behind, and Redis has taken what there is
+        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: until the rate allows one more message
+        self._count = itertools.count()
+
+    def lets_through(self, connection: Connection, now: float) -> bool:
+        """Whether a client may send a message now. Raises ProtocolError."""
+        if self._queue.held:
+            self._held_back.append(connection)
+            return False
+        return not self._has_limits or self._may_send(connection, now)
+
+    def _may_send(self, connection: Connection, now: float) -> bool:
+        server = self._server
+        if server.read_only:
+            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+        if server._link and server._link.is_full:
+            self._held_back.append(connection)
+            return False
+        if server.rate:
+            connection.pace = connection.pace or Pace()
+            wait = connection.pace.wait_time(server.rate, now)
+            if wait:
+                heapq.heappush(self._alarms, (now + wait, next(self._count), connection))
+                return False
+            connection.pace.take(server.rate, now)
+        return True
+
+    def wait_time(self, now: float) -> float:
+        """Seconds until somebody may have to be resumed."""
+        wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
+        return min(wait, self._alarms[0][0] - now) if self._alarms else wait
+
+    def to_resume(self, now: float) -> list[Connection]:
+        """Those that may go on."""
+        connections = self.unfinished.take_ready()
+        while self._alarms and self._alarms[0][0] <= now:
+            connections.append(heapq.heappop(self._alarms)[2])
+        link = self._server._link
+        if self._held_back and not self._queue.held and not (link and link.is_full):
+            connections += self._held_back
+            self._held_back = []
+        return connections
 
 
 class Sender:
     """Sends to connections, and ends them: every change of their State. Runs in the loop."""
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
-        self._server, self._room, self._hooks = server, room, hooks
+    def __init__(self, server: BroadcastServer) -> None:
+        self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector  # of all clients
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
-        self.unfinished = Unfinished(server._budget)
+        self.gate = Gate(server)
 
     def guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
         """Do something for one connection: what is raised ends that one alone."""
@@ -2301,6 +2487,8 @@ class Sender:
 
     def pong(self, connection: Connection, frames: list[bytes]) -> None:
         """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        if connection.pongs is frames:
+            connection.pongs = []
         if connection.state is not State.OPEN:
             return
         if connection.pieces:
@@ -2352,31 +2540,6 @@ class Sender:
         behind = [connection for connection in self.slow if connection.size > limit]
         return any(connection.is_quick(self.now) for connection in behind)
 
-    # ---- messages ----
-
-    def deliver(self, run: list[Outgoing]) -> None:
-        """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
-            messages = list(group)
-            for window, sends in self._room.recipients(messages, to):
-                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
-
-    def _fan_out(self, data: bytes, sends: Sends) -> None:
-        """Send the same bytes to many: this loop is where the time goes."""
-        size, rest = len(data), []
-        for client, send in sends.items():
-            try:
-                sent = send(data)
-            except WOULD_BLOCK:
-                sent = 0
-            except (OSError, MemoryError) as error:
-                self.guard(self.fail, client._connection, error)
-                continue
-            if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self.guard(self.keep, client._connection, data, sent)
-
     # ---- ending ----
 
     def close(self, connection: Connection, frame: bytes) -> None:
@@ -2401,7 +2564,7 @@ class Sender:
         self.flush(connection)
 
     def _finish(self, connection: Connection) -> None:
-        """Where all is sent, end the own side, and CLOSED when the peer has ended its own."""
+        """When all is sent, end the own side; CLOSED when the peer has ended its own, too."""
         if not connection.is_shut and not connection.pieces:
             with contextlib.suppress(BlockingIOError):
                 connection.end_sending()
@@ -2464,93 +2627,14 @@ class Sender:
         connection.state, connection.events = State.CLOSED, None
         self.watch(connection)
         self.slow.discard(connection)
-        self.unfinished.release(connection)
+        self.gate.unfinished.release(connection)
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
         self._room.remove(None, connection)
 
 
-class Budget:
-    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
-
-    def __init__(self, size: int) -> None:
-        self._left = size
-        self._lock = threading.Lock()
-
-    def take(self, size: int, force: bool = False) -> bool:
-        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
-        with self._lock:
-            if size > self._left and not force:
-                return False
-            self._left -= size
-            return True
-
-    def give_back(self, size: int) -> None:
-        """So many bytes are free again."""
-        with self._lock:
-            self._left += size
-
-
-class Unfinished:
-    """Shares the budget out to connections with unfinished messages. Runs in the loop.
-
-    When the budget is used up, those that need more are not read, and go on one at a time: the
-    *first* of them may exceed the budget, so that there is always progress. While others
-    wait, the connections that bring less than SLOWEST_POST end.
-    """
-
-    GRACE = 2.0  # seconds
-
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._first: Connection | None = None  # may exceed the budget
-        self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: deque[Connection] = deque()  # paused until there is room
-        self.ready: deque[Connection] = deque()  # to be resumed
-
-    def grow(self, connection: Connection, now: float) -> bool:
-        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
-        size = connection.reader.size - connection.kept
-        is_first = self._first in (None, connection)
-        if not self._budget.take(size):
-            if not is_first:
-                self.waiting.append(connection)
-                return False
-            self._first = connection
-            self._budget.take(size, force=True)
-        if not connection.kept:
-            self._holders.add(connection)
-            connection.began, connection.received = now, 0
-        connection.kept += size
-        return True
-
-    def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection. One of those that wait can go on."""
-        self._budget.give_back(connection.kept)
-        connection.kept = 0
-        self._holders.discard(connection)
-        if self._first is connection:
-            self._first = None
-        if connection in self.ready:  # it ends before its turn
-            self.ready.remove(connection)
-        while self.waiting and not self.ready:
-            waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state in (State.OPEN, State.CLOSING):
-                self.ready.append(waiting)
-
-    def slow_ones(self, now: float) -> list[Connection]:
-        """Those that keep others waiting."""
-        if not self.waiting:
-            return []
-        slow = []
-        for connection in self._holders:
-            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
-            if not connection.paused and connection.received < fair:
-                slow.append(connection)
-        return slow
-
-
 SLICE_TIME = 0.002  # seconds for what one connection sends
+LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
@@ -2564,15 +2648,15 @@ class Receiver:
     peer back. It is resumed when the rate, the hooks, the budget, or those that are behind allow it.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks, sender: Sender) -> None:
-        self._server, self._room, self._hooks, self._sender = server, room, hooks, sender
-        self._has_limits = bool(server.read_only or server.rate or server._link)
+    def __init__(self, server: BroadcastServer, sender: Sender) -> None:
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self._sender = sender
+        self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
+        self.slice_time = SLICE_TIME  # seconds for each connection in this round
+        self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
-        self.held_back: list[Connection] = []  # paused while senders wait
-        self.alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by --rate
-        self._count = itertools.count()
 
     # ---- operations ----
 
@@ -2600,37 +2684,17 @@ class Receiver:
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
         """Do not read a client; some of its events are to come again, before the others."""
         connection.paused = True
-        if events and connection.events:
-            connection.events = itertools.chain(events, connection.events)
+        if events and connection.source:
+            connection.events = itertools.chain(events, connection.source)  # not of chains: each takes stack
         self._sender.watch(connection)
-
-    @property
-    def must_wait(self) -> bool:
-        """Whether no message may be taken now: a quick client is behind, or Redis has not taken what there is."""
-        link = self._server._link
-        return self._room.held or (link is not None and link.is_full)
-
-    def look_around(self) -> None:
-        """Resume those that may go on."""
-        now, unfinished = self._sender.now, self._sender.unfinished
-        while self.alarms and self.alarms[0][0] <= now:
-            self.resume(heapq.heappop(self.alarms)[2])
-        for connection in unfinished.slow_ones(now):
-            self._sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
-        while unfinished.ready:
-            self.resume(unfinished.ready.popleft())
-        if self.held_back and not self.must_wait:
-            connections, self.held_back = self.held_back, []
-            for connection in connections:
-                self.resume(connection)
 
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
         """Read a client that has something, once, and act on it; a flood comes after the others."""
-        if connection.is_flood:
+        if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
-        elif not connection.is_waiting:
+        elif not (connection.is_waiting or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
@@ -2649,8 +2713,7 @@ class Receiver:
             self._in_order(connection, self._sender.peer_has_ended)
         elif connection.state in (State.OPEN, State.CLOSING):
             self.read_size += len(data)
-            connection.received += len(data)
-            connection.events = connection.reader.feed(data)
+            connection.events = connection.source = connection.reader.feed(data)
             del data
             self._take(connection)
 
@@ -2662,12 +2725,13 @@ class Receiver:
     def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
+        self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
-            elif connection.interest & selectors.EVENT_READ:
+            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
                 self._try(self._read, connection)
             if self.has_much or time.monotonic() > until:
                 return
@@ -2675,11 +2739,11 @@ class Receiver:
     @property
     def has_much(self) -> bool:
         """Whether so much was read that it goes out before more is read."""
-        return self.read_size > RUN_SIZE or self._room.length > RUN_LENGTH
+        return self.read_size > RUN_SIZE or len(self._queue) > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
-        until = time.monotonic() + SLICE_TIME
+        until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
@@ -2693,14 +2757,14 @@ class Receiver:
             if connection.has_more:
                 self.line_up(connection)
         finally:
-            if connection.pongs:
-                self._send_pongs(connection)
             if messages:
                 self._submit(connection, messages)
 
     def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
+            if not connection.pongs:
+                self._queue.put_own((connection, connection.pongs))
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2709,24 +2773,20 @@ class Receiver:
             self._hear_close(connection, payload, messages)
             return False
         elif opcode == CONT:
-            if not self._sender.unfinished.grow(connection, self._sender.now):
+            if not self.gate.unfinished.grow(connection, self._sender.now):
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
             if connection.kept:
-                self._sender.unfinished.release(connection)
+                self.gate.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
-        if connection.pongs:
-            self._send_pongs(connection)
-        if self._has_limits and not self._may_send(connection):
-            self._pause(connection, (opcode, payload))
-            return False
-        if self._room.held:
-            self.held_back.append(connection)
+        if connection.pongs:  # those for Pings behind this message come behind it, too
+            connection.pongs = []
+        if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
         inbox = connection.client._inbox
@@ -2734,7 +2794,7 @@ class Receiver:
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
-                self._room.put_own(Outgoing(opcode, payload))
+                self._queue.put_own(Outgoing(opcode, payload))
             return True
         messages.append((opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
@@ -2747,28 +2807,6 @@ class Receiver:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
-    def _may_send(self, connection: Connection) -> bool:
-        """Whether a client may send a message now; otherwise it is resumed when it may. Raises ProtocolError."""
-        server = self._server
-        if server.read_only:
-            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
-        if server._link and server._link.is_full:
-            self.held_back.append(connection)
-            return False
-        if server.rate:
-            connection.pace = connection.pace or Pace()
-            wait = connection.pace.wait_time(server.rate, self._sender.now)
-            if wait:
-                heapq.heappush(self.alarms, (self._sender.now + wait, next(self._count), connection))
-                return False
-            connection.pace.take(server.rate, self._sender.now)
-        return True
-
-    def _send_pongs(self, connection: Connection) -> None:
-        """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
-        pongs, connection.pongs = connection.pongs, []
-        self._room.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
-
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
         code, reason = parse_close(bytes(payload))
@@ -2779,13 +2817,27 @@ class Receiver:
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
-        operation = functools.partial(self._sender.guard, act, connection, *arguments)
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
-            self._hooks.submit(inbox, functools.partial(self._room.put, operation))
+            operation = functools.partial(self.end_soon, connection, act, *arguments)
+            self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self._room.put_own(operation)
+            self.end_soon(connection, act, *arguments)
+
+    def end_soon(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """End a connection behind what the others send: thousands may end at once."""
+        if not connection.is_ending:
+            connection.is_ending = True
+            self.endings.append((connection, act, arguments))
+
+    def end_some(self) -> None:
+        """End connections, for some time."""
+        until = time.monotonic() + ROUND_TIME
+        while self.endings and time.monotonic() < until:
+            connection, act, arguments = self.endings.popleft()
+            connection.is_ending = False
+            self._sender.guard(act, connection, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
@@ -2794,11 +2846,13 @@ class Receiver:
         self._hooks.submit(client._inbox, functools.partial(self._server._take_messages, client, messages))
         if connection.submitted > MAX_SUBMITTED:
             resume = functools.partial(self.resume, connection)
-            self._hooks.submit(client._inbox, functools.partial(self._room.put, resume))
+            self._hooks.submit(client._inbox, functools.partial(self._queue.put, resume))
 
 
-HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
 LOOKS_AT_ONCE = 500  # after the deadlines of connections
+
+
+RECIPIENTS = operator.attrgetter("to")
 
 
 class Loop(threading.Thread):
@@ -2812,12 +2866,12 @@ class Loop(threading.Thread):
     suspended laptop): so nobody is dropped for a silence that nobody could hear.
     """
 
-    def __init__(self, server: BroadcastServer, room: Room, hooks: Hooks) -> None:
+    def __init__(self, server: BroadcastServer) -> None:
         super().__init__(name="pywebsock loop", daemon=True)
-        self._server, self._room, self._hooks = server, room, hooks
-        self.sender = Sender(server, room, hooks)
-        self.receiver = Receiver(server, room, hooks, self.sender)
-        room.adopt, room.close_connection = self.receiver.adopt, self.receiver.close
+        self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
+        self.sender = Sender(server)
+        self.receiver = Receiver(server, self.sender)
+        self._room.adopt, self._room.close_connection = self.receiver.adopt, self.receiver.close
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
@@ -2831,26 +2885,33 @@ class Loop(threading.Thread):
         """Seconds on the loop's clock."""
         return self.sender.now
 
+    def start(self) -> None:
+        """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
+        self.sender.selector = selectors.DefaultSelector()
+        self._queue.open(self.sender.selector)
+        super().start()
+
     def run(self) -> None:
         """What the thread does."""
-        self._room.start(self.sender.selector)
+        self._queue.start()
         while not self._ended:
             try:
                 self._do_round()
             except Exception as error:  # out of memory, say: the next round may go well
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self._interval / 10)
+        self._queue.end()
         self._room.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
         """End the thread. Any other thread."""
         if self.is_alive():
-            self._room.put(self._end)
+            self._queue.put(self._end)
             self.join()
         else:
+            self._queue.end()
             self._room.end()
-            self.sender.selector.close()
 
     def _end(self) -> None:
         for connection in list(self._room.connections):
@@ -2862,11 +2923,12 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
+        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
         for key, events in ready:
             connection = key.data
             if connection is None:
-                self._room.hear_alarm()
+                self._queue.hear_alarm()
                 continue
             if events & selectors.EVENT_WRITE:
                 sender.guard(sender.flush, connection)
@@ -2879,19 +2941,16 @@ class Loop(threading.Thread):
         if receiver.later:
             receiver.go_on()
             self._carry_out()
+        receiver.end_some()
         self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
-        now, receiver = self.sender.now, self.receiver
-        timeout = max(0.001, min(self._interval, self._next_look - now))
+        timeout = min(self._interval, self._next_look - self.now, self.sender.gate.wait_time(self.now))
         if self._hooks.is_waiting:
-            timeout = STUCK_TIME
-        elif self._room.held or receiver.held_back or self.sender.unfinished.waiting:
-            timeout = min(timeout, HOLD_TIME)
-        if receiver.alarms:
-            timeout = max(0.001, min(timeout, receiver.alarms[0][0] - now))
-        if receiver.later or not self._room.fall_asleep():
+            timeout = min(timeout, STUCK_TIME)
+        timeout = max(0.001, timeout)
+        if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
@@ -2908,20 +2967,57 @@ class Loop(threading.Thread):
         """Send everything that was read or queued."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
+        pongs: list[tuple[Connection, list[bytes]]] = []  # behind the run, so that Pings do not part it
         size = 0
-        for operation in self._room.take():
+        for operation in self._queue.take():
             if type(operation) is Outgoing:
                 run.append(operation)
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
-            if run:
-                self._call(self.sender.deliver, run)
-                run, size = [], 0
-            if type(operation) is not Outgoing:
+            elif type(operation) is tuple:
+                pongs.append(operation)
+                if run:
+                    continue
+            self._send(run, pongs)
+            run, pongs, size = [], [], 0
+            if callable(operation):
                 self._call(operation)
+        self._send(run, pongs)
+
+    def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         if run:
-            self._call(self.sender.deliver, run)
+            self._call(self._deliver, run)
+        for connection, frames in pongs:
+            self.sender.guard(self.sender.pong, connection, frames)
+
+    def _deliver(self, run: list[Outgoing]) -> None:
+        """Send messages to those whom they are for: one send for each client and window."""
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+            messages = list(group)
+            for window, sends in self._room.recipients(messages, to):
+                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+
+    def _fan_out(self, data: bytes, sends: Sends) -> None:
+        """Send the same bytes to many: this loop is where the time goes."""
+        size, rest = len(data), []
+        failed: list[tuple[WebSocketHandler, Exception]] = []
+        for client, send in sends.items():
+            try:
+                sent = send(data)
+            except WOULD_BLOCK:
+                sent = 0
+            except (OSError, MemoryError) as error:
+                failed.append((client, error))
+                continue
+            if sent < size:
+                rest.append((client, sent))
+        for client, sent in rest:
+            self.sender.guard(self.sender.keep, client._connection, data, sent)
+        for client, why in failed:
+            if client._connection:
+                self._room.set_send(client._connection, discard)
+                self.receiver.end_soon(client._connection, self.sender.fail, why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -2932,10 +3028,14 @@ class Loop(threading.Thread):
     # ---- what is due ----
 
     def _look_around(self) -> None:
-        if self._hooks.is_waiting:
+        if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
-        self._room.hold(self.sender.is_someone_behind())
-        self.receiver.look_around()
+        sender, now = self.sender, self.now
+        self._queue.hold(sender.is_someone_behind())
+        for connection in sender.gate.unfinished.slow_ones(now):
+            sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+        for connection in sender.gate.to_resume(now):
+            self.receiver.resume(connection)
         if self._next_look <= self.now:
             self._look_after_some()
 
@@ -2981,7 +3081,6 @@ class Loop(threading.Thread):
 KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3003,233 +3102,21 @@ class Pace:
         self._due = max(self._due, now) + 1 / rate
 
 
-class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
-    """Sends each message that a client sends to all clients, in one order for all.
-
-    Methods for the caller, besides those of socketserver:
-
-    - broadcast(message, to=None): to all clients, or to some
-    - clients: a copy of the set of them
-    - status(): a dict of figures
-    - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
-      sends what is queued and closes every client with 1001
-
-    Hooks that may be overridden; each may take its time, and holds up its own client alone:
-
-    - admit(client), on_open(client), on_message(client, message), on_post(client, message),
-      on_close(client, code, reason)
-
-    Settings are the attributes of the class Settings; keyword arguments set them for one server.
-    """
-
-    # ---- of socketserver ----
+class LimitedServer(socketserver.ThreadingTCPServer):
+    """Accepts connections while there are descriptors and threads for them. The thread that runs serve_forever()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it means something else
     daemon_threads = True
     request_queue_size = 4096  # connections that wait to be accepted: storms are normal
+    tls_context: ssl.SSLContext | None
 
-    def __init__(
-        self,
-        server_address: tuple[str, int],
-        RequestHandlerClass: Callable[..., socketserver.BaseRequestHandler] = WebSocketHandler,
-        bind_and_activate: bool = True,
-        **settings: Any,
-    ) -> None:
-        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
-
-        Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
-        had, or the Redis refuses.
-        """
-        for name, value in settings.items():
-            kind = getattr(type(self), name, print)
-            if name.startswith("_") or callable(kind) or isinstance(kind, property):
-                raise TypeError(f"there is no setting {name!r}")
-            setattr(self, name, value)
-        for name, default in vars(Settings).items():
-            if not name.startswith("_"):
-                setattr(self, name, check_setting(name, getattr(self, name), default))
-        self._prepare()
-        if server_address[0].startswith(UNIX):
-            self.address_family = AF_UNIX
-        elif ":" in server_address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
-
-    def _prepare(self) -> None:
-        self._started = time.monotonic()
-        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
-        self._refused = 0  # requests, for the status
-        self._path = ""  # of its Unix socket
-        self._local = threading.local()  # .client: whose handshake or hook this thread runs
-        self._post_pace, self._post_lock = Pace(), threading.Lock()
-        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._hooks = Hooks()
-        self._room = Room(self.max_clients, self.history, self.max_backlog // 2)
-        self._loop = Loop(self, self._room, self._hooks)
-        self._start_lock = threading.Lock()
-        self._has_begun = False
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
-        self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
-
-    # ---- hooks ----
-
-    def admit(self, client: WebSocketHandler) -> None:
-        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
-
-        In the connection's own thread; before the 101, and before the body of a POST is
-        read: client.method says which, "GET" or "POST". There are client.target,
-        client.headers and client.address, too. close() refuses as well, with 403.
-        """
-
-    def on_open(self, client: WebSocketHandler) -> None:
-        """A client has joined. An exception in this or in on_message closes it with 1011.
-
-        In the connection's own thread; the client's messages wait until it returns.
-        """
-
-    def on_message(self, client: WebSocketHandler, message: Message) -> None:
-        """A client has sent text (str) or binary (bytes). By default, all clients get it.
-
-        In a hook thread, like on_close: one call at a time for each client, in order.
-        """
-        self.broadcast(message)
-
-    def on_post(self, client: WebSocketHandler, message: Message) -> None:
-        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
-
-        In the connection's own thread. By default, all clients get the message. HandshakeError
-        and close() refuse it.
-        """
-        self.broadcast(message)
-
-    def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
-
-    # ---- for any thread ----
-
-    def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
-        """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
-
-        Waits while too much is queued, never for one slow client. Raises TypeError for
-        anything but str and bytes.
-        """
-        outgoing = outgoing_message(message, to)
-        if not self._link or to is not None:
-            self._put(outgoing)
-            return
-        self._link.put(bytes(outgoing.payload), outgoing.opcode)
-        client = getattr(self._local, "client", None)
-        if not client or client._connection:  # a POST has waited before
-            self._wait_for_space()
-
-    @property
-    def clients(self) -> set[WebSocketHandler]:
-        """A copy of the set of clients: from before on_open until before on_close. Any thread."""
-        return self._room.clients
-
-    def status(self) -> dict[str, Any]:
-        """What GET /status answers. Any thread."""
-        sender, clients = self._loop.sender, self.clients
-        return {
-            "clients": len(clients),
-            "messages": self._room.messages,
-            "bytes": self._room.bytes,
-            "uptime": round(time.monotonic() - self._started, 3),
-            "connections": self._room.size,
-            "refused": self._refused,
-            "dropped": sender.dropped,
-            "slow": len(sender.slow),
-            "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
-            "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
-            "version": __version__,
-            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
-        }
-
-    def _url(self, host: str | None) -> str | None:
-        """Of the page, by a name or an address of this machine."""
-        where = f"[{host}]" if host and ":" in host else host
-        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
-
-    # ---- hooks and messages, each in the thread that has them ----
-
-    def _overrides(self, name: str) -> bool:
-        """Whether a method is the program's own."""
-        return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
-
-    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
-        """Call a hook of a client; whatever it raises ends that client alone."""
-        self._local.client = client
-        try:
-            hook(client, *arguments)
-        except BaseException as error:
-            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
-            client._is_closing = True
-            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
-            self._room.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
-        finally:
-            self._local.client = None
-
-    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
-        """Messages of a client, in a hook thread."""
-        for opcode, payload in messages:
-            if not client._is_closing:
-                message = payload.decode() if opcode == TEXT else bytes(payload)
-                self._run_hook(client, self.on_message, message)
-
-    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """In the loop: on_close is the last that its hooks get to know."""
-        if reason:  # other words than without one: of each kind, the log has so many lines at most
-            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
-        else:
-            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
-        if client._inbox or self._overrides("on_close"):
-            client._inbox = client._inbox or Inbox()
-            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
-            self._hooks.submit(client._inbox, call)
-
-    def _put(self, message: Outgoing) -> None:
-        if threading.get_ident() != self._room.loop_thread:
-            self._room.compress(message)
-        self._room.put_message(message)
-
-    def _wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is on its way. Returns whether that has an end."""
-        if self._link and threading.get_ident() != self._room.loop_thread and not self._link.wait_for_room(timeout):
-            return False
-        return self._room.wait_for_space(timeout)
-
-    def _wait_for_post(self, timeout: float) -> bool:
-        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
-        with self._post_lock:
-            now = time.monotonic()
-            wait = self._post_pace.wait_time(self.rate, now)
-            if wait > timeout:
-                return False
-            self._post_pace.take(self.rate, now)
-        time.sleep(wait)
-        return True
-
-    def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
-        """Messages of all servers, in the order of the stream, in a thread of the link."""
-        for opcode, payload in messages:
-            self._put(Outgoing(opcode, payload))
-
-    # ---- connections, as socketserver has it ----
+    _hooks: Hooks
+    _room: Room
+    _most_connections: int
+    _path = ""  # of its Unix socket
 
     def _begin(self) -> None:
-        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
-        with self._start_lock:
-            if not self._has_begun:
-                self._has_begun = True
-                self._loop.start()
-                if self._link:
-                    self._link.start()
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
-        self._begin()
-        super().serve_forever(poll_interval)
+        raise NotImplementedError
 
     def server_bind(self) -> None:
         """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
@@ -3303,6 +3190,235 @@ class BroadcastServer(Settings, socketserver.ThreadingTCPServer):
             self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
         else:
             self._hooks.log(logging.ERROR, "%s: unexpected error", client_address, error=error)
+
+
+class BroadcastServer(Settings, LimitedServer):
+    """Sends each message that a client sends to all clients, in one order for all.
+
+    Methods for the caller, besides those of socketserver:
+
+    - broadcast(message, to=None): to all clients, or to some
+    - clients: a copy of the set of them
+    - status(): a dict of figures
+    - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
+      sends what is queued and closes every client with 1001
+
+    Hooks that may be overridden; each may take its time, and holds up its own client alone:
+
+    - admit(client), on_open(client), on_message(client, message), on_post(client, message),
+      on_close(client, code, reason)
+
+    Settings are the attributes of the class Settings; keyword arguments set them for one server.
+    """
+
+    def __init__(
+        self,
+        server_address: tuple[str, int],
+        RequestHandlerClass: Callable[..., socketserver.BaseRequestHandler] = WebSocketHandler,
+        bind_and_activate: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
+
+        Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
+        had, or the Redis refuses.
+        """
+        for name, value in settings.items():
+            kind = getattr(type(self), name, print)
+            if name.startswith("_") or callable(kind) or isinstance(kind, property):
+                raise TypeError(f"there is no setting {name!r}")
+            setattr(self, name, value)
+        for name, default in vars(Settings).items():
+            if not name.startswith("_"):
+                setattr(self, name, check_setting(name, getattr(self, name), default))
+        self._prepare()
+        if server_address[0].startswith(UNIX):
+            self.address_family = AF_UNIX
+        elif ":" in server_address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def _prepare(self) -> None:
+        self._started = time.monotonic()
+        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
+        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
+        self._refused = 0  # requests, for the status
+        self._local = threading.local()  # .client: whose handshake or hook this thread runs
+        self._post_pace, self._post_lock = Pace(), threading.Lock()
+        self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
+        self._hooks = Hooks()
+        self._queue = Queue()
+        self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
+        self._loop = Loop(self)
+        self._start_lock = threading.Lock()
+        self._has_begun = False
+        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        most = clients + clients // 10 + SPARE_CONNECTIONS
+        self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
+
+    # ---- hooks ----
+
+    def admit(self, client: WebSocketHandler) -> None:
+        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
+
+        In the connection's own thread; before the 101, and before the body of a POST is
+        read: client.method says which, "GET" or "POST". There are client.target,
+        client.headers and client.address, too. close() refuses as well, with 403.
+        """
+
+    def on_open(self, client: WebSocketHandler) -> None:
+        """A client has joined. An exception in this or in on_message closes it with 1011.
+
+        In the connection's own thread; the client's messages wait until it returns.
+        """
+
+    def on_message(self, client: WebSocketHandler, message: Message) -> None:
+        """A client has sent text (str) or binary (bytes). By default, all clients get it.
+
+        In a hook thread, like on_close: one call at a time for each client, in order.
+        """
+        self.broadcast(message)
+
+    def on_post(self, client: WebSocketHandler, message: Message) -> None:
+        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
+
+        In the connection's own thread. By default, all clients get the message. HandshakeError
+        and close() refuse it.
+        """
+        self.broadcast(message)
+
+    def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
+
+    # ---- for any thread ----
+
+    def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
+        """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
+
+        Waits while too much is queued, never for one slow client. Raises TypeError for
+        anything but str and bytes.
+        """
+        outgoing = outgoing_message(message, to)
+        if not self._link or to is not None:
+            self._put(outgoing)
+            return
+        self._link.put(bytes(outgoing.payload), outgoing.opcode)
+        client = getattr(self._local, "client", None)
+        if not client or client._connection:  # a POST has waited before
+            self._wait_for_space()
+
+    @property
+    def clients(self) -> set[WebSocketHandler]:
+        """A copy of the set of clients: from before on_open until before on_close. Any thread."""
+        return self._room.clients
+
+    def status(self) -> dict[str, Any]:
+        """What GET /status answers. Any thread."""
+        sender, clients = self._loop.sender, self.clients
+        return {
+            "clients": len(clients),
+            "messages": self._room.messages,
+            "bytes": self._room.bytes,
+            "uptime": round(time.monotonic() - self._started, 3),
+            "connections": self._room.size,
+            "refused": self._refused,
+            "dropped": sender.dropped,
+            "read_only": self.read_only,  # the page then offers no composer
+            "slow": len(sender.slow),
+            "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
+            "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
+            "version": __version__,
+            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
+        }
+
+    def _url(self, host: str | None) -> str | None:
+        """Of the page, by a name or an address of this machine."""
+        where = f"[{host}]" if host and ":" in host else host
+        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
+
+    # ---- hooks and messages, each in the thread that has them ----
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a method is the program's own."""
+        return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
+
+    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
+        """Call a hook of a client; whatever it raises ends that client alone."""
+        self._local.client = client
+        try:
+            hook(client, *arguments)
+        except BaseException as error:
+            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
+            client._is_closing = True
+            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
+            self._queue.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
+        finally:
+            self._local.client = None
+
+    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
+        """Messages of a client, in a hook thread."""
+        for opcode, payload in messages:
+            if not client._is_closing:
+                message = payload.decode() if opcode == TEXT else bytes(payload)
+                self._run_hook(client, self.on_message, message)
+
+    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
+        """In the loop: on_close is the last that its hooks get to know."""
+        if reason:  # other words than without one: of each kind, the log has so many lines at most
+            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
+        else:
+            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
+        if self._overrides("on_close"):
+            client._inbox = client._inbox or Inbox()
+            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
+            self._hooks.submit(client._inbox, call)
+
+    def _put(self, message: Outgoing) -> None:
+        if threading.get_ident() != self._queue.loop_thread:
+            self._room.compress(message)
+        self._queue.put_message(message)
+
+    def _wait_for_space(self, timeout: float | None = None) -> bool:
+        """Wait while too much is on its way. Returns whether that has an end."""
+        if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
+            return False
+        return self._queue.wait_for_space(timeout)
+
+    def _wait_for_post(self, timeout: float) -> bool:
+        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
+        with self._post_lock:
+            now = time.monotonic()
+            wait = self._post_pace.wait_time(self.rate, now)
+            if wait > timeout:
+                return False
+            self._post_pace.take(self.rate, now)
+        time.sleep(wait)
+        return True
+
+    def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
+        """Messages of all servers, in the order of the stream, in a thread of the link."""
+        for opcode, payload in messages:
+            self._put(Outgoing(opcode, payload))
+
+    # ---- starting and stopping ----
+
+    def _begin(self) -> None:
+        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
+        with self._start_lock:
+            if not self._has_begun:
+                self._has_begun = True
+                self._loop.start()
+                if self._link:
+                    self._link.start()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
+        self._begin()
+        try:
+            super().serve_forever(poll_interval)
+        except OSError:  # Windows cannot wait for a socket that is closed already
+            if self.fileno() >= 0:
+                raise
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
@@ -3900,7 +4016,8 @@ def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
 
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
+BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break, on Windows alone
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
@@ -3998,7 +4115,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
     add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", metavar="N", default=10_000, help="clients at once (%(default)s)")
+    clients = f"clients at once (%(default)s; on Windows at most {MOST_SELECTED})"
+    add("--max-clients", metavar="N", default=10_000, help=clients)
     ping = "seconds of silence before a ping, and after it (%(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")

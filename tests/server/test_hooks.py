@@ -157,7 +157,7 @@ class AnyThread(ServerTestCase):
 
     def test_what_was_sent_may_be_changed(self) -> None:
         changing = bytearray(b"before")
-        with self.server._room.lock:
+        with self.server._queue._lock:
             self.server.broadcast(changing)  # type: ignore[arg-type]
             changing[:] = b"after!"
         self.server.broadcast("next")

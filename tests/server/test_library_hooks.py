@@ -441,7 +441,7 @@ class Meanwhile(ServerTestCase):
         server = self.serve()
         with unittest.mock.patch("pywebsock.decode_body", side_effect=MemoryError), self.assertLogs("pywebsock"):
             for _ in range(10):
-                exchange_nothing(server.server_address[1], post(bytes(16 * 1024 * 1024)))
+                exchange_nothing(server.server_address[1], post(bytes(1024 * 1024)))
         eventually(lambda: not server._room.pending)
         self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
         self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)
@@ -602,6 +602,7 @@ class Stopping(ServerTestCase):
             with running(Recorder) as server, Client(server.server_address[1]) as client:
                 client.send("hello")
                 self.assertEqual(client.read(), "hello")
+            eventually(lambda: threading.active_count() <= (before or [100])[0])
             before.append(threading.active_count())
             self.assertEqual((server.clients, server._room.connections, server._room.pending), (set(), set(), {}))
         self.assertLessEqual(before[-1], before[0])
@@ -661,7 +662,7 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
         server.clients
     if hasattr(gc, "set_threshold"):
         gc.set_threshold(700, 10, 10)
-    with server._room.lock, server._hooks._lock:  # wherever a lock is held
+    with server._room.lock, server._queue._lock, server._hooks._lock:  # wherever a lock is held
         Thing()
         gc.collect()
     end = time.monotonic() + 10
@@ -708,7 +709,7 @@ class FromAnywhere(ServerTestCase):
         handler = Log(server)
         logging.getLogger("pywebsock").addHandler(handler)
         self.addCleanup(logging.getLogger("pywebsock").removeHandler, handler)
-        server._room.put(lambda: 1 // 0)
+        server._queue.put(lambda: 1 // 0)
         self.assertIn("ZeroDivisionError", str(client.read()))
 
     def test_del(self) -> None:

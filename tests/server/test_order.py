@@ -156,11 +156,11 @@ class Joining(ServerTestCase):
         server = self.serve(history=1)
         server.broadcast("x" * 5000)
         eventually(lambda: server._room._history)
-        with contextlib.ExitStack() as stack, server._room.lock:  # the loop can carry out nothing
+        with contextlib.ExitStack() as stack, server._queue._lock:  # the loop can carry out nothing
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
-            server._room.lock.release()
+            server._queue._lock.release()
             eventually(lambda: 15 in (server._room._history[0]._frames or {}))
-            server._room.lock.acquire()
+            server._queue._lock.acquire()
 
     def test_no_history(self) -> None:
         server = self.serve()
@@ -206,7 +206,7 @@ class HeldBack(ServerTestCase):
     @contextlib.contextmanager
     def watch_queue(self, server: pywebsock.BroadcastServer) -> typing.Iterator[list[int]]:
         """Notes how much the loop takes from the queue at once, in bytes."""
-        take, sizes = server._room.take, [0]
+        take, sizes = server._queue.take, [0]
 
         def watched() -> list[typing.Any]:
             operations = take()
@@ -214,7 +214,7 @@ class HeldBack(ServerTestCase):
             sizes.append(sum(each.size + pywebsock.MESSAGE_COST for each in messages))
             return operations
 
-        with unittest.mock.patch.object(server._room, "take", watched):
+        with unittest.mock.patch.object(server._queue, "take", watched):
             yield sizes
 
     def test_nobody_else(self) -> None:
@@ -222,8 +222,8 @@ class HeldBack(ServerTestCase):
         server = self.serve()
         sender = self.connect(server)
         with unittest.mock.patch.object(server._loop.sender, "is_someone_behind", lambda: True):
-            server._room.wake()
-            eventually(lambda: server._room.held)
+            server._queue.wake()
+            eventually(lambda: server._queue.held)
             sender.send("not yet")
             other = self.connect(server)
             other.frame(PING, b"?")
@@ -256,9 +256,9 @@ class HeldBack(ServerTestCase):
                 done.append(i)
 
         with contextlib.ExitStack() as stack:
-            with unittest.mock.patch.object(server._room, "take", list):  # nothing is carried out meanwhile
+            with unittest.mock.patch.object(server._queue, "take", list):  # nothing is carried out meanwhile
                 stack.enter_context(in_thread(broadcast))
-                eventually(lambda: server._room._queued > pywebsock.QUEUE_SIZE)
+                eventually(lambda: server._queue._size > pywebsock.QUEUE_SIZE)
                 self.assertLess(len(done), 200)
             for _ in range(200):
                 self.assertEqual(client.read(), bytes(100_000))
