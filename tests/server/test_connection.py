@@ -186,10 +186,11 @@ class Receive(ServerTestCase):
             (64 * SMALL_READ_SIZE, READ_SIZE),
             (3, SMALL_READ_SIZE),
         ):
-            self.far.setblocking(False)
-            self.assertEqual(self.far.send(bytes(size)), size)
-            self.assertEqual(len(self.receive() or b""), size)
-            self.assertEqual(self.connection.read_size, following)
+            with self.subTest(size=size):
+                self.connection.socket = unittest.mock.Mock()
+                self.connection.socket.recv.side_effect = lambda asked, size=size: bytes(min(asked, size))
+                self.assertEqual(len(self.connection.receive() or b""), size)
+                self.assertEqual(self.connection.read_size, following)
 
     def test_tls_has_to_write_first(self) -> None:
         self.connection.socket = unittest.mock.Mock(recv=unittest.mock.Mock(side_effect=ssl.SSLWantWriteError))
@@ -239,6 +240,8 @@ class SenderTestCase(ServerTestCase):
         self.server, self.sender, self.room = server, server._loop.sender, server._room
         self.servers = [server]  # of whose logs assertLogs waits
         self.addCleanup(server.server_close)
+        self.sender.selector = selectors.DefaultSelector()
+        self.addCleanup(self.sender.selector.close)
         self.sender.now = 1000.0
         self.join()
 
@@ -718,4 +721,5 @@ class LoopSteps(SenderTestCase):
         """One round of the loop for this connection."""
         self.server._loop.receiver.read(self.connection)
         self.server._loop._carry_out()
+        self.server._loop.receiver.end_some()
         return self.connection.state
