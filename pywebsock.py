@@ -1361,11 +1361,10 @@ class Hooks:
 
     def _run(self) -> None:
         """Run calls until there have been none for a while."""
-        me = threading.get_ident()
-        with self._lock:
-            self._coming -= 1
+        me, coming = threading.get_ident(), 1  # until it has looked, it is counted as coming
         while True:
-            inbox = self._next_inbox(me)
+            inbox = self._next_inbox(me, coming)
+            coming = 0
             if not inbox:
                 return
             for _ in range(len(inbox.calls)):
@@ -1376,11 +1375,12 @@ class Hooks:
             self.release(inbox)
             del inbox  # its client may be gone
 
-    def _next_inbox(self, me: int) -> Inbox | None:
+    def _next_inbox(self, me: int, coming: int) -> Inbox | None:
         """Wait for an inbox with calls; None where none comes in IDLE_TIME."""
         wake = threading.Lock()
         while True:
             with self._lock:
+                self._coming -= coming
                 self._running.pop(me, None)
                 self._stuck.discard(me)
                 if self._ready:
@@ -1395,7 +1395,7 @@ class Hooks:
                 if wake in self._idle:  # nobody has woken it
                     self._idle.remove(wake)
                     return None
-                self._coming -= 1
+            coming = 1
 
 
 # ======================================================================================

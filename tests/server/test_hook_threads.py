@@ -140,11 +140,16 @@ class Workers(HooksTestCase):
     """How many threads there are, and when."""
 
     def test_one_while_none_is_stuck(self) -> None:
-        threads: set[int] = set()
-        for _ in range(100):
-            self.hooks.submit(pywebsock.Inbox(), lambda: threads.add(threading.get_ident()))
-        self.hooks.wait(0, time.monotonic() + DEADLINE)
-        self.assertEqual(len(threads), 1)
+        """From the first call on, and again after each pause: a thread that is on its way counts."""
+        for _ in range(50):
+            self.hooks = pywebsock.Hooks()
+            threads: set[int] = set()
+            for _ in range(5):
+                for _ in range(20):
+                    self.hooks.submit(pywebsock.Inbox(), lambda threads=threads: threads.add(threading.get_ident()))
+                self.hooks.wait(0, time.monotonic() + DEADLINE)
+            self.assertEqual(len(threads), 1)
+            self.hooks.stop()
 
     def test_none_without_work(self) -> None:
         self.assertEqual(self.workers(), [])
