@@ -714,7 +714,7 @@ class LoopSteps(SenderTestCase):
         self.far.sendall(masked_frame(CLOSE, b"\x03\xe8") + masked_frame(TEXT, b"never"))
         eventually(lambda: self.step() is State.ENDING)
         received = self.drain()
-        frames = [(TEXT, b"1"), (PONG, b"?"), (TEXT, b"2"), (CLOSE, b"\x03\xe8")]
+        frames = [(TEXT, b"1"), (TEXT, b"2"), (PONG, b"?"), (CLOSE, b"\x03\xe8")]
         self.assertEqual(received, b"".join(pywebsock.serialize_frame(*frame) for frame in frames))
 
     def step(self) -> State:
