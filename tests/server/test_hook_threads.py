@@ -146,7 +146,7 @@ class Workers(HooksTestCase):
             threads: set[int] = set()
             for _ in range(5):
                 for _ in range(20):
-                    self.hooks.submit(pywebsock.Inbox(), lambda threads=threads: threads.add(threading.get_ident()))
+                    self.hooks.submit(pywebsock.Inbox(), lambda threads=threads: threads.add(threading.get_ident()))  # type: ignore[misc]
                 self.hooks.wait(0, time.monotonic() + DEADLINE)
             self.assertEqual(len(threads), 1)
             self.hooks.stop()
