@@ -477,9 +477,19 @@ class Unfinished(RoomTestCase):
         for connection in (b, c, d):
             self.grow(connection, 1)
         self.loop.sender.drop(b, "a test")
+        self.assertEqual(self.unfinished.waiting, {c, d})
         c.state = pywebsock.State.ENDING
         self.unfinished.release(a)
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([d], set()))
+
+    def test_dropped(self) -> None:
+        """What an unfinished message has taken is free again when its connection ends."""
+        (a,) = self.connections(1)
+        self.loop.sender.gate.unfinished = self.unfinished
+        self.carry_out()
+        self.grow(a, 600)
+        self.loop.sender.drop(a, "a test")
+        self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
 
     def test_all_comes_back(self) -> None:
         chance = random.Random(1)
