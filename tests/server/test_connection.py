@@ -649,7 +649,7 @@ class Deadlines(SenderTestCase):
             with contextlib.suppress(BlockingIOError):
                 self.far.recv(1000)
             self.look(0)
-            return self.connection.heard == self.sender.now
+            return bool(self.connection.heard == self.sender.now)
 
         self.assertNotEqual(self.connection.heard, self.sender.now)
         eventually(is_heard)
