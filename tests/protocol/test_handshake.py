@@ -656,6 +656,11 @@ class Origin(unittest.TestCase):
         ("https://evil.example?.example.com", HERE, ("https://*.example.com",)),
     )
 
+    def test_star(self) -> None:
+        """It stands for one character or more, and what is around it must be there."""
+        for text, good in (("https://a.b", True), ("https://.b", False), ("https://a.c", False), ("http://a.b", False)):
+            self.assertEqual(pywebsock.matches(text, "https://*.b"), good, text)
+
     def test_may(self) -> None:
         for origin, host, listed in self.MAY:
             with self.subTest(origin=origin, host=host, listed=listed):

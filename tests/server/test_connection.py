@@ -572,6 +572,17 @@ PING_FRAME = pywebsock.serialize_frame(PING, b"")
 class Deadlines(SenderTestCase):
     """What ends a connection in which nothing moves. Seconds are those of the loop's clock."""
 
+    def fill(self) -> None:
+        """The socket takes nothing more, and nothing is on its way."""
+        super().fill()
+
+        def is_still() -> bool:
+            acked = pywebsock.bytes_in_kernel(self.connection.socket)[1]
+            time.sleep(0.05)  # an acknowledgement may be late by 40 ms
+            return acked == pywebsock.bytes_in_kernel(self.connection.socket)[1]
+
+        eventually(is_still)
+
     def look(self, later: float) -> None:
         """The next look at the connection."""
         self.sender.now += later
