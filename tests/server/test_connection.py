@@ -652,6 +652,7 @@ class Deadlines(SenderTestCase):
         """That is a sign of life while more waits, also where it only takes what the system has."""
         self.begin(ping_interval=0.0)
         self.fill()
+        self.sender.flush(self.connection)  # the system has something that the peer has no room for
         self.look(0)
         self.sender.now += 5.0
         self.far.settimeout(0)
