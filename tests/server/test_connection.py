@@ -34,7 +34,7 @@ RESPONSE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
 class Pipe:
     """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
 
-    family = socket.AF_UNIX
+    family = pywebsock.AF_UNIX
 
     def __init__(self) -> None:
         self.room = self.most = 1 << 40
