@@ -2351,7 +2351,8 @@ class Unfinished:
 
     def take_ready(self) -> list[Connection]:
         """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
-        left, ready = self._budget.left, []
+        left = self._budget.left
+        ready: list[Connection] = []
         for connection in sorted(self.waiting, key=lambda each: each.reader.size):
             size = connection.reader.size - connection.kept
             if size > left and (self._first or ready):

@@ -344,7 +344,7 @@ class Raising(ServerTestCase):
                 self.assertEqual(witness.read(), "still here")
         eventually(lambda: server._room.size == 1)
         self.assertEqual(len(server.clients), 1)
-        self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
+        self.assertEqual(server._budget.left, pywebsock.Budget(max(64 << 20, 8 * server.max_message)).left)
 
     def check_status(self, client: Client, what: typing.Any) -> None:
         """The end of a request: a HandshakeError says what the peer gets, anything else is an error of the program."""
@@ -443,7 +443,7 @@ class Meanwhile(ServerTestCase):
             for _ in range(10):
                 exchange_nothing(server.server_address[1], post(bytes(1024 * 1024)))
         eventually(lambda: not server._room.pending)
-        self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
+        self.assertEqual(server._budget.left, pywebsock.Budget(max(64 << 20, 8 * server.max_message)).left)
         self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)
 
     def test_out_of_memory_for_one(self) -> None:

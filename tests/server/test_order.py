@@ -230,7 +230,7 @@ class HeldBack(ServerTestCase):
             self.assertEqual(other.read_frame(), Frame(True, False, PONG, b"?"))
             other.close()
             self.assertEqual(other.read_close(), (1000, ""))
-            self.assertEqual(len(server._loop.receiver.held_back), 1)
+            self.assertEqual(len(server._loop.receiver.gate._held_back), 1)
             server._hooks.wait(0, time.monotonic() + DEADLINE)
             self.assertNotIn(("message", "not yet"), server.heard)
         self.assertEqual(sender.read(), "not yet")
