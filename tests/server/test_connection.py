@@ -18,6 +18,8 @@ from pywebsock import QUICK_TIME, READ_SIZE, SEND_SIZE, SENDS_AT_ONCE, SMALL_REA
 from tests.tools.support import (
     CLOSE,
     DEADLINE,
+    IS_WINDOWS,
+    IS_WINE,
     PING,
     PONG,
     TEXT,
@@ -34,7 +36,7 @@ RESPONSE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
 class Pipe:
     """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
 
-    family = socket.AF_UNIX
+    family = pywebsock.AF_UNIX
 
     def __init__(self) -> None:
         self.room = self.most = 1 << 40
@@ -170,7 +172,7 @@ class Receive(ServerTestCase):
         self.assertEqual([self.receive(), self.receive()], [b"bye", b""])
 
     def test_a_reset(self) -> None:
-        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if IS_WINDOWS else "ii", 1, 0))
         self.far.close()
         with self.assertRaises(ConnectionResetError):
             self.receive()
@@ -286,6 +288,8 @@ class SenderTestCase(ServerTestCase):
 
     def was_reset(self) -> bool:
         """Whether the peer sees a reset, and not the end."""
+        if IS_WINE:
+            raise unittest.SkipTest("under Wine, the peer of a connection that is reset sees its end")
         self.far.settimeout(DEADLINE)
         try:
             while self.far.recv(1 << 20):

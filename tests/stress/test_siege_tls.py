@@ -225,6 +225,7 @@ class TLSTestCase(stress.StressTestCase):
 class EndTest(TLSTestCase):
     """Each way to end TLS."""
 
+    @unittest.skipIf(support.IS_WINDOWS, "Windows has no /proc")
     def test_leave(self) -> None:
         server = self.serve("--quiet", tls=True)
         gauge = stress.Gauge(server.pid)
