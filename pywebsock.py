@@ -1326,7 +1326,7 @@ class Hooks:
             return
         try:
             threading.Thread(target=self._run, name="pywebsock hooks", daemon=True).start()
-        except RuntimeError:  # there can be no more threads now
+        except (RuntimeError, MemoryError):  # there can be no more threads now
             self._coming -= 1
 
     # ---- the loop ----
