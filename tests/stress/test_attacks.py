@@ -30,7 +30,9 @@ def window(bits: int) -> dict[str, str]:
 class AttackTestCase(siege.SiegeTestCase):
     """Tests of a server that strangers attack."""
 
-    def attack(self, besieged: siege.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any) -> attack.Attack:
+    def attack(
+        self, besieged: siege.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
+    ) -> attack.Attack:
         """A crowd of attackers, which is ended in the end."""
         crowd = attack.Attack(besieged.port, number, piece, first, **how)
         self.addCleanup(crowd.end)

@@ -287,7 +287,8 @@ class StressTestCase(unittest.TestCase):
 
     def number(self, server: support.Process) -> int:
         """Of clients in the room."""
-        body = support.exchange(server.port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")[2]
+        tls = certificate()[1] if "wss:" in server.first_line else None
+        body = support.exchange(server.port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n", tls=tls)[2]
         return int(body.partition(b'"clients": ')[2].partition(b",")[0])
 
     def report(self, text: str) -> None:
