@@ -1,6 +1,6 @@
 """What a stranger with a few connections can do to a room, and what must not happen to honest clients with bad luck.
 
-Beside each attack there is an honest witness in a process of its own. Heavy: PYWEBSOCK_TESTS=siege, or everything.
+Beside each attack there is an honest witness in a process of its own. Heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 import typing
 import unittest
 
-from tests.tools import attack, load, siege, support
+from tests.tools import attack, load, stress, support
 
 SECONDS = 5.0  # that an attack goes on
 DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
@@ -27,11 +27,11 @@ def window(bits: int) -> dict[str, str]:
     return {"Sec_WebSocket_Extensions": f"permessage-deflate; server_max_window_bits={bits}"}
 
 
-class AttackTestCase(siege.SiegeTestCase):
+class AttackTestCase(stress.StressTestCase):
     """Tests of a server that strangers attack."""
 
-    def attack(
-        self, besieged: siege.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
+    def start(
+        self, besieged: stress.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
     ) -> attack.Attack:
         """A crowd of attackers, which is ended in the end."""
         crowd = attack.Attack(besieged.port, number, piece, first, **how)
@@ -39,53 +39,53 @@ class AttackTestCase(siege.SiegeTestCase):
         besieged.witness.figures()  # from now on
         return crowd
 
-    def stand(self, besieged: siege.Siege, crowd: attack.Attack, what: str, worst: float, growth: float = 60) -> None:
+    def stand(self, besieged: stress.Siege, crowd: attack.Attack, what: str, worst: float, growth: float = 60) -> None:
         """Let the attack go on for a while; what the witness sees meanwhile is the result."""
         time.sleep(SECONDS)
         sent, ends = crowd.figures()
         self.watch(besieged, f"{what}, {sent / SECONDS:.0f} MB/s, ended {ends}", worst, growth)
 
 
-@siege.heavy
+@stress.heavy
 class FloodTest(AttackTestCase):
     """Frames that cost a stranger little, as many as a connection takes."""
 
     def test_pings(self) -> None:
         besieged = self.besiege()
-        crowd = self.attack(besieged, 200, load.frame(b"", 9), pace=5e6)
+        crowd = self.start(besieged, 200, load.frame(b"", 9), pace=5e6)
         self.stand(besieged, crowd, "200 clients send Pings", 0.1)
 
     def test_pings_that_nobody_reads_the_answers_of(self) -> None:
         besieged = self.besiege()
-        crowd = self.attack(besieged, 200, load.frame(bytes(125), 9), pace=5e6, reading=False)
+        crowd = self.start(besieged, 200, load.frame(bytes(125), 9), pace=5e6, reading=False)
         self.stand(besieged, crowd, "200 clients send Pings and read nothing", 0.1)
 
     def test_pings_between_messages(self) -> None:
         """Each message makes the Pongs before it leave at once."""
         besieged = self.besiege()
         piece = load.frame(bytes(125), 9) + load.frame(b"x", 1)
-        crowd = self.attack(besieged, 50, piece, pace=1e5)
+        crowd = self.start(besieged, 50, piece, pace=1e5)
         self.stand(besieged, crowd, "50 clients send Pings and messages", 0.1)
 
     def test_pongs_and_empty_fragments(self) -> None:
         besieged = self.besiege()
         piece = support.masked_frame(0, fin=False) + support.masked_frame(10)
-        crowd = self.attack(besieged, 300, piece, support.masked_frame(1, fin=False))
+        crowd = self.start(besieged, 300, piece, support.masked_frame(1, fin=False))
         self.stand(besieged, crowd, "300 clients send Pongs and empty fragments", 0.5)
 
     def test_bursts_of_pongs(self) -> None:
         besieged = self.besiege()
-        crowd = self.attack(besieged, 100, support.masked_frame(10), pace=5e6, burst=0.5)
+        crowd = self.start(besieged, 100, support.masked_frame(10), pace=5e6, burst=0.5)
         self.stand(besieged, crowd, "100 clients send Pongs in bursts", 0.5)
 
     def test_tls_records_of_one_byte(self) -> None:
         besieged = self.besiege(tls=True)
-        crowd = self.attack(besieged, 50, load.frame(b"", 9), record=1)
+        crowd = self.start(besieged, 50, load.frame(b"", 9), record=1)
         self.stand(besieged, crowd, "50 clients send records of one byte", 0.1)
 
     def test_tls_records_of_a_hundred_bytes(self) -> None:
         besieged = self.besiege(tls=True)
-        crowd = self.attack(besieged, 50, load.frame(bytes(94), 10), record=100)
+        crowd = self.start(besieged, 50, load.frame(bytes(94), 10), record=100)
         self.stand(besieged, crowd, "50 clients send records of 100 bytes", 0.1)
 
 

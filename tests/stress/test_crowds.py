@@ -55,7 +55,8 @@ class CrowdTest(stress.StressTestCase):
             crowd.send(support.masked_frame(10, b""))
         self.watch(besieged, "5,000 Pings and Pongs", worst)
         self.assertNotIn(" left: ", besieged.log())
-        self.assertEqual({one.recv(100)[-2:] for one in crowd.sockets[:50]}, {b"\x89\0"})
+        for one in crowd.sockets[:50]:
+            self.assertIn(b"\x89\0", one.recv(1 << 20), "no Ping")
         crowd.reset()
         self.withstand(besieged, "their resets", worst, within=90)
 
