@@ -341,13 +341,18 @@ class Receive(ServerTestCase):
             self.receive()
 
     def test_how_much(self) -> None:
-        """Little at first; much where much has come; little again."""
+        """Little at first; four times as much whenever so much has come; little again."""
         for size, following in (
-            (SMALL_READ_SIZE // 2, SMALL_READ_SIZE),
-            (SMALL_READ_SIZE // 2 + 1, READ_SIZE),
+            (SMALL_READ_SIZE - 1, SMALL_READ_SIZE),
+            (SMALL_READ_SIZE, 4 * SMALL_READ_SIZE),
+            (SMALL_READ_SIZE // 2, 4 * SMALL_READ_SIZE),
+            (4 * SMALL_READ_SIZE, 16 * SMALL_READ_SIZE),
+            (16 * SMALL_READ_SIZE, 64 * SMALL_READ_SIZE),
+            (64 * SMALL_READ_SIZE, READ_SIZE),
             (3, SMALL_READ_SIZE),
         ):
-            self.far.sendall(bytes(size))
+            self.far.setblocking(False)
+            self.assertEqual(self.far.send(bytes(size)), size)
             self.assertEqual(len(self.receive() or b""), size)
             self.assertEqual(self.connection.read_size, following)
 

@@ -441,7 +441,7 @@ class Meanwhile(ServerTestCase):
         server = self.serve()
         with unittest.mock.patch("pywebsock.decode_body", side_effect=MemoryError), self.assertLogs("pywebsock"):
             for _ in range(10):
-                exchange_nothing(server.server_address[1], post(bytes(16 * 1024 * 1024)))
+                exchange_nothing(server.server_address[1], post(bytes(1024 * 1024)))
         eventually(lambda: not server._room.pending)
         self.assertEqual(server._budget._left, pywebsock.Budget(max(64 << 20, 8 * server.max_message))._left)
         self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)

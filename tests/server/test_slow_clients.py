@@ -67,7 +67,7 @@ class SlowClients(ServerTestCase):
         self.assertLess(len(read_to_the_end(stuck)), 10)
 
     def test_not_dropped_while_it_moves(self) -> None:
-        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets, unlike a stuck one."""
+        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets; but a stuck one."""
         server = self.serve(send_timeout=0.6, ping_interval=0.3, ping_timeout=0.3)
         faults.small_buffers(server)
         slow, stuck = self.connect(server, small=True), self.connect(server, small=True)
