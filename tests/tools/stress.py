@@ -2,7 +2,7 @@
 
 Tests that take minutes run only with PYWEBSOCK_TESTS=everything; each prints the figures that it measured. Where the
 size of a test is a question of patience, an environment variable sets it: PYWEBSOCK_PUSH (MB), PYWEBSOCK_STRESS and
-PYWEBSOCK_SOAK (seconds).
+PYWEBSOCK_SOAK (seconds), PYWEBSOCK_SIGNALS.
 """
 
 from __future__ import annotations
