@@ -1338,7 +1338,7 @@ class Hooks:
             return
         try:
             threading.Thread(target=self._run, name="pywebsock hooks", daemon=True).start()
-        except RuntimeError:  # there can be no more threads now
+        except (RuntimeError, MemoryError):  # there can be no more threads now
             self._coming -= 1
 
     # ---- the loop ----
@@ -3160,10 +3160,10 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         with self._room.lock:
             pending = self._room.pending
             late = time.monotonic() - 1
-            oldest = [request for request, since in pending.items() if since != GIVEN_UP and since < late][:1]
-            for request in oldest:
-                pending[request] = GIVEN_UP
-                reset(request)  # its thread wakes up, and closes it
+            oldest = next((request for request, since in pending.items() if since != GIVEN_UP), None)
+            if oldest and pending[oldest] < late:
+                pending[oldest] = GIVEN_UP
+                reset(oldest)  # its thread wakes up, and closes it
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
         """Wait a moment until there are fewer connections than so many."""

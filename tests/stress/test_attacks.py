@@ -31,7 +31,7 @@ def window(bits: int) -> dict[str, str]:
 class AttackTestCase(stress.StressTestCase):
     """Tests of a server that strangers attack."""
 
-    def attack(
+    def start(
         self, besieged: stress.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
     ) -> attack.Attack:
         """A crowd of attackers, which is ended in the end."""
@@ -66,7 +66,7 @@ class FloodTest(AttackTestCase):
     ) -> None:
         """A crowd sends the same bytes again and again."""
         besieged = self.besiege(tls=tls)
-        crowd = self.attack(besieged, number, piece, first, **how)
+        crowd = self.start(besieged, number, piece, first, **how)
         self.stand(besieged, f"{number} clients", worst)
         self.report("{:.0f} MB sent, ended: {}".format(*crowd.figures()))
 
@@ -102,7 +102,7 @@ class UnfinishedTest(AttackTestCase):
         """Eight clients take it whole, and go on with this."""
         payload = support.compress(bytes(16 * 1024 * 1024 - 1))
         first = support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
-        return self.attack(besieged, 8, piece, first, fields=DEFLATE, **how)
+        return self.start(besieged, 8, piece, first, fields=DEFLATE, **how)
 
     def honest(self, besieged: stress.Siege, number: int) -> list[float]:
         """An honest client sends compressed texts, one after the other; seconds until each is back."""

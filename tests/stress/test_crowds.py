@@ -55,7 +55,8 @@ class CrowdTest(stress.StressTestCase):
             crowd.send(support.masked_frame(10, b""))
         self.watch(besieged, "5,000 Pings and Pongs", worst)
         self.assertNotIn(" left: ", besieged.log())
-        self.assertEqual({one.recv(100)[-2:] for one in crowd.sockets[:50]}, {b"\x89\0"})
+        for one in crowd.sockets[:50]:
+            self.assertIn(b"\x89\0", one.recv(1 << 20), "no Ping")
         crowd.reset()
         self.withstand(besieged, "their resets", worst, within=90)
 
@@ -74,12 +75,13 @@ class CrowdTest(stress.StressTestCase):
         self.withstand(besieged, "9,900 resets", 2 * worst, within=90)
 
     def test_silence(self) -> None:
-        """Connections that say nothing, whose ten seconds end together."""
+        """Requests that do not end, whose ten seconds end together."""
         besieged = self.besiege()
         crowd = self.crowd(besieged)
         crowd.connect(5000)
+        crowd.send(b"GET / HTTP/1.1\r\n")
         self.watch(besieged, "5,000 connected")
         time.sleep(8)  # of the ten that they have
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
-        self.withstand(besieged, "5,000 that said nothing", 0.5, within=90)
+        self.withstand(besieged, "5,000 that said half a request", 0.5, within=90)

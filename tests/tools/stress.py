@@ -2,7 +2,7 @@
 
 Tests that take minutes run only with PYWEBSOCK_TESTS=everything; each prints the figures that it measured. Where the
 size of a test is a question of patience, an environment variable sets it: PYWEBSOCK_PUSH (MB), PYWEBSOCK_STRESS and
-PYWEBSOCK_SOAK (seconds).
+PYWEBSOCK_SOAK (seconds), PYWEBSOCK_SIGNALS.
 """
 
 from __future__ import annotations
@@ -287,7 +287,8 @@ class StressTestCase(unittest.TestCase):
 
     def number(self, server: support.Process) -> int:
         """Of clients in the room."""
-        body = support.exchange(server.port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")[2]
+        tls = certificate()[1] if "wss:" in server.first_line else None
+        body = support.exchange(server.port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n", tls=tls)[2]
         return int(body.partition(b'"clients": ')[2].partition(b",")[0])
 
     def report(self, text: str) -> None:
