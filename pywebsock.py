@@ -647,9 +647,9 @@ class Outgoing:
             frames[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else frames[0]
         return frames[window]
 
-    def ready_frame(self, window: int) -> bytes:
-        """The same, but a long message is not compressed now: the best frame that is there already."""
-        if self.size < LONG_MESSAGE or not window:
+    def ready_frame(self, window: int, limit: int = LONG_MESSAGE) -> bytes:
+        """The same, but a message of `limit` bytes is not compressed now: the best frame that is there already."""
+        if self.size < limit or not window:
             return self.frame(window)
         self.frame(0)
         frames = self._frames or {}
@@ -2130,7 +2130,7 @@ class Room:
             newer = min(self.messages - joiner.number, length)
             messages = list(itertools.islice(self._history, length - newer, None))
         frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
-        frames += [message.ready_frame(joiner.connection.window) for message in messages]
+        frames += [message.ready_frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
         mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
         return [joiner.response, *frames, *mark]
 
