@@ -2650,6 +2650,8 @@ class Receiver:
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
             connection.submitted = connection.received = 0
+            if connection.kept and not connection.reader.size:  # its message is compressed
+                self.gate.unfinished.release(connection)
             connection.heard = connection.began = self._sender.now
             self._sender.guard(self._sender.watch, connection)
             self.line_up(connection)
@@ -2750,7 +2752,8 @@ class Receiver:
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
-            if connection.kept:
+            waits = self._is_direct and self._is_long(payload) and not connection.client._is_closing
+            if connection.kept and not waits:  # one that is to be compressed counts until it is
                 self.gate.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True

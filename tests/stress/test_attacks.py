@@ -368,7 +368,7 @@ class ProgramTest(AttackTestCase):
         """Each message has a list of its own of those who get it, as with "all but the sender"."""
         code = "def on_message(self, client, message): self.broadcast(message, list(self.clients))\n"
         code += "pywebsock.Program.on_message = on_message"
-        besieged = self.besiege("--ping", "1", code=code)
+        besieged = self.besiege(code=code)
         crowd = self.attack(besieged, 2000, b"")
         pings = support.Client(besieged.port)
         self.addCleanup(pings.__exit__)
