@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A WebSocket broadcast server in one file: what one client sends, all clients get.
+"""A WebSocket broadcast server in one file: each message from a client goes to all clients.
 
     python pywebsock.py                 # then open pywebsock.html in several tabs
 
@@ -132,7 +132,7 @@ Octets = Union[bytes, bytearray]
 
 
 class Opcode(enum.IntEnum):
-    """What a frame is (RFC 6455 5.2, 11.8). From 8 on: control frames."""
+    """The opcode of a frame (RFC 6455 5.2, 11.8). Control frames have 8 or more."""
 
     CONT = 0x0
     TEXT = 0x1
@@ -143,7 +143,7 @@ class Opcode(enum.IntEnum):
 
 
 class CloseCode(enum.IntEnum):
-    """Why a connection ends (RFC 6455 7.4.1, names of the IANA registry)."""
+    """The reason for closing a connection (RFC 6455 7.4.1; the names are those of the IANA registry)."""
 
     NORMAL_CLOSURE = 1000
     GOING_AWAY = 1001
@@ -162,11 +162,11 @@ class CloseCode(enum.IntEnum):
     TLS_HANDSHAKE = 1015  # never sent
 
 
-# 7.4: those of the registry that may stand in a frame, 3000-3999 registered, 4000-4999 private.
+# The codes that a Close frame may have (7.4.2). Programs may register 3000-3999; 4000-4999 are private.
 CODES_ON_THE_WIRE = frozenset(CloseCode) - {1005, 1006, 1015} | frozenset(range(3000, 5000))
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = Opcode.TEXT, Opcode.BINARY, Opcode.CONT, Opcode.CLOSE, Opcode.PING, Opcode.PONG
-TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a word in a header field (RFC 9110 5.6.2)
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # in a header field (RFC 9110 5.6.2)
 
 
 # ======================================================================================
@@ -175,68 +175,69 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a word in a header field (RFC 9110 5.
 
 
 class HandshakeError(Exception):
-    """The request is refused: carries the HTTP status, and more header fields for the response.
+    """The server refuses the request. The response has this HTTP status, message, and header fields.
 
     A hook may raise it: HandshakeError(401, "no token", ("WWW-Authenticate", "Bearer")). The
-    peer and the log see the message. Raises ValueError for what is no status from 300 on, or
-    no header field in ASCII (RFC 9110 15, 5.5).
+    message also goes into the log. The constructor raises ValueError if the status is not an
+    HTTP status of 300 or more, or if a field is not in ASCII (RFC 9110 15, 5.5).
     """
 
     def __init__(self, status: int, message: str, *fields: tuple[str, str]) -> None:
         super().__init__(message)
         self.status = http.HTTPStatus(status)
         self.fields = fields
-        if status < 300 or not all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields):
-            raise ValueError(f"a refusal has a status from 300 on and fields in ASCII, not {status} and {fields}")
+        valid = all(re.fullmatch(f"{TOKEN}: [ -~]*", f"{name}: {value}") for name, value in fields)
+        if status < 300 or not valid:
+            raise ValueError(f"the status must be 300 or more and the fields in ASCII, not {status} and {fields}")
 
 
 class ProtocolError(Exception):
-    """The connection must fail (RFC 6455 7.1.7): carries the close code."""
+    """The client breaks the protocol: the connection fails with this close code (RFC 6455 7.1.7)."""
 
     def __init__(self, code: CloseCode, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-def demand(good: object, status: int, message: str, *fields: tuple[str, str]) -> None:
-    """Refuse a request in which something is not good: raises HandshakeError."""
-    if not good:
+def require(condition: object, status: int, message: str, *fields: tuple[str, str]) -> None:
+    """Raise HandshakeError if the condition is false."""
+    if not condition:
         raise HandshakeError(status, message, *fields)
 
 
 # ======================================================================================
 # Base framing (RFC 6455 5)
 #
-# Bytes to frames, and frames to bytes. A frame is a header of 2 to 14 bytes and a payload. A
-# client masks the payloads it sends, a server does not.
+# This part converts between bytes and frames. A frame has a header (2 to 14 bytes) and a
+# payload. Clients mask their payloads; servers do not.
 # ======================================================================================
 
 OPCODES = frozenset(map(int, Opcode))
 MAX_CONTROL_PAYLOAD = 125  # bytes (5.5)
 Header = tuple[int, int, bytes, int]  # first byte, payload length, masking key, start of the payload
 
-# A table for each byte of a masking key: XOR_WITH[k][b] == k ^ b.
+# XOR_WITH[key][byte] == key ^ byte
 XOR_WITH = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 
 def apply_mask(payload: Octets, key: bytes) -> Octets:
-    """Mask or unmask (5.3): byte i XOR byte i mod 4 of the key.
+    """Mask or unmask a payload: return byte i XOR byte i mod 4 of the key (5.3).
 
     >>> apply_mask(bytes.fromhex("7f 9f 4d 51 58"), bytes.fromhex("37 fa 21 3d"))
     b'Hello'
     """
     length = len(payload)
-    if length < 512:  # the whole payload as one integer: fastest for short ones
+    if length < 512:  # XOR of two integers: fastest for short payloads
         mask = int.from_bytes((key * (length // 4 + 1))[:length], "little")
         return (int.from_bytes(payload, "little") ^ mask).to_bytes(length, "little")
-    masked = bytearray(payload)  # each fourth byte through one table: fastest for long ones
+    masked = bytearray(payload)  # a table for every fourth byte: fastest for long payloads
     for i in range(4):
         masked[i::4] = masked[i::4].translate(XOR_WITH[key[i]])
     return masked
 
 
 def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
-    """A frame from the server: final, unmasked, shortest length encoding (5.1, 5.2).
+    """Return a frame of the server: FIN is set, the payload is not masked (5.1, 5.2).
 
     >>> serialize_frame(TEXT, b"Hello").hex(" ")  # 5.7
     '81 05 48 65 6c 6c 6f'
@@ -251,10 +252,11 @@ def serialize_frame(opcode: int, payload: Octets, rsv1: bool = False) -> bytes:
 
 
 class FrameReader:
-    """Cuts the bytes that a client sends into frames, checked and unmasked (5.2).
+    """Splits the bytes that a client sends into frames; checks and unmasks them (5.2).
 
-    A data frame is not waited for: the part of its payload that has come is given like a
-    fragment, without fin, and later parts follow as continuations. Control frames come whole.
+    The reader does not wait for the rest of a data frame: it yields the part of the payload
+    that has arrived as a fragment, and later parts as continuation frames. It yields a control
+    frame when it is complete.
 
     >>> frame = bytes.fromhex("81 85 37 fa 21 3d 7f 9f 4d 51 58")  # 5.7
     >>> reader = FrameReader()
@@ -267,77 +269,84 @@ class FrameReader:
     __slots__ = ("_first", "_key", "_left", "_rest")
 
     def __init__(self) -> None:
-        self._rest = b""  # the start of a frame whose header, or control payload, is incomplete
-        self._left = 0  # bytes of the current frame's payload that are still to come
-        self._first = 0  # first byte of that frame
-        self._key = b""  # its masking key, turned to the next byte of the payload
+        self._rest = b""  # the beginning of an incomplete header or control frame
+        self._left = 0  # bytes of the current payload that have not arrived
+        self._first = 0  # first byte of the current frame
+        self._key = b""  # its masking key, rotated to the next byte of the payload
 
     def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
-        """Yield (fin, rsv1, opcode, payload, left) for each frame, or part of one, in `data`.
+        """Yield (fin, rsv1, opcode, payload, left) for each frame or part of a frame in `data`.
 
-        `left` is the number of bytes that the header still promises. Raises ProtocolError,
-        after everything that was good before.
+        `left` is the number of bytes of the payload that have not arrived. Raise ProtocolError
+        for a wrong frame, after the frames before it.
         """
-        data, position = self._rest + data, 0
+        data = self._rest + data
         self._rest = b""
-        header = parse_header(data, 0) if not self._left else None
-        if self._left:  # the payload goes on, as if behind the header of a continuation
-            header = (self._first & 0x80, self._left, self._key, 0)
+        position = 0
+        header: Header | None = (self._first & 0x80, self._left, self._key, 0)  # of the current payload
+        if not self._left:
+            header = parse_header(data, 0)
         while header:
             first, length, key, start = header
             payload = data[start : start + length]
             left = length - len(payload)
-            if left and first & 0x08:  # control frames are short: wait for the whole
+            if left and first & 0x08:  # wait for the rest of a control frame
                 break
             position = start + length - left
             self._left = left
             if left:
-                turn = len(payload) % 4
-                self._first, self._key = first, key[turn:] + key[:turn]
-            yield first >= 0x80 and not left, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
+                used = len(payload) % 4
+                self._key = key[used:] + key[:used]
+                self._first = first
+            fin = first >= 0x80 and not left
+            yield fin, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
             header = parse_header(data, position) if position < len(data) else None
         self._rest = data[position:]
 
 
 def parse_header(data: bytes, position: int, strict: bool = True) -> Header | None:
-    """The frame header at `position` (5.2); None where more bytes are needed.
+    """Return the frame header at `position` (5.2), or None if it is incomplete.
 
-    Raises ProtocolError, if `strict`, as soon as the bytes show what no client may send.
+    If `strict`, raise ProtocolError for a header that a client must not send, as early as possible.
     """
     if len(data) < position + 2:
         return None
     first, second = data[position], data[position + 1]
     if strict:
-        if first & 0x3F not in OPCODES:  # 5.2: no extension here gives the others a meaning
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"RSV2, RSV3 or opcode {first & 0x0F} is reserved")
+        if first & 0x3F not in OPCODES:  # 5.2: no extension of this server uses them
+            reserved = "RSV2 or RSV3 is set" if first & 0x30 else f"opcode {first & 0x0F} is reserved"
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, reserved)
         if second < 0x80:  # 5.1
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
         if first & 0x08 and (first < 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or too long")
-    length, key = second & 0x7F, position + 2
-    if length > 125:  # it follows, in 16 or 64 bits
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or longer than 125 bytes")
+    length = second & 0x7F
+    key = position + 2
+    if length > 125:  # the next 16 or 64 bits are the length
         least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
         length = int.from_bytes(data[position + 2 : key], "big")
         if strict and key <= len(data) and not least <= length < 1 << 63:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a length is not encoded in the fewest bytes, or negative")
+            raise ProtocolError(
+                CloseCode.PROTOCOL_ERROR, "a payload length is not in the shortest form, or its first bit is set"
+            )
     start = key + 4 if second >= 0x80 else key
     return (first, length, data[key:start], start) if start <= len(data) else None
 
 
 def serialize_close(code: int, reason: str = "") -> bytes:
-    """A Close frame; the code 1005 stands for none, a long reason is cut (5.5.1, 7.4.1).
+    """Return a Close frame (5.5.1), without a code if `code` is 1005. Cut a reason of more than 123 bytes.
 
     >>> serialize_close(CloseCode.GOING_AWAY, "bye").hex(" ")
     '88 05 03 e9 62 79 65'
     """
     if code == CloseCode.NO_STATUS_RCVD:
         return serialize_frame(CLOSE, b"")
-    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # never half a character
+    text = reason.encode()[: MAX_CONTROL_PAYLOAD - 2].decode(errors="ignore")  # whole characters
     return serialize_frame(CLOSE, struct.pack("!H", code) + text.encode())
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """The (code, reason) of a Close frame's payload (5.5.1). Raises ProtocolError.
+    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError for a wrong one.
 
     >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
     (1001, 'bye')
@@ -346,14 +355,14 @@ def parse_close(payload: bytes) -> tuple[int, str]:
         return CloseCode.NO_STATUS_RCVD, ""
     code = int.from_bytes(payload[:2], "big")
     if len(payload) < 2 or code not in CODES_ON_THE_WIRE:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has no valid code")
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has an invalid code")
     return code, decode_text(payload[2:])
 
 
 def decode_text(payload: Octets) -> str:
-    """The text in a payload, which is UTF-8 (8.1). Raises ProtocolError."""
+    """Return the text in a payload. Raise ProtocolError if it is not UTF-8 (8.1)."""
     try:
-        return payload.decode()  # on PyPy, str(payload, "utf-8") lets surrogates through
+        return payload.decode()  # on PyPy, str(payload, "utf-8") accepts surrogates
     except UnicodeDecodeError:
         raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
@@ -361,31 +370,31 @@ def decode_text(payload: Octets) -> str:
 # ======================================================================================
 # permessage-deflate (RFC 7692)
 #
-# The server compresses each message by itself, so a broadcast is compressed once for all
-# clients. Nobody needs to be told: such messages suit a client that keeps its context, too.
-# So the answer repeats the parameters of the offer and adds none, since some clients ignore
-# what they did not offer, and others refuse the handshake. A client that did not offer
+# The server compresses each message independently of earlier ones, so that it compresses a
+# broadcast once for all clients. All clients can decompress such messages, with context
+# takeover or without. The response repeats the parameters of the offer and adds none: some
+# clients ignore other parameters, some refuse them. A client that did not offer
 # client_no_context_takeover may refer to its earlier messages: the server keeps the last
-# 32 KiB of what that client sent compressed.
+# 32 KiB of its decompressed messages.
 #
-# If you skip this part: a client's `window` is 0 without compression, and rsv1 marks a
+# If you skip this part: the `window` of a client is 0 without compression; RSV1 marks a
 # compressed message.
 # ======================================================================================
 
-DEFLATE_THRESHOLD = 1024  # bytes; shorter messages win little and are sent plain
-LONG_MESSAGE = 64 * 1024  # bytes; compressing takes milliseconds: not where others wait
-SYNC_TAIL = b"\x00\x00\xff\xff"  # ends what a sync flush gives; left out on the wire (7.2.1)
-MAX_FINALS = 1000  # blocks with BFINAL in one message; they may stand anywhere (7.2.1), zlib ends at each
-INFLATE_SIZE = 64 * 1024  # bytes
-INFLATER_SIZE = 40 * 1024  # bytes that zlib takes, for its window above all
-CONTEXT_SIZE = 32 * 1024  # bytes: the largest window
+DEFLATE_THRESHOLD = 1024  # bytes; the server does not compress shorter messages
+LONG_MESSAGE = 64 * 1024  # bytes; compressing a longer message takes milliseconds
+SYNC_TAIL = b"\x00\x00\xff\xff"  # the end of a sync flush, which is not sent (7.2.1)
+MAX_FINALS = 1000  # blocks with BFINAL in one message (7.2.3.4); zlib starts again after each
+INFLATE_SIZE = 64 * 1024  # bytes that zlib returns at most in one step
+INFLATER_SIZE = 40 * 1024  # bytes of memory that zlib needs, mostly for its window
+CONTEXT_SIZE = 32 * 1024  # bytes of the largest window
 
 PARAMETER = rf'({TOKEN})(?:[ \t]*=[ \t]*({TOKEN}|"{TOKEN}"))?'
 EXTENSION = re.compile(rf"({TOKEN})((?:[ \t]*;[ \t]*{PARAMETER})*)")
 
-# The parameters that an offer may have, and their values (7.1).  A client may announce that its own
-# window can be limited.  There is no need to: a window of 15 bits inflates all smaller ones, and costs
-# its memory for one message.  zlib has no raw deflate with a window of 8 bits: such an offer is declined.
+# The parameters of an offer, and their values (7.1). The server does not limit the windows of
+# clients: a window of 15 bits inflates data of all smaller ones, and its memory is needed for one
+# message only. zlib cannot deflate with a window of 8 bits: the server declines such an offer.
 PARAMETERS = {
     "server_no_context_takeover": "",
     "client_no_context_takeover": "",
@@ -395,9 +404,9 @@ PARAMETERS = {
 
 
 def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
+    """Return the offers in Sec-WebSocket-Extensions (RFC 6455 9.1): [(name, [(parameter, value or "")])].
 
-    In linear time. Raises HandshakeError.
+    Raise HandshakeError if the field is malformed. The time is linear in its length.
 
     >>> parse_extensions('foo; a=1; b, bar; c="2"')
     [('foo', [('a', '1'), ('b', '')]), ('bar', [('c', '2')])]
@@ -408,43 +417,47 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
         if match:
             parameters = re.findall(PARAMETER, match[2])
             offers.append((match[1], [(name, value.strip('"')) for name, value in parameters]))
-        elif text.strip(" \t"):  # a list may have empty elements (RFC 9110 5.6.1)
+        elif text.strip(" \t"):  # empty elements are allowed (RFC 9110 5.6.1)
             raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
     return offers
 
 
 def negotiate_deflate(field: str) -> tuple[int, str]:
-    """The first acceptable offer's (window, extension to answer); (0, "") where there is none (RFC 7692 5, 7.1).
+    """Return the window and the extension field of the response for the first offer that the server accepts.
+
+    Return (0, "") if it accepts none (RFC 7692 5, 7.1).
 
     >>> negotiate_deflate("permessage-deflate; client_max_window_bits; server_max_window_bits=10")
     (10, 'permessage-deflate; server_max_window_bits=10')
     """
     for name, parameters in parse_extensions(field):
         known = all(key in PARAMETERS and re.fullmatch(PARAMETERS[key], value) for key, value in parameters)
-        asked = dict(parameters)
-        if name == "permessage-deflate" and known and len(asked) == len(parameters):  # each at most once
-            window = asked.get("server_max_window_bits", "")
-            answer = [name, *(key for key in asked if key.endswith("no_context_takeover"))]
+        offer = dict(parameters)
+        unique = len(offer) == len(parameters)
+        if name == "permessage-deflate" and known and unique:
+            window = offer.get("server_max_window_bits", "")
+            response = [name, *(key for key in offer if key.endswith("no_context_takeover"))]
             if window:
-                answer.append(f"server_max_window_bits={window}")
-            return int(window or 15), "; ".join(answer)
+                response.append(f"server_max_window_bits={window}")
+            return int(window or 15), "; ".join(response)
     return 0, ""
 
 
 def deflate(payload: Octets, window: int) -> bytes:
-    """Compress one message, by itself (7.2.1).
+    """Return the compressed payload of a message, which refers to no other message (7.2.1).
 
     >>> deflate(b"Hello", 15).hex(" ")  # 7.2.3.1
     'f2 48 cd c9 c9 07 00'
     """
     compressor = zlib.compressobj(wbits=-window)
-    return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[: -len(SYNC_TAIL)]
+    data = compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    return data[: -len(SYNC_TAIL)]
 
 
 class Inflater:
-    """Decompresses one message as its fragments come, in pieces of bounded size (7.2.2).
+    """Decompresses the fragments of one message, in pieces of bounded size (7.2.2).
 
-    `context` is the end of what was inflated before, to which the message may refer.
+    `context` is the end of the decompressed data so far. The message may refer to it.
 
     >>> list(Inflater().inflate(bytes.fromhex("f2 48 cd c9 c9 07 00"), fin=True))  # 7.2.3.1
     [b'Hello']
@@ -456,9 +469,9 @@ class Inflater:
         self._finals = 0
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
-        """Yield the plain bytes that `data` gives, at most INFLATE_SIZE at once. Raises ProtocolError."""
+        """Yield the decompressed bytes, at most INFLATE_SIZE at once. Raise ProtocolError if `data` is corrupt."""
         if fin:
-            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib takes it for one if all before it is whole
+            data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib reaches its end if no block is cut
         while data and self._finals <= MAX_FINALS:
             if self._zlib.eof:
                 self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
@@ -472,23 +485,23 @@ class Inflater:
             yield plain
         if data or (fin and not self._zlib.eof):
             raise ProtocolError(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data ends within a block or too often"
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is incomplete or has too many final blocks"
             )
 
 
 # ======================================================================================
 # Messages (RFC 6455 5.4, 5.6, 8.1)
 #
-# A message comes in one frame or in fragments, and control frames may stand between these.
-# It goes out in one frame.
+# A client sends a message in one frame or in fragments, with control frames between them. The
+# server sends a message in one frame.
 # ======================================================================================
 
 
 class MessageReader:
-    """Puts fragments together: fed with bytes, it gives whole messages and control frames.
+    """Assembles messages from the bytes that a client sends.
 
-    - size: bytes kept for a message that is not finished
-    - context: the end of the compressed messages, if the client may refer to them (`takeover`)
+    - size: bytes that the reader buffers for an incomplete message
+    - context: the end of the decompressed messages, if the client may refer to it (`takeover`)
 
     >>> reader = MessageReader(max_message=1000)
     >>> for fragment in "01 83 00000000 48 65 6c", "80 82 00000000 6c 6f":
@@ -518,33 +531,33 @@ class MessageReader:
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
         self._frames = FrameReader()
-        self._opcode = 0  # of the message whose fragments are coming; 0 between messages
-        self._pieces: list[bytearray] | None = None  # of its payload: one buffer that grows would be copied often
-        self._length = 0  # bytes in them
-        self._inflater: Inflater | None = None
-        self._utf8: codecs.IncrementalDecoder | None = None  # finds wrong bytes as they come
+        self._opcode = 0  # of the incomplete message; 0 if there is none
+        self._pieces: list[bytearray] = []  # of its payload; one long buffer would be copied each time it grows
+        self._length = 0  # of its payload so far (bytes)
+        self._inflater: Inflater | None = None  # if it is compressed
+        self._utf8: codecs.IncrementalDecoder | None = None  # if it is text: checks each piece
 
     @property
     def size(self) -> int:
-        """Bytes kept for a message that is not finished."""
+        """Return the number of bytes that the reader buffers for an incomplete message."""
         return self._length + (INFLATER_SIZE if self._inflater else 0)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Octets]]:
         """Yield (opcode, payload) for each message, Close, Ping and Pong that `data` completes.
 
-        The payload of text is checked, not decoded. Between the pieces of an unfinished
-        message comes (CONT, b""), when `size` has grown: there the caller may stop for a while.
-        Raises ProtocolError as soon as the bytes allow, after everything that was good before.
+        A text message is valid UTF-8; its payload is not decoded. Yield (CONT, b"") when the
+        reader has buffered a piece of an incomplete message: the caller may check `size` and
+        pause. Raise ProtocolError as early as possible, after the messages before the error.
         """
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
-            if opcode >= 8:  # 5.4: control frames may stand between fragments
+            if opcode >= 8:  # may come between fragments (5.4)
                 if rsv1:
                     raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
                 yield opcode, payload
             elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
                 if opcode == TEXT and not payload.isascii():
                     decode_text(payload)
-                yield opcode, payload  # nearly all messages
+                yield opcode, payload  # most messages: one frame, not compressed
             else:
                 self._begin_or_continue(opcode, rsv1)
                 for piece in self._inflate(fin, payload, left):
@@ -555,25 +568,26 @@ class MessageReader:
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
         if opcode and self._opcode:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins within a fragmented one")
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins before the last fragment of another")
         if not opcode and not self._opcode:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "there is no message to continue")
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation frame has no message to continue")
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
-            self._opcode, self._pieces = opcode, []
+            self._opcode = opcode
             self._inflater = Inflater(self.context) if rsv1 else None
             self._utf8 = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT else None
 
     def _inflate(self, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
-        """The plain bytes of a fragment, in pieces, each once its size is checked."""
+        """Yield the decompressed bytes of a fragment in pieces, after a check of their size."""
         if not self._inflater:
             self._check_size(self._length + len(payload) + left)
             yield payload
             return
-        self._check_size(len(payload) + left - self._max_message // 8 - 64)  # no message needs that much
+        # Deflate makes a message of the maximum size at most this much longer.
+        self._check_size(len(payload) + left - self._max_message // 8 - 64)
         if not payload:
-            yield b""  # zlib takes memory before it is given anything
+            yield b""  # the inflater has memory already: the caller may check `size`
         for piece in self._inflater.inflate(payload, fin):
             self._check_size(self._length + len(piece))
             yield piece
@@ -581,12 +595,10 @@ class MessageReader:
     def _append(self, piece: Octets) -> None:
         if self._utf8:
             self._check_utf8(self._utf8, piece)
-        pieces = self._pieces or []
-        if pieces and len(pieces[-1]) < INFLATE_SIZE // 2:  # a million fragments are no million pieces
-            pieces[-1] += piece
+        if self._pieces and len(self._pieces[-1]) < INFLATE_SIZE // 2:  # a buffer for many short fragments
+            self._pieces[-1] += piece
         else:
-            pieces.append(bytearray(piece))
-        self._pieces = pieces
+            self._pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
         self._length += len(piece)
 
     def _check_size(self, size: int) -> None:
@@ -596,29 +608,29 @@ class MessageReader:
     @staticmethod
     def _check_utf8(decoder: codecs.IncrementalDecoder, payload: Octets) -> None:
         if payload.isascii() and not decoder.getstate()[0]:
-            return  # the decoder's answer, too, but ten times faster
+            return  # ten times faster than the decoder
         try:
             decoder.decode(payload)
             rest, _ = decoder.getstate()
-            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate: Python waits for its third byte
+            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate; the decoder waits for its third byte
                 rest.decode()
         except UnicodeDecodeError:
             raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
 
     def _finish(self) -> Octets:
-        pieces = self._pieces or []
-        payload = b"".join(pieces) if len(pieces) != 1 else pieces[0]
-        if self._utf8 and self._utf8.getstate()[0]:  # it ends within a character
+        payload = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
+        if self._utf8 and self._utf8.getstate()[0]:  # the last character is incomplete
             decode_text(payload)
         if self._inflater and self._takeover:
             self.context = self._inflater.context
-        self._opcode, self._length = 0, 0
-        self._inflater = self._pieces = self._utf8 = None
+        self._opcode = self._length = 0
+        self._pieces = []
+        self._inflater = self._utf8 = None
         return payload
 
 
 class Outgoing:
-    """A message on its way to clients: a frame for each window in use, made once and shared by all.
+    """A message to clients. All clients with the same window share one frame.
 
     >>> message = Outgoing(TEXT, b"Hello" * 1000)
     >>> len(message.frame(window=0)), len(message.frame(window=15)) < 100
@@ -631,15 +643,15 @@ class Outgoing:
         self.opcode = opcode
         self.payload = payload
         self.size = len(payload)  # bytes
-        self.to = to  # the clients that get it; None for all
-        self._frames: dict[int, bytes] | None = None  # by window
+        self.to = to  # its recipients; None: all clients
+        self._frames: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
-        """The frame for clients with this window (any thread: a race costs only time)."""
+        """Return the frame for clients with this window. Two threads may call it at once: both do the work."""
         frames = self._frames
-        if frames is None:
-            frames = self._frames = {0: serialize_frame(self.opcode, self.payload)}
-        if window not in frames and self.size < DEFLATE_THRESHOLD:
+        if 0 not in frames:
+            frames[0] = serialize_frame(self.opcode, self.payload)
+        if self.size < DEFLATE_THRESHOLD:
             return frames[0]
         if window not in frames:
             payload = deflate(self.payload, window)
@@ -648,29 +660,29 @@ class Outgoing:
         return frames[window]
 
     def ready_frame(self, window: int, limit: int = LONG_MESSAGE) -> bytes:
-        """The same, but a message of `limit` bytes is not compressed now: the best frame that is there already."""
+        """Return a frame for this window; from `limit` bytes on it is one that exists: nothing is compressed then."""
         if self.size < limit or not window:
             return self.frame(window)
         self.frame(0)
-        frames = self._frames or {}
-        return frames[max([ready for ready in list(frames) if ready <= window])]
+        best = max([ready for ready in list(self._frames) if ready <= window])
+        return self._frames[best]
 
 
 def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = None) -> Outgoing:
-    """A message of the program, to all or some clients.
+    """Return a message of the program to all clients, or to some of them.
 
-    Raises TypeError for anything but str and what is like bytes, ValueError for half a surrogate
-    pair in a str.
+    Raise TypeError unless the message is str, bytes, bytearray or memoryview, and ValueError if
+    a str has a lone surrogate.
     """
     recipients = to if to is None else tuple(to)
     for client in recipients or ():
         if not isinstance(client, WebSocketHandler):
-            raise TypeError("a message goes to clients")
+            raise TypeError("the recipients of a message must be clients")
     if isinstance(message, str):
         return Outgoing(TEXT, message.encode(), recipients)
     if isinstance(message, (bytes, bytearray, memoryview)):
         return Outgoing(BINARY, bytes(message), recipients)
-    raise TypeError(f"a message is str or bytes, not {type(message).__name__}")
+    raise TypeError(f"a message must be str or bytes, not {type(message).__name__}")
 
 
 # ======================================================================================
@@ -735,17 +747,17 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
-    demand(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
-    demand(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
-    demand(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
-    demand(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
+    require(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
+    require(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
 def parse_head(head: str) -> Request:
     """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
     proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
-    demand(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
+    require(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
     match = HEAD.fullmatch(head)
     if not match:
         raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
@@ -758,14 +770,14 @@ def parse_head(head: str) -> Request:
 
 
 def check_host(request: Request) -> str:
-    """The host that is asked: the Host field, which HTTP/1.1 demands, or in absolute form that of the target.
+    """The host that is asked: the Host field, which HTTP/1.1 requires, or in absolute form that of the target.
 
     RFC 9112 3.2. Raises HandshakeError.
     """
     host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
     may_lack = not host and request.version < (1, 1)
-    demand(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
-    demand(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
+    require(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    require(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
@@ -786,7 +798,7 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     except ValueError:
         origin = "*"
     hint = "only --origin '*' allows it; a program need not send the field"
-    demand("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
+    require("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")
@@ -804,7 +816,7 @@ def check_name(request: Request, origins: Sequence[str]) -> None:
     name = re.sub(":[0-9]*$", "", host)
     listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
     good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
-    demand(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+    require(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
 
 
 def matches(text: str, pattern: str) -> bool:
@@ -828,14 +840,14 @@ def parse_origin(text: str) -> str:
 
 def check_upgrade(request: Request) -> str:
     """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    demand(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    demand(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
+    require(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
+    require(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
     body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    demand(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
-    demand("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
-    demand("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    require(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
+    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
+    require("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-    demand(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
+    require(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
@@ -845,7 +857,7 @@ def compute_accept(key: str) -> str:
     >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
     's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
     """
-    demand(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    require(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
     return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
 
 
@@ -859,17 +871,17 @@ def body_length(request: Request, max_message: int) -> int:
     """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
     headers = request.headers
     kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
-    demand(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    require(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
     codings = request.tokens("content-encoding") or ["identity"]
-    demand(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    require(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
     if "transfer-encoding" in headers:
-        demand(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
-        demand("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
-        demand(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        require(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
+        require("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
+        require(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
         return max_message
-    demand(field, 411, "the body needs a Content-Length or chunks")
-    demand(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
-    demand(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
+    require(field, 411, "the body needs a Content-Length or chunks")
+    require(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
+    require(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
     return int(field)
 
 
@@ -899,7 +911,7 @@ class Arriving:
     def take_line(self) -> bytes:
         """The next line, without its end."""
         while (end := self._data.find(b"\r\n")) < 0:
-            demand(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            require(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
             self._wait()
         line = bytes(self._data[:end])
         del self._data[: end + 2]
@@ -912,9 +924,9 @@ def take_chunks(arriving: Arriving) -> Iterator[bytes]:
     while size:
         head = CHUNK.fullmatch(arriving.take_line())
         size = int(head[1], 16) if head else -1
-        demand(size >= 0, 400, "a chunk has no size")
+        require(size >= 0, 400, "a chunk has no size")
         yield from arriving.take(size)
-        demand(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
+        require(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
     while arriving.take_line():
         pass  # trailers
 
@@ -932,7 +944,7 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
             except zlib.error:
                 raise HandshakeError(400, "the body is not in its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
-    demand(inflater.eof, 400, "the compressed body is incomplete")
+    require(inflater.eof, 400, "the compressed body is incomplete")
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
@@ -945,7 +957,7 @@ def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> It
     total = 0
     for piece in content:
         total += len(piece)
-        demand(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        require(total <= max_message, 413, f"a message has at most {max_message} bytes")
         yield piece
 
 
@@ -1002,8 +1014,8 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     server, allowed = client.server, METHODS.get(request.path, ())
     hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
     path = printable(request.path, 80)
-    demand(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
-    demand(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    require(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
+    require(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
     check_host(request)
     # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
     # same origin, the browser sends no Origin with GET: so the page says it in the query.
@@ -1071,7 +1083,7 @@ def read_page() -> bytes:
 def take_post(client: WebSocketHandler, request: Request) -> None:
     """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
     server = client.server
-    demand(not server.read_only, 403, "this server only sends")
+    require(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
@@ -1390,7 +1402,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -1496,8 +1508,10 @@ class Connection:
             return None
         except WOULD_BLOCK:
             return None
-        much = len(data) > SMALL_READ_SIZE // 2
-        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if len(data) == self.read_size:
+            self.read_size = min(4 * self.read_size, READ_SIZE)
+        elif len(data) < self.read_size // 16:
+            self.read_size = SMALL_READ_SIZE
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
@@ -1709,7 +1723,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if start.isalpha():
             self.request = socket.fromfd(self.request.fileno(), self.request.family, self.request.type)
             raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
-        self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        try:
+            self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        except HandshakeError as error:  # which cannot be answered without TLS
+            raise TimeoutError(str(error)) from None
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
@@ -1724,18 +1741,18 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _read_body(self, request: Request, length: int) -> bytes:
         """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
         server, later = self.server, ("Retry-After", "1")
-        demand(not server._link or not server._link.away, 503, "Redis is away", later)
+        require(not server._link or not server._link.away, 503, "Redis is away", later)
         self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
         arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
         self._rest = b""
         body = bytearray()
         for piece in read_body(request, arriving, server.max_message):
             body += piece
-            demand(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            require(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
-        demand(paced, 429, f"there are more than {server.rate:g} posts a second", later)
-        demand(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
+        require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
+        require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
         return bytes(body)
 
     # ---- sending ----
@@ -1779,7 +1796,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
         """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         try:
             result = hook(self, *arguments)
         except HandshakeError:
@@ -1787,7 +1804,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         except BaseException as error:
             self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
             raise HandshakeError(500, "internal error") from None
-        demand(not self._is_closing, 403, "not admitted")
+        require(not self._is_closing, 403, "not admitted")
         return result
 
     @property
@@ -1908,10 +1925,10 @@ class WebSocketHandler(RequestHandler):
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
         """The header field that names the chosen subprotocol. Raises HandshakeError."""
         if self.subprotocol:
-            demand(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            require(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
             return [("Sec-WebSocket-Protocol", self.subprotocol)]
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
-        demand(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
+        require(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
         if offered:
             line = "%s offers the subprotocol %s, none is chosen: browsers close now"
             self.server._hooks.log(logging.WARNING, line, self.address, offered)
@@ -1928,7 +1945,14 @@ RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
 GIVEN_UP = -1.0  # in place of the time of a pending connection
+MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
+
+
+def uses_select() -> bool:
+    """Whether the loop has nothing better than select(), which takes few sockets."""
+    return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 
 
 class Queue:
@@ -2072,6 +2096,7 @@ class Room:
         self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
+        self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
@@ -2112,8 +2137,9 @@ class Room:
             with self._preparing:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
-            demand(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            demand(not self._has_ended, 503, "the server is stopping")
+            require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            require(len(self.connections) < self._most_selected, 503, TOO_MANY_SELECTED)
+            require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client.request]
@@ -2325,7 +2351,8 @@ class Unfinished:
 
     def take_ready(self) -> list[Connection]:
         """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
-        left, ready = self._budget.left, []
+        left = self._budget.left
+        ready: list[Connection] = []
         for connection in sorted(self.waiting, key=lambda each: each.reader.size):
             size = connection.reader.size - connection.kept
             if size > left and (self._first or ready):
@@ -2461,6 +2488,8 @@ class Sender:
 
     def pong(self, connection: Connection, frames: list[bytes]) -> None:
         """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        if connection.pongs is frames:
+            connection.pongs = []
         if connection.state is not State.OPEN:
             return
         if connection.pieces:
@@ -2627,7 +2656,6 @@ class Receiver:
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
         self.slice_time = SLICE_TIME  # seconds for each connection in this round
-        self._pinged: list[Connection] = []  # with Pings to be answered
         self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
 
@@ -2739,7 +2767,7 @@ class Receiver:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
             if not connection.pongs:
-                self._pinged.append(connection)
+                self._queue.put_own((connection, connection.pongs))
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2760,6 +2788,8 @@ class Receiver:
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
+        if connection.pongs:  # those for Pings behind this message come behind it, too
+            connection.pongs = []
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
@@ -2780,13 +2810,6 @@ class Receiver:
     def _is_long(self, payload: Octets) -> bool:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
-
-    def send_pongs(self) -> None:
-        """Answer the Pings that were read: behind the messages, so that Pings do not part these."""
-        connections, self._pinged = self._pinged, []
-        for connection in connections:
-            pongs, connection.pongs = connection.pongs, []
-            self._sender.guard(self._sender.pong, connection, pongs)
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
@@ -2948,6 +2971,7 @@ class Loop(threading.Thread):
         """Send everything that was read or queued."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
+        pongs: list[tuple[Connection, list[bytes]]] = []  # behind the run, so that Pings do not part it
         size = 0
         for operation in self._queue.take():
             if type(operation) is Outgoing:
@@ -2955,14 +2979,21 @@ class Loop(threading.Thread):
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
-            if run:
-                self._call(self._deliver, run)
-                run, size = [], 0
-            if type(operation) is not Outgoing:
+            elif type(operation) is tuple:
+                pongs.append(operation)
+                if run:
+                    continue
+            self._send(run, pongs)
+            run, pongs, size = [], [], 0
+            if callable(operation):
                 self._call(operation)
+        self._send(run, pongs)
+
+    def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         if run:
             self._call(self._deliver, run)
-        self.receiver.send_pongs()
+        for connection, frames in pongs:
+            self.sender.guard(self.sender.pong, connection, frames)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
@@ -3054,7 +3085,6 @@ class Loop(threading.Thread):
 KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3226,7 +3256,8 @@ class BroadcastServer(Settings, LimitedServer):
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
+        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        most = clients + clients // 10 + SPARE_CONNECTIONS
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
     # ---- hooks ----
@@ -3387,7 +3418,11 @@ class BroadcastServer(Settings, LimitedServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until shutdown(), looking for that every poll_interval seconds."""
         self._begin()
-        super().serve_forever(poll_interval)
+        try:
+            super().serve_forever(poll_interval)
+        except OSError:  # Windows cannot wait for a socket that is closed already
+            if self.fileno() >= 0:
+                raise
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
@@ -3985,7 +4020,8 @@ def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
 
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
+BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break, on Windows alone
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
@@ -4083,7 +4119,8 @@ def argument_parser() -> argparse.ArgumentParser:
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
     add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", metavar="N", default=10_000, help="clients at once (%(default)s)")
+    clients = f"clients at once (%(default)s; on Windows at most {MOST_SELECTED})"
+    add("--max-clients", metavar="N", default=10_000, help=clients)
     ping = "seconds of silence before a ping, and after it (%(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")

@@ -526,7 +526,7 @@ class Host(unittest.TestCase):
                 self.assertEqual(caught.exception.status, 400)
 
     def test_missing(self) -> None:
-        """HTTP/1.1 demands it, HTTP/1.0 does not."""
+        """HTTP/1.1 requires it, HTTP/1.0 does not."""
         with self.assertRaises(HandshakeError) as caught:
             pywebsock.check_host(headers())
         self.assertEqual(caught.exception.status, 400)

@@ -617,7 +617,7 @@ class Out(unittest.TestCase):
         for message in (b"ab", bytearray(b"ab"), memoryview(b"xaby")[1:3]):
             self.assertEqual(outgoing_message(typing.cast(bytes, message)).frame(0), b"\x82\x02ab")
         for wrong, name in (({"a": 1}, "dict"), (None, "NoneType"), (7, "int"), (["a"], "list")):
-            with self.subTest(name), self.assertRaisesRegex(TypeError, f"^a message is str or bytes, not {name}$"):
+            with self.subTest(name), self.assertRaisesRegex(TypeError, f"^a message must be str or bytes, not {name}$"):
                 outgoing_message(typing.cast(str, wrong))
         with self.assertRaises(ValueError):
             outgoing_message("\ud800")
@@ -640,7 +640,10 @@ class Out(unittest.TestCase):
         self.assertEqual(outgoing_message("x", iter([client, client])).to, (client, client))
         self.assertEqual(outgoing_message("x", ()).to, ())
         for wrong in ([None], ["a"], [client, 1], "ab", [WebSocketHandler]):
-            with self.subTest(wrong), self.assertRaisesRegex(TypeError, "^a message goes to clients$"):
+            with (
+                self.subTest(wrong),
+                self.assertRaisesRegex(TypeError, "^the recipients of a message must be clients$"),
+            ):
                 outgoing_message("x", typing.cast(typing.Any, wrong))
 
     def test_fields(self) -> None:

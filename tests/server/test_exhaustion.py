@@ -14,6 +14,7 @@ import pywebsock
 from tests.tools import faults, load
 from tests.tools.support import (
     DEADLINE,
+    IS_WINDOWS,
     PING,
     PONG,
     ROOT,
@@ -31,6 +32,7 @@ from tests.tools.support import (
 class Exhaustion(ServerTestCase):
     """Where the process has no more file descriptors or threads, others are not disturbed."""
 
+    @unittest.skipIf(IS_WINDOWS, "Windows has no limit of descriptors")
     def test_file_descriptors(self) -> None:
         """New connections wait, with no busy loop and few lines in the log; they are served when others have gone."""
         require(pathlib.Path("/proc/self/stat").exists(), "/proc")
@@ -79,7 +81,7 @@ class Exhaustion(ServerTestCase):
 
 # What a server might change of the process that it is a part of.
 HOST = r"""
-import ctypes, logging, socket, sys, threading, resource
+import logging, socket, sys, threading
 import pywebsock
 def settings():
     logger = logging.getLogger("pywebsock")

@@ -195,6 +195,18 @@ class Workers(HooksTestCase):
         self.hooks.wait(0, time.monotonic() + DEADLINE)
         self.assertEqual(len(threads), 1)
 
+    def test_one_that_was_stuck_in_its_last_call(self) -> None:
+        """The next call of the same inbox begins anew."""
+        begun, inbox, stuck = threading.Event(), pywebsock.Inbox(), []
+        self.hooks.occupy(inbox)
+        self.hooks.submit(inbox, lambda: begun.set() or self.go_on.wait(DEADLINE))  # type: ignore[func-returns-value]
+        self.hooks.submit(inbox, lambda: stuck.append(len(self.hooks._stuck)))
+        self.hooks.release(inbox)
+        self.relieve_until(lambda: begun.is_set() and self.hooks._stuck)
+        self.go_on.set()
+        eventually(lambda: stuck)  # and nobody looks on
+        self.assertEqual(stuck, [0])
+
     def test_a_thousand_that_block(self) -> None:
         """All of them run at once, and one more after them; then all of their threads end."""
         begun: list[int] = []

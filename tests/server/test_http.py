@@ -49,7 +49,7 @@ class Page(ServerTestCase):
         self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").lower().split()))
 
     def test_http_1_0(self) -> None:
-        """Without a Host, which HTTP/1.0 does not demand."""
+        """Without a Host, which HTTP/1.0 does not require."""
         port = self.serve().server_address[1]
         self.assertEqual(exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 

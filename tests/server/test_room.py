@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import select
+import selectors
 import socket
 import threading
 import time
@@ -49,8 +49,7 @@ class RoomTestCase(ServerTestCase):
         """A server with settings."""
         self.server = Recorder(("127.0.0.1", 0), close_timeout=0.01, **settings)
         self.addCleanup(self.server.server_close)
-        self.room, self.loop = self.server._room, self.server._loop
-        self.loop.sender.selector.close()
+        self.room, self.queue, self.loop = self.server._room, self.server._queue, self.server._loop
         self.loop.sender.selector = unittest.mock.Mock()
 
     def prepare(self, window: int = 0) -> tuple[pywebsock.Connection, QuietPipe]:
@@ -69,7 +68,7 @@ class RoomTestCase(ServerTestCase):
     def put(self, message: str, *to: pywebsock.Connection) -> None:
         """Queue a message, for all or for some."""
         handlers = [connection.client for connection in to] or None
-        self.room.put_message(pywebsock.outgoing_message(message, handlers))
+        self.queue.put_message(pywebsock.outgoing_message(message, handlers))
 
     def carry_out(self) -> None:
         """What the loop does with the queue."""
@@ -199,7 +198,7 @@ class Recipients(RoomTestCase):
         self.loop.sender.drop(gone, "a test")
         stranger, stranger_pipe = self.prepare()
         self.put("?", gone, stranger)
-        self.room.put_message(pywebsock.outgoing_message("nobody", []))
+        self.queue.put_message(pywebsock.outgoing_message("nobody", []))
         self.carry_out()
         self.assertEqual([pipe.stream for pipe in (gone_pipe, stranger_pipe, other)], [RESPONSE, b"", RESPONSE])
 
@@ -239,48 +238,54 @@ class Recipients(RoomTestCase):
         self.servers = [self.server]
         with self.assertLogs("pywebsock", "ERROR") as logged:
             self.put("before")
-            self.room.put(lambda: 1 // 0)
+            self.queue.put(lambda: 1 // 0)
             self.put("behind")
             self.carry_out()
         self.assertEqual(pipe.stream, RESPONSE + text("before", "behind"))
         self.assertEqual(len(logged.records), 1)
 
 
-class RealRoom(unittest.TestCase):
-    """A room and a loop of the test's own."""
+class QueueTestCase(unittest.TestCase):
+    """A queue and a loop of the test's own."""
 
     def setUp(self) -> None:
-        self.room = pywebsock.Room(10, 0, 0)
-        self.addCleanup(self.room.end)
+        self.queue = pywebsock.Queue()
+        self.selector = selectors.DefaultSelector()
+        self.addCleanup(self.selector.close)
+        self.queue.open(self.selector)
+        self.addCleanup(self.queue.end)
 
 
-class WakeUp(RealRoom):
+class WakeUp(QueueTestCase):
     """What is queued wakes the loop, always, and once."""
 
     def woken(self, timeout: float = 0) -> bool:
         """Whether the loop would wake up now."""
-        return bool(select.select([self.room._alarm], [], [], timeout)[0])
+        return bool(self.selector.select(timeout))
 
     def test_asleep(self) -> None:
-        self.assertTrue(self.room.fall_asleep())
+        self.assertTrue(self.queue.fall_asleep())
         self.assertFalse(self.woken())
-        self.room.put("operation")
+        self.queue.put("operation")
         self.assertTrue(self.woken())
-        self.room.hear_alarm()
+        self.queue.hear_alarm()
         self.assertFalse(self.woken())
-        self.assertFalse(self.room.fall_asleep())  # there is something to do
-        self.assertEqual((self.room.take(), self.room.take()), (["operation"], []))
+        self.assertFalse(self.queue.fall_asleep())  # there is something to do
+        self.queue.put("another")
+        self.assertFalse(self.woken())  # it looks without being told
+        self.assertEqual((self.queue.take(), self.queue.take()), (["operation", "another"], []))
 
     def test_awake(self) -> None:
         """Nothing is written for each of many."""
         for _ in range(1000):
-            self.room.put("operation")
+            self.queue.put("operation")
         self.assertFalse(self.woken())
-        self.room.take()
-        self.assertTrue(self.room.fall_asleep())
+        self.queue.take()
+        self.assertTrue(self.queue.fall_asleep())
         for _ in range(1000):
-            self.room.put("operation")
-        self.assertEqual(self.room._alarm.recv(10), b"!")
+            self.queue.put("operation")
+        alarm = self.queue._alarm
+        self.assertEqual(alarm and alarm.recv(10), b"!")
         self.assertFalse(self.woken())
 
     def test_never_lost(self) -> None:
@@ -290,17 +295,17 @@ class WakeUp(RealRoom):
 
         def loop() -> None:
             while not ended.is_set():
-                if self.room.fall_asleep() and not self.woken(DEADLINE):
+                if self.queue.fall_asleep() and not self.woken(DEADLINE):
                     overslept.append(1)
-                self.room.hear_alarm()
-                for operation in self.room.take():
+                self.queue.hear_alarm()
+                for operation in self.queue.take():
                     operation()
 
         def put(seed: int) -> None:
             chance = random.Random(seed)
             for _ in range(count):
                 done = threading.Event()
-                self.room.put(done.set)
+                self.queue.put(done.set)
                 assert done.wait(DEADLINE)
                 for _ in range(chance.randrange(200)):
                     pass
@@ -310,16 +315,16 @@ class WakeUp(RealRoom):
                 for seed in range(3):
                     stack.enter_context(in_thread(put, seed))
             ended.set()
-            self.room.put(ended.set)
+            self.queue.put(ended.set)
         self.assertEqual(overslept, [])
 
 
-class HeldSenders(RealRoom):
+class HeldSenders(QueueTestCase):
     """Senders wait while too much is queued, or a quick client is behind."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.room.loop_thread = -1  # of nobody here
+        self.queue.loop_thread = -1  # of nobody here
         self.sent: list[int] = []
 
     def send(self) -> contextlib.AbstractContextManager[threading.Thread]:
@@ -327,63 +332,66 @@ class HeldSenders(RealRoom):
 
         def send() -> None:
             for number in range(20):
-                self.room.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
+                self.queue.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
                 self.sent.append(number)
 
         return in_thread(send)
 
     def test_too_much(self) -> None:
         with self.send():
-            eventually(lambda: self.room._queued > pywebsock.QUEUE_SIZE)
-            self.assertLess(self.room._queued, 1.2 * pywebsock.QUEUE_SIZE)
-            self.assertFalse(self.room.wait_for_space(0.01))
+            eventually(lambda: self.queue._size > pywebsock.QUEUE_SIZE)
+            self.assertLess(self.queue._size, 1.2 * pywebsock.QUEUE_SIZE)
+            self.assertFalse(self.queue.wait_for_space(0.01))
             self.assertLessEqual(len(self.sent), 9)
-            taken = len(self.room.take())
+            taken = len(self.queue.take())
             while taken < 20:
-                taken += len(self.room.take())
+                taken += len(self.queue.take())
                 time.sleep(0.001)
         self.assertEqual((self.sent, taken), (list(range(20)), 20))
 
     def test_held(self) -> None:
-        self.room.hold(True)
+        self.queue.hold(True)
         with self.send():
-            eventually(lambda: self.room.length == 1)
-            self.assertFalse(self.room.wait_for_space(0.01))
-            self.assertEqual((self.sent, len(self.room.take())), ([], 1))
-            self.assertFalse(self.room.wait_for_space(0.01))  # an empty queue is no reason to go on
-            self.room.hold(False)
-            self.assertTrue(self.room.wait_for_space(DEADLINE))
-            eventually(lambda: self.room.take() is not None and len(self.sent) == 20)
+            eventually(lambda: len(self.queue) == 1)
+            self.assertFalse(self.queue.wait_for_space(0.01))
+            self.assertEqual((self.sent, len(self.queue.take())), ([], 1))
+            self.assertFalse(self.queue.wait_for_space(0.01))  # an empty queue is no reason to go on
+            self.queue.hold(False)
+            self.assertTrue(self.queue.wait_for_space(DEADLINE))
+            eventually(lambda: self.queue.take() is not None and len(self.sent) == 20)
 
     def test_the_end(self) -> None:
         """Nobody waits for a loop that has ended."""
         with self.send():
-            eventually(lambda: self.room._queued > pywebsock.QUEUE_SIZE)
-            self.room.end()
+            eventually(lambda: self.queue._size > pywebsock.QUEUE_SIZE)
+            self.queue.end()
         self.assertEqual(len(self.sent), 20)
 
     def test_the_loop_never_waits(self) -> None:
-        self.room.loop_thread = threading.get_ident()
-        self.room.hold(True)
+        self.queue.loop_thread = threading.get_ident()
+        self.queue.hold(True)
         for _ in range(20):
-            self.room.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
-        self.assertTrue(self.room.wait_for_space(0))
+            self.queue.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
+        self.assertTrue(self.queue.wait_for_space(0))
 
     def test_before_it_begins(self) -> None:
         """A program may send before the server is started: nobody would take anything out."""
-        self.room.loop_thread = 0
+        self.queue.loop_thread = 0
         with self.send():
             pass
         self.assertEqual(len(self.sent), 20)
 
     def test_many_recipients_count(self) -> None:
         """A message to ten thousand is more than its bytes."""
-        self.room.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (None,) * 10_000)))
-        self.assertGreaterEqual(self.room._queued, 10_000 * pywebsock.RECIPIENT_COST)
+        self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (None,) * 10_000)))
+        self.assertGreaterEqual(self.queue._size, 10_000 * pywebsock.RECIPIENT_COST)
 
 
-class Count(RealRoom):
+class Count(unittest.TestCase):
     """How many connections there are, which the end of the server waits for."""
+
+    def setUp(self) -> None:
+        self.room = pywebsock.Room(pywebsock.Queue(), 10, 0, 0)
 
     def test_wait(self) -> None:
         requests = [typing.cast(socket.socket, object()) for _ in range(3)]
@@ -394,36 +402,6 @@ class Count(RealRoom):
             self.assertEqual([self.room.remove(request) for request in requests[:2] * 2], [True] * 2 + [False] * 2)
         self.assertEqual(self.room.size, 1)
         self.assertTrue(self.room.wait_for(1, 0.0))
-
-
-class Budget(unittest.TestCase):
-    """Bytes that all unfinished messages may take together."""
-
-    def test_up_to_its_size(self) -> None:
-        budget = pywebsock.Budget(100)
-        self.assertEqual(
-            [budget.take(60), budget.take(41), budget.take(40), budget.take(1)], [True, False, True, False]
-        )
-        budget.give_back(1)
-        self.assertEqual([budget.take(1), budget.take(0), budget.take(50, force=True)], [True, True, True])
-        budget.give_back(50)
-        self.assertFalse(budget.take(1))
-
-    def test_many_threads(self) -> None:
-        budget = pywebsock.Budget(10)
-        taken: list[int] = []
-
-        def take() -> None:
-            for _ in range(2000):
-                if budget.take(3):
-                    taken.append(1)
-                    budget.give_back(3)
-
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                stack.enter_context(in_thread(take))
-        self.assertTrue(taken)
-        self.assertEqual(budget._left, 10)
 
 
 class Unfinished(RoomTestCase):
@@ -440,7 +418,6 @@ class Unfinished(RoomTestCase):
         """The message of a connection grows by so many bytes; returns whether it may go on."""
         opcode = 0 if connection.reader.size else BINARY
         list(connection.reader.feed(masked_frame(opcode, bytes(size), fin=False)))
-        connection.received += size
         grown = self.unfinished.grow(connection, now)
         connection.paused = not grown
         return grown
@@ -456,34 +433,53 @@ class Unfinished(RoomTestCase):
         self.assertTrue(self.grow(b, 5000))  # as much as it needs
         self.assertFalse(self.grow(a, 1))
         self.assertFalse(self.grow(c, 1))
-        self.assertEqual(list(self.unfinished.waiting), [a, c])
+        self.assertEqual((self.unfinished.waiting, self.unfinished.take_ready()), ({a, c}, []))
         self.assertEqual((a.kept, b.kept, c.kept), (600, 5600, 0))
 
     def test_one_after_another(self) -> None:
-        """When the first has finished, the one that waits longest goes on, and may exceed in its turn."""
+        """When the first has finished, the one that needs least goes on, and may exceed in its turn."""
         a, b, c = self.connections(3)
         self.grow(a, 5000)
-        self.grow(b, 2000)
-        self.grow(c, 3000)
+        self.grow(b, 3000)
+        self.grow(c, 2000)
         self.unfinished.release(a)
-        self.assertEqual((list(self.unfinished.ready), list(self.unfinished.waiting)), ([b], [c]))
-        self.unfinished.ready.clear()
-        self.assertTrue(self.unfinished.grow(b, 0.0))
-        self.assertFalse(self.unfinished.grow(c, 0.0))
-        self.assertEqual((b.kept, c.kept), (2000, 0))
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c], {b}))
+        self.assertTrue(self.unfinished.grow(c, 0.0))
+        self.assertEqual(self.unfinished.take_ready(), [])
+        self.unfinished.release(c)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([b], set()))
+
+    def test_all_for_whom_there_is_room(self) -> None:
+        """Exactly so many, the shortest first."""
+        a, b, c, d = self.connections(4)
+        self.grow(a, 5000)
+        self.grow(b, 601)
+        self.grow(c, 100)
+        self.grow(d, 300)
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, d], {b}))
+        self.assertEqual([self.unfinished.grow(each, 0.0) for each in (c, d)], [True, True])
+
+    def test_room_to_the_last_byte(self) -> None:
+        a, b, c = self.connections(3)
+        self.grow(a, 5000)
+        self.grow(b, 600)
+        self.grow(c, 400)
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, b], set()))
 
     def test_closed_while_it_waits(self) -> None:
         """Its place goes to the next one that can use it."""
         a, b, c, d = self.connections(4)
+        self.loop.sender.gate.unfinished = self.unfinished
         self.carry_out()
         self.grow(a, 5000)
-        self.grow(b, 1)
-        self.grow(c, 1)
-        self.grow(d, 1)
+        for connection in (b, c, d):
+            self.grow(connection, 1)
         self.loop.sender.drop(b, "a test")
         c.state = pywebsock.State.ENDING
         self.unfinished.release(a)
-        self.assertEqual(list(self.unfinished.ready), [d])
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([d], set()))
 
     def test_all_comes_back(self) -> None:
         chance = random.Random(1)
@@ -495,43 +491,27 @@ class Unfinished(RoomTestCase):
             if chance.random() < 0.3:
                 self.unfinished.release(connection)
                 connection.reader = pywebsock.MessageReader(1 << 20)
-            while self.unfinished.ready:
-                ready = self.unfinished.ready.popleft()
+            for ready in self.unfinished.take_ready():
                 ready.paused = not self.unfinished.grow(ready, 0.0)
         for connection in connections:
             self.unfinished.release(connection)
-        self.assertEqual((self.budget._left, self.unfinished._holders), (self.SIZE, set()))
+        self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
 
     def test_slow_ones(self) -> None:
-        """Only those that keep others waiting: a byte less than SLOWEST_POST, after the grace."""
-        rate, grace = pywebsock.SLOWEST_POST, pywebsock.Unfinished.GRACE
-        slow, quick, paused, waiting = self.connections(4)
-        for connection in (slow, quick, paused):
+        """Only those that keep others waiting, and bring a byte too little in the time of grace."""
+        grace = pywebsock.Unfinished.GRACE
+        enough = int(grace * pywebsock.SLOWEST_POST)
+        slow, quick, paused, first, waiting = self.connections(5)
+        for connection in (slow, quick, paused, first):
             self.assertTrue(self.grow(connection, 300, now=100.0))
-        now = 100.0 + grace + 2.0
-        slow.received, quick.received, paused.received, paused.paused = 2 * rate - 1, 2 * rate, 0, True
-        self.assertEqual(self.unfinished.slow_ones(now), [])  # nobody waits
-        self.assertTrue(self.grow(waiting, 300, now=100.0))  # it is the first to exceed
-        waiting.received = 3 * rate
-        other = self.connections(1)[0]
-        self.assertFalse(self.grow(other, 1, now=now))
-        self.assertEqual(self.unfinished.slow_ones(now), [slow])
-        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [])
-
-    def test_closed_when_its_turn_has_come(self) -> None:
-        """The turn of one that ends before it can go on passes to the next one: nobody waits for ever."""
-        sender = self.loop.sender
-        sender.unfinished = self.unfinished
-        a, b, c = self.connections(3)
-        self.carry_out()
-        self.grow(a, 5000)
-        self.grow(b, 1)
-        self.grow(c, 1)
-        self.unfinished.release(a)
-        self.assertEqual(list(self.unfinished.ready), [b])
-        sender.drop(b, "a test")
-        self.loop._look_around()
-        self.assertFalse(c.paused)
+        slow.received, quick.received, first.received = enough - 1, enough, enough
+        paused.received, paused.paused = 0, True
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [])  # nobody waits
+        self.assertFalse(self.grow(waiting, 1, now=100.0))
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace - 0.01), [])
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [slow])
+        self.assertEqual((quick.began, quick.received), (100.0 + grace, 0))  # and again
+        self.assertEqual(set(self.unfinished.slow_ones(100.0 + 2 * grace)), {slow, quick, first})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def window(bits: int) -> dict[str, str]:
 class AttackTestCase(stress.StressTestCase):
     """Tests of a server that strangers attack."""
 
-    def attack(self, besieged: stress.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any) -> attack.Attack:
+    def attack(
+        self, besieged: stress.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
+    ) -> attack.Attack:
         """A crowd of attackers, which is ended in the end."""
         crowd = attack.Attack(besieged.port, number, piece, first, **how)
         self.addCleanup(crowd.end)
@@ -63,7 +65,9 @@ class AttackTestCase(stress.StressTestCase):
 class FloodTest(AttackTestCase):
     """Frames that cost a stranger little, as many as a connection takes."""
 
-    def flood(self, number: int, piece: bytes, worst: float, first: bytes = b"", *, tls: bool = False, **how: typing.Any) -> None:
+    def flood(
+        self, number: int, piece: bytes, worst: float, first: bytes = b"", *, tls: bool = False, **how: typing.Any
+    ) -> None:
         """A crowd sends the same bytes again and again."""
         besieged = self.besiege(tls=tls)
         crowd = self.attack(besieged, number, piece, first, **how)
