@@ -1748,7 +1748,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         body = bytearray()
         for piece in read_body(request, arriving, server.max_message):
             body += piece
-            require(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
+            require(has_room, 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
         require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
@@ -2291,12 +2292,13 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.left = size
+        self.reserve = size // 8  # for short messages: others have to spare it
         self._lock = threading.Lock()
 
-    def take(self, size: int, force: bool = False) -> bool:
+    def take(self, size: int, spare: int = 0, force: bool = False) -> bool:
         """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
         with self._lock:
-            if size > self.left and not force:
+            if size > self.left - spare and not force:
                 return False
             self.left -= size
             return True
@@ -2327,7 +2329,7 @@ class Unfinished:
         """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
         size = connection.reader.size - connection.kept
         is_first = self._first in (None, connection)
-        if not self._budget.take(size):
+        if not self._budget.take(size, spare=self._spare(connection)):
             if not is_first:
                 self.waiting.add(connection)
                 return False
@@ -2339,6 +2341,10 @@ class Unfinished:
         connection.kept += size
         connection.received += size
         return True
+
+    def _spare(self, connection: Connection) -> int:
+        """Bytes of the budget that this connection may not use: some are for short messages alone."""
+        return 0 if connection.reader.size <= INFLATER_SIZE + INFLATE_SIZE else self._budget.reserve
 
     def release(self, connection: Connection) -> None:
         """A message is finished, or its connection."""
@@ -2355,7 +2361,7 @@ class Unfinished:
         ready: list[Connection] = []
         for connection in sorted(self.waiting, key=lambda each: each.reader.size):
             size = connection.reader.size - connection.kept
-            if size > left and (self._first or ready):
+            if size > left - self._spare(connection) and (self._first or ready):
                 break
             left -= size
             self.waiting.remove(connection)

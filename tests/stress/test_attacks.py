@@ -19,7 +19,7 @@ from tests.tools import attack, faults, load, stress, support
 
 SECONDS = 4.0  # that an attack goes on
 TIMES = 4  # at most, where the machine has other things to do
-DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+DEFLATE: dict[str, typing.Any] = {"Sec_WebSocket_Extensions": "permessage-deflate"}
 
 
 def hex_text(size: int) -> bytes:
@@ -27,7 +27,7 @@ def hex_text(size: int) -> bytes:
     return random.Random(size).getrandbits(4 * size).to_bytes(size // 2, "big").hex().encode()
 
 
-def window(bits: int) -> dict[str, str]:
+def window(bits: int) -> dict[str, typing.Any]:
     """The header field of a client that asks for this window."""
     return {"Sec_WebSocket_Extensions": f"permessage-deflate; server_max_window_bits={bits}"}
 
@@ -278,7 +278,7 @@ class CompressionTest(AttackTestCase):
 class Background:
     """A client in a thread that sends the same bytes again and again, at a pace in bytes a second, and reads."""
 
-    def __init__(self, port: int, piece: bytes, pace: float, fields: dict[str, str]) -> None:
+    def __init__(self, port: int, piece: bytes, pace: float, fields: dict[str, typing.Any]) -> None:
         self._client = support.Client(port, **fields)
         self._piece, self._pace = memoryview(piece), pace
         self._client.socket.settimeout(60)
