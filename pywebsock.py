@@ -1452,8 +1452,8 @@ class Connection:
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
         "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
-        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source",
-        "state", "submitted", "window",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "source", "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1944,7 +1944,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
 RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
-RECIPIENT_COST = 8  # bytes for each client that it is for
+RECIPIENT_COST = 128  # bytes for each client that it is for: sending to so many takes as long as copying these
 GIVEN_UP = -1.0  # in place of the time of a pending connection
 MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"

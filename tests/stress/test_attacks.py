@@ -45,7 +45,7 @@ class AttackTestCase(stress.StressTestCase):
         return crowd
 
     def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 60) -> None:
-        """Let an attack go on; what the witness sees meanwhile is the result, at best of some times: others work, too."""
+        """Let an attack go on, more than once where others use the machine; the result is what the witness sees."""
         for _ in range(TIMES):
             besieged.witness.figures()
             time.sleep(SECONDS)
@@ -380,8 +380,8 @@ class ProgramTest(AttackTestCase):
         self.addCleanup(sender.end)
         worst = min(self.ping(pings) for _ in range(TIMES))
         self.report(f"a Pong within {worst:.3f} s, memory +{besieged.growth:.0f} MB, {crowd.figures()[1]}")
-        self.assertLess(worst, 0.3)
-        self.assertLess(besieged.growth, 200)
+        self.assertLess(worst, 0.1)
+        self.assertLess(besieged.growth, 60)
 
     def ping(self, client: support.Client) -> float:
         """Seconds until the Pong, at worst of twenty."""
