@@ -44,7 +44,7 @@ class AttackTestCase(stress.StressTestCase):
         besieged.witness.figures()  # from now on
         return crowd
 
-    def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 60) -> None:
+    def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 150) -> None:
         """Let an attack go on, more than once where others use the machine; the result is what the witness sees."""
         for _ in range(TIMES):
             besieged.witness.figures()

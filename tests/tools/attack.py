@@ -1,8 +1,9 @@
 """Attackers in processes of their own, for the tests of what strangers can do to a room.
 
-`python -m tests.tools.attack` is a crowd of clients that all send the same bytes again and again. The plan is the
-first line on standard input, in JSON, see `Plan`. It says `open` when all have joined, answers each further line with one line
-of figures, and goes on until it is ended.
+`python -m tests.tools.attack` is a crowd of clients that all send the same bytes again and again. The plan is
+the first line on standard input, in JSON, see `Plan`.
+The crowd says `open` when all have joined, answers each further line with one line of figures, and goes on until it is
+ended.
 """
 
 from __future__ import annotations
