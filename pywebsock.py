@@ -659,9 +659,9 @@ class Outgoing:
             frames[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else frames[0]
         return frames[window]
 
-    def ready_frame(self, window: int) -> bytes:
-        """Return a frame for this window, without compressing a long message: an existing frame is sent then."""
-        if self.size < LONG_MESSAGE or not window:
+    def ready_frame(self, window: int, limit: int = LONG_MESSAGE) -> bytes:
+        """Return a frame for this window; from `limit` bytes on it is one that exists: nothing is compressed then."""
+        if self.size < limit or not window:
             return self.frame(window)
         self.frame(0)
         best = max([ready for ready in list(self._frames) if ready <= window])
@@ -1452,8 +1452,8 @@ class Connection:
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
         "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
-        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source",
-        "state", "submitted", "window",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "source", "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1748,7 +1748,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         body = bytearray()
         for piece in read_body(request, arriving, server.max_message):
             body += piece
-            require(server._budget.take(len(body) - self._kept), 503, "too many messages are unfinished", later)
+            has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
+            require(has_room, 503, "too many messages are unfinished", later)
             self._kept = len(body)
         paced = not server.rate or server._wait_for_post(server.handshake_timeout)
         require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
@@ -1943,7 +1944,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
 RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
-RECIPIENT_COST = 8  # bytes for each client that it is for
+RECIPIENT_COST = 128  # bytes for each client that it is for: sending to so many takes as long as copying these
 GIVEN_UP = -1.0  # in place of the time of a pending connection
 MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
@@ -2156,7 +2157,7 @@ class Room:
             newer = min(self.messages - joiner.number, length)
             messages = list(itertools.islice(self._history, length - newer, None))
         frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
-        frames += [message.ready_frame(joiner.connection.window) for message in messages]
+        frames += [message.ready_frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
         mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
         return [joiner.response, *frames, *mark]
 
@@ -2291,12 +2292,13 @@ class Budget:
 
     def __init__(self, size: int) -> None:
         self.left = size
+        self.reserve = size // 8  # for short messages: others have to spare it
         self._lock = threading.Lock()
 
-    def take(self, size: int, force: bool = False) -> bool:
+    def take(self, size: int, spare: int = 0, force: bool = False) -> bool:
         """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
         with self._lock:
-            if size > self.left and not force:
+            if size > self.left - spare and not force:
                 return False
             self.left -= size
             return True
@@ -2327,7 +2329,7 @@ class Unfinished:
         """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
         size = connection.reader.size - connection.kept
         is_first = self._first in (None, connection)
-        if not self._budget.take(size):
+        if not self._budget.take(size, spare=self._spare(connection)):
             if not is_first:
                 self.waiting.add(connection)
                 return False
@@ -2339,6 +2341,10 @@ class Unfinished:
         connection.kept += size
         connection.received += size
         return True
+
+    def _spare(self, connection: Connection) -> int:
+        """Bytes of the budget that this connection may not use: some are for short messages alone."""
+        return 0 if connection.reader.size <= INFLATER_SIZE + INFLATE_SIZE else self._budget.reserve
 
     def release(self, connection: Connection) -> None:
         """A message is finished, or its connection."""
@@ -2355,7 +2361,7 @@ class Unfinished:
         ready: list[Connection] = []
         for connection in sorted(self.waiting, key=lambda each: each.reader.size):
             size = connection.reader.size - connection.kept
-            if size > left and (self._first or ready):
+            if size > left - self._spare(connection) and (self._first or ready):
                 break
             left -= size
             self.waiting.remove(connection)
@@ -2678,6 +2684,8 @@ class Receiver:
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
             connection.submitted = connection.received = 0
+            if connection.kept and not connection.reader.size:  # its message is compressed
+                self.gate.unfinished.release(connection)
             connection.heard = connection.began = self._sender.now
             self._sender.guard(self._sender.watch, connection)
             self.line_up(connection)
@@ -2778,7 +2786,8 @@ class Receiver:
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
-            if connection.kept:
+            waits = self._is_direct and self._is_long(payload) and not connection.client._is_closing
+            if connection.kept and not waits:  # one that is to be compressed counts until it is
                 self.gate.unfinished.release(connection)
             return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
         return True

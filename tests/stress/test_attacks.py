@@ -5,17 +5,21 @@ Beside each attack there is an honest witness in a process of its own. Heavy: PY
 
 from __future__ import annotations
 
+import contextlib
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 import typing
 import unittest
 
-from tests.tools import attack, load, stress, support
+from tests.tools import attack, faults, load, stress, support
 
 SECONDS = 4.0  # that an attack goes on
 TIMES = 4  # at most, where the machine has other things to do
-DEFLATE = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+DEFLATE: dict[str, typing.Any] = {"Sec_WebSocket_Extensions": "permessage-deflate"}
 
 
 def hex_text(size: int) -> bytes:
@@ -23,7 +27,7 @@ def hex_text(size: int) -> bytes:
     return random.Random(size).getrandbits(4 * size).to_bytes(size // 2, "big").hex().encode()
 
 
-def window(bits: int) -> dict[str, str]:
+def window(bits: int) -> dict[str, typing.Any]:
     """The header field of a client that asks for this window."""
     return {"Sec_WebSocket_Extensions": f"permessage-deflate; server_max_window_bits={bits}"}
 
@@ -40,8 +44,8 @@ class AttackTestCase(stress.StressTestCase):
         besieged.witness.figures()  # from now on
         return crowd
 
-    def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 60) -> None:
-        """Let an attack go on; what the witness sees meanwhile is the result, at best of some times: others work, too."""
+    def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 150) -> None:
+        """Let an attack go on, more than once where others use the machine; the result is what the witness sees."""
         for _ in range(TIMES):
             besieged.witness.figures()
             time.sleep(SECONDS)
@@ -195,6 +199,270 @@ class Uploads:
         for client in self._clients:
             client.__exit__()
         return self.arrived
+
+
+@stress.heavy
+class CompressionTest(AttackTestCase):
+    """Windows that clients ask for with two hundred bytes, and for which the server compresses."""
+
+    def join_with_windows(self, besieged: stress.Siege, times: int) -> float:
+        """Joins that ask for each window; seconds until the slowest is in."""
+        slowest = 0.0
+        for _ in range(times):
+            for bits in range(9, 15):
+                start = time.monotonic()
+                client = support.Client(besieged.port, **window(bits))
+                self.addCleanup(client.__exit__)
+                slowest = max(slowest, time.monotonic() - start)
+        return slowest
+
+    def test_new_windows_while_much_is_sent(self) -> None:
+        besieged = self.besiege()
+        attacker = Background(besieged.port, load.frame(hex_text(15_000_000), 1), 1e9, DEFLATE)
+        self.addCleanup(attacker.end)
+        besieged.witness.figures()
+        slowest = self.join_with_windows(besieged, 1)
+        self.stand(besieged, f"15 MB and six windows, in within {slowest:.2f} s", 0.1, 800)
+
+    def test_middling_messages_for_all_windows(self) -> None:
+        """Just below the size from which others compress for the loop."""
+        besieged = self.besiege()
+        self.join_with_windows(besieged, 1)
+        attacker = Background(besieged.port, load.frame(hex_text(64_000), 1), 20e6, DEFLATE)
+        self.addCleanup(attacker.end)
+        self.stand(besieged, "64 KB, again and again, for seven windows", 0.1, 300)
+
+    def test_history_for_new_windows(self) -> None:
+        besieged = self.besiege("--history", "1")
+        attacker = Background(besieged.port, load.frame(hex_text(7_000_000), 1), 7e6, DEFLATE)
+        self.addCleanup(attacker.end)
+        time.sleep(1)
+        before = load.cpu(besieged.pid)
+        besieged.witness.figures()
+        slowest = self.join_with_windows(besieged, 17)
+        self.report(f"102 joins: in within {slowest:.2f} s, {load.cpu(besieged.pid) - before:.1f} s of CPU")
+        self.assertLess(slowest, 2)
+        self.stand(besieged, "7 MB of history for 102 joins", 0.1, 800)
+
+    def test_history_of_middling_messages(self) -> None:
+        """What has come while a joiner's history was compressed is not compressed in the loop."""
+        besieged = self.besiege("--history", "1000")
+        attacker = Background(besieged.port, load.frame(hex_text(64_000), 1), 10e6, DEFLATE)
+        self.addCleanup(attacker.end)
+        worst = []
+        for bits in range(9, 15):
+            time.sleep(1)
+            besieged.witness.figures()
+            with support.Client(besieged.port, **window(bits)) as client:
+                client.read_frame()
+            worst.append(besieged.witness.figures().worst)
+        self.report(f"worst echoes while one joins {', '.join(f'{echo:.3f}' for echo in worst)} s")
+        self.assertLess(sorted(worst)[len(worst) // 2], 0.1)
+
+    def test_messages_wait_for_compression(self) -> None:
+        """Messages that are whole, but wait to be compressed, count like unfinished ones."""
+        besieged = self.besiege()
+        crowd = self.attack(besieged, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
+        self.stand(besieged, "60 clients send 16 MB of text", 0.3, 700)
+        self.report(f"ended: {crowd.figures()[1]}")
+
+    def test_bombs_wait_for_compression(self) -> None:
+        """What waits to be compressed counts, too."""
+        besieged = self.besiege()
+        payload = support.compress(bytes(16_000_000))
+        bomb = support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload
+        self.attack(besieged, 200, bomb, pace=len(bomb) / 2, fields=DEFLATE, reading=False)
+        self.stand(besieged, "200 clients send 16 MB of nothing", 0.3, 1000)
+
+
+class Background:
+    """A client in a thread that sends the same bytes again and again, at a pace in bytes a second, and reads."""
+
+    def __init__(self, port: int, piece: bytes, pace: float, fields: dict[str, typing.Any]) -> None:
+        self._client = support.Client(port, **fields)
+        self._piece, self._pace = memoryview(piece), pace
+        self._client.socket.settimeout(60)
+        for act in self._send, self._read:
+            threading.Thread(target=act, daemon=True).start()
+
+    def _send(self) -> None:
+        start, sent = time.monotonic(), 0
+        try:
+            while True:
+                position = sent % len(self._piece)
+                sent += self._client.socket.send(self._piece[position : position + 65536])
+                time.sleep(max(0.0, start + sent / self._pace - time.monotonic()))
+        except OSError:
+            pass  # it was ended
+
+    def _read(self) -> None:
+        try:
+            while self._client.socket.recv(1 << 20):
+                pass
+        except OSError:
+            pass  # it was ended
+
+    def end(self) -> None:
+        """End it with a reset."""
+        self._client.socket.shutdown(2)
+        self._client.socket.close()
+
+
+@stress.heavy
+class MemoryTest(AttackTestCase):
+    """What the process keeps when all have left, or have nothing to do."""
+
+    def test_arenas(self) -> None:
+        """As on a machine with 32 cores, on which malloc makes 256 arenas."""
+        code = "import os, sys\nif 'MALLOC_ARENA_MAX' not in os.environ:\n"
+        code += "    os.environ['MALLOC_ARENA_MAX'] = '256'; os.execv(sys.executable, sys.orig_argv)"
+        support.require(hasattr(sys, "orig_argv"), "sys.orig_argv")  # from Python 3.10 on
+        besieged = self.besiege(code=code)
+        for _ in range(2):
+            crowd = self.attack(besieged, 100, b"", load.frame(bytes(200_000)), reading=True)
+            posts = [threading.Thread(target=self.post, args=(besieged.port,)) for _ in range(60)]
+            for post in posts:
+                post.start()
+            for post in posts:
+                post.join()
+            time.sleep(1)
+            crowd.end()
+        support.eventually(lambda: besieged.witness.figures().worst < 0.3, deadline=30)
+        time.sleep(1)
+        kept = load.memory(besieged.pid) - besieged.memory
+        self.report(f"{kept:.0f} MB are kept when all have left, {besieged.growth:.0f} MB at most")
+        self.assertLess(kept, 150)
+
+    def post(self, port: int) -> None:
+        """A POST of 4 MB."""
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
+        with contextlib.suppress(OSError):
+            support.exchange(port, head + bytes(4_000_000))
+
+    def idle(self, *, tls: bool) -> None:
+        """KB that each of four hundred clients keeps that has sent and got one large message."""
+        code = "pywebsock.Program.on_message = lambda self, client, message: client.send(message)"
+        server = self.serve("--no-compression", tls=tls, code=code)
+        context = stress.certificate()[1] if tls else None
+        message = load.frame(bytes(200_000))
+        clients = [support.Client(server.port, tls=context) for _ in range(400)]
+        before = 0.0
+        for client in clients:
+            client.send_raw(message)
+            self.assertEqual(len(client.read()), 200_000)
+            before = before or load.memory(server.pid)  # that malloc keeps something is no client's
+        kept = (load.memory(server.pid) - before) * 1000 / len(clients)
+        self.report(f"{kept:.0f} KB more for an idle client")
+        self.assertLess(kept, 8 + 40 * tls)
+        for client in clients:
+            client.__exit__()
+
+    def test_idle_clients(self) -> None:
+        self.idle(tls=False)
+
+    def test_idle_tls_clients(self) -> None:
+        self.idle(tls=True)
+
+
+@stress.heavy
+class ProgramTest(AttackTestCase):
+    """Programs that do what programs do."""
+
+    def test_recipients(self) -> None:
+        """Each message has a list of its own of those who get it, as with "all but the sender"."""
+        code = "def on_message(self, client, message): self.broadcast(message, list(self.clients))\n"
+        code += "pywebsock.Program.on_message = on_message"
+        besieged = self.besiege(code=code)
+        crowd = self.attack(besieged, 2000, b"")
+        pings = support.Client(besieged.port)
+        self.addCleanup(pings.__exit__)
+        sender = Background(besieged.port, load.frame(b"x"), 7 * 4000, {})
+        self.addCleanup(sender.end)
+        worst = min(self.ping(pings) for _ in range(TIMES))
+        self.report(f"a Pong within {worst:.3f} s, memory +{besieged.growth:.0f} MB, {crowd.figures()[1]}")
+        self.assertLess(worst, 0.1)
+        self.assertLess(besieged.growth, 60)
+
+    def ping(self, client: support.Client) -> float:
+        """Seconds until the Pong, at worst of twenty."""
+        worst = 0.0
+        for i in range(20):
+            payload, start = b"%d" % i, time.monotonic()
+            client.frame(9, payload)
+            while (frame := client.read_frame()).opcode != 10 or frame.payload != payload:
+                pass
+            worst = max(worst, time.monotonic() - start)
+            time.sleep(0.02)
+        return worst
+
+    def test_slow_reader_of_a_farewell(self) -> None:
+        """A hook sends 8 MB and closes; the client reads 400 KB/s and gets all of it."""
+        code = "def on_open(self, client): client.send(bytes(8_000_000)); client.close(4000)\n"
+        code += "pywebsock.Program.on_open = on_open"
+        server = self.serve(code=code)
+        client = support.Client(server.port, small=True)
+        self.addCleanup(client.__exit__)
+        got, end, start = 0, b"", time.monotonic()
+        while data := client.socket.recv(40_000):
+            got, end = got + len(data), (end + data)[-4:]
+            time.sleep(max(0.0, start + got / 400e3 - time.monotonic()))
+            if end == b"\x88\x02\x0f\xa0":
+                client.close(4000)
+        self.report(f"{got} bytes within {time.monotonic() - start:.1f} s, the last are {end!r}")
+        self.assertEqual((got > 7_990_000, end), (True, b"\x88\x02\x0f\xa0"))
+
+    def test_steady_slow_reader(self) -> None:
+        """What a client still takes from the system is a sign of life, although nothing waits here any more."""
+        server = self.serve("--ping", "1", code="pywebsock.BroadcastServer.send_timeout = 3")
+        reader, sender = support.Client(server.port, small=True), support.Client(server.port)
+        self.addCleanup(reader.__exit__)
+        self.addCleanup(sender.__exit__)
+        sender.frame(2, bytes(1_000_000))
+        got, start = 0, time.monotonic()
+        while got < 1_000_000:
+            data = reader.socket.recv(10_000)
+            self.assertTrue(data, f"ended after {got} bytes, {time.monotonic() - start:.1f} s")
+            got += len(data)
+            time.sleep(max(0.0, start + got / 80e3 - time.monotonic()))
+        self.report(f"{got} bytes within {time.monotonic() - start:.1f} s")
+
+    def test_black_hole(self) -> None:
+        """A client that takes nothing is dropped, however much it says."""
+        server = self.serve(code="pywebsock.BroadcastServer.send_timeout = 2")
+        stuck, sender = support.Client(server.port, small=True), support.Client(server.port)
+        self.addCleanup(sender.__exit__)
+        sender.frame(2, bytes(200_000))
+        start = time.monotonic()
+        try:
+            while time.monotonic() < start + 20:
+                stuck.frame(9, b"I am here")
+                time.sleep(0.1)
+            self.fail("it was not dropped")
+        except OSError:
+            self.report(f"dropped after {time.monotonic() - start:.1f} s")
+
+    def test_standard_error_that_nobody_reads(self) -> None:
+        """Long lines, too: a pipe that takes the beginning of one blocks at its end."""
+        code = """
+def on_message(self, client, message): raise ValueError("x" * 20000)
+pywebsock.Program.on_message = on_message
+"""
+        command = [sys.executable, *faults.changed(code), str(support.ROOT), "--port", "0", "--verbose"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as server:
+            self.addCleanup(server.kill)
+            assert server.stdout
+            port = int(server.stdout.readline().split("localhost:")[1].split("/")[0])
+            for _ in range(30):
+                client = support.Client(port)
+                client.frame(1, b"x")
+                self.assertEqual(client.read_close()[0], 1011)
+                client.__exit__()
+            support.eventually(lambda: load.files(server.pid) < 20, "descriptors are left")
+            start = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            self.assertEqual(server.wait(20), 0)
+            self.report(f"SIGTERM ended it within {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Attackers in processes of their own, for the tests of what strangers can do to a room.
 
-`python -m tests.tools.attack PLAN` is a crowd of clients that all send the same bytes again and again; the plan is
-JSON, see `Plan`. It says `open` when all have joined, answers each line on standard input with one line of figures, and
-goes on until it is ended.
+`python -m tests.tools.attack` is a crowd of clients that all send the same bytes again and again. The plan is
+the first line on standard input, in JSON, see `Plan`.
+The crowd says `open` when all have joined, answers each further line with one line of figures, and goes on until it is
+ended.
 """
 
 from __future__ import annotations
@@ -141,17 +142,23 @@ class Attacker:
         return self._sent
 
 
-def main(argv: typing.Sequence[str]) -> int:
-    """The crowd, in its own process."""
-    plan = Plan(**json.loads(argv[0]))
-    piece = bytes.fromhex(plan.piece)
-    piece *= max(1, 2 * AT_ONCE // max(1, len(piece))) if len(piece) < AT_ONCE else 1
+def join(plan: Plan, piece: bytes) -> list[Attacker]:
+    """The crowd, when all are in the room."""
     crowd: list[Attacker] = []
     for start in range(0, plan.number, 200):
         some = [Attacker(plan, piece) for _ in range(start, min(start + 200, plan.number))]
         for attacker in some:
             attacker.wait()
         crowd += some
+    return crowd
+
+
+def main() -> int:
+    """The crowd, in its own process."""
+    plan = Plan(**json.loads(sys.stdin.readline()))
+    piece = bytes.fromhex(plan.piece)
+    piece *= max(1, 2 * AT_ONCE // max(1, len(piece))) if len(piece) < AT_ONCE else 1
+    crowd = join(plan, piece)
     selector = selectors.DefaultSelector()
     for attacker in crowd if plan.reading else ():
         selector.register(attacker.socket, selectors.EVENT_READ, attacker)
@@ -182,9 +189,12 @@ class Attack:
 
     def __init__(self, port: int, number: int, piece: bytes, first: bytes = b"", **how: typing.Any) -> None:
         plan = Plan(port, number, piece.hex(), first.hex(), **how)
-        command = [sys.executable, "-m", "tests.tools.attack", json.dumps(plan._asdict())]
+        command = [sys.executable, "-m", "tests.tools.attack"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=support.ROOT, stdin=pipe, stdout=pipe, text=True)
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(plan._asdict()) + "\n")
+        self._process.stdin.flush()
         if self._line(6 * support.DEADLINE) != "open\n":
             raise AssertionError("the attackers did not get in")
 
@@ -209,4 +219,4 @@ class Attack:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
