@@ -688,27 +688,29 @@ def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = N
 # ======================================================================================
 # Opening handshake (RFC 6455 4; HTTP as in RFC 9112)
 #
-# A client asks for a WebSocket with an HTTP request. The server checks it and answers with the
-# status 101 and a hash of the client's key; frames follow.
+# A client sends an HTTP request. The server checks it, and responds with status 101 and a hash
+# of the client's key. After that, both sides send frames.
 # ======================================================================================
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
-MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
-HEAD_END = re.compile(rb"\n\r?\n")  # of any head; a good one ends in CR LF CR LF
+MAX_HEAD = 32 * 1024  # bytes of the request line and all header fields
+MAX_LINE = 8 * 1024  # bytes of one of these lines
+MAX_FIELDS = 100  # header fields
+HEAD_END = re.compile(rb"\n\r?\n")  # also of a malformed head; a valid one ends with CR LF CR LF
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
-CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # of a body (RFC 9110 8.4.1)
+CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # supported content codings (RFC 9110 8.4.1)
 ACCEPT_CODINGS = "Accept-Encoding", "gzip, deflate"
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # its size and extensions (RFC 9112 7.1)
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # size and extensions (RFC 9112 7.1)
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
 
 class Request(NamedTuple):
-    """The head of a request; header field names are in lower case, repeated fields joined by commas."""
+    """A request without its body. Names of header fields are in lower case; repeated fields are joined by commas."""
 
     method: str
     target: str
@@ -716,51 +718,56 @@ class Request(NamedTuple):
     headers: dict[str, str]
 
     def elements(self, name: str) -> list[str]:
-        """The elements of a comma-separated header field (RFC 9110 5.6.1)."""
+        """Return the elements of a comma-separated header field (RFC 9110 5.6.1)."""
         elements = [element.strip(" \t") for element in self.headers.get(name, "").split(",")]
         return list(filter(None, elements))
 
     def tokens(self, name: str) -> list[str]:
-        """The same in lower case."""
+        """Return the elements in lower case."""
         return [element.lower() for element in self.elements(name)]
 
     @property
     def path(self) -> str:
-        """The target without its query, or without what precedes the path in absolute form (RFC 9112 3.2)."""
+        """Return the target without its query. Remove the scheme and host of the absolute form (RFC 9112 3.2)."""
         return ABSOLUTE_FORM.sub("", self.target.partition("?")[0], 1) or "/"
 
     @property
     def upgrades(self) -> bool:
-        """Whether it asks for a WebSocket, however badly."""
+        """Return whether the client wants a WebSocket. The request may have errors."""
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
 
 
 def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
-    """The request whose head arrives in these pieces, and what has arrived after the head. Raises HandshakeError."""
-    data, end = bytearray(), None
+    """Return the request that begins in these pieces, and the bytes that have arrived after its head.
+
+    Raise HandshakeError if it is malformed or too long.
+    """
+    data = bytearray()
+    end = None
     for piece in pieces:
         seen = max(0, len(data) - 3)
         data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
         end = HEAD_END.search(data, seen)
-        if end or len(data) > MAX_HEAD or (data and not data[:1].isalpha()):  # TLS on a plain port, say
+        is_http = not data or data[:1].isalpha()  # it may be TLS
+        if end or len(data) > MAX_HEAD or not is_http:
             break
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
     require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
-    require(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    require(len(lengths) <= MAX_FIELDS + 1, 431, f"the request has more than {MAX_FIELDS} header fields")
     require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
-    require(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(size <= MAX_HEAD, 431, f"the header fields are longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
 def parse_head(head: str) -> Request:
-    """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
-    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
-    require(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
+    """Return the request with this head, up to its empty line (RFC 9112 3, 5). Raise HandshakeError."""
+    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 after its empty lines
+    require(not proxy, 400, "the proxy sends a PROXY protocol header: turn this option (send-proxy) off")
     match = HEAD.fullmatch(head)
     if not match:
-        raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
+        raise HandshakeError(400, "the request is not HTTP/1.1, incomplete, malformed, or has a line without CR LF")
     headers: dict[str, str] = {}
     for line in match[4].split("\r\n")[1:]:
         name, _, value = line.partition(":")
@@ -770,35 +777,38 @@ def parse_head(head: str) -> Request:
 
 
 def check_host(request: Request) -> str:
-    """The host that is asked: the Host field, which HTTP/1.1 requires, or in absolute form that of the target.
+    """Return the host in an absolute target, or else in the Host field, which HTTP/1.1 requires (RFC 9112 3.2).
 
-    RFC 9112 3.2. Raises HandshakeError.
+    Raise HandshakeError if it is missing or malformed.
     """
-    host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
-    may_lack = not host and request.version < (1, 1)
-    require(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    host = request.headers.get("host", "")
+    absolute = ABSOLUTE_FORM.match(request.target)
+    optional = not host and request.version < (1, 1)
+    require(optional or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
     require(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
 def check_origin(request: Request, origins: Sequence[str]) -> None:
-    """Keep other people's web pages out (RFC 6455 10.2). Raises HandshakeError.
+    """Raise HandshakeError if the request comes from a web page of another origin (RFC 6455 10.2).
 
-    A browser says which page asks. Programs say nothing and may enter; so may a page that
-    came from this very server by the name of localhost or an address (any other name
-    could have been made to point here: DNS rebinding), and what is listed in `origins`,
-    as parse_origin() gives it. With nothing listed, so may a page opened from disk, which
-    calls itself null or file://.
+    A browser sends the origin of the page. Programs need not send an origin: they may
+    connect. A page may connect if one of these is true:
+
+    - Its origin is in `origins` (as returned by parse_origin).
+    - It comes from this server, and the host in its URL is localhost or an IP address. Another
+      host name could be that of an attacker, resolved to this server (DNS rebinding).
+    - `origins` is empty, and the page is a file: its origin is null or file://.
     """
-    said = request.headers.get("origin")
-    if said is None or "*" in origins:
+    field = request.headers.get("origin")
+    if field is None or "*" in origins:
         return
     try:
-        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", said.lower()))  # ws: is what some programs say
+        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", field.lower()))  # some programs send ws:
     except ValueError:
         origin = "*"
-    hint = "only --origin '*' allows it; a program need not send the field"
-    require("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
+    hint = "only --origin '*' allows it; a program need not send the Origin field"
+    require("*" not in origin, 403, f'"{printable(field)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")
@@ -807,20 +817,21 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
 
 
-def check_name(request: Request, origins: Sequence[str]) -> None:
-    """Keep figures from a page whose host's name was made to point here: with GET, it has no Origin field.
+def check_rebinding(request: Request, origins: Sequence[str]) -> None:
+    """Raise HandshakeError unless the host of the request is localhost, an IP address, or in `origins`.
 
-    As with origins, localhost and addresses are good, and so is a host of `origins`. Raises HandshakeError.
+    Another host name could be that of an attacker's page, resolved to this server (DNS
+    rebinding). With GET, the browser sends no Origin field then.
     """
     host = check_host(request).lower()
     name = re.sub(":[0-9]*$", "", host)
     listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
-    good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
-    require(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+    known = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
+    require(known, 403, f"the host name {host} is not allowed (--origin http://{name} allows it)")
 
 
 def matches(text: str, pattern: str) -> bool:
-    """Whether a text is the pattern, in which a * stands for at least one character."""
+    """Return whether the text matches the pattern. The first * matches one or more characters."""
     start, star, end = pattern.partition("*")
     if not star:
         return text == pattern
@@ -828,69 +839,75 @@ def matches(text: str, pattern: str) -> bool:
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError.
+    """Return an origin as browsers send it (RFC 6454 6.2), or one of *, null and file://.
 
-    Its host may begin with `*.`, which stands for one label or more.
+    The host may begin with `*.`, which matches one or more labels. Raise ValueError for other text.
     """
     match = ORIGIN.fullmatch(text.lower())
     if not match:
-        raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")
+        raise ValueError(f"an origin must be a scheme and a host, such as https://example.com, not {text!a}")
     return re.sub("^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1] or match[2])
 
 
 def check_upgrade(request: Request) -> str:
-    """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    require(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    require(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
-    body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    require(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
-    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
-    require("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    """Return Sec-WebSocket-Accept. Raise HandshakeError if the request does not meet RFC 6455 4.2.1."""
+    require(request.method == "GET", 405, "a request for a WebSocket must use GET", ("Allow", "GET"))
+    require(request.version >= (1, 1), 400, "a request for a WebSocket must use HTTP/1.1")
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    require(not has_body, 400, "a request for a WebSocket must not have a body")
+    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field has no token websocket")
+    require("upgrade" in request.tokens("connection"), 400, "the Connection header field has no token Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-    require(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
+    require(request.headers.get("sec-websocket-version") == "13", 426, "Sec-WebSocket-Version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
 def compute_accept(key: str) -> str:
-    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError.
+    """Return Sec-WebSocket-Accept for a key (4.2.2, item 5). Raise HandshakeError for a wrong key.
 
     >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
     's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
     """
     require(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
+    digest = hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
 
 
 def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
-    """The first subprotocol in the client's list that is served, or "" (4.2.2, item 5)."""
+    """Return the first subprotocol in the client's list that the server supports, or "" (4.2.2, item 5)."""
     offered = request.elements("sec-websocket-protocol")
     return next((name for name in offered if name in (served or ())), "")
 
 
 def body_length(request: Request, max_message: int) -> int:
-    """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
+    """Return the length of the body of a request (bytes). For a chunked body, return `max_message` (RFC 9112 6).
+
+    Raise HandshakeError if the body cannot be a message.
+    """
     headers = request.headers
-    kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
-    require(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    is_form = headers.get("content-type", "").lower().startswith("multipart/")  # curl -F
+    require(not is_form, 415, "the body must be the message, not a form")
     codings = request.tokens("content-encoding") or ["identity"]
-    require(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    supported = len(codings) == 1 and codings[0] in CODINGS
+    require(supported, 415, "the Content-Encoding is not supported", ACCEPT_CODINGS)
+    length = headers.get("content-length", "")
     if "transfer-encoding" in headers:
-        require(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
-        require("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
-        require(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        require(headers["transfer-encoding"].lower() == "chunked", 501, "the Transfer-Encoding must be chunked")
+        require("content-length" not in headers, 400, "the request has both Transfer-Encoding and Content-Length")
+        require(request.version >= (1, 1), 400, "a chunked body needs HTTP/1.1")
         return max_message
-    require(field, 411, "the body needs a Content-Length or chunks")
-    require(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
-    require(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
-    return int(field)
+    require(length, 411, "the body needs Content-Length or Transfer-Encoding: chunked")
+    require(re.fullmatch("[0-9]{1,18}", length), 400, "Content-Length is malformed")
+    require(int(length) <= max_message, 413, f"a message must not have more than {max_message} bytes")
+    return int(length)
 
 
-class Arriving:
-    """Bytes that arrive in pieces, to be taken by number or by line. Both raise HandshakeError at their end."""
+class BodyReader:
+    """Reads a body that arrives in pieces. The methods raise HandshakeError if it is incomplete."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._data = bytearray()  # what has arrived and is not taken yet
+        self._data = bytearray()  # has arrived, not read yet
 
     def _wait(self) -> None:
         piece = next(self._pieces, None)
@@ -898,8 +915,8 @@ class Arriving:
             raise HandshakeError(400, "the body is incomplete")
         self._data += piece
 
-    def take(self, length: int) -> Iterator[bytes]:
-        """Yield that many bytes as they arrive."""
+    def read(self, length: int) -> Iterator[bytes]:
+        """Yield the next `length` bytes, in pieces as they arrive."""
         while length:
             if not self._data:
                 self._wait()
@@ -908,32 +925,32 @@ class Arriving:
             length -= len(piece)
             yield piece
 
-    def take_line(self) -> bytes:
-        """The next line, without its end."""
+    def read_line(self) -> bytes:
+        """Return the next line, without CR LF."""
         while (end := self._data.find(b"\r\n")) < 0:
-            require(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            require(len(self._data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
             self._wait()
         line = bytes(self._data[:end])
         del self._data[: end + 2]
         return line
 
 
-def take_chunks(arriving: Arriving) -> Iterator[bytes]:
-    """Yield the data of chunks (RFC 9112 7.1), without extensions and trailers. Raises HandshakeError."""
+def read_chunks(body: BodyReader) -> Iterator[bytes]:
+    """Yield the data of a chunked body (RFC 9112 7.1). Raise HandshakeError if it is malformed."""
     size = -1
     while size:
-        head = CHUNK.fullmatch(arriving.take_line())
+        head = CHUNK.fullmatch(body.read_line())
         size = int(head[1], 16) if head else -1
-        require(size >= 0, 400, "a chunk has no size")
-        yield from arriving.take(size)
-        require(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
-    while arriving.take_line():
-        pass  # trailers
+        require(size >= 0, 400, "the size of a chunk is missing or malformed")
+        yield from body.read(size)
+        require(not size or not body.read_line(), 400, "a chunk is longer than its size")
+    while body.read_line():
+        pass  # trailer fields
 
 
 def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield what was compressed with gzip (of any number of members) or zlib. Raises HandshakeError."""
-    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: either
+    """Yield the decompressed data of gzip (with any number of members) or zlib. Raise HandshakeError if corrupt."""
+    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: detect the format
     for piece in pieces:
         data = piece
         while data:
@@ -942,27 +959,27 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
             try:
                 yield inflater.decompress(data, INFLATE_SIZE)
             except zlib.error:
-                raise HandshakeError(400, "the body is not in its Content-Encoding") from None
+                raise HandshakeError(400, "the body does not match its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
     require(inflater.eof, 400, "the compressed body is incomplete")
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
-    """Yield the content of a request from what arrives behind its head. Raises HandshakeError."""
+    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong."""
     length = body_length(request, max_message)
-    arriving = Arriving(pieces)
-    content = take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length)
+    body = BodyReader(pieces)
+    content = read_chunks(body) if "transfer-encoding" in request.headers else body.read(length)
     if request.tokens("content-encoding") not in ([], ["identity"]):
         content = decompress(content)
     total = 0
     for piece in content:
         total += len(piece)
-        require(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        require(total <= max_message, 413, f"a message must not have more than {max_message} bytes")
         yield piece
 
 
 def decode_body(request: Request, body: bytes) -> Message:
-    """The message in the body of a request: text where it is UTF-8 and does not say that it is binary."""
+    """Return the message in a body: text if it is UTF-8, unless the Content-Type is application/octet-stream."""
     if not request.headers.get("content-type", "").lower().startswith("application/octet-stream"):
         with contextlib.suppress(UnicodeDecodeError):
             return body.decode()
@@ -970,20 +987,21 @@ def decode_body(request: Request, body: bytes) -> Message:
 
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
-    """A response; all but 101 end the connection (RFC 9112 4)."""
-    lines = [f"{name}: {value}\r\n" for name, value in fields]
-    return f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode("latin-1") + body
+    """Return a response (RFC 9112 4)."""
+    lines = [f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
-    """A response to an ordinary request, with its body's length; to HEAD, without the body."""
+    """Return a response that is the last on its connection. If `head` (HEAD), leave its body out."""
     standard = (
         ("Content-Type", kind),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
-        ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
+        ("Access-Control-Allow-Origin", "*"),  # pages may read the reason of an error
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     own = dict(fields)
@@ -992,7 +1010,7 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Text from the network, made safe for a log: control and non-ASCII characters escaped, cut."""
+    """Return text of a peer for the log: escape control and non-ASCII characters, cut after `limit` characters."""
     return re.sub(r"[^ -\[\]-~]", lambda match: ascii(match[0])[1:-1], text[:limit])
 
 
@@ -1010,66 +1028,71 @@ METHODS = {
 
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
-    """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
-    server, allowed = client.server, METHODS.get(request.path, ())
-    hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
+    """Return the response to a request for something other than a WebSocket. Raise HandshakeError to refuse it.
+
+    It runs in the connection's thread.
+    """
+    methods = METHODS.get(request.path, ())
+    allow = "Allow", ", ".join(methods)
     path = printable(request.path, 80)
-    require(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
-    require(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    hint = "; this server does not speak the protocol of that framework" if FRAMEWORKS.search(request.path) else ""
+    require(methods, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
+    require(request.method in methods, 405, "the method is not allowed here", allow)
     check_host(request)
-    # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
-    # same origin, the browser sends no Origin with GET: so the page says it in the query.
-    said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
-    origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
-    check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
+    # A browser does not tell a page the reason why its WebSocket was refused, so the page asks
+    # for it with GET. The browser sends no Origin field if the page has the origin of this
+    # server; therefore the page also sends its origin in the query.
+    query = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
+    origin = {"origin": urllib.parse.unquote(query[1])} if query else {}
+    check_origin(request._replace(headers={**origin, **request.headers}), client.server.origins)
     if request.method == "OPTIONS":
-        return serialize_response(204, [("Allow", ", ".join(allowed)), ("Connection", "close"), *preflight(request)])
-    fields = share(request)
+        return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
+    fields = cors_fields(request)
     try:
         status, kind, body = respond(client, request)
     except HandshakeError as error:
-        refusal = HandshakeError(error.status, str(error))  # a hook may raise the same one again
+        refusal = HandshakeError(error.status, str(error))  # a copy: a hook may raise the same error again
         refusal.fields = (*error.fields, *fields)
         raise refusal from None
     policy = PAGE_POLICY.search(body) if kind.startswith("text/html") else None
-    if policy:  # of the page: a header counts before its first byte is read, and may forbid framing
+    if policy:  # as a header field, it can also forbid frames
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(status, kind, body, *fields, head=request.method == "HEAD")
 
 
-def share(request: Request) -> list[tuple[str, str]]:
-    """The fields that let the page of an allowed origin read the response (Fetch 3.3), with credentials or without."""
+def cors_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the fields that allow a page of the request's origin to read the response (Fetch 3.3)."""
     origin = request.headers.get("origin")
     if origin is None:
         return []
     return [("Access-Control-Allow-Origin", origin), ("Access-Control-Allow-Credentials", "true")]
 
 
-def preflight(request: Request) -> list[tuple[str, str]]:
-    """The fields that let the page of an allowed origin send what it asks about (Fetch 3.3.3)."""
-    fields = share(request)
+def preflight_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the fields that allow a page of the request's origin to send the next request (Fetch 3.3.3)."""
+    fields = cors_fields(request)
     if fields:
         fields.append(("Access-Control-Allow-Methods", "GET, HEAD, POST"))
         fields.append(("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")))
-        fields.append(("Access-Control-Max-Age", "7200"))  # seconds; Chrome remembers it no longer
+        fields.append(("Access-Control-Max-Age", "7200"))  # seconds, the maximum in Chrome
     return fields
 
 
 def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes]:
-    """Status, kind and body of the response to an allowed request. Raises HandshakeError."""
+    """Return the (status, media type, body) of the response to an allowed request. Raise HandshakeError."""
     if request.method == "POST":
         take_post(client, request)
         return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
-        check_name(request, client.server.origins)
+        check_rebinding(request, client.server.origins)
         figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
         return 200, "application/json", figures
     return 200, "text/html; charset=utf-8", read_page()
 
 
 def read_page() -> bytes:
-    """The page, which lies beside this module: in a folder, to which a link may lead, or in a zip file."""
+    """Return the page, which is in the folder or zip file of this module. Raise HandshakeError if it is missing."""
     here = pathlib.Path(__file__)
     with contextlib.suppress(OSError):
         return here.resolve().with_name("pywebsock.html").read_bytes()
@@ -1077,11 +1100,11 @@ def read_page() -> bytes:
         loader: Any = globals()["__loader__"]
         return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
     except OSError:
-        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
+        raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py") from None
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
-    """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
+    """Pass the body of a POST to the hooks. Raise HandshakeError to refuse it, OSError for a lost connection."""
     server = client.server
     require(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
@@ -1095,29 +1118,31 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
 # Trace (RFC 6455 5.2, drawn as it passes)
 # ======================================================================================
 
-LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters that are shown of them
+TRACED_SIZE = 512  # bytes of a payload that the trace decodes
+SHOWN_LENGTH = 40  # characters that it shows
 trace_log = logging.getLogger("pywebsock.trace")
 
 
 def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None]:
-    """Say what passes in one direction: a head line by line, each frame taken apart.
+    """Trace one direction of a connection: call `say` for each line of the head and each frame.
 
-    Its bytes are sent to this generator, in any pieces. It only looks, and shows what breaks
-    the protocol as it is.
+    The caller sends the bytes to this generator, in pieces of any size. The trace also shows
+    frames that break the protocol.
     """
-    data, position = b"", 0
+    data = b""
+    position = 0
     while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
         data += yield
     head, _, data = data.partition(b"\r\n\r\n")
     for line in head.decode("latin-1").split("\r\n"):
         say("%s %s", name, printable(line))
-    while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
+    while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # no frames follow
         yield
     while True:
         header = parse_header(data, position, strict=False)
-        if header and header[3] + min(header[1], LOOK_AT) <= len(data):
+        if header and header[3] + min(header[1], TRACED_SIZE) <= len(data):
             first, length, key, start = header
-            payload = data[start : start + min(length, LOOK_AT)]
+            payload = data[start : start + min(length, TRACED_SIZE)]
             say("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
             position = start + length
         else:
@@ -1125,24 +1150,31 @@ def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None
 
 
 def describe_frame(first: int, second: int, length: int, key: bytes, payload: bytes) -> str:
-    """The fields of a frame in their order on the wire, and the beginning of its payload, given as it came: masked."""
-    opcode, bits = first & 0x0F, {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
-    name, size = Opcode(opcode).name if opcode in OPCODES else "?", f"len={length} ({bits} bits)"
-    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+    """Return a line with the fields of a frame in their order on the wire, and the beginning of its payload.
+
+    `first` and `second` are the first bytes of the header; the payload is masked if there is a key.
+    """
+    opcode = first & 0x0F
+    name = Opcode(opcode).name if opcode in OPCODES else "?"
+    bits = {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
+    size = f"len={length} ({bits} bits)"
+    header = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
     mask = f"key={key.hex()}" if key else ""
-    plain, what = bytes(apply_mask(payload, key or bytes(4))), ""
+    plain = bytes(apply_mask(payload, key or bytes(4)))
+    note = ""
     if opcode == CLOSE and plain:
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
-        what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
+        note = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
         try:
-            plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
+            plain = zlib.decompressobj(wbits=-15).decompress(plain, SHOWN_LENGTH + 1)
+            note = "inflated "
         except zlib.error:
-            plain, what = b"", "compressed, refers to earlier messages"
+            plain, note = b"", "compressed, refers to earlier messages"
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
     if text:
-        what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
-    return f"{start} {mask:12} {payload[:4].hex():8} {what}".rstrip()
+        note += f'"{text[:SHOWN_LENGTH]}"' + ("..." if len(text) > SHOWN_LENGTH else "")
+    return f"{header} {mask:12} {payload[:4].hex():8} {note}".rstrip()
 
 
 # ======================================================================================
@@ -1151,16 +1183,19 @@ def describe_frame(first: int, second: int, length: int, key: bytes, payload: by
 
 
 def check_setting(name: str, value: Any, default: Any) -> Any:
-    """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
+    """Return the value of a setting in the form that the server uses. Raise ValueError if it is wrong.
+
+    The type of the default determines which types are allowed.
+    """
     least = int(name == "max_clients")
     kinds: dict[object, tuple[Any, str]] = {
         bool: (bool, "True or False"),
-        int: (int, f"a whole number from {least} on"),
-        float: ((int, float), f"a number from {least} on"),
+        int: (int, f"an integer of {least} or more"),
+        float: ((int, float), f"a number of {least} or more"),
         tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
         "subprotocols": ((list, tuple, type(None)), 'a list such as ["chat"]'),
-        "redis": ((str, type(None)), "of the type str"),
-        "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext for servers"),
+        "redis": ((str, type(None)), "a URL"),
+        "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext of a server"),
     }
     kind, words = kinds[name if default is None else type(default)]
     good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -1171,56 +1206,56 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         return [parse_origin(str(origin)) for origin in value]
     for each in (value or ()) if name == "subprotocols" else ():
         if not re.fullmatch(TOKEN, str(each)):
-            raise ValueError(f"a subprotocol is one word such as chat, not {each!r}")
+            raise ValueError(f"a subprotocol must be one word such as chat, not {each!r}")
     return value
 
 
-UNIX = "unix:"  # a host that is a path: a Unix socket
-AF_UNIX = getattr(socket, "AF_UNIX", 1)  # Python has none on Windows, where bind() fails then
+UNIX = "unix:"  # prefix of a host that is the path of a Unix socket
+AF_UNIX = getattr(socket, "AF_UNIX", 1)  # not defined on Windows; bind() fails there
 
 
 def network_address(bound: str) -> str | None:
-    """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    """Return the IP address at which other devices reach a server bound to `bound`, or None if they cannot."""
     if bound.startswith(UNIX):
         return None
     address = ipaddress.ip_address(bound)
     if not address.is_unspecified:
         return None if address.is_loopback else bound
-    ways = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
-    for family, far in ways[: address.version // 3]:  # 0.0.0.0 is for IPv4 alone
+    remote = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
+    for family, host in remote[: address.version // 3]:  # 0.0.0.0 is IPv4 only
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
+            probe.connect((host, 9))  # sends nothing; the kernel chooses a local address
             return str(probe.getsockname()[0])
     return None
 
 
 class Settings:
-    """What keyword arguments set for one server, and a subclass for all of its own."""
+    """Settings, per server (keyword arguments) or per subclass (attributes)."""
 
-    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
-    max_clients = 10_000  # above it: 503
-    origins: Sequence[str] = ()  # see check_origin(); "*" for any
-    subprotocols: Sequence[str] | None = None  # those served; a client that offers others only gets 400; None: accepted
-    read_only = False  # clients may not send: Close 1008, and 403 for a POST
-    compression = True  # permessage-deflate, where a client offers it
-    history = 0  # messages that a new client gets first, with at most half of max_backlog
-    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
-    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
-    ping_timeout = 20.0  # seconds of silence after it: dropped
-    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
-    send_timeout = 30.0  # seconds for which what waits for a client may not move
-    close_timeout = 5.0  # seconds for a closing handshake, in which nothing moves; and for server_close()
-    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
-    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
+    max_message = 16 * 1024 * 1024  # bytes of a decompressed message; a longer one: Close 1009, or 413 for a POST
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; if more wait, it is dropped
+    max_clients = 10_000  # more clients get 503
+    origins: Sequence[str] = ()  # of pages that may connect, see check_origin(); "*": all
+    subprotocols: Sequence[str] | None = None  # supported ones; a client that offers only others gets 400; None: any
+    read_only = False  # a client that sends a message gets Close 1008, a POST gets 403
+    compression = True  # accept permessage-deflate
+    history = 0  # messages that a new client gets first (with at most half of max_backlog bytes)
+    rate = 0.0  # messages per second of one client, and of all POSTs together; 0: no limit
+    ping_interval = 20.0  # seconds without data from a client, then a Ping; 0: no Pings
+    ping_timeout = 20.0  # seconds without data after the Ping, then the client is dropped
+    handshake_timeout = 10.0  # seconds from connecting to the end of the header fields
+    send_timeout = 30.0  # seconds without progress in sending to a client, then it is dropped
+    close_timeout = 5.0  # seconds without progress in a closing handshake; also the timeout of server_close()
+    tls_context: ssl.SSLContext | None = None  # serve wss:// and https:// on this port
+    redis: str | None = None  # URL of a Redis stream, with which many servers form one room
     trace = False  # log every handshake and every frame
 
 
 def clear_path(path: str) -> None:
-    """Remove a Unix socket on which nobody listens any more: its server was killed."""
+    """Remove a Unix socket whose server was killed."""
     if pathlib.Path(path).is_socket():
         with socket.socket(AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
-            probe.setblocking(False)  # much may wait for a server that is busy
+            probe.setblocking(False)  # a busy server may have many pending connections
             try:
                 probe.connect(path)
             except ConnectionRefusedError:

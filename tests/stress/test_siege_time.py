@@ -99,7 +99,7 @@ class ClockTest(siege.SiegeTestCase):
 
     def check(self, seconds: float) -> None:
         """Keepalive, the log and the status go on."""
-        server = self.serve_with_clock(seconds, "--ping", "0.2", code="pywebsock.LINES_TIME = 0.2\n")
+        server = self.serve_with_clock(seconds, "--ping", "0.2", code="pywebsock.FloodFilter.LINES_TIME = 0.2\n")
         with support.Client(server.port) as silent, support.Client(server.port) as client:
             for _ in range(25):  # more lines than pass
                 support.exchange(server.port, b"nonsense\r\n\r\n")
