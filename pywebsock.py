@@ -3439,17 +3439,17 @@ def plural(number: int, noun: str) -> str:
 # ======================================================================================
 # Many machines (Redis streams; its protocol, RESP2)
 #
-# With --redis, any number of servers are one room. A server writes the messages that it
-# broadcasts to a stream in Redis, and sends its clients what it reads from the stream.
-# All servers read the same messages in the same order. Skip this part if you want to know
-# how one server works.
+# With --redis, any number of servers form one room. A server writes the messages that it
+# broadcasts to a stream in Redis, and sends its clients the messages that it reads from the
+# stream. All servers read the same messages in the same order. You can skip this part: a
+# server without --redis does not use it.
 # ======================================================================================
 
-# ---- commands and replies (no input or output of their own) ----
+# ---- commands and replies ----
 
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-MAX_DEPTH = 5  # arrays in arrays
+MAX_DEPTH = 5  # of nested arrays
 NOT_REDIS = "this server is not Redis"
 CUT = "Redis closed the connection"
 LinkMessage = tuple[int, bytes]
@@ -3457,7 +3457,7 @@ Deliver = Callable[[list[LinkMessage]], object]
 
 
 class RedisError(OSError):
-    """An error reply of Redis, or a reply that is not in its protocol."""
+    """Redis replied with an error, or with bytes that are not RESP2."""
 
 
 class RedisAddress(NamedTuple):
@@ -3473,16 +3473,16 @@ class RedisAddress(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A field of an entry in the stream: one message. Its name is server:number:kind."""
+    """A field of an entry in the stream: one message. The name of the field is server:number:kind."""
 
-    server: bytes  # the server that wrote it; empty for other programs
-    number: int  # counts the messages of a server from 1; 0 for wait and go
+    server: bytes  # that wrote the message; empty: another program
+    number: int  # of the message, counted from 1 by its server; 0: wait or go
     kind: bytes  # text, binary, wait or go
     payload: bytes
 
 
 def parse_redis_url(url: str) -> RedisAddress:
-    """Raises ValueError."""
+    """Return the parts of the URL of a Redis stream. Raise ValueError if it is malformed."""
     parts = urllib.parse.urlsplit(url)
     query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
     stream = query.pop("stream", ["pywebsock"])[-1]
@@ -3490,7 +3490,7 @@ def parse_redis_url(url: str) -> RedisAddress:
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
     host = parts.hostname or "localhost"
-    host.encode("idna")  # raises ValueError as connecting would
+    host.encode("idna")  # raises ValueError for a name that cannot be resolved
     user = urllib.parse.unquote(parts.username or "")
     password = urllib.parse.unquote(parts.password or "")
     tls = parts.scheme == "rediss"
@@ -3499,7 +3499,7 @@ def parse_redis_url(url: str) -> RedisAddress:
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
-    """A command is an array of bulk strings."""
+    """Return a command as an array of bulk strings."""
     data = bytearray(b"*%d\r\n" % len(words))
     for word in words:
         bulk = word if isinstance(word, bytes) else str(word).encode(errors="surrogateescape")
@@ -3508,7 +3508,10 @@ def serialize_command(*words: str | bytes | int) -> bytes:
 
 
 def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
-    """Read a reply: bytes, int, None, a RedisError, or a list of these. Raises OSError."""
+    """Read a reply and return it: bytes, int, None, a RedisError, or a list of these.
+
+    Raise RedisError if it is not RESP2, and OSError if the connection ends.
+    """
     line = file.readline(MAX_LINE)
     kind, text = line[:1], line[1:-2]
     if kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n"):
@@ -3533,13 +3536,13 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
 
 
 def parse_id(entry: bytes) -> int:
-    """Return an entry's id, milliseconds-number, as one number that can be compared."""
+    """Return the id of an entry, milliseconds-number, as one integer. A later entry has a larger one."""
     milliseconds, _, number = entry.partition(b"-")
     return int(milliseconds) << 64 | int(number)
 
 
 def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
-    """Return the fields of an entry, from its id and its names and payloads in turns."""
+    """Return the fields of an entry. `entry` is its id, `words` are its names and payloads by turns."""
     fields = []
     for name, payload in zip(words[::2], words[1::2]):
         match = FIELD_NAME.fullmatch(name)
@@ -3550,54 +3553,55 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
 
 # ---- the link ----
 #
-# Nothing is lost, nothing comes twice. A server numbers its messages and keeps each one in
-# its outbox until it reads it from the stream. A message that does not come back is written
-# again: the connection may have been cut, or Redis may have lost the entry. Readers skip the
+# Exactly once. A server numbers its messages, and keeps each message in its outbox until it
+# reads the message from the stream. If a message does not come back, the server writes it
+# again: the connection may have been cut, or Redis may have lost the entry. Readers skip
 # numbers that they have seen. (If Redis loses an entry that only some servers have read, the
-# others do not get it.)
+# other servers do not get it.)
 #
-# One order. The messages that are written together are one entry, which Redis takes or
-# refuses as a whole. If Redis refuses it (OOM), its messages are written again one by one,
-# and only those that are refused alone are lost. Other errors, such as READONLY, are about
-# Redis and not about the entry: the server tries again until they are over.
+# Order. A server writes several messages as one entry, which Redis accepts or refuses as a
+# whole. If Redis refuses it (OOM), the server writes its messages one by one; a message that
+# Redis refuses again is lost. Other errors, such as READONLY, do not depend on the entry: the
+# server tries again until they are over.
 #
-# A new entry must have a higher id than those that were read, or other servers would not
-# read it. If not, Redis has lost the end of the stream and its clock has gone back. Then
-# the messages are written again, with an id that is high enough for all servers.
+# Other servers read an entry only if its id is higher than the ids that they have read. If the
+# id of a new entry is not, Redis has lost the end of the stream, and its clock went back. The
+# server then writes the messages again, with an id that is high enough for all servers.
 #
-# A limit. The stream keeps about STREAM_LENGTH entries, and about STREAM_SIZE bytes:
-# above that, a server that has written something removes the oldest quarter.
+# Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
+# writing, a server removes the oldest quarter of a larger stream.
 #
-# A slow server would not have read what the others remove. While it is behind, it adds an
-# entry "wait" after each reading, and in the end an entry "go". Until then, the other servers
-# write one entry every WAIT_TIME at most. A "wait" expires, as its server may be gone.
+# Slow servers. The other servers could remove entries that a slow server has not read. While
+# a server is behind, it adds an entry "wait" after each reading, and at the end an entry
+# "go". Until then, each other server writes at most one entry per WAIT_TIME. A "wait" also
+# expires after WAIT_TIME, because its server may have ended.
 
-STREAM_LENGTH = 10_000  # entries that Redis keeps
-STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps; at least eight of the longest messages
-LINKED_COST = 4096  # bytes that a message counts for, besides its payload
-ANSWER_TIME = 10.0  # seconds for an answer of Redis
-LISTEN_TIME = 2.0  # seconds for which a reading waits for news
-BACK_TIME = 2.0  # seconds for a message to come back
-WAIT_TIME = 1.0  # seconds between two entries after a "wait"
-RETRY_TIME = 0.2  # seconds between two connections
-MEND_TIME = 60_000  # milliseconds: lost entries that other servers have read may be newer by this
-REFUSALS = ("OOM ", "ERR ")  # no memory for the entry, or it is too long
+STREAM_LENGTH = 10_000  # entries
+STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
+LINKED_COST = 4096  # bytes that a message counts in addition to its payload
+ANSWER_TIME = 10.0  # seconds until Redis must answer
+LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
+BACK_TIME = 2.0  # seconds until a written message must come back
+WAIT_TIME = 1.0  # seconds until a "wait" expires
+RETRY_TIME = 0.2  # seconds between an error and a new connection
+MEND_TIME = 60_000  # milliseconds by which lost entries that other servers have read may be newer
+REFUSALS = ("OOM ", "ERR ")  # Redis has no memory for the entry, or it is too long
 PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 
 
 def total_cost(payloads: Iterable[bytes]) -> int:
-    """Return the cost of messages (bytes). An empty message has a cost, too."""
+    """Return the cost of messages (bytes). An empty message costs LINKED_COST."""
     return sum([len(payload) + LINKED_COST for payload in payloads])
 
 
 def warn(*line: Any) -> None:
-    """Log in a thread of its own: a handler may broadcast, and so wait for the link."""
-    with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
+    """Log a warning in another thread: a handler of the log may broadcast, which waits for the link."""
+    with contextlib.suppress(RuntimeError, MemoryError):  # too many threads
         threading.Thread(target=log.warning, args=line, daemon=True).start()
 
 
 class RedisConnection:
-    """A connection to Redis, for one thread. All methods raise OSError."""
+    """A connection to Redis, for use in one thread. Its methods raise OSError if it fails."""
 
     def __init__(self, address: RedisAddress) -> None:
         host, port = address.host, address.port
@@ -3624,10 +3628,10 @@ class RedisConnection:
             self.call("SELECT", address.database)
 
     def call(self, *words: str | bytes | int) -> Any:
-        """Return the reply to a command. Raises RedisError for an error reply."""
+        """Send a command and return the reply. Raise RedisError if the reply is an error."""
         data = memoryview(serialize_command(*words))
-        with contextlib.suppress(ConnectionError):  # Redis may close, but its answer can be read
-            while data:  # the timeout is for each piece
+        with contextlib.suppress(ConnectionError):  # Redis may close the connection after an error reply
+            while data:  # the timeout applies to each send
                 data = data[self.socket.send(data) :]
         reply = parse_reply(self._replies)
         if isinstance(reply, RedisError):
@@ -3635,13 +3639,13 @@ class RedisConnection:
         return reply
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._replies.close()
         self.socket.close()
 
 
 class RedisStream:
-    """The stream, as one server reads and writes it.
+    """The stream of entries that one server reads and writes.
 
     One thread calls read(), which sets the attributes. Another thread calls add() and trim().
     """
@@ -3649,36 +3653,36 @@ class RedisStream:
     def __init__(self, key: str, history: int, history_size: int, max_size: int) -> None:
         self.name = os.urandom(8).hex().encode()  # of this server
         self.last = b""  # id of the last entry read; empty before the history is read
-        self.behind = False  # there is more to read at once
-        self.hold_until = 0.0  # when the last "wait" expires (time.monotonic)
-        self.seen: dict[bytes, int] = {}  # by server: the number of its last message
-        self._missed = 0  # numbers that were left out in the last reading
-        self._count = 8  # entries to read next
+        self.behind = False  # the stream has more entries to read
+        self.hold_until = 0.0  # time at which the last "wait" expires (time.monotonic)
+        self.seen: dict[bytes, int] = {}  # number of the last message, by server
+        self._missed = 0  # numbers missing in the last reading
+        self._count = 8  # entries in the next reading
         self._key = key
         self._history = history
         self._history_size = history_size
         self._max_size = max_size  # of the stream (bytes)
 
     def read(self, redis: RedisConnection) -> list[LinkMessage]:
-        """Return new messages, at first the history. Waits for LISTEN_TIME. Raises OSError."""
+        """Return the history (first call) or the new messages. Wait up to LISTEN_TIME for them. Raise OSError."""
         last, was_behind = self.last, self.behind
         if not last:
             return self._accept(self._read_history(redis))
         messages = self._accept(self._read_new(redis))
-        with contextlib.suppress(OSError):  # the messages are not lost for it
+        with contextlib.suppress(OSError):  # return the messages all the same
             if self.behind or was_behind:
                 kind = b"wait" if self.behind else b"go"
                 redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
-            # Numbers are also left out where Redis has refused a message.
+            # Numbers are also missing if Redis refused the messages.
             if self._missed and not self._newest(redis, last):
-                warn("missed %d messages that Redis has no longer", self._missed)
+                warn("missed %d messages that Redis no longer has", self._missed)
         return messages
 
     def _newest(self, redis: RedisConnection, end: bytes) -> Any:
         return redis.call("XREVRANGE", self._key, end, "-", "COUNT", 1)
 
     def _read_history(self, redis: RedisConnection) -> list[Field]:
-        """Read entries from the end, one by one, until there are enough messages or bytes."""
+        """Read entries one by one, beginning with the newest, until they have enough messages or bytes."""
         found: list[Field] = []
         size = 0
         newest = entries = self._newest(redis, b"+")
@@ -3700,7 +3704,7 @@ class RedisStream:
         self.behind = len(entries) == self._count or cost > 2 * RUN_SIZE
         if entries:
             self.last = entries[-1][0]
-            fitting = RUN_SIZE * len(entries) // cost  # into a reading of RUN_SIZE
+            fitting = RUN_SIZE * len(entries) // cost  # entries in RUN_SIZE bytes
             self._count = max(2, min(8 + len(entries), fitting))
         return fields
 
@@ -3725,7 +3729,7 @@ class RedisStream:
         return messages
 
     def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
-        """Write messages (by number) as one entry."""
+        """Write messages as one entry. `batch` has them by number."""
         fields: list[bytes] = []
         for number, (opcode, payload) in batch.items():
             kind = b"text" if opcode == Opcode.TEXT else b"binary"
@@ -3739,8 +3743,8 @@ class RedisStream:
             redis.call(*add, f"{milliseconds}-0", *fields)
 
     def trim(self, redis: RedisConnection, always: bool = False) -> None:
-        """Remove the oldest quarter of the stream, again and again, while it has too many bytes."""
-        length = redis.call("XLEN", self._key)  # first: servers that do this at once find the same
+        """Remove the oldest quarter of the stream, and repeat this while it has too many bytes."""
+        length = redis.call("XLEN", self._key)  # before the size: two servers then remove the same quarter
         size = redis.call("MEMORY", "USAGE", self._key, "SAMPLES", 0) or 0
         if always or size > self._max_size:
             redis.call("XTRIM", self._key, "MAXLEN", 1 + length * 3 // 4)
@@ -3749,49 +3753,49 @@ class RedisStream:
 
 
 class RedisLink:
-    """Links a server to the others: its messages go to the stream and come back in its order.
+    """Connects a server to the stream: its messages come back in the order of all servers.
 
-    One thread writes to the stream, another thread reads from it. Neither waits for a sender.
+    One thread writes to the stream, another thread reads from it. They do not wait for senders.
     """
 
     def __init__(self, url: str, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
-        """Call `deliver` with the messages of all servers, in the thread that reads; it may wait.
+        """Create the link. The reading thread calls `deliver`, which may wait, with the messages of all servers.
 
-        The first call has the newest messages of the stream: `history` of them, or fewer if
-        they have more than `history_size` bytes. Raises ValueError for a wrong URL, and
-        RedisError if Redis gives an answer that will not change.
+        The first call has the newest messages of the stream: `history` messages, or fewer if
+        they have more than `history_size` bytes. Raise ValueError if the URL is malformed, and
+        RedisError if Redis replies with an error that will not pass.
         """
         self._address = parse_redis_url(url)
         self._deliver = deliver
         max_size = max(STREAM_SIZE, 8 * max_message)
         self._stream = RedisStream(self._address.stream, history, history_size, max_size)
-        # For the thread that writes:
+        # Used by the writing thread only:
         self._alone = 0  # messages up to this number are written one by one
-        self._refused = 0  # messages refused since Redis took one
-        # For all threads. No thread waits for Redis or for the server while it has the lock.
+        self._refused = 0  # messages refused since Redis accepted one
+        # Shared, under the lock. No thread waits for Redis or the server while it has the lock.
         lock = threading.RLock()
-        self._news = threading.Condition(lock)  # for the link: any change
-        self._space = threading.Condition(lock)  # for senders: they may go on
-        self._outbox: dict[int, LinkMessage] = {}  # messages that are not back, by number
-        self._cost = 0  # of the outbox
+        self._news = threading.Condition(lock)  # notified of any change
+        self._space = threading.Condition(lock)  # notified when senders may continue
+        self._outbox: dict[int, LinkMessage] = {}  # messages that have not come back, by number
+        self._cost = 0  # of the outbox (bytes)
         self._number = 0  # of the last message
         self._failing: set[object] = set()  # self._read, self._write, or both
         self._stopped = False
         steps = self._write, self._read
         self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
-        self._early: list[LinkMessage] = []  # the history, if the constructor has read it
+        self._early: list[LinkMessage] = []  # the history, if the constructor could read it
         self._try_once()
 
     # ---- for the server: any thread ----
 
     @property
     def away(self) -> bool:
-        """Whether Redis does not answer, or answers that it cannot work now."""
+        """Return whether Redis does not answer, or answers that it cannot work at the moment."""
         return bool(self._failing)
 
     @property
     def is_full(self) -> bool:
-        """Whether senders should wait."""
+        """Return whether senders should wait."""
         return self._cost > QUEUE_SIZE
 
     def start(self) -> None:
@@ -3800,7 +3804,7 @@ class RedisLink:
             thread.start()
 
     def put(self, payload: bytes, opcode: int) -> None:
-        """Queue a message for the stream. Does not wait: call wait_for_room() for that."""
+        """Put a message into the outbox without waiting. Senders call wait_for_room() first."""
         with self._news:
             if not self._stopped:
                 self._number += 1
@@ -3809,9 +3813,9 @@ class RedisLink:
                 self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
-        """Wait while the link is full. Return whether the sender may put a message.
+        """Wait until the outbox is not full. Return whether the sender may put a message.
 
-        With a timeout (seconds), do not wait while Redis is away.
+        With a timeout (seconds), return at once if Redis is away.
         """
         with self._space:
             if timeout is None:
@@ -3820,7 +3824,7 @@ class RedisLink:
             return not self.away and not self.is_full
 
     def stop(self, timeout: float = 0.0) -> None:
-        """End. Before that, wait until the messages put so far are back (at most timeout seconds)."""
+        """Wait until the messages in the outbox have come back, or for `timeout` seconds. Then stop the link."""
         with self._news:
             last = self._number
             self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, timeout)
@@ -3828,10 +3832,10 @@ class RedisLink:
             self._stopped = True
             self._remove(self._number)
         if missing:
-            log.warning("Redis did not bring back %d messages", missing)
+            log.warning("%d messages have not come back from Redis", missing)
 
     def _try_once(self) -> None:
-        """Read the history, unless Redis is not there yet. Raises RedisError."""
+        """Read the history if Redis can be reached. Raise RedisError for an error that will not pass."""
         try:
             with contextlib.closing(RedisConnection(self._address)) as redis:
                 self._early = self._stream.read(redis)
@@ -3844,7 +3848,7 @@ class RedisLink:
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {why}") from None
         except OSError:
-            pass  # the threads try again
+            pass  # the threads will try again
 
     # ---- both threads ----
 
@@ -3860,12 +3864,12 @@ class RedisLink:
                         failures = 0
             except Exception as error:
                 failures += 1
-                if failures > 1 or isinstance(error, socket.timeout):  # not for one lost connection
+                if failures > 1 or isinstance(error, socket.timeout):  # do not report one lost connection
                     self._report(step, error)
                 time.sleep(RETRY_TIME)
 
     def _report(self, step: object, error: Exception | None = None) -> None:
-        """Note whether a step failed. Log when Redis goes away and when it is back."""
+        """Record whether a step failed. Log a line when Redis goes away and when it is back."""
         with self._news:
             was_away = self.away
             (self._failing.add if error else self._failing.discard)(step)
@@ -3923,7 +3927,7 @@ class RedisLink:
         return not is_held and bool(self._next_batch())
 
     def _next_batch(self) -> dict[int, LinkMessage]:
-        """Return about RUN_SIZE of the outbox, or one message; nothing while there is much to read."""
+        """Return messages of about RUN_SIZE bytes from the outbox, at least one; none while the server is behind."""
         stream = self._stream
         if not self._outbox or not stream.last or stream.behind:
             return {}
@@ -3933,11 +3937,14 @@ class RedisLink:
         return dict(itertools.islice(self._outbox.items(), count))
 
     def _refuse(self, redis: RedisConnection, batch: dict[int, LinkMessage], error: RedisError) -> None:
-        """Write the messages of an entry alone, or give up the only one. Raises errors that will pass."""
+        """Handle an entry that Redis has refused: write its messages one by one, or give up a single message.
+
+        Raise the error again if it will pass.
+        """
         if not str(error).startswith(REFUSALS):
             raise error
         if str(error).startswith("OOM "):
-            self._stream.trim(redis, always=True)  # the stream itself may fill the memory
+            self._stream.trim(redis, always=True)  # it may be the stream that fills the memory
         if len(batch) > 1:
             self._alone = max(batch)
             return
@@ -3954,43 +3961,43 @@ class RedisLink:
 
 @functools.lru_cache(maxsize=1)
 def ask_passphrase() -> str:
-    """That of the key, asked for once on the terminal. Raises OSError."""
+    """Ask for the passphrase of the key on the terminal, and return it. Raise OSError without a terminal."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
+            warnings.simplefilter("error", getpass.GetPassWarning)  # do not read standard input
             return getpass.getpass("Passphrase of the key: ")
     except (getpass.GetPassWarning, EOFError):
         raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
 
 
 def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
-    """A context for servers. Raises OSError."""
+    """Return a server context with the certificate and key in these files (PEM). Raise OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of TLS 1.3 are all secure
     try:
         context.load_cert_chain(cert, key, ask_passphrase)
-    except OSError as error:  # which does not say where
+    except OSError as error:
         files = " and ".join(filter(None, (cert, key)))
-        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
+        raise OSError(f"cannot load certificate and key in PEM from {files}: {error.strerror or error}") from None
     return context
 
 
-HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
 OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
-    """The server of the command line: a signal ends it between two connections, not in the middle of something."""
+    """The server of the command line. serve_forever() handles signals between two connections."""
 
-    cert: str | None = None  # files in PEM
-    key: str | None = None
-    signals: tuple[int, ...] = ()  # that have come
-    inherited = False  # its socket, from systemd
-    renews = False  # the certificate is to be loaded again
+    cert: str | None = None  # file of the certificate (PEM)
+    key: str | None = None  # file of the private key (PEM)
+    signals: tuple[int, ...] = ()  # received so far, without SIGHUP that renews the certificate
+    inherited = False  # systemd has bound the socket
+    renews = False  # load the certificate again
 
     def server_bind(self) -> None:
-        """Called by the constructor: bind, or take the socket that systemd has bound (sd_listen_fds(3))."""
+        """Bind the socket, or use the socket that systemd has bound (sd_listen_fds(3)). The constructor calls it."""
         if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
             super().server_bind()
             return
@@ -4001,7 +4008,7 @@ class Program(BroadcastServer):
         self.inherited = True
 
     def catch_signals(self) -> None:
-        """From now on signals end the program in good order. Only the main thread may do this."""
+        """Install the signal handlers, if this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, *OTHER_SIGNALS):
@@ -4009,7 +4016,7 @@ class Program(BroadcastServer):
                 signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        """Handle a signal: SIGHUP renews the certificate, others stop the program, a second Ctrl-C ends it at once."""
         if number == HANGUP and self.cert:
             self.renews = True
             return
@@ -4018,28 +4025,28 @@ class Program(BroadcastServer):
         self.signals = (*self.signals, number)
 
     def service_actions(self) -> None:
-        """Called by serve_forever() all the time."""
+        """Act on signals. serve_forever() calls it after each poll."""
         if self.renews:
             self.renews = False
             self.renew()
         if self.signals:
             for number in OTHER_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
+                signal.signal(number, signal.SIG_IGN)  # also while Python ends
             log.info("stopping")
             notify("STOPPING=1")
             raise KeyboardInterrupt
 
     def renew(self) -> None:
-        """Load the certificate again, for new connections; one that is not good changes nothing."""
+        """Load the certificate again, for new connections. Keep the old one if that fails."""
         try:
             self.tls_context = load_certificate(str(self.cert), self.key)
             log.info("the certificate is loaded again")
         except OSError as error:
-            log.error("the old certificate stays: %s", printable(str(error)))
+            log.error("keeping the old certificate: %s", printable(str(error)))
 
 
 def parse_size(text: str) -> int:
-    """A whole number from 0 on, with K, M or G for 1024 times more."""
+    """Return the value of a number with an optional suffix: K (1024), M (1024 K) or G (1024 M)."""
     match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1000 or 16M")
@@ -4053,43 +4060,52 @@ EXAMPLES = """examples:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options, most of which have the names of settings: BroadcastServer checks those."""
-    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    """Return the parser of the command line. Options with the name of a setting are checked by the server."""
+    about = (
+        "A WebSocket broadcast server: each message from a client goes to all clients. "
+        "To try it, open http://localhost:4545/ in several tabs."
+    )
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0, :: or unix:PATH (%(default)s)")
-    add("--port", default=4545, type=int, help="port to listen on, 0 for any free one (%(default)s)")
-    origin = "let pages of this origin connect, * for any; repeatable"
+    address = "address to listen on, such as 0.0.0.0, :: or unix:PATH (default: %(default)s)"
+    add("--host", default="127.0.0.1", help=address)
+    add("--port", default=4545, type=int, help="port to listen on; 0: any free port (default: %(default)s)")
+    origin = "allow pages of this origin to connect; *: of any origin; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
-    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
-    subprotocol = "serve clients that offer this subprotocol; repeatable"
+    add("--key", metavar="FILE", help="private key in PEM, if it is not in the file of the certificate")
+    subprotocol = "support this subprotocol; repeatable"
     add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help=subprotocol)
-    add("--redis", metavar="URL", help="be one room with all servers on this Redis")
+    add("--redis", metavar="URL", help="form one room with all servers on this Redis")
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
-    add("--read-only", action="store_true", help="clients may only listen")
-    group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)")
+    add("--read-only", action="store_true", help="clients can receive messages, but not send them")
+    group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M, 1G)")
     add = functools.partial(group.add_argument, type=parse_size)
-    add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    add("--max-clients", metavar="N", default=10_000, help="clients at once (%(default)s)")
-    ping = "seconds of silence before a ping, and after it (%(default)g)"
-    add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
-    add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")
-    add("--rate", type=float, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
+    add(
+        "--max-backlog",
+        metavar="SIZE",
+        default="16M",
+        help="maximum size of the data that waits for a client (default: %(default)s)",
+    )
+    add("--max-clients", metavar="N", default=10_000, help="maximum number of clients (default: %(default)s)")
+    ping = "seconds without data before a client gets a Ping, and again before it is dropped (default: %(default)g)"
+    add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
+    add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")
+    add("--rate", type=float, metavar="N", default=0.0, help="messages per second of one client (default: no limit)")
     add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
-    add("--quiet", action="store_true", help="log only what needs attention")
-    add("--verbose", action="store_true", help="log every client that joins, too")
-    add("--trace", action="store_true", help="show every handshake and every frame, taken apart")
+    add("--quiet", action="store_true", help="log only warnings and errors")
+    add("--verbose", action="store_true", help="also log each client that joins")
+    add("--trace", action="store_true", help="log every handshake and the fields of every frame")
     return parser
 
 
 def create_server(options: argparse.Namespace) -> Program:
-    """A listening server. Raises OSError; ValueError and OverflowError for settings."""
-    if options.stdin and not sys.stdin:  # its descriptor may soon be another's
+    """Return a listening server. Raise OSError, or ValueError or OverflowError if an option is wrong."""
+    if options.stdin and not sys.stdin:  # another file may get its descriptor
         raise OSError("standard input is closed")
     options.ping_timeout = options.ping_interval
     if options.cert is not None:
@@ -4101,7 +4117,7 @@ def create_server(options: argparse.Namespace) -> Program:
 
 
 def locations(server: BroadcastServer, host: str) -> str:
-    """The first lines of output: where to point a browser, and that of another device."""
+    """Return the first lines of output: the URLs of the server on this device and on the network."""
     bound = str(server.server_address[0])
     if bound.startswith(UNIX):
         return f"pywebsock: listening on {bound}"
@@ -4112,25 +4128,26 @@ def locations(server: BroadcastServer, host: str) -> str:
 
 
 def announce(text: str) -> None:
-    """Print the first lines of output. Nobody has to read them."""
+    """Print the first lines of output. Log a warning if standard output is closed."""
     try:
         print(text, flush=True)
     except OSError as error:
         log.warning("standard output: %s", error.strerror)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails with it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail when it ends
 
 
 def notify(state: str) -> None:
-    """Tell systemd, where it has started this and waits for it (sd_notify(3))."""
+    """Send the state to systemd, if systemd has started the program (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         with contextlib.suppress(OSError), socket.socket(AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: in the abstract namespace
+            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: the abstract namespace
 
 
 def split_lines(stream: TextIO, size: int) -> Iterator[str]:
-    """Each line of a text; one of more than `size` bytes in pieces, none of which ends within a character."""
-    rest, cut = "", False  # of the line that is being read
+    """Yield each line of a text. Split lines of more than `size` bytes in UTF-8 between two characters."""
+    rest = ""  # of the current line
+    cut = False  # a part of it was yielded or skipped
     for part in iter(functools.partial(stream.readline, size + 2), ""):
         rest += part
         ended = part.endswith("\n")
@@ -4140,7 +4157,7 @@ def split_lines(stream: TextIO, size: int) -> Iterator[str]:
             piece = rest.encode()[:size].decode(errors="ignore")
             if piece:
                 yield piece
-            rest = rest[len(piece) or 1 :]  # a character alone may be over the limit
+            rest = rest[len(piece) or 1 :]  # skip a character that is longer than `size`
             cut = True
         if ended:
             if rest or not cut:
@@ -4151,8 +4168,8 @@ def split_lines(stream: TextIO, size: int) -> Iterator[str]:
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own."""
-    # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
+    """Broadcast each line of standard input. This is the target of a thread."""
+    # Do not use sys.stdin: a thread must not hold its lock when the program ends.
     try:
         with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
             for line in split_lines(stdin, server.max_message):
@@ -4163,20 +4180,21 @@ def broadcast_lines(server: BroadcastServer) -> None:
 
 
 class FloodFilter(logging.Filter):
-    """Lets MOST_LINES of one kind through in LINES_TIME: a stranger cannot fill the disk.
+    """Logs up to MOST_LINES lines of one kind per LINES_TIME, so that a client cannot fill the disk.
 
-    Lines of one kind have the same text before their arguments are filled in. The first line
-    of a new time says how many were left out.
+    Lines of one kind have the same format string. The first line of a period has the number
+    of lines that were left out in the period before it.
     """
 
-    MOST_LINES, LINES_TIME = 20, 10.0
+    MOST_LINES = 20
+    LINES_TIME = 10.0  # seconds
 
     def __init__(self) -> None:
         super().__init__()
-        self._kinds: dict[str, tuple[float, int]] = {}  # end of the time, lines in it
+        self._kinds: dict[str, tuple[float, int]] = {}  # end of the period, lines in it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log a line."""
+        """Return whether to log a line."""
         now, kind = time.monotonic(), str(record.msg)
         end, lines = self._kinds.get(kind, (0.0, 0))
         if now >= end:
@@ -4188,19 +4206,19 @@ class FloodFilter(logging.Filter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, where that can be written to: a reader that stands still stops nothing."""
+    """Writes to standard error. If that is a full pipe, lines are left out, so that the server does not wait."""
 
     PATIENCE = 1.0  # seconds
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, or leave it out after PATIENCE."""
+        """Write a line. Leave it out if it cannot be written within PATIENCE."""
         if IS_WINDOWS or not hasattr(select, "poll"):
             super().emit(record)
             return
         poll = select.poll()
         try:
             poll.register(self.stream.fileno(), select.POLLOUT)
-        except (OSError, ValueError):  # no file
+        except (OSError, ValueError):  # the stream has no descriptor
             super().emit(record)
             return
         if poll.poll(self.PATIENCE * 1000):
@@ -4208,8 +4226,8 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def start_logging(options: argparse.Namespace) -> None:
-    """Log to standard error: one line for each client that left or was refused, and what went wrong."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of a line's price
+    """Log to standard error. The level depends on --quiet and --verbose."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of the time for a line
     handler = LogHandler()
     handler.addFilter(FloodFilter())
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
@@ -4219,23 +4237,23 @@ def start_logging(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until a signal; the exit status."""
+    """Run the server until a signal stops it. Return the exit status."""
     parser = argument_parser()
     options = parser.parse_args(argv)
     if options.key is not None and options.cert is None:
-        parser.error("--key needs --cert")
+        parser.error("--key requires --cert")
     start_logging(options)
     tune_malloc()
-    if not IS_WINDOWS:  # where it would be taken at once
-        threading.stack_size(256 * 1024)  # for all threads: those of 10,000 handshakes take 2.5 GB of address space
+    if not IS_WINDOWS:  # Windows would allocate the memory at once
+        threading.stack_size(256 * 1024)  # bytes; 10,000 threads need 2.5 GB of address space
     try:
         server = create_server(options)
         server.catch_signals()
         announce(locations(server, str(server.server_address[0]) if server.inherited else options.host))
         notify("READY=1")
-    except OSError as error:  # one of the system comes from the address, and does not say so
+    except OSError as error:
         place = options.host if options.host.startswith(UNIX) else f"{options.host} port {options.port}"
-        where = f"{place}: " if error.strerror else ""
+        where = f"{place}: " if error.strerror else ""  # an error of the system does not name the address
         parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")
     except (ValueError, OverflowError) as error:
         parser.error(str(error))

@@ -679,10 +679,10 @@ class Signals(CommandLineTestCase):
             before = self.connect(process, tls=old)
             for wrong in ("no certificate", pathlib.Path(path).read_text().partition("-----BEGIN CERT")[0]):
                 with self.subTest(wrong[:30]):
-                    lines = process.log().count("the old certificate stays")
+                    lines = process.log().count("keeping the old certificate")
                     pathlib.Path(path).write_text(wrong)
                     process.send_signal(signal.SIGHUP)
-                    eventually(lambda: process.log().count("the old certificate stays") > lines)  # noqa: B023
+                    eventually(lambda: process.log().count("keeping the old certificate") > lines)  # noqa: B023
                     self.connect(process, tls=old).socket.close()
             path, new = certificate(directory)
             process.send_signal(signal.SIGHUP)
