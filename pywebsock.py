@@ -4061,10 +4061,7 @@ EXAMPLES = """examples:
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line. Options with the name of a setting are checked by the server."""
-    about = (
-        "A WebSocket broadcast server: each message from a client goes to all clients. "
-        "To try it, open http://localhost:4545/ in several tabs."
-    )
+    about = "Send each message of a WebSocket client to all clients. Open http://localhost:4545/ in several tabs."
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -4085,14 +4082,9 @@ def argument_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M, 1G)")
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
-    add(
-        "--max-backlog",
-        metavar="SIZE",
-        default="16M",
-        help="maximum size of the data that waits for a client (default: %(default)s)",
-    )
+    add("--max-backlog", metavar="SIZE", default="16M", help="maximum size of a client's queue (default: %(default)s)")
     add("--max-clients", metavar="N", default=10_000, help="maximum number of clients (default: %(default)s)")
-    ping = "seconds without data before a client gets a Ping, and again before it is dropped (default: %(default)g)"
+    ping = "seconds without data until a Ping, and then until a drop (default: %(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")
     add("--rate", type=float, metavar="N", default=0.0, help="messages per second of one client (default: no limit)")
