@@ -171,6 +171,9 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # in a header field (RFC 9110 5.6.2)
 
 # ======================================================================================
 # Errors
+#
+# The parts of the protocol raise two errors. A HandshakeError becomes an HTTP response; a
+# ProtocolError becomes a Close frame.
 # ======================================================================================
 
 
@@ -771,8 +774,9 @@ def parse_head(head: str) -> Request:
     headers: dict[str, str] = {}
     for line in match[4].split("\r\n")[1:]:
         name, _, value = line.partition(":")
-        before = f"{headers[name.lower()]}, " if name.lower() in headers else ""
-        headers[name.lower()] = before + value.strip(" \t")
+        name = name.lower()
+        value = value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Request(match[1], match[2], (1, int(match[3])), headers)
 
 
@@ -1016,6 +1020,9 @@ def printable(text: str, limit: int = 200) -> str:
 
 # ======================================================================================
 # HTTP on the same port (RFC 9110): the page, the status, POST
+#
+# GET / returns the page, and GET /status returns figures of the server in JSON. POST / sends
+# its body to all clients.
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
@@ -1039,12 +1046,7 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
     require(methods, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
     require(request.method in methods, 405, "the method is not allowed here", allow)
     check_host(request)
-    # A browser does not tell a page the reason why its WebSocket was refused, so the page asks
-    # for it with GET. The browser sends no Origin field if the page has the origin of this
-    # server; therefore the page also sends its origin in the query.
-    query = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
-    origin = {"origin": urllib.parse.unquote(query[1])} if query else {}
-    check_origin(request._replace(headers={**origin, **request.headers}), client.server.origins)
+    check_origin(with_origin(request), client.server.origins)
     if request.method == "OPTIONS":
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
     fields = cors_fields(request)
@@ -1059,6 +1061,19 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(status, kind, body, *fields, head=request.method == "HEAD")
+
+
+def with_origin(request: Request) -> Request:
+    """Return the request with an Origin field from its query, if it has none and is a GET.
+
+    A browser does not tell a page the reason for which its WebSocket was refused, so the page
+    asks for it with GET. If the page has the origin of this server, the browser sends no Origin
+    field; therefore the page sends its origin in the query.
+    """
+    query = re.search("[?&]origin=([^&]*)", request.target)
+    if request.method != "GET" or not query:
+        return request
+    return request._replace(headers={"origin": urllib.parse.unquote(query[1]), **request.headers})
 
 
 def cors_fields(request: Request) -> list[tuple[str, str]]:
@@ -1116,6 +1131,9 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
 
 # ======================================================================================
 # Trace (RFC 6455 5.2, drawn as it passes)
+#
+# The trace logs the handshake and the fields of every frame. Use it to learn the protocol or
+# to debug a client.
 # ======================================================================================
 
 TRACED_SIZE = 512  # bytes of a payload that the trace decodes
@@ -3722,17 +3740,16 @@ class RedisStream:
                 self.seen[server] = number
                 self._missed += number - seen - 1 if server and seen else 0
                 if kind == b"binary":
-                    messages.append((Opcode.BINARY, payload))
+                    messages.append((BINARY, payload))
                 else:
-                    text = payload.decode(errors="replace")
-                    messages.append((Opcode.TEXT, text.encode()))
+                    messages.append((TEXT, payload.decode(errors="replace").encode()))
         return messages
 
     def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
         """Write messages as one entry. `batch` has them by number."""
         fields: list[bytes] = []
         for number, (opcode, payload) in batch.items():
-            kind = b"text" if opcode == Opcode.TEXT else b"binary"
+            kind = b"text" if opcode == TEXT else b"binary"
             fields += b"%b:%d:%b" % (self.name, number, kind), payload
         add = "XADD", self._key, "MAXLEN", "~", STREAM_LENGTH
         last = parse_id(self.last)
@@ -3956,6 +3973,9 @@ class RedisLink:
 
 # ======================================================================================
 # Command line
+#
+# The command creates a server from its options, and adds signals, systemd, standard input and
+# a log on standard error.
 # ======================================================================================
 
 
@@ -4079,6 +4099,16 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
     add("--read-only", action="store_true", help="clients can receive messages, but not send them")
+    add_limits(parser)
+    add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
+    add("--quiet", action="store_true", help="log only warnings and errors")
+    add("--verbose", action="store_true", help="also log each client that joins")
+    add("--trace", action="store_true", help="log every handshake and the fields of every frame")
+    return parser
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are limits."""
     group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M, 1G)")
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
@@ -4088,11 +4118,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")
     add("--rate", type=float, metavar="N", default=0.0, help="messages per second of one client (default: no limit)")
-    add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
-    add("--quiet", action="store_true", help="log only warnings and errors")
-    add("--verbose", action="store_true", help="also log each client that joins")
-    add("--trace", action="store_true", help="log every handshake and the fields of every frame")
-    return parser
 
 
 def create_server(options: argparse.Namespace) -> Program:
@@ -4115,8 +4140,9 @@ def locations(server: BroadcastServer, host: str) -> str:
         return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
-    lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
-    return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
+    labels = "listening on", "on the network:"
+    lines = zip(labels, filter(None, urls))
+    return "\n".join([f"pywebsock: {label} {url} ({url.replace('http', 'ws', 1)})" for label, url in lines])
 
 
 def announce(text: str) -> None:
@@ -4204,17 +4230,18 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line. Leave it out if it cannot be written within PATIENCE."""
-        if IS_WINDOWS or not hasattr(select, "poll"):
+        if self._can_write():
             super().emit(record)
-            return
+
+    def _can_write(self) -> bool:
+        if not hasattr(select, "poll"):  # Windows
+            return True
         poll = select.poll()
         try:
             poll.register(self.stream.fileno(), select.POLLOUT)
         except (OSError, ValueError):  # the stream has no descriptor
-            super().emit(record)
-            return
-        if poll.poll(self.PATIENCE * 1000):
-            super().emit(record)
+            return True
+        return bool(poll.poll(self.PATIENCE * 1000))
 
 
 def start_logging(options: argparse.Namespace) -> None:
