@@ -601,7 +601,7 @@ class MessageReader:
         if self._pieces and len(self._pieces[-1]) < INFLATE_SIZE // 2:  # a buffer for many short fragments
             self._pieces[-1] += piece
         else:
-            self._pieces.append(bytearray(piece))
+            self._pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
         self._length += len(piece)
 
     def _check_size(self, size: int) -> None:
@@ -1026,7 +1026,7 @@ def printable(text: str, limit: int = 200) -> str:
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
-PAGE_POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"]*)"')
+PAGE_POLICY = re.compile(rb'http-equiv="Content-Security-Policy"\s+content="([^"]*)"')
 METHODS = {
     "/": ("GET", "HEAD", "POST", "OPTIONS"),
     "/status": ("GET", "HEAD", "OPTIONS"),
@@ -1455,7 +1455,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 66 * 1024  # bytes asked of a socket at once where much comes: a message of 64 KiB comes whole
+READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -1503,10 +1503,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_flood", "is_shut", "is_waiting",
-        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong", "pong_deadline",
-        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "state",
-        "submitted", "window",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source",
+        "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1522,7 +1522,9 @@ class Connection:
         self.reader = reader
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
+        self.source: Iterator[tuple[int, Octets]] | None = None  # the same without those that are to come again
         self.is_waiting = False  # in the loop's line of those whose events go on
+        self.is_ending = False  # in the line of those that end: it is not read
         self.is_flood = False  # its last bytes took long: it comes after the others
         self.paused = False  # it is not read, until resumed
         self.is_blocked = False  # reading must wait until TLS can write
@@ -1532,7 +1534,7 @@ class Connection:
         self.submitted = 0  # bytes of messages given to its hooks without a pause
         self.kept = 0  # bytes of an unfinished message, as the budget counts them
         self.began = 0.0  # when it began, or went on after a pause
-        self.received = 0  # bytes since then
+        self.received = 0  # bytes of it since then: Pings are no progress
 
         # Going out.
         self.pieces = NOTHING
@@ -1559,8 +1561,10 @@ class Connection:
             return None
         except WOULD_BLOCK:
             return None
-        much = len(data) > SMALL_READ_SIZE // 2
-        self.read_size = READ_SIZE if much else SMALL_READ_SIZE
+        if len(data) == self.read_size:
+            self.read_size = min(4 * self.read_size, READ_SIZE)
+        elif len(data) < self.read_size // 16:
+            self.read_size = SMALL_READ_SIZE
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
@@ -1772,7 +1776,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if start.isalpha():
             self.request = socket.fromfd(self.request.fileno(), self.request.family, self.request.type)
             raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
-        self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        try:
+            self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
+        except HandshakeError as error:  # which cannot be answered without TLS
+            raise TimeoutError(str(error)) from None
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
         """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
@@ -1931,7 +1938,7 @@ class WebSocketHandler(RequestHandler):
         reader = MessageReader(server.max_message, bool(window), takeover)
         connection = Connection(self, reader, window, server._loop.now)
         if self._rest:  # what came behind the head
-            connection.events = reader.feed(self._rest)
+            connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
         if server._overrides("on_open"):  # what the client sends waits for that
             connection.paused = True
@@ -1991,7 +1998,14 @@ RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 8  # bytes for each client that it is for
 GIVEN_UP = -1.0  # in place of the time of a pending connection
+MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
+
+
+def uses_select() -> bool:
+    """Whether the loop has nothing better than select(), which takes few sockets."""
+    return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 
 
 class Queue:
@@ -2008,9 +2022,8 @@ class Queue:
         self._held = False  # senders wait for a client that is behind
         self._is_asleep = False  # the loop waits: a byte wakes it
         self._has_ended = False  # there is no loop any more
-        self._alarm, self._ring = socket.socketpair()
-        self._alarm.setblocking(False)
-        self._ring.setblocking(False)
+        self._alarm: socket.socket | None = None
+        self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0
 
     # ---- any thread ----
@@ -2028,7 +2041,7 @@ class Queue:
         """Queue a message, and wait while too much is queued."""
         recipients = RECIPIENT_COST * len(message.to) if message.to else 0
         self.put(message, message.size + MESSAGE_COST + recipients)
-        if self._must_wait():
+        if self.is_full:
             self.wait_for_space()
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
@@ -2036,21 +2049,30 @@ class Queue:
         if threading.get_ident() == self.loop_thread:
             return True
         with self._lock:
-            return self._space.wait_for(lambda: not self._must_wait(), timeout)
+            return self._space.wait_for(lambda: not self.is_full, timeout)
 
-    def _must_wait(self) -> bool:
+    @property
+    def is_full(self) -> bool:
+        """Whether senders wait."""
         return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
 
     def wake(self) -> None:
         """Wake the loop."""
         with contextlib.suppress(OSError):  # it has been told often enough, or has ended
-            self._ring.send(b"!")
+            if self._ring:
+                self._ring.send(b"!")
 
     # ---- the loop ----
 
-    def start(self, selector: selectors.BaseSelector) -> None:
-        """From now on operations are carried out."""
+    def open(self, selector: selectors.BaseSelector) -> None:
+        """Let the selector wait for what wakes the loop."""
+        self._alarm, self._ring = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._ring.setblocking(False)
         selector.register(self._alarm, selectors.EVENT_READ)
+
+    def start(self) -> None:
+        """From now on operations are carried out, in this thread."""
         self.loop_thread = threading.get_ident()
 
     def put_own(self, operation: Any) -> None:
@@ -2069,7 +2091,8 @@ class Queue:
     def hear_alarm(self) -> None:
         """Take the bytes that woke the loop."""
         with contextlib.suppress(BlockingIOError):
-            self._alarm.recv(4096)
+            if self._alarm:
+                self._alarm.recv(4096)
 
     def take(self) -> list[Any]:
         """All that is queued."""
@@ -2100,8 +2123,9 @@ class Queue:
             self._has_ended = True
             self._operations.clear()
             self._space.notify_all()
-        self._alarm.close()
-        self._ring.close()
+        for end in (self._alarm, self._ring):
+            if end:
+                end.close()
 
 
 class Joiner:
@@ -2125,6 +2149,7 @@ class Room:
         self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
+        self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
@@ -2166,6 +2191,7 @@ class Room:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
+            require(len(self.connections) < self._most_selected, 503, TOO_MANY_SELECTED)
             require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
@@ -2317,21 +2343,21 @@ class Budget:
     """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
 
     def __init__(self, size: int) -> None:
-        self._left = size
+        self.left = size
         self._lock = threading.Lock()
 
     def take(self, size: int, force: bool = False) -> bool:
         """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
         with self._lock:
-            if size > self._left and not force:
+            if size > self.left and not force:
                 return False
-            self._left -= size
+            self.left -= size
             return True
 
     def give_back(self, size: int) -> None:
         """So many bytes are free again."""
         with self._lock:
-            self._left += size
+            self.left += size
 
 
 class Unfinished:
@@ -2348,8 +2374,7 @@ class Unfinished:
         self._budget = budget
         self._first: Connection | None = None  # may exceed the budget
         self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: deque[Connection] = deque()  # paused until there is room
-        self._ready: list[Connection] = []  # to be resumed
+        self.waiting: set[Connection] = set()  # paused until there is room
 
     def grow(self, connection: Connection, now: float) -> bool:
         """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
@@ -2357,7 +2382,7 @@ class Unfinished:
         is_first = self._first in (None, connection)
         if not self._budget.take(size):
             if not is_first:
-                self.waiting.append(connection)
+                self.waiting.add(connection)
                 return False
             self._first = connection
             self._budget.take(size, force=True)
@@ -2365,23 +2390,30 @@ class Unfinished:
             self._holders.add(connection)
             connection.began, connection.received = now, 0
         connection.kept += size
+        connection.received += size
         return True
 
     def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection. One of those that wait can go on."""
+        """A message is finished, or its connection."""
         self._budget.give_back(connection.kept)
+        self.waiting.discard(connection)
         connection.kept = 0
         self._holders.discard(connection)
         if self._first is connection:
             self._first = None
-        while self.waiting and not self._ready:
-            waiting = self.waiting.popleft()
-            if waiting.paused and waiting.state is not State.CLOSED:
-                self._ready.append(waiting)
 
     def take_ready(self) -> list[Connection]:
-        """Those that may go on."""
-        ready, self._ready = self._ready, []
+        """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
+        left = self._budget.left
+        ready: list[Connection] = []
+        for connection in sorted(self.waiting, key=lambda each: each.reader.size):
+            size = connection.reader.size - connection.kept
+            if size > left and (self._first or ready):
+                break
+            left -= size
+            self.waiting.remove(connection)
+            if connection.paused and connection.state in (State.OPEN, State.CLOSING):
+                ready.append(connection)
         return ready
 
     def slow_ones(self, now: float) -> list[Connection]:
@@ -2390,9 +2422,12 @@ class Unfinished:
             return []
         slow = []
         for connection in self._holders:
-            fair = (now - connection.began - self.GRACE) * SLOWEST_POST
-            if not connection.paused and connection.received < fair:
+            if connection.paused or now - connection.began < self.GRACE:
+                continue
+            if connection.received < self.GRACE * SLOWEST_POST:
                 slow.append(connection)
+            else:
+                connection.began, connection.received = now, 0
         return slow
 
 
@@ -2456,7 +2491,7 @@ class Sender:
     def __init__(self, server: BroadcastServer) -> None:
         self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
-        self.selector = selectors.DefaultSelector()
+        self.selector: selectors.BaseSelector  # of all clients
         self.slow: set[Connection] = set()  # those with something in their outbox
         self.dropped = 0  # for the status
         self.gate = Gate(server)
@@ -2506,6 +2541,8 @@ class Sender:
 
     def pong(self, connection: Connection, frames: list[bytes]) -> None:
         """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        if connection.pongs is frames:
+            connection.pongs = []
         if connection.state is not State.OPEN:
             return
         if connection.pieces:
@@ -2651,6 +2688,7 @@ class Sender:
 
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
+LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
@@ -2670,6 +2708,8 @@ class Receiver:
         self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
+        self.slice_time = SLICE_TIME  # seconds for each connection in this round
+        self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
 
     # ---- operations ----
@@ -2698,17 +2738,17 @@ class Receiver:
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
         """Do not read a client; some of its events are to come again, before the others."""
         connection.paused = True
-        if events and connection.events:
-            connection.events = itertools.chain(events, connection.events)
+        if events and connection.source:
+            connection.events = itertools.chain(events, connection.source)  # not of chains: each takes stack
         self._sender.watch(connection)
 
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
         """Read a client that has something, once, and act on it; a flood comes after the others."""
-        if connection.is_flood:
+        if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
-        elif not connection.is_waiting:
+        elif not (connection.is_waiting or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
@@ -2727,8 +2767,7 @@ class Receiver:
             self._in_order(connection, self._sender.peer_has_ended)
         elif connection.state in (State.OPEN, State.CLOSING):
             self.read_size += len(data)
-            connection.received += len(data)
-            connection.events = connection.reader.feed(data)
+            connection.events = connection.source = connection.reader.feed(data)
             del data
             self._take(connection)
 
@@ -2740,12 +2779,13 @@ class Receiver:
     def go_on(self) -> None:
         """Go on with connections whose events took too long, for some time: floods come last."""
         until = time.monotonic() + ROUND_TIME
+        self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
-            elif connection.interest & selectors.EVENT_READ:
+            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
                 self._try(self._read, connection)
             if self.has_much or time.monotonic() > until:
                 return
@@ -2757,7 +2797,7 @@ class Receiver:
 
     def _take(self, connection: Connection) -> None:
         """Act on what was read, for some milliseconds: each message and control frame."""
-        until = time.monotonic() + SLICE_TIME
+        until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         try:
             for opcode, payload in connection.events or ():
@@ -2771,14 +2811,14 @@ class Receiver:
             if connection.has_more:
                 self.line_up(connection)
         finally:
-            if connection.pongs:
-                self._send_pongs(connection)
             if messages:
                 self._submit(connection, messages)
 
     def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Act on a message or control frame. Returns whether to go on with the next one."""
         if opcode == PING:
+            if not connection.pongs:
+                self._queue.put_own((connection, connection.pongs))
             connection.pongs.append(serialize_frame(PONG, payload))
             if len(connection.pongs) > MAX_PONGS:
                 del connection.pongs[:-1]
@@ -2798,8 +2838,8 @@ class Receiver:
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
-        if connection.pongs:
-            self._send_pongs(connection)
+        if connection.pongs:  # those for Pings behind this message come behind it, too
+            connection.pongs = []
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
@@ -2821,11 +2861,6 @@ class Receiver:
         """Whether a message is to be compressed, and that takes long."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
-    def _send_pongs(self, connection: Connection) -> None:
-        """Queue the Pongs for consecutive Pings, behind the messages that came before them."""
-        pongs, connection.pongs = connection.pongs, []
-        self._queue.put_own(functools.partial(self._sender.guard, self._sender.pong, connection, pongs))
-
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
         """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
         code, reason = parse_close(bytes(payload))
@@ -2836,13 +2871,27 @@ class Receiver:
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
-        operation = functools.partial(self._sender.guard, act, connection, *arguments)
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
+            operation = functools.partial(self.end_soon, connection, act, *arguments)
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self._queue.put_own(operation)
+            self.end_soon(connection, act, *arguments)
+
+    def end_soon(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """End a connection behind what the others send: thousands may end at once."""
+        if not connection.is_ending:
+            connection.is_ending = True
+            self.endings.append((connection, act, arguments))
+
+    def end_some(self) -> None:
+        """End connections, for some time."""
+        until = time.monotonic() + ROUND_TIME
+        while self.endings and time.monotonic() < until:
+            connection, act, arguments = self.endings.popleft()
+            connection.is_ending = False
+            self._sender.guard(act, connection, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
@@ -2890,9 +2939,15 @@ class Loop(threading.Thread):
         """Seconds on the loop's clock."""
         return self.sender.now
 
+    def start(self) -> None:
+        """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
+        self.sender.selector = selectors.DefaultSelector()
+        self._queue.open(self.sender.selector)
+        super().start()
+
     def run(self) -> None:
         """What the thread does."""
-        self._queue.start(self.sender.selector)
+        self._queue.start()
         while not self._ended:
             try:
                 self._do_round()
@@ -2911,7 +2966,6 @@ class Loop(threading.Thread):
         else:
             self._queue.end()
             self._room.end()
-            self.sender.selector.close()
 
     def _end(self) -> None:
         for connection in list(self._room.connections):
@@ -2923,6 +2977,7 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
+        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
         for key, events in ready:
             connection = key.data
@@ -2940,6 +2995,7 @@ class Loop(threading.Thread):
         if receiver.later:
             receiver.go_on()
             self._carry_out()
+        receiver.end_some()
         self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
@@ -2948,7 +3004,7 @@ class Loop(threading.Thread):
         if self._hooks.is_waiting:
             timeout = min(timeout, STUCK_TIME)
         timeout = max(0.001, timeout)
-        if self.receiver.later or not self._queue.fall_asleep():
+        if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
@@ -2965,6 +3021,7 @@ class Loop(threading.Thread):
         """Send everything that was read or queued."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
+        pongs: list[tuple[Connection, list[bytes]]] = []  # behind the run, so that Pings do not part it
         size = 0
         for operation in self._queue.take():
             if type(operation) is Outgoing:
@@ -2972,13 +3029,21 @@ class Loop(threading.Thread):
                 size += operation.size
                 if size < RUN_SIZE:
                     continue
-            if run:
-                self._call(self._deliver, run)
-                run, size = [], 0
-            if type(operation) is not Outgoing:
+            elif type(operation) is tuple:
+                pongs.append(operation)
+                if run:
+                    continue
+            self._send(run, pongs)
+            run, pongs, size = [], [], 0
+            if callable(operation):
                 self._call(operation)
+        self._send(run, pongs)
+
+    def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         if run:
             self._call(self._deliver, run)
+        for connection, frames in pongs:
+            self.sender.guard(self.sender.pong, connection, frames)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
@@ -2990,18 +3055,23 @@ class Loop(threading.Thread):
     def _fan_out(self, data: bytes, sends: Sends) -> None:
         """Send the same bytes to many: this loop is where the time goes."""
         size, rest = len(data), []
+        failed: list[tuple[WebSocketHandler, Exception]] = []
         for client, send in sends.items():
             try:
                 sent = send(data)
             except WOULD_BLOCK:
                 sent = 0
             except (OSError, MemoryError) as error:
-                self.sender.guard(self.sender.fail, client._connection, error)
+                failed.append((client, error))
                 continue
             if sent < size:
                 rest.append((client, sent))
         for client, sent in rest:
             self.sender.guard(self.sender.keep, client._connection, data, sent)
+        for client, why in failed:
+            if client._connection:
+                self._room.set_send(client._connection, discard)
+                self.receiver.end_soon(client._connection, self.sender.fail, why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -3012,7 +3082,7 @@ class Loop(threading.Thread):
     # ---- what is due ----
 
     def _look_around(self) -> None:
-        if self._hooks.is_waiting:
+        if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
         sender, now = self.sender, self.now
         self._queue.hold(sender.is_someone_behind())
@@ -3065,7 +3135,6 @@ class Loop(threading.Thread):
 KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
 SPARE_DESCRIPTORS = 32  # of files, for the program itself
 SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3237,7 +3306,8 @@ class BroadcastServer(Settings, LimitedServer):
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
-        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
+        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        most = clients + clients // 10 + SPARE_CONNECTIONS
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
     # ---- hooks ----
@@ -3307,6 +3377,7 @@ class BroadcastServer(Settings, LimitedServer):
             "connections": self._room.size,
             "refused": self._refused,
             "dropped": sender.dropped,
+            "read_only": self.read_only,  # the page then offers no composer
             "slow": len(sender.slow),
             "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
             "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
@@ -3351,7 +3422,7 @@ class BroadcastServer(Settings, LimitedServer):
             self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
         else:
             self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
-        if client._inbox or self._overrides("on_close"):
+        if self._overrides("on_close"):
             client._inbox = client._inbox or Inbox()
             call = functools.partial(self._run_hook, client, self.on_close, code, reason)
             self._hooks.submit(client._inbox, call)
@@ -3397,7 +3468,11 @@ class BroadcastServer(Settings, LimitedServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until shutdown(), looking for that every poll_interval seconds."""
         self._begin()
-        super().serve_forever(poll_interval)
+        try:
+            super().serve_forever(poll_interval)
+        except OSError:  # Windows cannot wait for a socket that is closed already
+            if self.fileno() >= 0:
+                raise
 
     def server_close(self) -> None:
         """Send what is queued, close every client with 1001, wait for at most the close timeout.
@@ -4004,7 +4079,8 @@ def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
 
 
 HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
-OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM}
+BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break; None except on Windows
+OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
@@ -4113,7 +4189,8 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
     add("--max-backlog", metavar="SIZE", default="16M", help="maximum size of a client's queue (default: %(default)s)")
-    add("--max-clients", metavar="N", default=10_000, help="maximum number of clients (default: %(default)s)")
+    clients = f"maximum number of clients (default: %(default)s; on Windows at most {MOST_SELECTED})"
+    add("--max-clients", metavar="N", default=10_000, help=clients)
     ping = "seconds without data until a Ping, and then until a drop (default: %(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")

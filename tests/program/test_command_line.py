@@ -8,6 +8,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -23,6 +24,8 @@ import pywebsock
 from tests.tools.support import (
     DEADLINE,
     EVERYTHING,
+    IS_WINE,
+    NO_BREAK,
     ROOT,
     Client,
     Process,
@@ -170,6 +173,7 @@ class Start(CommandLineTestCase):
                     stack.enter_context(self.assertRaises(ssl.SSLError))
                 Client(process.port, tls=context).socket.close()
 
+    @unittest.skipIf(IS_WINE, NO_BREAK)
     def test_restart_on_the_same_port_at_once(self) -> None:
         first = self.start()
         clients = [self.connect(first) for _ in range(3)]
@@ -221,6 +225,7 @@ class Errors(CommandLineTestCase):
 
     def test_a_passphrase(self) -> None:
         """It is asked for once, on the terminal; without one that is an error."""
+        require(shutil.which("openssl"), "the openssl command")
         with tempfile.TemporaryDirectory() as directory:
             path, context = certificate(directory)
             key = str(pathlib.Path(directory, "key.pem"))
@@ -538,6 +543,7 @@ class Settings(CommandLineTestCase):
         self.assertNotIn(b"Extensions", client.response)
 
 
+@unittest.skipIf(IS_WINE, NO_BREAK)
 class Log(CommandLineTestCase):
     """Lines on standard error."""
 
@@ -549,7 +555,8 @@ class Log(CommandLineTestCase):
         self.assertEqual(client.read_close()[0], 4000)
         client.socket.close()
         self.assertEqual(exchange(process.port, request(Origin="https://example.com"))[0], 403)
-        self.assertEqual(process.stop(), 0)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(), 0)
         return process.log()
 
     def test_default(self) -> None:
@@ -583,12 +590,14 @@ class Log(CommandLineTestCase):
                 client.send_raw((b"garbage\r\n\r\n", request(Origin="http://x"), b"", request() + b"\x81\x00")[i % 4])
                 client.socket.shutdown(socket.SHUT_WR)
                 client.read_all()
-        self.assertEqual(process.stop(), 0)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(), 0)
         lines = process.log().splitlines()
         self.assertGreater(len(lines), 3)
         self.assertLess(len(lines), 150)
 
 
+@unittest.skipIf(IS_WINE, NO_BREAK)
 class Signals(CommandLineTestCase):
     """Ctrl-C and SIGTERM: 1001 to everybody, exit status 0; a second Ctrl-C stops at once."""
 

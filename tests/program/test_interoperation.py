@@ -589,7 +589,8 @@ class Careless(Interoperation):
 
         It compresses an empty message to nothing, which is no deflate: so there is none here.
         """
-        program = shutil.which("perl") or "perl"
+        program = shutil.which("perl") or ""
+        require(program, "perl")
         probe = subprocess.run([program, "-MMojolicious", "-e", "1"], check=False, capture_output=True)
         require(not probe.returncode, "Mojolicious")
         script, url = str(SCRIPTS / "client.pl"), f"ws://localhost:{self.server.port}/"

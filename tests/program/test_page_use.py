@@ -20,14 +20,11 @@ import unittest
 import urllib.request
 import zlib
 
-from tests.tools.browser import BROWSERS, START, PageTestCase, Tab, in_each_engine, only_in
+from tests.tools.browser import BROWSERS, FILE, START, PageTestCase, Tab, in_each_engine, only_in
 from tests.tools.support import ROOT, Client, Process, eventually, free_port, require, scratch
 
 NODE_MODULES = pathlib.Path(os.environ.get("PYWEBSOCK_NODE_MODULES", "node_modules"))
 UP, PAGE_UP = "\ue013", "\ue00e"  # WebDriver 17.4.2
-
-# What files are made of in a page, from base64.
-FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
 
 
 def tearDownModule() -> None:
@@ -207,21 +204,23 @@ class Sharing(PageTestCase):
         for tab in (self.tab, other):
             self.wait(functools.partial(tab.run, "return document.querySelector('#log img') !== null"), "the picture")
             size = "const i = document.querySelector('#log img'); return [i.naturalWidth, i.naturalHeight, i.alt]"
-            self.assertEqual(tab.run(size), [60, 40, f"png, {len(picture()):,} bytes"])
+            self.assertEqual(tab.run(size), [60, 40, f"holiday.png, {len(picture()):,} bytes"])
         self.assertEqual(self.tab.run("return document.querySelectorAll('#log .mine').length"), 1)
         self.assertEqual(self.tab.outbox(), [])
         self.assertEqual(other.run("return document.querySelectorAll('#log .mine').length"), 0)
 
     def test_files_arrive_as_they_are(self) -> None:
-        """One binary message each, in their order; what only claims to be a picture is a file."""
+        """Each is a text with its name, then a binary message; a file that only claims to be a picture stays a file."""
         contents = [b"%PDF-1.7 ...", b"\x89PNG\r\n no picture", bytes(range(256)) * 300, b""]
         with Client(self.server.port) as program:
             for number, content in enumerate(contents):
+                name = f"file {number}, {len(content):,} bytes"
                 self.tab.run(f"sendFiles([{FILE}])", base64.b64encode(content).decode(), f"file {number}")
-            self.assertEqual([program.read() for _ in contents], contents)
+                self.assertEqual(program.read(), name)
+                self.assertEqual(program.read(), content)
         self.tab.wait_for_messages(4)
-        expected = ["pdf, 12 bytes", "png, 17 bytes", "binary, 76,800 bytes", "binary, 0 bytes"]
-        self.assertEqual(self.tab.messages(".mine"), expected)
+        expected = ["file 0, 12 bytes", "file 1, 17 bytes", "file 2, 76,800 bytes", "file 3, 0 bytes"]
+        self.wait(lambda: self.tab.messages(".mine") == expected, "the files with their names")
         self.assertEqual(self.tab.run("return Array.from(arguments[0], k => kindOf(Uint8Array.from(k, c => "
             "c.charCodeAt(0))) ?? 'bin').join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
             "jpg,gif,zip,bin,webp")  # fmt: skip
@@ -235,7 +234,7 @@ class Sharing(PageTestCase):
         self.tab.send("last")
         self.serve(port=self.server.port)
         self.tab.wait_for_messages(3, 40)
-        self.assertEqual(self.tab.messages(".mine"), ["first", "zip, 4 bytes", "last"])
+        self.assertEqual(self.tab.messages(".mine"), ["first", "some.zip, 4 bytes", "last"])
 
     def test_links(self) -> None:
         """http and https alone; the text around them stays as it is."""
@@ -277,7 +276,7 @@ class Settings(PageTestCase):
         self.assertFalse(tab.shows("#name"))
         tab.send("hello")
         tab.wait_for_messages(2)
-        self.assertEqual(tab.messages(".mine"), ["before", "Ann: hello"])
+        self.assertEqual(tab.messages(".mine"), ["before", "hello"])
         tab.reload()
         tab.wait_for_state("connected")
         self.assertEqual(tab.run("return name"), "Ann")
@@ -392,7 +391,7 @@ class Accessibility(PageTestCase):
         self.assert_accessible(tab, "in use")
         server.stop()
         tab.wait_for_state("offline")
-        tab.run("submit('lost', UNCONFIRMED); submit('x', 'not delivered: message too big'); submit('waits')")
+        tab.run("submit('lost', 'unconfirmed'); submit('x', 'refused', '', 'message too big'); submit('waits')")
         self.assert_accessible(tab, "offline")
 
     def test_axe(self) -> None:
@@ -427,12 +426,12 @@ class Accessibility(PageTestCase):
         for coarse, expected in ((False, "draft"), (True, "scroller")):
             tab.run("window.matchMedia = query => ({ matches: arguments[0] && query === '(pointer: coarse)' })".replace(
                 "arguments[0]", str(coarse).lower()))  # fmt: skip
-            tab.run("drop('moved'); retryAt = Infinity; retry.focus()")
+            tab.run("connection.drop('moved'); connection.retryAt = Infinity; retry.focus()")
             self.assertEqual(tab.run(focus), "retry")
             tab.run("retry.click()")
             self.assertEqual(tab.run(focus), expected)
             tab.wait_for_state("connected")
-            tab.run("submit('x', 'not delivered: message too big'); outbox.querySelector('button:last-child').focus();"
+            tab.run("submit('x', 'refused'); outbox.querySelector('button:last-child').focus();"
                     "outbox.querySelector('button:last-child').click()")  # fmt: skip
             self.assertEqual(tab.run(focus), expected)
 

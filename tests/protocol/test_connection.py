@@ -104,6 +104,18 @@ class Order(ConnectionTestCase):
             self.flush_all()
             self.assertEqual(self.pipe.stream, expected)
 
+    def test_nothing_waits_any_more(self) -> None:
+        """A client that nothing waits for has no list of its own: most have nothing."""
+        self.keep(b"Hello")
+        self.assertIsNot(self.connection.pieces, pywebsock.NOTHING)
+        self.flush_all()
+        self.assertIs(self.connection.pieces, pywebsock.NOTHING)
+
+    def test_the_pong(self) -> None:
+        """It goes out once."""
+        self.connection.pong = b"pong"
+        self.assertEqual([self.connection.take_pong(), self.connection.take_pong()], [b"pong", b""])
+
     def test_errors(self) -> None:
         """What the socket raises comes out, but that it is full."""
         for error in (ConnectionResetError(), BrokenPipeError()):
@@ -133,6 +145,20 @@ class Cost(ConnectionTestCase):
         self.keep(bytes(4_000_000), sent=1000)
         self.assertLess(peak_memory(lambda: self.flush(EVERYTHING)), 1_000_000)
         self.assertEqual(self.connection.size, 0)
+
+    def test_a_large_piece_among_others(self) -> None:
+        """Neither where others follow it, nor where a short one comes before it."""
+        for pieces in ((bytes(4_000_000), b"more"), (b"short", bytes(4_000_000))):
+            self.setUp()
+            self.keep(*pieces)
+            self.assertLess(peak_memory(lambda: self.flush(EVERYTHING)), 1_000_000)
+            self.assertEqual(len(self.pipe.stream), sum(map(len, pieces)))
+
+    def test_a_few_sends(self) -> None:
+        """None of which is much longer than SEND_SIZE."""
+        self.keep(*[b"x" * 100] * 2000)
+        self.flush_all()
+        self.assertLess(max(map(len, self.pipe.taken)), 2 * SEND_SIZE)
 
     def test_many_short_pieces(self) -> None:
         """A thousand messages are a few sends."""
@@ -170,6 +196,27 @@ class Quick(ConnectionTestCase):
         self.keep(bytes(100))
         self.assertTrue(self.wait(QUICK_TIME / 2))
         self.assertFalse(self.wait(QUICK_TIME / 2))
+
+    def test_how_long(self) -> None:
+        """For three quarters of QUICK_TIME, and no second time by what it does not take."""
+        self.now += 4.01 * QUICK_TIME
+        self.keep(bytes(100))
+        self.assertTrue(self.wait(0.7 * QUICK_TIME))
+        self.assertFalse(self.wait(0.1 * QUICK_TIME))
+        self.keep(bytes(100))
+        self.assertFalse(self.wait(0))
+
+    def test_joined_a_moment_ago(self) -> None:
+        self.now += 3.99 * QUICK_TIME
+        self.keep(bytes(100))
+        self.assertFalse(self.wait(0))
+
+    def test_one_flush(self) -> None:
+        """What the system takes at once may be its own buffer."""
+        self.keep(*[bytes(SEND_SIZE)] * 2 * SENDS_AT_ONCE)
+        self.flush(EVERYTHING)
+        self.assertGreater(self.connection.size, 0)
+        self.assertFalse(self.wait(0))
 
     def test_just_joined(self) -> None:
         """It has shown nothing yet."""

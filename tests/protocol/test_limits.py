@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import unittest
 
 from pywebsock import Budget, Pace
+from tests.tools.support import in_thread
 
 
 class TokenBucket(unittest.TestCase):
@@ -83,6 +85,20 @@ class SharedBytes(unittest.TestCase):
         ):
             budget.give_back(back)
             self.assertEqual(budget.take(size), fits, (back, size))
+
+    def test_many_threads(self) -> None:
+        """All that is given back is there again."""
+        budget = Budget(10)
+
+        def take() -> None:
+            for _ in range(2000):
+                if budget.take(3):
+                    budget.give_back(3)
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(in_thread(take))
+        self.assertEqual([budget.take(10), budget.take(1)], [True, False])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import unittest.mock
 import pywebsock
 from tests.tools import faults, load
 from tests.tools.support import (
+    DEADLINE,
+    IS_WINDOWS,
     PING,
     PONG,
     ROOT,
@@ -29,6 +32,7 @@ from tests.tools.support import (
 class Exhaustion(ServerTestCase):
     """Where the process has no more file descriptors or threads, others are not disturbed."""
 
+    @unittest.skipIf(IS_WINDOWS, "Windows has no limit of descriptors")
     def test_file_descriptors(self) -> None:
         """New connections wait, with no busy loop and few lines in the log; they are served when others have gone."""
         require(pathlib.Path("/proc/self/stat").exists(), "/proc")
@@ -77,7 +81,7 @@ class Exhaustion(ServerTestCase):
 
 # What a server might change of the process that it is a part of.
 HOST = r"""
-import ctypes, logging, socket, sys, threading, resource
+import logging, socket, sys, threading
 import pywebsock
 def settings():
     logger = logging.getLogger("pywebsock")
@@ -108,6 +112,52 @@ class Host(ServerTestCase):
             [sys.executable, "-c", HOST], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
         )
         self.assertEqual((ended.stdout, ended.stderr), ("3.0\n", ""))
+
+
+# A server is made, then children serve its socket, as prefork servers do; the parent's own copy is closed.
+FORKS = r"""
+import os, signal, sys, pywebsock
+server = pywebsock.BroadcastServer(("127.0.0.1", 0))
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            server.serve_forever(0.01)
+        finally:
+            server.server_close()
+    children.append(child)
+print(server.server_address[1], flush=True)
+sys.stdin.read()
+for child in children:
+    os.kill(child, signal.SIGTERM)
+print([os.waitpid(child, 0)[1] for child in children], flush=True)
+server.server_close()
+"""
+
+
+class Fork(ServerTestCase):
+    """What serves starts with serve_forever(), not with the constructor: so a program may fork in between."""
+
+    def test_children_that_serve(self) -> None:
+        require(getattr(os, "fork", None), "os.fork")
+        command = [sys.executable, "-c", FORKS]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as parent:
+            assert parent.stdout and parent.stdin and parent.stderr
+            port = int(parent.stdout.readline())
+            clients = [Client(port) for _ in range(20)]
+            for number, client in enumerate(clients):
+                client.send(f"from {number}")
+                while client.read() != f"from {number}":  # others of the same child come first
+                    pass
+            for client in clients:
+                client.socket.close()
+            parent.stdin.close()
+            self.assertEqual(parent.stdout.read(), "[0, 0, 0]\n")
+            self.assertEqual(parent.stderr.read(), "")
+            parent.wait(DEADLINE)
 
 
 class Storm(ServerTestCase):

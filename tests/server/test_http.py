@@ -43,10 +43,10 @@ class Page(ServerTestCase):
         self.assertEqual(exchange(port, http("HEAD"))[2], b"")
 
     def test_policy(self) -> None:
-        """That of the page itself, as a header."""
+        """That of the page itself, as a header (whose value is here in lower case)."""
         policy = exchange(self.serve().server_address[1], http("GET"))[1]["content-security-policy"]
         self.assertRegex(policy, "^default-src 'none'; [ -~]*; frame-ancestors 'none'$")
-        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").split()))
+        self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").lower().split()))
 
     def test_http_1_0(self) -> None:
         """Without a Host, which HTTP/1.0 does not require."""
@@ -77,6 +77,7 @@ class Status(ServerTestCase):
         self.assertEqual([figures[name] for name in ("clients", "messages", "bytes")], [1, 2, 8])
         self.assertGreaterEqual(figures["uptime"], 0)
         self.assertLess(figures["uptime"], 60)
+        self.assertIs(figures["read_only"], False)
 
     def test_head(self) -> None:
         status, fields, body = exchange(self.serve().server_address[1], http("HEAD", "/status?x"))

@@ -30,10 +30,11 @@ class Ping(ServerTestCase):
                 self.assertEqual(client.read_frame(), Frame(True, False, PONG, payload))
 
     def test_in_order_with_messages(self) -> None:
+        """A Pong comes behind the messages that came before its Ping."""
         client = self.connect(self.serve(pywebsock.BroadcastServer))
-        client.send_raw(masked_frame(TEXT, b"1") + masked_frame(PING, b"2") + masked_frame(TEXT, b"3"))
-        frames = [client.read_frame() for _ in range(3)]
-        self.assertEqual([(frame.opcode, frame.payload) for frame in frames], [(1, b"1"), (10, b"2"), (1, b"3")])
+        client.send_raw(masked_frame(TEXT, b"1") + masked_frame(PING, b"2"))
+        frames = [client.read_frame() for _ in range(2)]
+        self.assertEqual([(frame.opcode, frame.payload) for frame in frames], [(1, b"1"), (10, b"2")])
 
     def test_not_broadcast(self) -> None:
         server = self.serve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import time
 import typing
 import unittest.mock
 
@@ -11,6 +12,7 @@ import pywebsock
 from tests.tools import faults
 from tests.tools.support import (
     BINARY,
+    DEADLINE,
     DEFLATE,
     PING,
     PONG,
@@ -228,6 +230,8 @@ class HeldBack(ServerTestCase):
             self.assertEqual(other.read_frame(), Frame(True, False, PONG, b"?"))
             other.close()
             self.assertEqual(other.read_close(), (1000, ""))
+            self.assertEqual(len(server._loop.receiver.gate._held_back), 1)
+            server._hooks.wait(0, time.monotonic() + DEADLINE)
             self.assertNotIn(("message", "not yet"), server.heard)
         self.assertEqual(sender.read(), "not yet")
 

@@ -67,19 +67,23 @@ class SlowClients(ServerTestCase):
         self.assertLess(len(read_to_the_end(stuck)), 10)
 
     def test_not_dropped_while_it_moves(self) -> None:
-        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets."""
-        server = self.serve(send_timeout=1, ping_interval=0.5, ping_timeout=0.5)
+        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets; but a stuck one."""
+        server = self.serve(send_timeout=0.6, ping_interval=0.3, ping_timeout=0.3)
         faults.small_buffers(server)
-        slow = self.connect(server, small=True)
-        for _ in range(10):
-            server.broadcast(bytes(10_000))
+        slow, stuck = self.connect(server, small=True), self.connect(server, small=True)
+        messages = [bytes([i]) * 10_000 for i in range(40)]
+        for message in messages:
+            server.broadcast(message)
+        start = time.monotonic()
         received = 0
-        end = time.monotonic() + 2.5  # longer than all timeouts
-        while time.monotonic() < end:
-            received += len(slow.socket.recv(2000))
-            time.sleep(0.05)
-        self.assertLess(received, 101_000)
-        self.assertEqual(len(server.clients), 1)
+        while time.monotonic() < start + 1.5:  # longer than all timeouts together
+            slow.read_some(2000)
+            received += 2000
+            time.sleep(0.02)
+        self.assertLess(received, 200_000)  # it was behind all the time
+        eventually(lambda: len(server.clients) == 1)
+        self.assertEqual([slow.read() for _ in messages], messages)
+        self.assertLess(len(read_to_the_end(stuck)), len(messages))
 
     def test_a_stuck_client_delays_nobody(self) -> None:
         """With many stuck clients the others still get each message at once, and in the order."""

@@ -1,8 +1,16 @@
-"""What Windows does not have is not missed."""
+"""What Windows does not have is not missed: poll(), sends of a part, a shutdown() that wakes readers, SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import selectors
+import signal
+import socket
+import socketserver
+import subprocess
+import time
+import typing
 import unittest
 import unittest.mock
 
@@ -11,22 +19,55 @@ from tests.tools import faults
 from tests.tools.support import (
     CLOSE,
     DEFLATE,
+    IS_WINDOWS,
     PING,
     PONG,
+    Client,
     Frame,
+    Process,
     ServerTestCase,
     eventually,
+    exchange,
     in_thread,
+    request,
 )
+
+SELECT = "import selectors; selectors.DefaultSelector = selectors.SelectSelector"
+
+
+class DeafSocket(socket.socket):
+    """A socket as on Windows: a shutdown() wakes no thread that waits for it; later reads fail."""
+
+    _is_deaf = False
+
+    def shutdown(self, how: int) -> None:
+        """End one side, or both."""
+        if how != socket.SHUT_WR:
+            self._is_deaf = True
+        if how != socket.SHUT_RD:
+            super().shutdown(socket.SHUT_WR)
+
+    def recv(self, *arguments: typing.Any) -> bytes:
+        """As that of Windows."""
+        if self._is_deaf:
+            raise OSError(errno.ESHUTDOWN, "cannot receive after a shutdown")
+        return super().recv(*arguments)
+
+
+def accept(server: socketserver.TCPServer) -> tuple[socket.socket, typing.Any]:
+    """In place of TCPServer.get_request()."""
+    request, address = server.socket.accept()
+    return DeafSocket(fileno=request.detach()), address
 
 
 class Windows(ServerTestCase):
-    """With select() alone, and sends in slices."""
+    """With select() alone, sends in slices, and sockets that are deaf to their own shutdown()."""
 
     def setUp(self) -> None:
         for where, name, value in (
             (pywebsock, "IS_WINDOWS", True),
             (selectors, "DefaultSelector", selectors.SelectSelector),
+            (socketserver.TCPServer, "get_request", accept),
         ):
             patch = unittest.mock.patch.object(where, name, value)
             patch.start()
@@ -64,7 +105,79 @@ class Windows(ServerTestCase):
         for _ in range(40):
             quick.send(bytes(10_000))
             self.assertEqual(quick.read(), bytes(10_000))
-        eventually(lambda: len(server.clients) == 1)
+        eventually(lambda: [told[:2] for told in server.heard if told[0] == "close"] == [("close", 1006)])
+        eventually(lambda: len(server._room.connections) == 1)
+        self.assertEqual(len(server.clients), 1)
+
+    def test_stuck_client_that_closes(self) -> None:
+        """It gets what waits, although it has ended its own side."""
+        server = self.serve()
+        faults.small_buffers(server)
+        quick, slow = self.connect(server), self.connect(server, small=True)
+        messages = [bytes([i]) * 20_000 for i in range(50)]
+        for message in messages:
+            quick.send(message)
+            self.assertEqual(quick.read(), message)
+        slow.socket.shutdown(socket.SHUT_WR)
+        self.assertEqual([slow.read() for _ in messages], messages)
+        self.assertEqual(slow.read_all(), b"")
+        eventually(lambda: len(server._room.connections) == 1)
+
+    def test_silent_client(self) -> None:
+        server = self.serve(ping_interval=0.2, ping_timeout=0.2)
+        client = self.connect(server)
+        self.assertEqual(client.read_frame().opcode, PING)
+        eventually(lambda: server.heard[-1][:2] == ("close", 1006))
+        eventually(lambda: not server._room.size)
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(client.read_all(), b"")
+
+    def test_slow_request(self) -> None:
+        server = self.serve(handshake_timeout=0.3)
+        client = self.connect(server, handshake=False)
+        client.send_raw(request()[:-2])
+        self.assertTrue(client.read_all().startswith(b"HTTP/1.1 408 "))
+        eventually(lambda: not server._room.size)
+
+    def test_too_many_connections(self) -> None:
+        """The oldest that is no client goes, although nothing wakes its thread."""
+        server = self.serve()
+        server._most_connections = 3
+        self.connect(server)
+        waiting = [self.connect(server, handshake=False) for _ in range(2)]
+        eventually(lambda: server._room.size == 3)
+        time.sleep(1.1)  # they have had the time to ask
+        self.connect(server).send("Hello")
+        self.assertEqual(waiting[0].read_all(), b"")
+
+    def test_the_end_of_those_who_do_not_answer(self) -> None:
+        """A client, and a connection that has asked for nothing."""
+        server = self.serve(close_timeout=1.5)
+        client, waiting = self.connect(server), self.connect(server, handshake=False)
+        eventually(lambda: server._room.size == 2)
+        start = time.monotonic()
+        with in_thread(server.server_close):
+            self.assertEqual(client.read_frame(), Frame(True, False, CLOSE, b"\x03\xe9"))
+            self.assertEqual(waiting.read_all(), b"")
+        self.assertLess(time.monotonic() - start, 4)
+        self.assertEqual(server._room.size, 0)
+        self.assertEqual(server.heard[-1][:2], ("close", 1006))
+
+    def test_closed_while_it_accepts(self) -> None:
+        """Windows cannot wait for a socket that is closed: serve_forever() just returns."""
+        server = pywebsock.BroadcastServer(("127.0.0.1", 0))
+
+        class Selector(selectors.SelectSelector):
+            """As that of Windows, when another thread closes the socket."""
+
+            def select(self, timeout: float | None = None) -> typing.NoReturn:
+                """Fail."""
+                server.socket.close()
+                raise OSError(errno.ENOTSOCK, "not a socket")
+
+        with unittest.mock.patch.object(socketserver, "_ServerSelector", Selector):
+            server.serve_forever(0.01)
+        server.server_close()
 
     def test_the_end(self) -> None:
         server = self.serve()
@@ -74,3 +187,61 @@ class Windows(ServerTestCase):
             client.close(1001)
             self.assertEqual(client.read_all(), b"")
             client.socket.close()
+
+
+class Crowd(ServerTestCase):
+    """As many clients as select() can take on Windows."""
+
+    def test_503(self) -> None:
+        """The next one is told why, and has a place when another has left."""
+        pywebsock.raise_file_limit()
+        with Process(python=() if IS_WINDOWS else faults.changed(SELECT)) as process:
+            clients = []
+            for _ in range(pywebsock.MOST_SELECTED):
+                clients.append(Client(process.port))
+                self.addCleanup(clients[-1].__exit__)
+            status, _, body = exchange(process.port, request())
+            self.assertEqual(status, 503)
+            self.assertIn(b"there are 500 clients already, the most that this system allows (select)", body)
+            clients[0].send("Hello")
+            self.assertEqual([client.read() for client in clients], ["Hello"] * len(clients))
+            clients[0].close()
+            self.assertEqual(clients[0].read_close(), (1000, ""))
+            clients[0].socket.close()
+            eventually(lambda: b" 101 " in self.shake_hands(process.port))
+            for client in clients:
+                client.socket.close()
+
+    def shake_hands(self, port: int) -> bytes:
+        """The answer to one more client."""
+        client = Client(port, handshake=False)
+        self.addCleanup(client.__exit__)
+        client.send_raw(request())
+        return client.read_head()
+
+
+# A signal of its own when its standard input ends: Wine cannot send one to another process.
+RAISE = """if 1:
+    import signal, sys, threading
+    def wait():
+        sys.stdin.read()
+        signal.raise_signal({number})
+    threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+class Break(ServerTestCase):
+    """Ctrl-Break on Windows, and SIGTERM elsewhere: 1001 to everybody."""
+
+    def test_break(self) -> None:
+        number = int(getattr(signal, "SIGBREAK", signal.SIGTERM))
+        python = faults.changed(RAISE.format(number=number))
+        with Process(python=python, stdin=subprocess.PIPE) as process, Client(process.port) as client:
+            assert process.stdin
+            process.stdin.close()
+            self.assertEqual(client.read_frame(), Frame(True, False, CLOSE, b"\x03\xe9"))
+            client.close(1001)
+            client.socket.close()
+            self.assertEqual(process.wait(), 0)
+        self.assertIn("stopping", process.log())
+        self.assertNotIn("Traceback", process.log())

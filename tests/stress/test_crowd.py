@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
 import statistics
 import time
+import typing
 
 from tests.tools import load, support
-from tests.tools.stress import QUIET, StressTestCase, quantiles
+from tests.tools.stress import QUIET, StressTestCase, heavy, quantiles
 
 
+@heavy
 class Idle(StressTestCase):
     """Where there is nothing to do, nothing is done."""
 
     def test_idle_clients_and_a_stuck_one(self) -> None:
         server = self.serve()
-        clients = self.loaded(server)
+        clients = self.clients(server)
         clients.join(500)
         (stuck,) = clients.join(1, small=True)
         (pusher,) = clients.join(1)
@@ -30,6 +33,37 @@ class Idle(StressTestCase):
         self.assertEqual(self.number(server), 502)
         self.assertLess(max(idle, waiting), 0.03)
 
+    def test_many(self) -> None:
+        """15,000 of them."""
+        server = self.serve("--max-clients", "20000")
+        crowd = self.crowd(server)
+        self.check_memory(server, 15_000, 4.0, crowd.join)
+        with support.Client(server.port) as client:
+            client.send("hello, all")
+            self.assertEqual(client.read(), "hello, all")
+        for one in crowd.sockets:
+            self.assertIn(b"hello, all", one.recv(1000))
+
+    def test_many_with_tls(self) -> None:
+        server = self.serve(tls=True)
+        clients = self.clients(server)
+        self.check_memory(server, 1000, 32.0, functools.partial(clients.join, tls=True))
+
+    def check_memory(
+        self, server: support.Process, number: int, most: float, join: typing.Callable[[int], object]
+    ) -> None:
+        """So many clients join, each of which may take so many KB, and no thread."""
+        join(200)  # what the first ones take others use again
+        support.eventually(lambda: load.threads(server.pid) == 2, "threads of handshakes are left")
+        before, start = load.memory(server.pid), time.monotonic()
+        join(number - 200)
+        seconds = time.monotonic() - start
+        support.eventually(lambda: load.threads(server.pid) == 2, "threads of handshakes are left")
+        each = (load.memory(server.pid) - before) * 1000 / (number - 200)
+        self.report(f"{number} idle clients: {each:.1f} KB each, after {seconds:.1f} s")
+        self.assertEqual(self.number(server), number)
+        self.assertLess(each, most, "KB of an idle client")
+
     def measure(self, server: support.Process, clients: load.Load) -> float:
         """How much of a core it uses."""
         used = load.cpu(server.pid)
@@ -37,6 +71,7 @@ class Idle(StressTestCase):
         return (load.cpu(server.pid) - used) / 3
 
 
+@heavy
 class Churn(StressTestCase):
     """Joining, leaving and being reset while messages flow."""
 
@@ -44,9 +79,9 @@ class Churn(StressTestCase):
 
     def test_everyone_sees_one_unbroken_run(self) -> None:
         server = self.serve(*QUIET)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         senders = self.pace(clients, 3, self.SIZE, 150)
-        watcher, everything = self.watch(clients)
+        watcher, everything = self.listen(clients)
         clients.run(lambda: watcher.open)
         crowd: dict[load.Peer, tuple[bytearray, float]] = {}
         kept: list[bytearray] = []
@@ -61,7 +96,7 @@ class Churn(StressTestCase):
                 if not peer.ended:
                     leave(peer, chance)
             for _ in range(min(20, 250 - len(crowd))):
-                peer, stream = self.watch(clients)
+                peer, stream = self.listen(clients)
                 crowd[peer] = stream, now + chance.choice((0.0, 0.02, 0.3, 2.0)) * chance.random()
 
         clients.run_for(15, come_and_go)
@@ -76,7 +111,7 @@ class Churn(StressTestCase):
         self.assertGreater(checked, 300)
         self.assertGreater(len(kept), 1000)
 
-    def watch(self, clients: load.Load) -> tuple[load.Peer, bytearray]:
+    def listen(self, clients: load.Load) -> tuple[load.Peer, bytearray]:
         """A client that keeps what it gets."""
         peer, stream = clients.start(), bytearray()
         peer.take = stream.extend
@@ -109,13 +144,14 @@ def leave(peer: load.Peer, chance: random.Random) -> None:
         peer.send(load.frame(b"\x03\xe8", 8))
 
 
+@heavy
 class Push(StressTestCase):
     """One sender as fast as it can."""
 
     def test_everything_arrives(self) -> None:
         size, megabytes = 65000, int(os.environ.get("PYWEBSOCK_PUSH", "1000"))
         server = self.serve(*QUIET)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         streams = [load.Stream(size) for _ in range(3)]
         for peer, stream in zip(clients.join(3), streams):
             peer.take = stream.take
@@ -145,13 +181,14 @@ class Push(StressTestCase):
         self.assertGreater(len(chat.stream.delays), 10)
 
 
+@heavy
 class Fairness(StressTestCase):
     """No client is starved by serving the others."""
 
     def check(self, number: int, seconds: float) -> None:
         """All send flat out, the next message when the last has come back."""
         server = self.serve(*QUIET)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         senders = [load.Sender(peer, i, 64, at_once=1) for i, peer in enumerate(clients.join(number))]
         for sender in senders:
             sender.go_on()

@@ -8,16 +8,17 @@ import pathlib
 import typing
 
 from tests.tools import faults, load
-from tests.tools.stress import QUIET, StressTestCase, go_on, quantiles
+from tests.tools.stress import QUIET, StressTestCase, go_on, heavy, quantiles
 
 
+@heavy
 class Exhaustion(StressTestCase):
     """Out of file descriptors, threads, memory: others do not notice, and it passes."""
 
-    def check(self, code: str, line: str, refused: bool) -> None:
-        """200 connections, many more than there can be."""
+    def check(self, code: str, line: str) -> None:
+        """200 clients, many more than there can be."""
         server = self.serve(*QUIET, code=code)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         chat = self.chat(clients)
         clients.run_for(0.2, go_on(chat))
         crowd = [clients.start() for _ in range(200)]
@@ -43,11 +44,6 @@ class Exhaustion(StressTestCase):
         self.check_leaving(clients, next(peer for peer in crowd if peer.open))
         for peer in [peer for peer in crowd if peer.open]:
             peer.reset()
-        if refused:
-            for peer in crowd:
-                peer.reset()
-            clients.run(lambda: load.threads(server.pid) <= 2 + len(chat))
-            crowd = [clients.start() for _ in range(20)]
         clients.run(lambda: sum(peer.open and not peer.ended for peer in crowd) >= 20)
 
     def check_leaving(self, clients: load.Load, peer: load.Peer) -> None:
@@ -59,10 +55,13 @@ class Exhaustion(StressTestCase):
         self.assertEqual(bytes(stream), b"\x88\x02\x03\xe8")
 
     def test_file_descriptors(self) -> None:
-        self.check(faults.few_files(64), "cannot accept", refused=False)
+        self.check(faults.few_files(64), "cannot accept")
 
     def test_threads(self) -> None:
-        """The limit of threads is one of a user, and does not bind root: the server becomes a user with no others."""
+        """Connections that say nothing have a thread each, and those behind them must wait for one.
+
+        The limit of threads is one of a user, and does not bind root: the server becomes a user with no others.
+        """
         busy = 0 if os.getuid() == 0 else sum(load.threads(pid) for pid in processes(os.getuid()))
         code = (
             "import os, resource\n"
@@ -72,7 +71,27 @@ class Exhaustion(StressTestCase):
             f"    resource.setrlimit(resource.RLIMIT_NPROC, ({busy + 60},) * 2)\n"
             "pywebsock.BroadcastServer.server_activate = activate"
         )
-        self.check(code, "start new thread", refused=True)
+        server = self.serve(*QUIET, code=code + "\npywebsock.BroadcastServer.handshake_timeout = 3")
+        clients = self.clients(server)
+        chat = self.chat(clients)
+        clients.run_for(0.2, go_on(chat))
+        silent = [clients.start(raw=b"") for _ in range(200)]
+        clients.run_for(2, go_on(chat))
+        most = load.threads(server.pid)
+        late = [clients.start() for _ in range(20)]
+        clients.run(lambda: all(peer.ended for peer in silent), 15, go_on(chat))
+        late += [clients.start() for _ in range(20)]
+        clients.run(lambda: all(peer.open or peer.ended for peer in late), 15, go_on(chat))
+        self.settle(clients, chat)
+        delays = [delay for sender in chat for delay in sender.stream.delays]
+        got_in = sum(peer.open for peer in late)
+        lines = server.log().count("start new thread")
+        self.report(f"{most} threads, {got_in} of 40 got in later, {lines} lines; others: {quantiles(delays)}")
+        self.assertGreater(most, 40)
+        self.assertGreaterEqual(got_in, 20)
+        self.assertGreaterEqual(lines, 1)
+        self.assertLessEqual(server.log().count("\n"), 65, server.log())
+        self.assertLess(max(delays), 0.5)
 
     def test_memory_for_one_message(self) -> None:
         """So little address space is left that long messages find no memory."""
@@ -81,7 +100,7 @@ class Exhaustion(StressTestCase):
             "resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)"
         )
         server = self.serve(*QUIET, "--max-message", "256M", code=code)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         chat = self.chat(clients)
         clients.run_for(0.2, go_on(chat))
         long = load.frame(bytes(200 << 20))

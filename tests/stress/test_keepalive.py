@@ -9,9 +9,10 @@ import time
 import typing
 
 from tests.tools import faults, support
-from tests.tools.stress import StressTestCase, go_on
+from tests.tools.stress import StressTestCase, go_on, heavy
 
 
+@heavy
 class Keepalive(StressTestCase):
     """Who is not there any more is dropped in the stated time."""
 
@@ -47,7 +48,7 @@ class Keepalive(StressTestCase):
 
     def stop_in_company(self, server: support.Process, why: str, least: float, most: float, size: int) -> None:
         """A process is stopped while messages flow; the others stay."""
-        clients = self.loaded(server)
+        clients = self.clients(server)
         senders = self.pace(clients, 2, size, 100)
         process = self.listener(server)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 
 from tests.tools import load
-from tests.tools.stress import QUIET, StressTestCase, go_on
+from tests.tools.stress import QUIET, StressTestCase, go_on, heavy
 
 
+@heavy
 class Limits(StressTestCase):
     """--rate, --max-clients and --history under load."""
 
     def test_rate(self) -> None:
         server = self.serve(*QUIET, "--rate", "50")
-        clients = self.loaded(server)
+        clients = self.clients(server)
         senders = [load.Sender(peer, i, 64) for i, peer in enumerate(clients.join(10))]
         start = time.monotonic()
         for sender in senders:
@@ -28,20 +29,20 @@ class Limits(StressTestCase):
     def test_rate_and_gone(self) -> None:
         """Who has left with much unsaid keeps nothing."""
         server = self.serve(*QUIET, "--rate", "20")
-        clients = self.loaded(server)
+        clients = self.clients(server)
         (sender,) = self.pace(clients, 1, 64, 10)
-        before = load.threads(server.pid), load.files(server.pid)
+        before = load.files(server.pid)
         (gone,) = clients.join(1)
         gone.send(b"".join([load.numbered(9, number, 64) for number in range(800)]))
         clients.run(lambda: sender.stream.next.get(9) or sender.stream.messages > 2, meanwhile=sender.go_on)
         start = time.monotonic()
         gone.reset()
-        clients.run(lambda: (load.threads(server.pid), load.files(server.pid)) == before, 5, sender.go_on)
-        self.report(f"thread and descriptor free after {time.monotonic() - start:.2f} s")
+        clients.run(lambda: load.files(server.pid) == before, 5, sender.go_on)
+        self.report(f"descriptor free after {time.monotonic() - start:.2f} s")
 
     def test_max_clients(self) -> None:
         server = self.serve(*QUIET, "--max-clients", "50")
-        clients = self.loaded(server)
+        clients = self.clients(server)
         chat = self.chat(clients)
         for _ in range(3):
             crowd = [clients.start() for _ in range(200)]
@@ -59,7 +60,7 @@ class Limits(StressTestCase):
     def test_history(self) -> None:
         """Each new client gets the last hundred messages first, then all that follow."""
         server = self.serve(*QUIET, "--history", "100")
-        clients = self.loaded(server)
+        clients = self.clients(server)
         senders = self.pace(clients, 3, 40, 300)
         clients.run_for(0.5, go_on(senders))
         joiners: list[tuple[load.Peer, load.Stream]] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 from tests.tools import load
-from tests.tools.stress import QUIET, StressTestCase
+from tests.tools.stress import QUIET, StressTestCase, heavy
 
 
+@heavy
 class Order(StressTestCase):
     """One order for all, whoever sends how much."""
 
@@ -16,7 +17,7 @@ class Order(StressTestCase):
         seconds = float(os.environ.get("PYWEBSOCK_STRESS", "12"))
         server = self.serve(*QUIET)
         for number, at_once, size in ((100, 1, 64), (30, 32, 64), (10, 8, 30_000)):
-            clients = self.loaded(server)
+            clients = self.clients(server)
             joined = enumerate(clients.join(number))
             senders = [load.Sender(peer, i, size, at_once=at_once) for i, peer in joined]
             for sender in senders:

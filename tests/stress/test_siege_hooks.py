@@ -1,6 +1,6 @@
 """Hooks that reject, hooks that raise anything at all, and a memory that is out wherever it can be.
 
-Light tests, for the basic run, and the same in a busy room: PYWEBSOCK_TESTS=siege, or everything.
+Light tests, for the basic run, and the same in a busy room: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import typing
 
 import pywebsock
-from tests.tools import load, siege, support
+from tests.tools import load, stress, support
 
 REJECTED = 100
 LARGE = load.frame(bytes(5_000_000))  # more than a socket takes at once
@@ -52,7 +52,7 @@ class ClosedTest(support.ServerTestCase):
         self.assertEqual(heard, collections.Counter(expected * REJECTED))
 
     def talk(self, server: Gate) -> None:
-        """Keep the turn busy: threads that say something large again and again, to some clients."""
+        """Keep the loop busy: clients that send again and again, as soon as they have heard."""
         listeners = load.Load(server.server_address[1])
         talkers = [load.Sender(peer, i, 4000, at_once=8) for i, peer in enumerate(listeners.join(20, target="/talker"))]
         server.heard.clear()
@@ -78,7 +78,7 @@ class ClosedTest(support.ServerTestCase):
     def test_in_on_open(self) -> None:
         self.check(self.serve(Gate), support.request(target="/rejected") + self.TEXTS, [])
 
-    @siege.heavy
+    @stress.heavy
     def test_in_on_open_of_a_busy_room(self) -> None:
         server = self.serve(Gate)
         self.talk(server)
@@ -175,7 +175,7 @@ class AnythingTest(support.ServerTestCase):
 
 # With SIGUSR1, the server is out of memory a few times in each of these places.
 SHORTAGE = """
-import selectors, signal, socket
+import selectors, signal, socket, threading
 def failing(owner, name):
     act, left = getattr(owner, name), [0]
     def once(*arguments):
@@ -201,18 +201,18 @@ signal.signal(signal.SIGUSR1, strike)
 """
 
 
-@siege.heavy
-class ShortageTest(siege.SiegeTestCase):
+@stress.heavy
+class ShortageTest(stress.StressTestCase):
     """A MemoryError must not be the end, wherever it strikes."""
 
     def check(self, *places: str, times: int = 3) -> None:
         failing = [f"failing({place.rpartition('.')[0]}, {place.rpartition('.')[2]!r})" for place in places]
         code = SHORTAGE.format(places=f"places = [{', '.join(failing)}]", times=times)
-        server = self.serve(code=code)
+        server = self.serve(code=code, failing=True)
         os.kill(server.pid, signal.SIGUSR1)
         for _ in range(3 * times + 3):  # some of them are lost
             with contextlib.suppress(EOFError, ConnectionError), support.Client(server.port, small=True) as lost:
-                lost.send_raw(LARGE)  # what they do not read at once is the housekeeper's
+                lost.send_raw(LARGE)  # they do not read all of it at once
                 lost.read()
         with support.Client(server.port) as client, support.Client(server.port, small=True) as other:
             other.send_raw(LARGE)
@@ -224,24 +224,31 @@ class ShortageTest(siege.SiegeTestCase):
         self.assertNotIn("Exception in thread", server.log())
         self.assertNotIn("Unhandled exception", server.log())
 
-    def test_housekeeper(self) -> None:
-        self.check("Selector.select", times=1)
+    def test_select(self) -> None:
+        self.check("Selector.select")
 
     def test_alarm(self) -> None:
-        """What wakes the housekeeper."""
-        self.check("Alarm.recv", times=1)
+        """What wakes the loop."""
+        self.check("Alarm.recv")
 
     def test_recv(self) -> None:
         self.check("socket.socket.recv")
 
-    def test_backlog(self) -> None:
-        self.check("Selector.register")
+    def test_send(self) -> None:
+        self.check("socket.socket.send")
+
+    def test_selector(self) -> None:
+        self.check("Selector.register", "Selector.modify", "Selector.unregister")
 
     def test_accept(self) -> None:
         self.check("socket.socket.accept")
 
     def test_start_of_a_thread(self) -> None:
         self.check("pywebsock.start_new_thread")
+
+    def test_start_of_a_worker(self) -> None:
+        """The log needs one, and hooks do."""
+        self.check("threading.Thread.start")
 
     def test_close(self) -> None:
         self.check("socket.socket.shutdown", "socket.socket.close", "socket.socket.setsockopt")

@@ -1,6 +1,6 @@
 """What strangers can make the server remember: unfinished messages and bodies, backlogs, histories; who waits for whom.
 
-Heavy: PYWEBSOCK_TESTS=siege, or everything.
+Heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import os
 import time
 
-from tests.tools import load, siege, support
+from tests.tools import load, stress, support, witness
 
 BOMB = 16 * 1024 * 1024 - 1  # bytes that one may keep unfinished
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
@@ -31,11 +31,11 @@ def fragment() -> bytes:
     return support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
 
 
-@siege.heavy
-class UnfinishedTest(siege.SiegeTestCase):
+@stress.heavy
+class UnfinishedTest(stress.StressTestCase):
     """What has begun and does not end."""
 
-    def hold(self, besieged: siege.Siege, clients: load.Load, what: str, number: int) -> None:
+    def hold(self, besieged: stress.Siege, clients: load.Load, what: str, number: int) -> None:
         """The attackers have sent all that they will, or were turned away; they stay as long as they may."""
         clients.run_for(3)
         held = len(clients.peers)
@@ -84,8 +84,8 @@ class UnfinishedTest(siege.SiegeTestCase):
         self.hold(besieged, clients, "200 POSTs without their last byte", 200)
 
 
-@siege.heavy
-class StuckTest(siege.SiegeTestCase):
+@stress.heavy
+class StuckTest(stress.StressTestCase):
     """Clients that do not read."""
 
     def test_tls(self) -> None:
@@ -116,9 +116,9 @@ class StuckTest(siege.SiegeTestCase):
         clients.__exit__()
         self.withstand(besieged, "80 joiners who do not read 16 MB of history")
 
-    def push(self, besieged: siege.Siege, size: int, pace: float) -> siege.Pusher:
+    def push(self, besieged: stress.Siege, size: int, pace: float) -> witness.Pusher:
         """A client of it that sends so many bytes a second."""
-        pusher = siege.Pusher(besieged.port, size, pace)
+        pusher = witness.Pusher(besieged.port, size, pace)
         self.addCleanup(pusher.end)
         return pusher
 

@@ -1,6 +1,6 @@
 """What else strangers do: they all ask, knock, shout, leave half, and read nothing, and somebody honest is in between.
 
-Heavy: PYWEBSOCK_TESTS=siege, or everything.
+Heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import socket
 import time
 import typing
 
-from tests.tools import load, siege, support
+from tests.tools import load, stress, support
 
 DEFLATE = "permessage-deflate"
 
 
-@siege.heavy
-class CrowdedTest(siege.SiegeTestCase):
+@stress.heavy
+class CrowdedTest(stress.StressTestCase):
     """More than fit."""
 
     def test_join_past_the_silent(self) -> None:
@@ -41,7 +41,7 @@ class CrowdedTest(siege.SiegeTestCase):
         """Connections that say nothing, from as many addresses as it takes."""
         besieged = self.besiege()
         crowd = self.crowd(besieged)
-        number = min(20_000, siege.descriptors() - 500)
+        number = min(20_000, stress.descriptors() - 500)
         for i in range(0, number, 5000):
             crowd.connect(min(5000, number - i), f"127.0.0.{i // 5000 + 2}")
         self.watch(besieged, f"{number} connected", 1.0)
@@ -84,12 +84,12 @@ class CrowdedTest(siege.SiegeTestCase):
         return lambda: peer.send(b"\xff\xff")
 
 
-@siege.heavy
-class BusyTest(siege.SiegeTestCase):
+@stress.heavy
+class BusyTest(stress.StressTestCase):
     """What keeps the interpreter busy."""
 
     def test_tiny_fragments_in_a_crowd(self) -> None:
-        """Of thousands of threads nobody may have the interpreter for long."""
+        """Nobody may have the loop for long."""
         besieged = self.besiege()
         crowd, clients = self.crowd(besieged), self.clients(besieged)
         crowd.join(1000)
@@ -117,7 +117,7 @@ class BusyTest(siege.SiegeTestCase):
         self.flood(besieged, clients, peers, support.masked_frame(9, b"x" * 125) * 2000)
         self.withstand(besieged, "ten who ping and do not read")
 
-    def flood(self, besieged: siege.Siege, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes) -> None:
+    def flood(self, besieged: stress.Siege, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes) -> None:
         """As much as they can send, for three seconds."""
         besieged.witness.figures()
 
@@ -158,8 +158,8 @@ class BusyTest(siege.SiegeTestCase):
         self.withstand(besieged, "four messages of 15 MiB for seven windows", 1.0)
 
 
-@siege.heavy
-class HalfTest(siege.SiegeTestCase):
+@stress.heavy
+class HalfTest(stress.StressTestCase):
     """Those who do not do their part."""
 
     def test_half_closed(self) -> None:
@@ -169,14 +169,14 @@ class HalfTest(siege.SiegeTestCase):
         crowd.join(1000)
         for one in crowd.sockets:
             one.shutdown(socket.SHUT_WR)
-        self.withstand(besieged, "1,000 half-closed clients", within=siege.CLOSE_TIMEOUT + 3)
+        self.withstand(besieged, "1,000 half-closed clients", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_answers_that_nobody_reads(self) -> None:
         besieged = self.besiege()
         crowd = self.crowd(besieged)
         crowd.connect(1000)
         crowd.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
-        self.withstand(besieged, "1,000 pages that nobody reads", within=siege.CLOSE_TIMEOUT + 3)
+        self.withstand(besieged, "1,000 pages that nobody reads", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_pipelined(self) -> None:
         """A handshake, a Close, and 20 handshakes behind it."""
@@ -184,7 +184,7 @@ class HalfTest(siege.SiegeTestCase):
         crowd = self.crowd(besieged)
         crowd.connect(500)
         crowd.send(support.request() + support.masked_frame(8, b"\x03\xe8") + support.request() * 20)
-        self.withstand(besieged, "500 that pipeline handshakes", within=siege.CLOSE_TIMEOUT + 3)
+        self.withstand(besieged, "500 that pipeline handshakes", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_dribbled_bodies(self) -> None:
         """POSTs that send a byte now and then have their time, and no more."""
@@ -195,7 +195,7 @@ class HalfTest(siege.SiegeTestCase):
         for _ in range(12):
             crowd.send(b"x")
             time.sleep(1)
-        self.withstand(besieged, "300 POSTs of a byte a second", within=siege.CLOSE_TIMEOUT + 3)
+        self.withstand(besieged, "300 POSTs of a byte a second", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_resets_in_each_phase(self) -> None:
         """A reset after each number of bytes of a handshake and a message."""

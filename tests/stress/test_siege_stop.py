@@ -1,6 +1,6 @@
 """SIGTERM in the middle of each attack: 0, and 1001 for everybody who listens, within the close timeout.
 
-Heavy: PYWEBSOCK_TESTS=siege, or everything.
+Heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import threading
 import time
 import typing
 
-from tests.tools import load, siege, stress, support
+from tests.tools import load, stress, support, witness
 
 HONEST = 20  # clients that listen
 CLOSE_TIMEOUT = 1.0
 
 
-@siege.heavy
-class StopTest(siege.SiegeTestCase):
+@stress.heavy
+class StopTest(stress.StressTestCase):
     """Each test begins an attack, lets it go on, and stops the server."""
 
     def begin(self, *arguments: str, code: str = "") -> None:
         """A server with its witness, some idle honest clients, and attackers to come."""
         code += f"pywebsock.BroadcastServer.close_timeout = {CLOSE_TIMEOUT}\n"  # or this would take minutes
         self.besieged = self.besiege(*arguments, code=code)
-        self.honest = siege.Listeners(self.besieged.port, HONEST)
+        self.honest = witness.Listeners(self.besieged.port, HONEST)
         self.addCleanup(self.honest.kill)
         self.crowd_of_attackers = self.crowd(self.besieged)
         self.attackers = self.clients(self.besieged)
@@ -118,7 +118,7 @@ class StopTest(siege.SiegeTestCase):
     def test_stuck(self) -> None:
         """Clients that do not read, in a fast room."""
         self.begin("--no-compression")
-        pusher = siege.Pusher(self.besieged.port, 65536, 20e6)
+        pusher = witness.Pusher(self.besieged.port, 65536, 20e6)
         self.addCleanup(pusher.end)
         for peer in self.attackers.join(20, small=True):
             peer.stop_reading()
@@ -150,7 +150,7 @@ class StopTest(siege.SiegeTestCase):
         closed: list[load.Peer] = []
 
         def take(peer: load.Peer, data: bytes) -> None:
-            if data.endswith(stress.GOING_AWAY):
+            if data.endswith(load.GOING_AWAY):
                 closed.append(peer)
 
         for peer in self.attackers.join(5):

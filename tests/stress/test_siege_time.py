@@ -1,6 +1,6 @@
 """Time: a process that was stopped, clocks that are set, signals that come twice, and all of it under load.
 
-Light tests, for the basic run, and heavy ones: PYWEBSOCK_TESTS=siege, or everything.
+Light tests, for the basic run, and heavy ones: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import threading
 import time
 import unittest
 
-from tests.tools import faults, load, siege, support
-from tests.tools.stress import GOING_AWAY, TROUBLE
+from tests.tools import faults, load, stress, support
+from tests.tools.stress import TROUBLE
 
 # The wall clock, and what a suspended machine does to the monotonic one: SIGUSR1 sets it by so many seconds.
 CLOCK = """
@@ -27,7 +27,7 @@ signal.signal(signal.SIGUSR1, lambda number, frame: offset.__setitem__(0, {secon
 
 
 @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "there is no SIGSTOP")
-class PauseTest(siege.SiegeTestCase):
+class PauseTest(stress.StressTestCase):
     """A pause of the process is nobody's silence: who answers the Ping that comes after it, stays."""
 
     def check(self, ping: float, pause: float, number: int, times: int = 1) -> None:
@@ -60,12 +60,12 @@ class PauseTest(siege.SiegeTestCase):
     def test_longer_than_both_timeouts(self) -> None:
         self.check(0.2, 0.6, 4)
 
-    @siege.heavy
+    @stress.heavy
     def test_again_and_again(self) -> None:
-        """Also for hundreds, of which each has its own thread."""
+        """Also for hundreds."""
         self.check(0.5, 1.5, 200, times=3)
 
-    @siege.heavy
+    @stress.heavy
     def test_while_data_flows(self) -> None:
         """Stopped in the middle of all that it does, again and again: nobody is dropped, nothing is lost."""
         server = self.serve("--ping", "0.5", "--no-compression")
@@ -89,8 +89,8 @@ class PauseTest(siege.SiegeTestCase):
         self.assertEqual((server.stop(), TROUBLE.findall(server.log())), (0, []))
 
 
-@siege.heavy
-class ClockTest(siege.SiegeTestCase):
+@stress.heavy
+class ClockTest(stress.StressTestCase):
     """The wall clock is nobody's timer."""
 
     def serve_with_clock(self, seconds: float, *arguments: str, code: str = "") -> support.Process:
@@ -155,13 +155,13 @@ class ClockTest(siege.SiegeTestCase):
         self.assertEqual(server.stop(), 0)
 
 
-@siege.heavy
-class SignalTest(siege.SiegeTestCase):
+@stress.heavy
+class SignalTest(stress.StressTestCase):
     """SIGTERM and SIGHUP, once or many times, find a busy server: everybody gets 1001, and the end is 0."""
 
     def check(self, *numbers: int, pause: float = 0.0) -> None:
         server = self.serve("--no-compression")
-        crowd, clients = siege.Crowd(server.port), load.Load(server.port)
+        crowd, clients = stress.Crowd(server.port), load.Load(server.port)
         self.addCleanup(crowd.reset)
         self.addCleanup(clients.__exit__)
         crowd.join(300)
@@ -186,13 +186,13 @@ class SignalTest(siege.SiegeTestCase):
                 server.send_signal(number)
                 time.sleep(pause)
             ends = crowd.ends()
-            status = server.wait(siege.CLOSE_TIMEOUT + 2)
+            status = server.wait(stress.CLOSE_TIMEOUT + 2)
         finally:
             thread.join()
         self.report(f"{len(numbers)} signals: {status} after {time.monotonic() - start:.1f} s, {dict(ends)}")
         self.assertEqual(status, 0, server.log()[-3000:])
-        self.assertEqual(dict(ends), {GOING_AWAY: 300})
-        self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
+        self.assertEqual(dict(ends), {load.GOING_AWAY: 300})
+        self.assertEqual({sender.stream.close for sender in senders}, {load.GOING_AWAY})
         self.assertEqual(TROUBLE.findall(server.log()), [], server.log()[-3000:])
 
     def test_term_twice(self) -> None:

@@ -1,6 +1,6 @@
 """TLS as strangers use it: every way to end it at every moment, and handshakes that do not come to an end.
 
-The tests of each ending are quick; the others are heavy: PYWEBSOCK_TESTS=siege, or everything.
+The tests of each ending are quick; the others are heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 import typing
 import unittest
 
-from tests.tools import siege, stress, support
+from tests.tools import stress, support
 
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nthe beginning"
@@ -178,7 +178,7 @@ def notified_and_closed(peer: Records) -> None:
 
 
 def reset(peer: Records) -> None:
-    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, siege.RESET)
+    peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, stress.RESET)
     peer.socket.close()
 
 
@@ -201,7 +201,7 @@ ENDINGS: typing.Sequence[typing.Callable[[Records], None]] = (
 )
 
 
-class TLSTestCase(siege.SiegeTestCase):
+class TLSTestCase(stress.StressTestCase):
     """Tests with peers that have their records in their own hands."""
 
     def peer(self, port: int, version: ssl.TLSVersion) -> Records:
@@ -227,7 +227,7 @@ class EndTest(TLSTestCase):
 
     def test_leave(self) -> None:
         server = self.serve("--quiet", tls=True)
-        gauge = siege.Gauge(server.pid)
+        gauge = stress.Gauge(server.pid)
         for peer in self.end_all(server.port):
             peer.socket.close()
         gauge.relax(2, 0.2)
@@ -237,9 +237,9 @@ class EndTest(TLSTestCase):
             self.assertEqual(client.read(), "still here")
             server.send_signal(signal.SIGTERM)
             self.assertEqual(client.read_frame().payload, b"\x03\xe9")
-        self.assertEqual((server.wait(siege.CLOSE_TIMEOUT + 2), server.log()), (0, ""))
+        self.assertEqual((server.wait(stress.CLOSE_TIMEOUT + 2), server.log()), (0, ""))
 
-    @siege.heavy
+    @stress.heavy
     def test_stay(self) -> None:
         """They end TLS, but not the connection: the server does."""
         besieged = self.besiege(tls=True)
@@ -247,7 +247,7 @@ class EndTest(TLSTestCase):
         # The handshake timeout, the close timeout, and a bit.
         self.withstand(besieged, "every ending, and they stay", within=17)
 
-    @siege.heavy
+    @stress.heavy
     def test_stop_meanwhile(self) -> None:
         """SIGTERM finds them all."""
         besieged = self.besiege(tls=True)
@@ -255,7 +255,7 @@ class EndTest(TLSTestCase):
         self.stop(besieged)
 
 
-@siege.heavy
+@stress.heavy
 class HandshakeTest(TLSTestCase):
     """Every wait in a handshake ends at the handshake timeout."""
 
@@ -307,8 +307,8 @@ class LightHandshakeTest(support.ServerTestCase):
         self.assertTrue(ended, "it is still open")
 
 
-@siege.heavy
-class CommandTest(siege.SiegeTestCase):
+@stress.heavy
+class CommandTest(stress.StressTestCase):
     """Programs that everybody has."""
 
     def run_all(self, *commands: typing.Sequence[str], stdin: bytes = b"") -> None:
@@ -383,11 +383,11 @@ class Library:
         return bool(self._lib.SSL_renegotiate(self._ssl) == 1 and self._lib.SSL_do_handshake(self._ssl) == 1)
 
 
-@siege.heavy
-class LibraryTest(siege.SiegeTestCase):
+@stress.heavy
+class LibraryTest(stress.StressTestCase):
     """KeyUpdates and renegotiations, as quickly as they can be made."""
 
-    def flood(self, besieged: siege.Siege, version: int, what: str, *, before: bytes = b"") -> None:
+    def flood(self, besieged: stress.Siege, version: int, what: str, *, before: bytes = b"") -> None:
         """For three seconds, from a process of its own."""
         child = os.fork()
         if not child:

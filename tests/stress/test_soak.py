@@ -6,9 +6,10 @@ import os
 
 import pywebsock
 from tests.tools import load, soak, support
-from tests.tools.stress import StressTestCase, certificate, go_on
+from tests.tools.stress import StressTestCase, certificate, go_on, heavy
 
 
+@heavy
 class Soak(StressTestCase):
     """Everything at once; the long form is `python -m tests.tools.soak 600`."""
 

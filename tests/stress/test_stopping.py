@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import functools
+import os
+import random
 import signal
 import time
 
 from tests.tools import load, support
-from tests.tools.stress import GOING_AWAY, QUIET, StressTestCase, certificate
+from tests.tools.stress import QUIET, TROUBLE, StressTestCase, heavy
 
 
+@heavy
 class Stopping(StressTestCase):
     """Stopping at the worst moment."""
 
     def check(self, number: int, *, stuck: int, tls: bool = False) -> None:
         """Under full load, with stuck clients and some that are just joining."""
-        cert, context = certificate() if tls else ("", None)
-        server = self.serve(*QUIET, "--max-backlog", "1G", *(("--cert", cert) if tls else ()))
-        clients = self.loaded(server, context)
+        server = self.serve(*QUIET, "--max-backlog", "1G", tls=tls)
+        clients = self.clients(server)
         senders = [load.Sender(peer, i, 2000, at_once=8) for i, peer in enumerate(clients.join(20, tls=tls))]
         for sender in senders:
             sender.go_on()
@@ -53,10 +57,10 @@ class Stopping(StressTestCase):
         self.assertEqual(status, 0, server.log())
         self.assertLess(seconds, 6.5 if stuck else 3)
         self.assertGreater(seconds, 4.5 if stuck else 0)  # it was stuck indeed
-        self.assertEqual({sender.stream.close for sender in senders}, {GOING_AWAY})
+        self.assertEqual({sender.stream.close for sender in senders}, {load.GOING_AWAY})
         self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "not all got all that was queued")
         missed = [
-            peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != GOING_AWAY
+            peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != load.GOING_AWAY
         ]
         self.assertEqual([(peer.ended, peer.received) for peer in missed], [])
         again = self.serve("--port", str(server.port))  # at once
@@ -74,7 +78,7 @@ class Stopping(StressTestCase):
     def test_second_interrupt(self) -> None:
         """Does not wait for anybody."""
         server = support.Process(*QUIET)
-        clients = self.loaded(server)
+        clients = self.clients(server)
         clients.join(20)
         server.send_signal(signal.SIGINT)
         support.eventually(lambda: "stopping" in server.log(), "it does not say that it stops")
@@ -85,6 +89,50 @@ class Stopping(StressTestCase):
         self.report(f"the end after {seconds:.2f} s, status {status}")
         self.assertNotIn("Traceback", server.log())
         self.assertLess(seconds, 1)
+
+    def test_at_random_moments(self) -> None:
+        """Ctrl-C and SIGTERM while clients join and talk: whoever is in gets 1001, and the server ends soon."""
+        chance = random.Random(8)
+        number = int(os.environ.get("PYWEBSOCK_SIGNALS", "500"))
+        worst = 0.0
+        counts: collections.Counter[str] = collections.Counter()
+        for _ in range(number):
+            signal_number = chance.choice((signal.SIGINT, signal.SIGTERM))
+            worst = max(worst, self.stop_at(signal_number, chance.random() * 0.1, counts))
+        self.report(f"{number} signals: the last end after {worst:.2f} s; {dict(counts)}")
+        self.assertGreater(counts["1001"], number)
+
+    def stop_at(self, number: int, moment: float, counts: collections.Counter[str]) -> float:
+        """A server that gets a signal so many seconds after its first client came; how long it takes to end."""
+        server = support.Process("--ping", "0")
+        self.addCleanup(server.kill)
+        clients = self.clients(server)
+        ends: dict[load.Peer, bytes] = {}
+
+        def take(peer: load.Peer, data: bytes) -> None:
+            ends[peer] = (ends[peer] + data)[-4:]
+            if ends[peer] == load.GOING_AWAY:
+                peer.send(load.frame(b"\x03\xe9", 8))
+
+        def join() -> None:
+            for peer in [peer for peer in clients.peers if peer.open]:
+                if not peer.unsent and not ends[peer]:
+                    peer.send(load.frame(b"hello"))
+            if len(ends) < 30:
+                peer = clients.start()
+                ends[peer], peer.take = b"", functools.partial(take, peer)
+
+        clients.run_for(moment, join)
+        server.send_signal(number)
+        start = time.monotonic()
+        clients.run(lambda: not clients.peers)
+        self.assertEqual((server.wait(), TROUBLE.findall(server.log())), (0, []), server.log())
+        inside = [peer for peer in ends if peer.open]
+        self.assertEqual([(peer.ended, ends[peer]) for peer in inside if ends[peer] != load.GOING_AWAY], [])
+        counts["1001"] += len(inside)
+        counts["not in yet"] += len(ends) - len(inside)
+        clients.selector.close()
+        return time.monotonic() - start
 
     def test_at_once_after_the_start(self) -> None:
         for _ in range(20):

@@ -9,21 +9,22 @@ import ssl
 import warnings
 
 from tests.tools import load, support
-from tests.tools.stress import QUIET, StressTestCase, certificate, go_on, quantiles
+from tests.tools.stress import QUIET, StressTestCase, certificate, go_on, heavy, quantiles
 
 
+@heavy
 class TLS(StressTestCase):
     """wss://."""
 
     def test_both_directions_at_once(self) -> None:
-        """Each client's TLS is read in its own thread and written in any."""
-        cert, context = certificate()
+        """All read and write at the same time, with each version."""
+        _, context = certificate()
         seconds = float(os.environ.get("PYWEBSOCK_STRESS", "12"))
-        server = self.serve(*QUIET, "--cert", cert)
+        server = self.serve(*QUIET, tls=True)
         for version, size in ((ssl.TLSVersion.TLSv1_2, 5000), (ssl.TLSVersion.TLSv1_3, 100), (None, 30000)):
             if version:
                 context.minimum_version = context.maximum_version = version
-            clients = self.loaded(server, context)
+            clients = self.clients(server)
             peers = clients.join(12, tls=True)
             senders = [load.Sender(peer, i, size, at_once=8) for i, peer in enumerate(peers)]
             for sender in senders:
@@ -39,9 +40,8 @@ class TLS(StressTestCase):
 
     def test_broken_records(self) -> None:
         """One whose TLS breaks is lost, and nobody misses a message on its account."""
-        cert, context = certificate()
-        server = self.serve(*QUIET, "--cert", cert)
-        clients = self.loaded(server, context)
+        server = self.serve(*QUIET, tls=True)
+        clients = self.clients(server)
         senders = self.pace(clients, 3, 200, 700, tls=True)
         broken: list[load.Peer] = []
 
@@ -64,8 +64,8 @@ class TLS(StressTestCase):
         """Plain HTTP, garbage and silence where TLS is spoken; old versions are refused."""
         cert, context = certificate()
         code = "pywebsock.BroadcastServer.handshake_timeout = 1"
-        server = self.serve("--cert", cert, code=code)
-        clients = self.loaded(server, context)
+        server = self.serve(tls=True, code=code)
+        clients = self.clients(server)
         chat = self.chat(clients, tls=True)
         raw = (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00", random.randbytes(500))
         strangers = [clients.start(raw=raw[i % 4]) for i in range(100)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -49,19 +50,32 @@ PREFERENCES = {
     "toolkit.telemetry.server": "",
 }
 
-# Marionette's own scripts do not see a page's variables, only its functions. A script element does, and may be added.
+# An expression for a File in the page: its bytes in base64 and its name are the first two arguments.
+FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
+
+# Marionette's own scripts do not see a page's variables, only its functions, and its Content-Security-Policy forbids
+# further script elements. The debugger may run anything in the page.
 INJECT = """
-    const made = document.createElement('script');
-    made.textContent = `try {
-        document.documentElement.dataset.result = JSON.stringify(
-            [(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
-    } catch (error) { document.documentElement.dataset.result = JSON.stringify([null, String(error)]); }`;
-    document.documentElement.append(made);
-    made.remove();
-    const result = document.documentElement.dataset.result;
-    delete document.documentElement.dataset.result;
+    const { addDebuggerToGlobal } = ChromeUtils.importESModule('resource://gre/modules/jsdebugger.sys.mjs');
+    addDebuggerToGlobal(globalThis);
+    const made = new Debugger();
+    const page = made.addDebuggee(window.wrappedJSObject);
+    const { return: result } = page.executeInGlobal(`try {
+        JSON.stringify([(function () { ${arguments[0]}\\n}).apply(null, ${arguments[1]}) ?? null, null]);
+    } catch (error) { JSON.stringify([null, String(error)]); }`);
+    made.removeAllDebuggees();
     return result;
 """
+
+
+def seal(page: str) -> str:
+    """The text of a page whose Content-Security-Policy has the hashes of its style and its script (CSP 3, 6.7.3.3)."""
+    for tag in "style", "script":
+        content = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert content, tag
+        digest = base64.b64encode(hashlib.sha256(content[1].encode()).digest()).decode()
+        page = re.sub(rf"({tag}-src\s+'sha256-)[^']*", rf"\g<1>{digest}", page)
+    return page
 
 
 @contextlib.contextmanager
@@ -209,7 +223,7 @@ class Firefox:
 
     def execute_script(self, script: str, *arguments: typing.Any) -> typing.Any:
         """Run JavaScript in the page, and return what it returns."""
-        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": None}
+        given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": "system"}
         value, error = json.loads(self.call("ExecuteScript", given))
         if error:
             raise RuntimeError(error)
@@ -445,7 +459,7 @@ class PageTestCase(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         path = pathlib.Path(folder.name, "page.html")
-        path.write_text(text, "utf-8")
+        path.write_text(seal(text), "utf-8")
         return path
 
     def wait(self, condition: typing.Callable[[], object], what: str) -> None:
@@ -470,3 +484,8 @@ def in_each_engine(case: type[PageTestCase]) -> None:
         name = f"{case.__name__}In{engine}"
         elsewhere = {each: None for each in dir(case) if engine not in getattr(getattr(case, each), "engines", ENGINES)}
         setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__, **elsewhere}))
+
+
+if __name__ == "__main__":
+    PAGE = ROOT / "pywebsock.html"
+    PAGE.write_text(seal(PAGE.read_text("utf-8")), "utf-8")

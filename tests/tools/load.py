@@ -22,6 +22,7 @@ import typing
 from tests.tools import support
 
 HEAD = struct.Struct("!dII")  # what a message of a load begins with: when it was sent, by whom, its number
+GOING_AWAY = b"\x88\x02\x03\xe9"  # Close 1001
 PIECE = 1 << 18  # bytes asked of a socket at once
 
 

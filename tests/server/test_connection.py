@@ -1,0 +1,725 @@
+"""The states of a connection, step by step: the server is not started, the test does what its loop does."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import ssl
+import struct
+import sys
+import time
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+from pywebsock import QUICK_TIME, READ_SIZE, SEND_SIZE, SENDS_AT_ONCE, SMALL_READ_SIZE, State
+from tests.tools.support import (
+    CLOSE,
+    DEADLINE,
+    PING,
+    PONG,
+    TEXT,
+    Recorder,
+    ServerTestCase,
+    eventually,
+    masked_frame,
+)
+
+LIMIT = 1_000_000  # bytes that may wait for a client
+RESPONSE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
+
+
+class Pipe:
+    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
+
+    family = socket.AF_UNIX
+
+    def __init__(self) -> None:
+        self.room = self.most = 1 << 40
+        self.taken: list[bytes] = []
+        self.ends: list[int] = []  # shutdowns
+
+    def send(self, data: typing.Any) -> int:
+        """What socket.send does."""
+        size = min(len(data), self.room, self.most)
+        if data and not size:
+            raise BlockingIOError
+        self.room -= size
+        self.taken.append(data if size == len(data) else bytes(data[:size]))
+        return size
+
+    def shutdown(self, how: int) -> None:
+        """What socket.shutdown does."""
+        self.ends.append(how)
+
+    @property
+    def stream(self) -> bytes:
+        """All that it took."""
+        return b"".join(self.taken)
+
+
+class Handler(pywebsock.WebSocketHandler):
+    """A client without a handshake."""
+
+    def handle(self) -> None:
+        """Called by the constructor."""
+
+
+def make_connection(server: pywebsock.BroadcastServer, request: typing.Any, window: int = 0) -> pywebsock.Connection:
+    """A connection that has not joined."""
+    handler = Handler(request, ("192.0.2.1", 5000), server)
+    return pywebsock.Connection(handler, pywebsock.MessageReader(server.max_message), window, server._loop.now)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two sockets that are connected, with small buffers; the first one does not block."""
+    far = socket.socket()
+    far.settimeout(DEADLINE)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        far.connect(listener.getsockname())
+        near, _ = listener.accept()
+    near.setblocking(False)
+    return near, far
+
+
+class ConnectionTestCase(ServerTestCase):
+    """A server that has not begun, and a connection whose socket is a pipe."""
+
+    server: Recorder
+
+    def setUp(self) -> None:
+        self.server = self.make_server()
+        self.now = 1000.0
+        self.renew()
+
+    def make_server(self, **settings: typing.Any) -> Recorder:
+        """A server that is not started."""
+        server = Recorder(("127.0.0.1", 0), **settings)
+        self.addCleanup(server.server_close)
+        return server
+
+    def renew(self) -> None:
+        """Another pipe, and a connection that has been there for a while."""
+        self.pipe: typing.Any = Pipe()
+        self.connection = make_connection(self.server, self.pipe)
+        self.connection.joined = self.now - 100
+
+
+class Slices(ConnectionTestCase):
+    """TLS, Windows and the trace take slices: never more than one step of the loop allows."""
+
+    def test_much(self) -> None:
+        sent = self.connection._send_slices(bytes(10_000_000))
+        self.assertEqual(sent, len(self.pipe.stream))
+        self.assertLess(sent, SENDS_AT_ONCE * SEND_SIZE)
+        self.assertLessEqual(max(map(len, self.pipe.taken)), SEND_SIZE)
+
+    def test_a_part(self) -> None:
+        self.pipe.room = SEND_SIZE + 5
+        self.assertEqual(self.connection._send_slices(bytes(3 * SEND_SIZE)), SEND_SIZE + 5)
+        with self.assertRaises(BlockingIOError):
+            self.connection._send_slices(b"Hello")
+
+    def test_trace(self) -> None:
+        """It gets what the socket has taken, and not what it has not."""
+        traced: list[bytes] = []
+
+        def follow() -> typing.Generator[None, bytes, None]:
+            while True:
+                traced.append((yield))
+
+        tracers = follow(), follow()
+        for tracer in tracers:
+            next(tracer)
+        self.connection.client._tracers = tracers
+        connection = pywebsock.Connection(self.connection.client, self.connection.reader, 0, self.now)
+        self.pipe.room = 5
+        self.assertEqual(connection.send(b"Hello, world"), 5)
+        self.assertEqual(traced, [b"Hello"])
+
+
+class Receive(ServerTestCase):
+    """What a socket brings, and how much is asked of it."""
+
+    def setUp(self) -> None:
+        self.server = Recorder(("127.0.0.1", 0))
+        self.addCleanup(self.server.server_close)
+        near, self.far = tcp_pair()
+        self.addCleanup(near.close)
+        self.addCleanup(self.far.close)
+        self.connection = make_connection(self.server, near)
+
+    def receive(self) -> bytes | None:
+        """What comes next; it must come soon."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.connection.socket, selectors.EVENT_READ)
+            self.assertTrue(selector.select(DEADLINE))
+        return self.connection.receive()
+
+    def test_nothing_yet(self) -> None:
+        self.assertIsNone(self.connection.receive())
+        self.assertFalse(self.connection.is_blocked)
+
+    def test_the_end(self) -> None:
+        self.far.sendall(b"bye")
+        self.far.shutdown(socket.SHUT_WR)
+        self.assertEqual([self.receive(), self.receive()], [b"bye", b""])
+
+    def test_a_reset(self) -> None:
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.far.close()
+        with self.assertRaises(ConnectionResetError):
+            self.receive()
+
+    def test_how_much(self) -> None:
+        """Little at first; four times as much whenever so much has come; little again."""
+        for size, following in (
+            (SMALL_READ_SIZE - 1, SMALL_READ_SIZE),
+            (SMALL_READ_SIZE, 4 * SMALL_READ_SIZE),
+            (SMALL_READ_SIZE // 2, 4 * SMALL_READ_SIZE),
+            (4 * SMALL_READ_SIZE, 16 * SMALL_READ_SIZE),
+            (16 * SMALL_READ_SIZE, 64 * SMALL_READ_SIZE),
+            (64 * SMALL_READ_SIZE, READ_SIZE),
+            (3, SMALL_READ_SIZE),
+        ):
+            with self.subTest(size=size):
+                self.connection.socket = unittest.mock.Mock()
+                self.connection.socket.recv.side_effect = lambda asked, size=size: bytes(min(asked, size))
+                self.assertEqual(len(self.connection.receive() or b""), size)
+                self.assertEqual(self.connection.read_size, following)
+
+    def test_tls_has_to_write_first(self) -> None:
+        self.connection.socket = unittest.mock.Mock(recv=unittest.mock.Mock(side_effect=ssl.SSLWantWriteError))
+        self.assertIsNone(self.connection.receive())
+        self.assertTrue(self.connection.is_blocked)
+
+    def test_end_of_sending(self) -> None:
+        self.connection.end_sending()
+        self.assertTrue(self.connection.is_shut)
+        self.assertEqual(self.far.recv(1), b"")
+
+    def test_end_of_sending_too_late(self) -> None:
+        self.far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.far.close()
+        with contextlib.suppress(ConnectionResetError):
+            self.receive()
+        self.connection.end_sending()
+        self.assertTrue(self.connection.is_shut)
+
+    def test_end_of_tls(self) -> None:
+        """Its own alert must go out; that of the peer need not come."""
+        for error, shut in ((ssl.SSLWantWriteError, False), (ssl.SSLWantReadError, True), (ValueError, True)):
+            with self.subTest(error=error):
+                tls = unittest.mock.Mock(spec=ssl.SSLSocket)
+                tls.unwrap.side_effect = error
+                connection = make_connection(self.server, tls)
+                with contextlib.nullcontext() if shut else self.assertRaises(BlockingIOError):
+                    connection.end_sending()
+                self.assertEqual((connection.is_shut, tls.shutdown.called), (shut, shut))
+
+
+class SenderTestCase(ServerTestCase):
+    """A server that has not begun: the test carries out what is queued, and sets the clock."""
+
+    server: Recorder
+
+    def setUp(self) -> None:
+        self.begin()
+
+    def begin(self, **settings: typing.Any) -> None:
+        """A server with settings, and its first client."""
+        self.doCleanups()
+        self.use(Recorder(("127.0.0.1", 0), max_backlog=LIMIT, **settings))
+
+    def use(self, server: typing.Any) -> None:
+        """A server that is not started, and its first client."""
+        self.server, self.sender, self.room = server, server._loop.sender, server._room
+        self.servers = [server]  # of whose logs assertLogs waits
+        self.addCleanup(server.server_close)
+        self.sender.selector = selectors.DefaultSelector()
+        self.addCleanup(self.sender.selector.close)
+        self.sender.now = 1000.0
+        self.join()
+
+    def join(self) -> None:
+        """A client joins; `far` is its end."""
+        near, self.far = tcp_pair()
+        for end in (near, self.far):
+            self.addCleanup(end.close)
+        self.connection = make_connection(self.server, near)
+        self.room.add_pending(near, 0.0)
+        self.room.join(self.connection, RESPONSE, "")
+        self.server._loop._carry_out()
+        self.assertEqual(self.far.recv(len(RESPONSE)), RESPONSE)
+        self.connection.joined -= 100
+        self.addCleanup(self.sender.drop, self.connection, "the end of the test")
+
+    def fill(self) -> None:
+        """The socket takes nothing more, as the peer reads nothing."""
+        self.sender.write(self.connection, bytes(LIMIT // 4))
+        self.assertGreater(self.connection.size, LIMIT // 8)
+
+    def drain(self) -> bytes:
+        """Send on until all is sent and has arrived: what the peer gets up to then. It may end with a reset."""
+        received, end = bytearray(), time.monotonic() + DEADLINE
+        while time.monotonic() < end:
+            self.sender.flush(self.connection)
+            self.far.settimeout(DEADLINE if self.connection.state is State.CLOSED else 0)
+            arrived = not self.connection.size and not pywebsock.bytes_in_kernel(self.connection.socket)[0]
+            try:
+                data = self.far.recv(1 << 20)
+            except BlockingIOError:
+                if arrived:
+                    return bytes(received)
+                time.sleep(0.001)
+                continue
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return bytes(received)
+            received += data
+        raise AssertionError(f"{self.connection.size} bytes still wait")
+
+    def was_reset(self) -> bool:
+        """Whether the peer sees a reset, and not the end."""
+        self.far.settimeout(DEADLINE)
+        try:
+            while self.far.recv(1 << 20):
+                pass
+        except ConnectionResetError:
+            return True
+        return False
+
+    def heard(self) -> list[tuple[typing.Any, ...]]:
+        """What on_close was told."""
+        self.server._hooks.wait(0, time.monotonic() + DEADLINE)
+        return [what[1:] for what in self.server.heard if what[0] == "close"]
+
+
+FIRST, SECOND = pywebsock.serialize_close(1000, "first"), pywebsock.serialize_close(4000, "second")
+
+
+class Transitions(SenderTestCase):
+    """The table of State: from each state, by each event."""
+
+    def reach(self, state: State) -> None:
+        """A new connection in this state; what it took to get there is read."""
+        self.begin()
+        if state is State.CLOSING:
+            self.sender.close(self.connection, FIRST)
+        elif state is State.ENDING:
+            self.sender.end(self.connection, 1000, "", FIRST)
+        elif state is State.CLOSED:
+            self.sender.drop(self.connection, "a test")
+        self.assertIs(self.connection.state, state)
+        self.drain()
+
+    def test_all(self) -> None:
+        violation = pywebsock.ProtocolError(pywebsock.CloseCode.PROTOCOL_ERROR, "bad")
+        told_1002 = pywebsock.serialize_close(1002, "bad")
+        told_1009 = pywebsock.serialize_close(1009, "out of memory")
+        o, c, e, x = State.OPEN, State.CLOSING, State.ENDING, State.CLOSED
+        for act, arguments, ends in (
+            (self.sender.close, (SECOND,), ((o, c, SECOND, None), (c, c, b"", None), (e, e, b"", 1000))),
+            (self.sender.end, (4000, "", SECOND), ((o, e, SECOND, 4000), (c, e, b"", 4000), (e, e, b"", 1000))),
+            (self.sender.peer_has_ended, (), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.fail, (violation,), ((o, e, told_1002, 1002), (c, e, b"", 1002), (e, e, b"", 1000))),
+            (self.sender.fail, (MemoryError(),), ((o, e, told_1009, 1009), (c, e, b"", 1009), (e, e, b"", 1000))),
+            (self.sender.fail, (OSError("reset"),), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.drop, ("late",), ((o, x, b"", 1006), (c, x, b"", 1006), (e, x, b"", 1000))),
+            (self.sender.flush, (), ((o, o, b"", None), (c, c, b"", None), (e, e, b"", 1000))),
+        ):
+            for before, after, told, code in (*ends, (x, x, b"", 1006)):
+                with self.subTest(act=act.__name__, arguments=arguments, before=before):
+                    self.reach(before)
+                    getattr(self.sender, act.__name__)(self.connection, *arguments)
+                    self.assertIs(self.connection.state, after)
+                    self.assertEqual(self.drain(), told)
+                    self.assertEqual([heard[0] for heard in self.heard()], [code] if code else [])
+                    self.assertEqual(self.connection.client in self.server.clients, not code)
+                    self.assertEqual(self.room.size, int(after is not x))
+                    self.assertEqual(self.connection.socket.fileno() < 0, after is x)
+
+    def test_an_error_of_the_program(self) -> None:
+        with self.assertLogs("pywebsock", "ERROR"):
+            self.sender.fail(self.connection, LookupError("where?"))
+        self.assertEqual(self.drain(), pywebsock.serialize_close(1011, "internal error"))
+        self.assertEqual(self.heard(), [(1011, "internal error")])
+
+    def test_an_error_while_it_fails(self) -> None:
+        """The Close cannot be sent: the connection has ended all the same."""
+        self.connection.send = unittest.mock.Mock(side_effect=BrokenPipeError("gone"))
+        self.sender.fail(self.connection, MemoryError())
+        self.assertIs(self.connection.state, State.CLOSED)
+        self.assertEqual([heard[0] for heard in self.heard()], [1009])
+        self.assertEqual(self.room.size, 0)
+
+    def test_end_behind_what_waits(self) -> None:
+        """The own side ends behind the last byte, and the socket is closed when the peer has ended, too."""
+        for peer_first in (False, True):
+            with self.subTest(peer_first=peer_first):
+                self.begin()
+                self.fill()
+                self.sender.end(self.connection, 1000, "", FIRST)
+                if peer_first:
+                    self.sender.peer_has_ended(self.connection)
+                self.assertEqual((self.connection.state, self.connection.is_shut), (State.ENDING, False))
+                self.assertTrue(self.drain().endswith(FIRST))
+                self.assertEqual(self.connection.is_shut, not peer_first or self.connection.state is State.CLOSED)
+                if not peer_first:
+                    self.assertIs(self.connection.state, State.ENDING)
+                    self.sender.peer_has_ended(self.connection)
+                self.assertIs(self.connection.state, State.CLOSED)
+
+    def test_reset(self) -> None:
+        """A client that is dropped is reset; not where the system has its last word already."""
+        for state, waits, reset in (
+            (State.OPEN, True, True),
+            (State.CLOSING, False, False),
+            (State.CLOSING, True, True),
+            (State.ENDING, False, False),
+        ):
+            with self.subTest(state=state, waits=waits):
+                self.reach(State.OPEN)
+                if waits:
+                    self.fill()
+                if state is State.CLOSING:
+                    self.sender.close(self.connection, FIRST)
+                elif state is State.ENDING:
+                    self.sender.end(self.connection, 1000, "", FIRST)
+                self.sender.drop(self.connection, "late")
+                self.assertEqual(self.was_reset(), reset)
+                self.assertEqual(self.server.status()["dropped"], int(state is State.OPEN))
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere the system does not tell what it has")
+    def test_the_last_word(self) -> None:
+        """A closing client that the system has the Close for is not reset: its peer may still read."""
+        while not pywebsock.bytes_in_kernel(self.connection.socket)[0]:
+            self.sender.write(self.connection, bytes(200))
+        self.sender.close(self.connection, FIRST)
+        self.assertEqual(self.connection.size, 0)
+        self.sender.drop(self.connection, "late")
+        self.assertTrue(self.drain().endswith(FIRST))
+
+    def test_a_dropped_one_reaches_no_hook(self) -> None:
+        self.sender.drop(self.connection, "late")
+        self.assertTrue(self.connection.client._is_closing)
+        self.assertEqual(self.heard(), [(1006, "late")])
+
+
+class Selector(SenderTestCase):
+    """What the selector waits for, by the state of a connection."""
+
+    def check(self, reads: bool, writes: bool) -> None:
+        """What it waits for now."""
+        self.sender.watch(self.connection)
+        events = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * writes
+        self.assertEqual(self.connection.interest, events)
+        known = self.sender.selector.get_map()
+        fileno = self.connection.socket.fileno()
+        self.assertEqual(known[fileno].events if fileno in known else 0, events)
+
+    def test_open(self) -> None:
+        self.check(reads=True, writes=False)
+        self.fill()
+        self.check(reads=True, writes=True)
+        self.connection.paused = True
+        self.check(reads=False, writes=True)
+        self.drain()
+        self.check(reads=False, writes=False)
+        self.connection.paused = False
+        self.connection.is_blocked = True  # TLS has something to say first
+        self.check(reads=False, writes=True)
+        self.sender.flush(self.connection)
+        self.check(reads=True, writes=False)
+
+    def test_closing(self) -> None:
+        self.sender.close(self.connection, FIRST)
+        self.check(reads=True, writes=False)
+
+    def test_ending(self) -> None:
+        self.fill()
+        self.sender.end(self.connection, 1000, "", FIRST)
+        self.check(reads=False, writes=True)
+        self.drain()
+        self.check(reads=True, writes=False)
+
+    def test_ending_while_paused(self) -> None:
+        """The peer's end is waited for all the same."""
+        self.connection.paused = True
+        self.sender.end(self.connection, 1000, "", FIRST)
+        self.check(reads=True, writes=False)
+
+    def test_closed(self) -> None:
+        self.sender.drop(self.connection, "late")
+        self.assertEqual(self.connection.interest, 0)
+        self.assertEqual([key for key in self.sender.selector.get_map().values() if key.data], [])
+
+
+class Backlog(SenderTestCase):
+    """A client that is too far behind is dropped; for one that was quick until just now, senders wait."""
+
+    def fall_behind(self, size: int) -> None:
+        """So many bytes wait for it, and it is not quick."""
+        self.fill()
+        self.connection.keep(bytes(size - self.connection.size), 0, self.sender.now)
+        self.sender.now += QUICK_TIME
+        self.assertEqual(self.connection.size, size)
+
+    def test_up_to_the_limit(self) -> None:
+        self.fall_behind(LIMIT - 1)
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertIs(self.connection.state, State.OPEN)
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertIs(self.connection.state, State.CLOSED)
+        self.assertEqual(self.heard(), [(1006, f"it was {LIMIT} bytes behind")])
+        self.assertTrue(self.was_reset())
+        self.assertEqual((self.sender.slow, self.connection.size), (set(), 0))
+
+    def test_one_long_message(self) -> None:
+        """What is longer than the limit goes out to a client that had nothing waiting."""
+        self.sender.now += 1
+        self.sender.keep(self.connection, bytes(10 * LIMIT), 100)
+        self.assertIs(self.connection.state, State.OPEN)
+        self.assertEqual(self.connection.moved, self.sender.now)
+        self.assertEqual(len(self.drain()), 10 * LIMIT - 100)
+
+    def test_a_quick_one(self) -> None:
+        self.sender.keep(self.connection, bytes(LIMIT), 0)
+        self.sender.keep(self.connection, bytes(LIMIT), 0)
+        self.assertIs(self.connection.state, State.OPEN)
+        self.assertTrue(self.sender.is_someone_behind())
+        self.sender.now += QUICK_TIME
+        self.assertFalse(self.sender.is_someone_behind())
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertIs(self.connection.state, State.CLOSED)
+
+    def test_far_behind(self) -> None:
+        """Senders wait from half of the limit on."""
+        self.sender.keep(self.connection, bytes(LIMIT // 2), 0)
+        self.assertFalse(self.sender.is_someone_behind())
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertTrue(self.sender.is_someone_behind())
+
+    def test_a_closing_one(self) -> None:
+        """Its Close finds room behind whatever waits."""
+        self.fall_behind(LIMIT)
+        self.sender.close(self.connection, FIRST)
+        self.assertIs(self.connection.state, State.CLOSING)
+        self.assertTrue(self.drain().endswith(FIRST))
+
+    def test_messages_pass_it_by(self) -> None:
+        """While others wait, a message waits behind them; a closing client gets none."""
+        sends = self.room._sends[0]
+        client = self.connection.client
+        self.assertEqual(sends[client], self.connection.send)
+        self.fill()
+        self.assertIs(sends[client], pywebsock.send_nothing)
+        self.assertEqual((self.sender.slow, self.server.status()["slow"]), ({self.connection}, 1))
+        self.drain()
+        self.assertEqual((sends[client], self.sender.slow), (self.connection.send, set()))
+        self.fill()
+        self.sender.close(self.connection, FIRST)
+        self.assertIs(sends[client], pywebsock.discard)
+        self.drain()
+        self.assertIs(sends[client], pywebsock.discard)
+
+
+class Pongs(SenderTestCase):
+    """Pings are answered; if the answers must wait, the newest is enough (RFC 6455 5.5.3)."""
+
+    def test_at_once(self) -> None:
+        self.sender.pong(self.connection, [b"1", b"2"])
+        self.assertEqual(self.drain(), b"12")
+
+    def test_the_newest(self) -> None:
+        self.fill()
+        size = self.connection.size
+        for number in range(1000):
+            self.sender.pong(self.connection, [b"old", b"new %d" % number])
+        self.assertEqual(self.connection.size, size)
+        received = self.drain()
+        self.assertTrue(received.endswith(b"\0new 999"))
+        self.sender.pong(self.connection, [b"next"])
+        self.assertEqual(self.drain(), b"next")
+
+    def test_none_after_a_close(self) -> None:
+        """Nothing follows a Close (5.5.1)."""
+        for ends in (False, True):
+            self.begin()
+            self.fill()
+            self.sender.pong(self.connection, [b"before"])
+            if ends:
+                self.sender.end(self.connection, 1000, "", FIRST)
+            else:
+                self.sender.close(self.connection, FIRST)
+            self.sender.pong(self.connection, [b"after"])
+            self.assertTrue(self.drain().endswith(b"\0" + FIRST))
+
+
+PING_FRAME = pywebsock.serialize_frame(PING, b"")
+
+
+class Deadlines(SenderTestCase):
+    """What ends a connection in which nothing moves. Seconds are those of the loop's clock."""
+
+    def look(self, later: float) -> None:
+        """The next look at the connection."""
+        self.sender.now += later
+        self.server._loop._look_after(self.connection)
+
+    def check_end(self, after: float, reason: str) -> None:
+        """It is there until then, and is dropped with this reason after it."""
+        self.look(after - 0.1)
+        self.assertIsNot(self.connection.state, State.CLOSED)
+        self.look(0.2)
+        self.assertIs(self.connection.state, State.CLOSED)
+        self.assertIn(reason, str(self.heard()[-1][1]))
+
+    def test_nothing_moves(self) -> None:
+        self.begin(send_timeout=7.0, ping_interval=0.0)
+        self.fill()
+        self.look(0)
+        self.check_end(7.0, "it took nothing for 7 s")
+
+    def test_it_moves(self) -> None:
+        self.begin(send_timeout=7.0, ping_interval=0.0)
+        self.fill()
+        self.connection.keep(bytes(5 * LIMIT), 0, self.sender.now)
+        for _ in range(5):
+            self.look(6.0)
+            self.far.recv(1 << 20)
+            eventually(self.moves)
+        self.assertIs(self.connection.state, State.OPEN)
+
+    def moves(self) -> bool:
+        """Whether the socket takes something more."""
+        size = self.connection.size
+        self.sender.flush(self.connection)
+        return self.connection.size < size
+
+    def test_nothing_to_take(self) -> None:
+        self.begin(send_timeout=7.0, ping_interval=0.0)
+        for _ in range(5):
+            self.look(6.0)
+        self.assertIs(self.connection.state, State.OPEN)
+        self.fill()
+        self.look(6.9)  # counted from when it began to wait
+        self.assertIs(self.connection.state, State.OPEN)
+
+    def test_ping_and_silence(self) -> None:
+        self.begin(ping_interval=20.0, ping_timeout=5.0)
+        self.look(19.9)
+        self.assertEqual(self.drain(), b"")
+        self.look(0.2)
+        self.assertEqual(self.drain(), PING_FRAME)
+        self.look(1.0)
+        self.assertEqual(self.drain(), b"")
+        self.check_end(4.0, "it was silent for")
+
+    def test_ping_and_answer(self) -> None:
+        self.begin(ping_interval=20.0, ping_timeout=5.0)
+        for _ in range(3):
+            self.look(20.1)
+            self.assertEqual(self.drain(), PING_FRAME)
+            self.connection.heard = self.sender.now + 4.0
+            self.look(4.0)
+            self.assertEqual(self.drain(), b"")
+        self.assertIs(self.connection.state, State.OPEN)
+
+    def test_no_ping_behind_what_waits(self) -> None:
+        """And no deadline for its answer: only a Ping that was sent can be answered."""
+        self.begin(ping_interval=1.0, ping_timeout=1.0, send_timeout=30.0)
+        self.fill()
+        size = self.connection.size
+        for _ in range(20):
+            self.look(1.0)
+        self.assertEqual((self.connection.state, self.connection.size), (State.OPEN, size))
+
+    def test_one_that_is_not_read(self) -> None:
+        """Its Pongs are not seen: no reason to drop it."""
+        self.begin(ping_interval=1.0, ping_timeout=1.0)
+        self.connection.paused = True
+        for _ in range(20):
+            self.look(1.0)
+        self.assertIs(self.connection.state, State.OPEN)
+
+    def test_closing(self) -> None:
+        self.begin(close_timeout=3.0, send_timeout=1.0, ping_interval=0.5)
+        self.look(2.0)
+        self.sender.close(self.connection, FIRST)
+        self.drain()
+        self.look(0)
+        self.check_end(3.0, "it did not end the connection in time")
+
+    def test_closing_one_that_is_stuck(self) -> None:
+        """It gets the whole close timeout, however long it had taken nothing before."""
+        self.begin(close_timeout=3.0, send_timeout=30.0)
+        self.fill()
+        self.look(0)
+        self.sender.now += 2.5
+        self.sender.close(self.connection, FIRST)
+        self.check_end(3.0, "it did not end the connection in time")
+
+    def test_ending_one_that_is_stuck(self) -> None:
+        self.begin(close_timeout=3.0, send_timeout=30.0)
+        self.fill()
+        self.look(0)
+        self.sender.now += 2.5
+        self.sender.end(self.connection, 1000, "bye", FIRST)
+        self.check_end(3.0, "bye")
+
+    def test_ending(self) -> None:
+        """on_close has been told already why it ended."""
+        self.begin(close_timeout=3.0)
+        self.look(2.0)
+        self.sender.end(self.connection, 1000, "bye", FIRST)
+        self.drain()
+        self.look(0)
+        self.check_end(3.0, "bye")
+        self.assertEqual(self.heard(), [(1000, "bye")])
+
+    def test_old_bytes(self) -> None:
+        """A closing client keeps what nobody else waits for: no more of the stream than others may."""
+        self.begin(close_timeout=60.0)
+        self.fill()
+        self.sender.close(self.connection, FIRST)
+        self.room.bytes += LIMIT
+        self.look(0)
+        self.assertIs(self.connection.state, State.CLOSING)
+        self.room.bytes += 1
+        self.look(0)
+        self.assertIs(self.connection.state, State.CLOSED)
+
+    def test_old_bytes_that_the_system_has(self) -> None:
+        self.begin(close_timeout=60.0)
+        self.sender.close(self.connection, FIRST)
+        self.room.bytes += 2 * LIMIT
+        self.look(0)
+        self.assertIs(self.connection.state, State.CLOSING)
+
+
+class LoopSteps(SenderTestCase):
+    """What the loop does with what was read, one step at a time."""
+
+    def test_messages_then_close(self) -> None:
+        """The answer to a Close comes behind all that was sent before it; nothing after it is heard."""
+        self.doCleanups()
+        self.use(pywebsock.BroadcastServer(("127.0.0.1", 0)))
+        self.far.sendall(masked_frame(TEXT, b"1") + masked_frame(PING, b"?") + masked_frame(TEXT, b"2"))
+        self.far.sendall(masked_frame(CLOSE, b"\x03\xe8") + masked_frame(TEXT, b"never"))
+        eventually(lambda: self.step() is State.ENDING)
+        received = self.drain()
+        frames = [(TEXT, b"1"), (PONG, b"?"), (TEXT, b"2"), (CLOSE, b"\x03\xe8")]
+        self.assertEqual(received, b"".join(pywebsock.serialize_frame(*frame) for frame in frames))
+
+    def step(self) -> State:
+        """One round of the loop for this connection."""
+        self.server._loop.receiver.read(self.connection)
+        self.server._loop._carry_out()
+        self.server._loop.receiver.end_some()
+        return self.connection.state

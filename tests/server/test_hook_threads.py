@@ -1,0 +1,318 @@
+"""The threads that run hooks: one order for each client, one thread while none of them waits. No server."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import random
+import threading
+import time
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+from tests.tools.support import DEADLINE, eventually, in_thread
+
+
+class HooksTestCase(unittest.TestCase):
+    """The threads; the test is the loop, which relieves those that are stuck."""
+
+    def setUp(self) -> None:
+        self.hooks = pywebsock.Hooks()
+        self.go_on = threading.Event()  # ends every call that blocks
+        self.addCleanup(self.stop)
+
+    def stop(self) -> None:
+        """All threads end."""
+        self.go_on.set()
+        self.wait()
+        self.hooks.stop()
+        eventually(lambda: not self.workers())
+
+    def workers(self) -> list[threading.Thread]:
+        """The threads of hooks that there are."""
+        return [thread for thread in threading.enumerate() if thread.name == "pywebsock hooks"]
+
+    def wait(self, number: int = 0) -> None:
+        """Relieve workers, as the loop does, until at most so many inboxes are busy."""
+
+        def done() -> bool:
+            self.hooks.relieve()
+            return self.hooks._busy <= number
+
+        eventually(done)
+
+    def relieve_until(self, condition: typing.Callable[[], object]) -> None:
+        """Relieve workers until something holds."""
+
+        def holds() -> object:
+            self.hooks.relieve()
+            return condition()
+
+        eventually(holds)
+
+    def block(self) -> pywebsock.Inbox:
+        """An inbox with a call that blocks until go_on, and has begun."""
+        begun, inbox = threading.Event(), pywebsock.Inbox()
+
+        def call() -> None:
+            begun.set()
+            self.go_on.wait(2 * DEADLINE)
+
+        self.hooks.submit(inbox, call)
+        self.relieve_until(begun.is_set)
+        return inbox
+
+
+class Order(HooksTestCase):
+    """The calls of one inbox run one at a time, in the order in which they came."""
+
+    def test_many_inboxes(self) -> None:
+        """From several threads, with workers that are stuck at times."""
+        inboxes = [pywebsock.Inbox() for _ in range(20)]
+        ran: dict[int, list[int]] = collections.defaultdict(list)
+        running: set[int] = set()
+        together: list[int] = []
+
+        def call(which: int, number: int) -> None:
+            if which in running:
+                together.append(which)
+            running.add(which)
+            ran[which].append(number)
+            if number % 50 == which:
+                time.sleep(0.002)
+            running.discard(which)
+
+        def submit(which: int) -> None:
+            for number in range(200):
+                self.hooks.submit(inboxes[which], lambda number=number: call(which, number))  # type: ignore[misc]
+
+        with contextlib.ExitStack() as stack:
+            for which in range(20):
+                stack.enter_context(in_thread(submit, which))
+        self.wait()
+        self.assertEqual(ran, {which: list(range(200)) for which in range(20)})
+        self.assertEqual(together, [])
+
+    def test_behind_one_that_blocks(self) -> None:
+        """The next call of the same inbox waits for it, whatever workers there are."""
+        ran: list[str] = []
+        inbox = self.block()
+        self.hooks.submit(inbox, lambda: ran.append("next"))
+        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append("another"))
+        self.relieve_until(lambda: ran)
+        self.wait(1)
+        self.assertEqual(ran, ["another"])
+        self.go_on.set()
+        self.wait()
+        self.assertEqual(ran, ["another", "next"])
+
+    def test_a_call_submits(self) -> None:
+        """What it submits to its own inbox runs after those that wait already."""
+        ran: list[int] = []
+        inbox = pywebsock.Inbox()
+        self.hooks.occupy(inbox)
+        self.hooks.submit(inbox, lambda: self.hooks.submit(inbox, lambda: ran.append(2)))
+        self.hooks.submit(inbox, lambda: ran.append(1))
+        self.hooks.release(inbox)
+        self.wait()
+        self.assertEqual(ran, [1, 2])
+
+    def test_any_exception(self) -> None:
+        """One that a call raises costs neither its worker nor the calls behind it."""
+        ran: list[int] = []
+        inbox = pywebsock.Inbox()
+
+        def call(number: int) -> None:
+            ran.append(number)
+            raise (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, LookupError)[number % 5]
+
+        for number in range(50):
+            self.hooks.submit(inbox, lambda number=number: call(number))  # type: ignore[misc]
+        self.wait()
+        self.assertEqual(ran, list(range(50)))
+        self.assertLessEqual(len(self.workers()), 1)
+
+
+class Workers(HooksTestCase):
+    """How many threads there are, and when."""
+
+    def test_one_while_none_is_stuck(self) -> None:
+        threads: set[int] = set()
+        for _ in range(100):
+            self.hooks.submit(pywebsock.Inbox(), lambda: threads.add(threading.get_ident()))
+        self.hooks.wait(0, time.monotonic() + DEADLINE)
+        self.assertEqual(len(threads), 1)
+
+    def test_none_without_work(self) -> None:
+        self.assertEqual(self.workers(), [])
+        with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.01):
+            self.hooks.submit(pywebsock.Inbox(), lambda: None)
+            eventually(lambda: not self.hooks._busy and not self.workers())
+            ran: list[int] = []
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            eventually(lambda: ran)
+
+    def test_woken_when_it_gives_up(self) -> None:
+        """A worker that is woken in the moment in which it has waited for long enough does the work."""
+        chance = random.Random(1)
+        ran: list[int] = []
+        with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.0005):
+            for number in range(1000):
+                self.hooks.submit(pywebsock.Inbox(), lambda number=number: ran.append(number))  # type: ignore[misc]
+                end = time.monotonic() + chance.uniform(0, 0.001)
+                while time.monotonic() < end:
+                    pass
+            eventually(lambda: len(ran) == 1000)  # and nobody relieves anybody
+        self.assertEqual((self.hooks._coming, self.hooks._busy), (0, 0))
+
+    def test_relief(self) -> None:
+        """A worker that is stuck is replaced, when the loop looks on; not one that has just begun."""
+        ran: list[int] = []
+        with unittest.mock.patch.object(pywebsock, "STUCK_TIME", DEADLINE):
+            self.block()
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            self.assertTrue(self.hooks.is_waiting)
+            for _ in range(10):
+                self.hooks.relieve()
+            self.assertEqual((ran, len(self.workers())), ([], 1))
+        self.relieve_until(lambda: ran)
+        eventually(lambda: not self.hooks.is_waiting)
+        self.assertEqual(len(self.workers()), 2)
+
+    def test_one_that_was_stuck(self) -> None:
+        """It counts again when it goes on: then nobody else is needed."""
+        self.block()
+        self.relieve_until(lambda: self.hooks._stuck)
+        self.go_on.set()
+        self.wait()
+        self.assertEqual((self.hooks._stuck, self.hooks._running, self.hooks._active), (set(), {}, 0))
+        threads: set[int] = set()
+        for _ in range(100):
+            self.hooks.submit(pywebsock.Inbox(), lambda: threads.add(threading.get_ident()))
+        self.hooks.wait(0, time.monotonic() + DEADLINE)
+        self.assertEqual(len(threads), 1)
+
+    def test_one_that_was_stuck_in_its_last_call(self) -> None:
+        """The next call of the same inbox begins anew."""
+        begun, inbox, stuck = threading.Event(), pywebsock.Inbox(), []
+        self.hooks.occupy(inbox)
+        self.hooks.submit(inbox, lambda: begun.set() or self.go_on.wait(DEADLINE))  # type: ignore[func-returns-value]
+        self.hooks.submit(inbox, lambda: stuck.append(len(self.hooks._stuck)))
+        self.hooks.release(inbox)
+        self.relieve_until(lambda: begun.is_set() and self.hooks._stuck)
+        self.go_on.set()
+        eventually(lambda: stuck)  # and nobody looks on
+        self.assertEqual(stuck, [0])
+
+    def test_a_thousand_that_block(self) -> None:
+        """All of them run at once, and one more after them; then all of their threads end."""
+        begun: list[int] = []
+
+        def block() -> None:
+            begun.append(1)
+            self.go_on.wait(2 * DEADLINE)
+
+        before = threading.stack_size(256 * 1024)
+        try:
+            for _ in range(1000):
+                self.hooks.submit(pywebsock.Inbox(), block)
+            self.relieve_until(lambda: len(begun) == 1000)
+            ran: list[int] = []
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            self.relieve_until(lambda: ran)
+        finally:
+            threading.stack_size(before)
+        self.go_on.set()
+        self.wait()
+        self.hooks.stop()
+        eventually(lambda: not self.workers())
+
+    def test_no_more_threads(self) -> None:
+        """Where none can be started, the calls wait until one can."""
+        ran: list[int] = []
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            self.hooks.relieve()
+        self.assertEqual((ran, self.hooks.is_waiting, self.hooks._coming), ([], True, 0))
+        self.relieve_until(lambda: ran)
+
+    def test_stop(self) -> None:
+        """Workers end, those that wait at once, those that run something when that is done."""
+        inbox = self.block()
+        ran: list[int] = []
+        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+        self.relieve_until(lambda: ran)
+        self.wait(1)
+        self.hooks.stop()
+        eventually(lambda: len(self.workers()) == 1)
+        self.hooks.submit(inbox, lambda: ran.append(2))
+        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(3))
+        self.go_on.set()
+        eventually(lambda: not self.workers() and not self.hooks._busy)
+        self.assertEqual(sorted(ran), [1, 2, 3])
+
+
+class Occupied(HooksTestCase):
+    """While a thread of a connection runs on_open, the calls of its inbox wait."""
+
+    def test_until_released(self) -> None:
+        ran: list[int] = []
+        inbox = pywebsock.Inbox()
+        self.hooks.occupy(inbox)
+        self.hooks.submit(inbox, lambda: ran.append(1))
+        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(0))
+        self.wait(1)
+        self.assertEqual(ran, [0])
+        self.hooks.wait(0, time.monotonic() + 0.01)  # it counts as busy
+        self.assertEqual(self.hooks._busy, 1)
+        self.hooks.release(inbox)
+        self.wait()
+        self.assertEqual((ran, inbox.taken), ([0, 1], False))
+
+    def test_without_calls(self) -> None:
+        inbox = pywebsock.Inbox()
+        self.hooks.occupy(inbox)
+        with in_thread(self.hooks.wait, 0, time.monotonic() + 2 * DEADLINE):
+            self.hooks.release(inbox)
+        self.assertEqual((self.hooks._busy, inbox.taken, self.workers()), (0, False, []))
+
+    def test_wait_has_an_end(self) -> None:
+        """That of all but one, and a deadline."""
+        for _ in range(2):
+            self.block()
+        start = time.monotonic()
+        self.hooks.wait(2, start + DEADLINE)
+        self.hooks.wait(1, start + 0.05)
+        self.assertLess(time.monotonic() - start, DEADLINE / 2)
+        self.assertEqual(self.hooks._busy, 2)
+
+
+class Journal(HooksTestCase):
+    """Lines of the log are written in order, by a worker; of too many that wait, the newest are left out."""
+
+    def test_order(self) -> None:
+        log = logging.getLogger("pywebsock")
+        with self.assertLogs(log, "INFO") as logged:
+            for number in range(100):
+                self.hooks.log(logging.INFO, "line %d", number)
+                self.hooks.log(logging.DEBUG, "none")
+            self.wait()
+        self.assertEqual([record.getMessage() for record in logged.records], [f"line {i}" for i in range(100)])
+        self.assertNotIn(threading.get_ident(), {record.thread for record in logged.records})
+
+    def test_too_many(self) -> None:
+        self.hooks.occupy(self.hooks._journal)
+        limit = unittest.mock.patch.object(pywebsock, "MAX_JOURNAL", 200)
+        with limit, self.assertLogs("pywebsock", "INFO") as logged:
+            for number in range(300):
+                self.hooks.log(logging.INFO, "line %d", number)
+            self.hooks.release(self.hooks._journal)
+            self.wait()
+        self.assertEqual([record.getMessage() for record in logged.records], [f"line {i}" for i in range(200)])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,518 @@
+"""The room, step by step: who joins where, the queue that wakes the loop, the senders that wait, the budget.
+
+The server is not started: the test carries out what is queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import selectors
+import socket
+import threading
+import time
+import typing
+import unittest
+import unittest.mock
+
+import pywebsock
+from pywebsock import Outgoing
+from tests.server.test_connection import RESPONSE, Pipe, make_connection
+from tests.tools.support import BINARY, DEADLINE, TEXT, Recorder, ServerTestCase, eventually, in_thread, masked_frame
+
+
+def text(*messages: str) -> bytes:
+    """The frames of messages."""
+    return b"".join(pywebsock.serialize_frame(TEXT, message.encode()) for message in messages)
+
+
+class QuietPipe(Pipe):
+    """A pipe that the selector need not know: nothing is ever waited for."""
+
+    closed = False
+
+    def close(self) -> None:
+        """What socket.close does."""
+        self.closed = True
+
+    def setsockopt(self, *_: object) -> None:
+        """What socket.setsockopt does."""
+
+
+class RoomTestCase(ServerTestCase):
+    """A server that is not started."""
+
+    def setUp(self) -> None:
+        self.begin()
+
+    def begin(self, **settings: typing.Any) -> None:
+        """A server with settings."""
+        self.server = Recorder(("127.0.0.1", 0), close_timeout=0.01, **settings)
+        self.addCleanup(self.server.server_close)
+        self.room, self.queue, self.loop = self.server._room, self.server._queue, self.server._loop
+        self.loop.sender.selector = unittest.mock.Mock()
+
+    def prepare(self, window: int = 0) -> tuple[pywebsock.Connection, QuietPipe]:
+        """A connection that is about to join."""
+        pipe = QuietPipe()
+        connection = make_connection(self.server, pipe, window)
+        self.room.add_pending(typing.cast(socket.socket, pipe), 0.0)
+        return connection, pipe
+
+    def join(self, window: int = 0, mark: str = "") -> tuple[pywebsock.Connection, QuietPipe]:
+        """A connection joins; what that means for the loop is queued."""
+        connection, pipe = self.prepare(window)
+        self.room.join(connection, RESPONSE, mark)
+        return connection, pipe
+
+    def put(self, message: str, *to: pywebsock.Connection) -> None:
+        """Queue a message, for all or for some."""
+        handlers = [connection.client for connection in to] or None
+        self.queue.put_message(pywebsock.outgoing_message(message, handlers))
+
+    def carry_out(self) -> None:
+        """What the loop does with the queue."""
+        self.loop._carry_out()
+
+
+class Joining(RoomTestCase):
+    """A client gets messages from its place in the queue on, and the history up to there."""
+
+    def test_place_in_the_queue(self) -> None:
+        self.put("before")
+        _, pipe = self.join()
+        self.put("after")
+        self.assertEqual(pipe.stream, b"")
+        self.carry_out()
+        self.assertEqual(pipe.stream, RESPONSE + text("after"))
+
+    def test_history_and_its_place(self) -> None:
+        """Whatever is broadcast between its preparation and its place: each message once, in the order."""
+        for history in (1, 2, 3, 5):
+            for early, queued in ((0, 0), (0, 2), (2, 0), (2, 1), (4, 4), (9, 9)):
+                with self.subTest(history=history, early=early, queued=queued):
+                    self.begin(history=history)
+                    numbers = [str(number) for number in range(early + queued)]
+                    for number in numbers[:early]:
+                        self.put(number)
+                    self.carry_out()
+                    for number in numbers[early:]:
+                        self.put(number)
+                    _, pipe = self.join(mark="1f")
+                    self.put("after")
+                    self.carry_out()
+                    self.assertEqual(pipe.stream, RESPONSE + text(*numbers[-history:], "1f", "after"))
+
+    def test_messages_to_some_are_no_history(self) -> None:
+        self.begin(history=2)
+        other, _ = self.join()
+        self.put("for all")
+        self.put("for one", other)
+        _, pipe = self.join()
+        self.carry_out()
+        self.assertEqual(pipe.stream, RESPONSE + text("for all"))
+
+    def test_history_in_bytes(self) -> None:
+        """Half of what may wait for a client, and no message that is longer."""
+        self.begin(history=100, max_backlog=100)
+        for message in ("a" * 20, "b" * 20, "c" * 20):
+            self.put(message)
+        self.carry_out()
+        _, pipe = self.join()
+        self.carry_out()
+        self.assertEqual(pipe.stream, RESPONSE + text("b" * 20, "c" * 20))
+        self.put("d" * 51)
+        self.carry_out()
+        self.assertEqual((len(self.room._history), self.room._history_size), (0, 0))
+
+    def test_too_many(self) -> None:
+        self.begin(max_clients=2)
+        self.join()
+        first, _ = self.join()
+        connection, _ = self.prepare()
+        with self.assertRaises(pywebsock.HandshakeError) as caught:
+            self.room.join(connection, RESPONSE, "")
+        self.assertEqual((caught.exception.status, len(self.server.clients)), (503, 2))
+        self.carry_out()
+        self.loop.sender.drop(first, "a test")
+        self.room.join(connection, RESPONSE, "")
+        self.assertEqual(len(self.server.clients), 2)
+
+    def test_after_the_end(self) -> None:
+        connection, _ = self.prepare()
+        self.room.end()
+        with self.assertRaises(pywebsock.HandshakeError):
+            self.room.join(connection, RESPONSE, "")
+        self.assertEqual(self.server.clients, set())
+
+    def test_closed_before(self) -> None:
+        """By a hook, or by the end of the server: the Close comes right after the 101, and only the first one."""
+        for frames in ([], [pywebsock.serialize_close(4000, "bye"), pywebsock.serialize_close(4001)]):
+            self.begin()
+            connection, pipe = self.prepare()
+            pipe.shutdown = lambda how: None  # type: ignore[method-assign]
+            for frame in frames:
+                self.room.close(connection.client, frame)
+            if not frames:
+                self.room.close_all()
+            self.room.join(connection, RESPONSE, "")
+            self.put("never")
+            self.carry_out()
+            self.assertEqual(pipe.stream, RESPONSE + [*frames, pywebsock.serialize_close(1001)][0])
+            self.assertIs(connection.state, pywebsock.State.CLOSING)
+
+    def test_close_all(self) -> None:
+        """1001 comes behind what is queued; one that closes already gets no second Close."""
+        first, one = self.join()
+        _, two = self.join()
+        self.put("last")
+        self.room.close(first.client, pywebsock.serialize_close(4000))
+        self.room.close_all()
+        self.put("never")
+        self.carry_out()
+        self.assertEqual(one.stream, RESPONSE + text("last") + pywebsock.serialize_close(4000))
+        self.assertEqual(two.stream, RESPONSE + text("last") + pywebsock.serialize_close(1001))
+
+
+class Recipients(RoomTestCase):
+    """Whom a message reaches."""
+
+    def test_some(self) -> None:
+        clients = [self.join(window) for window in (0, 15, 0, 9)]
+        a, b, _, d = (connection for connection, _ in clients)
+        self.put("b and d", b, d)
+        self.put("all")
+        self.put("a", a)
+        self.put("a again", a, a)
+        self.carry_out()
+        self.assertEqual(
+            [pipe.stream.removeprefix(RESPONSE) for _, pipe in clients],
+            [text("all", "a", "a again"), text("b and d", "all"), text("all"), text("b and d", "all")],
+        )
+
+    def test_no_recipient(self) -> None:
+        """One that has left, that has not joined, that is of another server, or none at all."""
+        gone, gone_pipe = self.join()
+        _, other = self.join()
+        self.carry_out()
+        self.loop.sender.drop(gone, "a test")
+        stranger, stranger_pipe = self.prepare()
+        self.put("?", gone, stranger)
+        self.queue.put_message(pywebsock.outgoing_message("nobody", []))
+        self.carry_out()
+        self.assertEqual([pipe.stream for pipe in (gone_pipe, stranger_pipe, other)], [RESPONSE, b"", RESPONSE])
+
+    def test_counts(self) -> None:
+        """Of the status: broadcasts alone, as bytes of their payload."""
+        connection, _ = self.join()
+        self.put("four")
+        self.put("one alone", connection)
+        self.put("\xfcber")
+        self.carry_out()
+        self.assertEqual((self.room.messages, self.room.bytes), (2, 9))
+
+    def test_the_set_is_a_copy(self) -> None:
+        connection, _ = self.join()
+        clients = self.server.clients
+        clients.clear()
+        self.assertEqual(self.server.clients, {connection.client})
+        self.assertEqual([self.room.leave(connection), self.room.leave(connection)], [True, False])
+        self.room.set_send(connection, pywebsock.discard)
+        self.assertEqual((self.server.clients, len(self.room)), (set(), 0))
+
+    def test_long_runs(self) -> None:
+        """Many messages go out as one send, as long as they are not too large."""
+        _, pipe = self.join()
+        self.carry_out()
+        pipe.taken.clear()
+        messages = [f"{number}" for number in range(1000)] + ["x" * 600_000] * 4
+        for message in messages:
+            self.put(message)
+        self.carry_out()
+        self.assertEqual(pipe.stream, text(*messages))
+        self.assertEqual(len(pipe.taken), 2)
+
+    def test_an_operation_that_fails(self) -> None:
+        """Those before and behind it are not to blame."""
+        _, pipe = self.join()
+        self.servers = [self.server]
+        with self.assertLogs("pywebsock", "ERROR") as logged:
+            self.put("before")
+            self.queue.put(lambda: 1 // 0)
+            self.put("behind")
+            self.carry_out()
+        self.assertEqual(pipe.stream, RESPONSE + text("before", "behind"))
+        self.assertEqual(len(logged.records), 1)
+
+
+class QueueTestCase(unittest.TestCase):
+    """A queue and a loop of the test's own."""
+
+    def setUp(self) -> None:
+        self.queue = pywebsock.Queue()
+        self.selector = selectors.DefaultSelector()
+        self.addCleanup(self.selector.close)
+        self.queue.open(self.selector)
+        self.addCleanup(self.queue.end)
+
+
+class WakeUp(QueueTestCase):
+    """What is queued wakes the loop, always, and once."""
+
+    def woken(self, timeout: float = 0) -> bool:
+        """Whether the loop would wake up now."""
+        return bool(self.selector.select(timeout))
+
+    def test_asleep(self) -> None:
+        self.assertTrue(self.queue.fall_asleep())
+        self.assertFalse(self.woken())
+        self.queue.put("operation")
+        self.assertTrue(self.woken())
+        self.queue.hear_alarm()
+        self.assertFalse(self.woken())
+        self.assertFalse(self.queue.fall_asleep())  # there is something to do
+        self.queue.put("another")
+        self.assertFalse(self.woken())  # it looks without being told
+        self.assertEqual((self.queue.take(), self.queue.take()), (["operation", "another"], []))
+
+    def test_awake(self) -> None:
+        """Nothing is written for each of many."""
+        for _ in range(1000):
+            self.queue.put("operation")
+        self.assertFalse(self.woken())
+        self.queue.take()
+        self.assertTrue(self.queue.fall_asleep())
+        for _ in range(1000):
+            self.queue.put("operation")
+        alarm = self.queue._alarm
+        self.assertEqual(alarm and alarm.recv(10), b"!")
+        self.assertFalse(self.woken())
+
+    def test_never_lost(self) -> None:
+        """Threads that wait each time until their operation is carried out: one that is lost stops them."""
+        count, ended = 700, threading.Event()
+        overslept: list[int] = []
+
+        def loop() -> None:
+            while not ended.is_set():
+                if self.queue.fall_asleep() and not self.woken(DEADLINE):
+                    overslept.append(1)
+                self.queue.hear_alarm()
+                for operation in self.queue.take():
+                    operation()
+
+        def put(seed: int) -> None:
+            chance = random.Random(seed)
+            for _ in range(count):
+                done = threading.Event()
+                self.queue.put(done.set)
+                assert done.wait(DEADLINE)
+                for _ in range(chance.randrange(200)):
+                    pass
+
+        with in_thread(loop):
+            with contextlib.ExitStack() as stack:
+                for seed in range(3):
+                    stack.enter_context(in_thread(put, seed))
+            ended.set()
+            self.queue.put(ended.set)
+        self.assertEqual(overslept, [])
+
+
+class HeldSenders(QueueTestCase):
+    """Senders wait while too much is queued, or a quick client is behind."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.queue.loop_thread = -1  # of nobody here
+        self.sent: list[int] = []
+
+    def send(self) -> contextlib.AbstractContextManager[threading.Thread]:
+        """A thread that sends twenty messages, which are more than fits into the queue."""
+
+        def send() -> None:
+            for number in range(20):
+                self.queue.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
+                self.sent.append(number)
+
+        return in_thread(send)
+
+    def test_too_much(self) -> None:
+        with self.send():
+            eventually(lambda: self.queue._size > pywebsock.QUEUE_SIZE)
+            self.assertLess(self.queue._size, 1.2 * pywebsock.QUEUE_SIZE)
+            self.assertFalse(self.queue.wait_for_space(0.01))
+            self.assertLessEqual(len(self.sent), 9)
+            taken = len(self.queue.take())
+            while taken < 20:
+                taken += len(self.queue.take())
+                time.sleep(0.001)
+        self.assertEqual((self.sent, taken), (list(range(20)), 20))
+
+    def test_held(self) -> None:
+        self.queue.hold(True)
+        with self.send():
+            eventually(lambda: len(self.queue) == 1)
+            self.assertFalse(self.queue.wait_for_space(0.01))
+            self.assertEqual((self.sent, len(self.queue.take())), ([], 1))
+            self.assertFalse(self.queue.wait_for_space(0.01))  # an empty queue is no reason to go on
+            self.queue.hold(False)
+            self.assertTrue(self.queue.wait_for_space(DEADLINE))
+            eventually(lambda: self.queue.take() is not None and len(self.sent) == 20)
+
+    def test_the_end(self) -> None:
+        """Nobody waits for a loop that has ended."""
+        with self.send():
+            eventually(lambda: self.queue._size > pywebsock.QUEUE_SIZE)
+            self.queue.end()
+        self.assertEqual(len(self.sent), 20)
+
+    def test_the_loop_never_waits(self) -> None:
+        self.queue.loop_thread = threading.get_ident()
+        self.queue.hold(True)
+        for _ in range(20):
+            self.queue.put_message(Outgoing(BINARY, bytes(pywebsock.QUEUE_SIZE // 10)))
+        self.assertTrue(self.queue.wait_for_space(0))
+
+    def test_before_it_begins(self) -> None:
+        """A program may send before the server is started: nobody would take anything out."""
+        self.queue.loop_thread = 0
+        with self.send():
+            pass
+        self.assertEqual(len(self.sent), 20)
+
+    def test_many_recipients_count(self) -> None:
+        """A message to ten thousand is more than its bytes."""
+        self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (None,) * 10_000)))
+        self.assertGreaterEqual(self.queue._size, 10_000 * pywebsock.RECIPIENT_COST)
+
+
+class Count(unittest.TestCase):
+    """How many connections there are, which the end of the server waits for."""
+
+    def setUp(self) -> None:
+        self.room = pywebsock.Room(pywebsock.Queue(), 10, 0, 0)
+
+    def test_wait(self) -> None:
+        requests = [typing.cast(socket.socket, object()) for _ in range(3)]
+        for request in requests:
+            self.room.add_pending(request, 0.0)
+        self.assertFalse(self.room.wait_for(2, time.monotonic() + 0.01))
+        with in_thread(self.room.wait_for, 1, time.monotonic() + 2 * DEADLINE):
+            self.assertEqual([self.room.remove(request) for request in requests[:2] * 2], [True] * 2 + [False] * 2)
+        self.assertEqual(self.room.size, 1)
+        self.assertTrue(self.room.wait_for(1, 0.0))
+
+
+class Unfinished(RoomTestCase):
+    """Connections with unfinished messages share the budget; where it is used up, they go on one at a time."""
+
+    SIZE = 1000
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.budget = pywebsock.Budget(self.SIZE)
+        self.unfinished = pywebsock.Unfinished(self.budget)
+
+    def grow(self, connection: pywebsock.Connection, size: int, now: float = 0.0) -> bool:
+        """The message of a connection grows by so many bytes; returns whether it may go on."""
+        opcode = 0 if connection.reader.size else BINARY
+        list(connection.reader.feed(masked_frame(opcode, bytes(size), fin=False)))
+        grown = self.unfinished.grow(connection, now)
+        connection.paused = not grown
+        return grown
+
+    def connections(self, number: int) -> list[pywebsock.Connection]:
+        """Connections that have joined."""
+        return [self.join()[0] for _ in range(number)]
+
+    def test_the_first_may_exceed(self) -> None:
+        a, b, c = self.connections(3)
+        self.assertTrue(self.grow(a, 600))
+        self.assertTrue(self.grow(b, 600))  # the first that exceeds
+        self.assertTrue(self.grow(b, 5000))  # as much as it needs
+        self.assertFalse(self.grow(a, 1))
+        self.assertFalse(self.grow(c, 1))
+        self.assertEqual((self.unfinished.waiting, self.unfinished.take_ready()), ({a, c}, []))
+        self.assertEqual((a.kept, b.kept, c.kept), (600, 5600, 0))
+
+    def test_one_after_another(self) -> None:
+        """When the first has finished, the one that needs least goes on, and may exceed in its turn."""
+        a, b, c = self.connections(3)
+        self.grow(a, 5000)
+        self.grow(b, 3000)
+        self.grow(c, 2000)
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c], {b}))
+        self.assertTrue(self.unfinished.grow(c, 0.0))
+        self.assertEqual(self.unfinished.take_ready(), [])
+        self.unfinished.release(c)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([b], set()))
+
+    def test_all_for_whom_there_is_room(self) -> None:
+        """Exactly so many, the shortest first."""
+        a, b, c, d = self.connections(4)
+        self.grow(a, 5000)
+        self.grow(b, 601)
+        self.grow(c, 100)
+        self.grow(d, 300)
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, d], {b}))
+        self.assertEqual([self.unfinished.grow(each, 0.0) for each in (c, d)], [True, True])
+
+    def test_room_to_the_last_byte(self) -> None:
+        a, b, c = self.connections(3)
+        self.grow(a, 5000)
+        self.grow(b, 600)
+        self.grow(c, 400)
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, b], set()))
+
+    def test_closed_while_it_waits(self) -> None:
+        """Its place goes to the next one that can use it."""
+        a, b, c, d = self.connections(4)
+        self.loop.sender.gate.unfinished = self.unfinished
+        self.carry_out()
+        self.grow(a, 5000)
+        for connection in (b, c, d):
+            self.grow(connection, 1)
+        self.loop.sender.drop(b, "a test")
+        c.state = pywebsock.State.ENDING
+        self.unfinished.release(a)
+        self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([d], set()))
+
+    def test_all_comes_back(self) -> None:
+        chance = random.Random(1)
+        connections = self.connections(10)
+        for _ in range(300):
+            connection = chance.choice(connections)
+            if not connection.paused:
+                self.grow(connection, chance.randrange(400))
+            if chance.random() < 0.3:
+                self.unfinished.release(connection)
+                connection.reader = pywebsock.MessageReader(1 << 20)
+            for ready in self.unfinished.take_ready():
+                ready.paused = not self.unfinished.grow(ready, 0.0)
+        for connection in connections:
+            self.unfinished.release(connection)
+        self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
+
+    def test_slow_ones(self) -> None:
+        """Only those that keep others waiting, and bring a byte too little in the time of grace."""
+        grace = pywebsock.Unfinished.GRACE
+        enough = int(grace * pywebsock.SLOWEST_POST)
+        slow, quick, paused, first, waiting = self.connections(5)
+        for connection in (slow, quick, paused, first):
+            self.assertTrue(self.grow(connection, 300, now=100.0))
+        slow.received, quick.received, first.received = enough - 1, enough, enough
+        paused.received, paused.paused = 0, True
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [])  # nobody waits
+        self.assertFalse(self.grow(waiting, 1, now=100.0))
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace - 0.01), [])
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [slow])
+        self.assertEqual((quick.began, quick.received), (100.0 + grace, 0))  # and again
+        self.assertEqual(set(self.unfinished.slow_ones(100.0 + 2 * grace)), {slow, quick, first})
+
+
+if __name__ == "__main__":
+    unittest.main()
