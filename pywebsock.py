@@ -281,7 +281,7 @@ class FrameReader:
         """Yield (fin, rsv1, opcode, payload, left) for each frame or part of a frame in `data`.
 
         `left` is the number of bytes of the payload that have not arrived. Raise ProtocolError
-        for a wrong frame, after the frames before it.
+        for a wrong frame, after yielding the frames before it.
         """
         data = self._rest + data
         self._rest = b""
@@ -349,7 +349,7 @@ def serialize_close(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError for a wrong one.
+    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError if they are invalid.
 
     >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
     (1001, 'bye')
@@ -550,7 +550,7 @@ class MessageReader:
 
         A text message is valid UTF-8; its payload is not decoded. Yield (CONT, b"") when the
         reader has buffered a piece of an incomplete message: the caller may check `size` and
-        pause. Raise ProtocolError as early as possible, after the messages before the error.
+        pause. Raise ProtocolError as early as possible, after yielding the messages before the error.
         """
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
             if opcode >= 8:  # may come between fragments (5.4)
@@ -587,7 +587,7 @@ class MessageReader:
             self._check_size(self._length + len(payload) + left)
             yield payload
             return
-        # Deflate makes a message of the maximum size at most this much longer.
+        # Compression makes a message at most this much longer.
         self._check_size(len(payload) + left - self._max_message // 8 - 64)
         if not payload:
             yield b""  # the inflater has memory already: the caller may check `size`
@@ -650,7 +650,7 @@ class Outgoing:
         self._frames: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
-        """Return the frame for clients with this window. Two threads may call it at once: both do the work."""
+        """Return the frame for clients with this window. Any thread may call this method."""
         frames = self._frames
         if 0 not in frames:
             frames[0] = serialize_frame(self.opcode, self.payload)
@@ -663,7 +663,7 @@ class Outgoing:
         return frames[window]
 
     def ready_frame(self, window: int) -> bytes:
-        """Return a frame for this window, without compressing a long message: an existing frame is sent then."""
+        """Return a frame for clients with this window. For a long message, return the best existing frame."""
         if self.size < LONG_MESSAGE or not window:
             return self.frame(window)
         self.frame(0)
@@ -3544,7 +3544,7 @@ REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
 MAX_DEPTH = 5  # of nested arrays
 NOT_REDIS = "this server is not Redis"
-CUT = "Redis closed the connection"
+CONNECTION_CLOSED = "Redis closed the connection"
 LinkMessage = tuple[int, bytes]
 Deliver = Callable[[list[LinkMessage]], object]
 
@@ -3608,7 +3608,7 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
     line = file.readline(MAX_LINE)
     kind, text = line[:1], line[1:-2]
     if kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n"):
-        raise ConnectionError(CUT)
+        raise ConnectionError(CONNECTION_CLOSED)
     if depth > MAX_DEPTH or not REPLY_LINE.fullmatch(line):
         raise RedisError(NOT_REDIS)
     if kind in b"+-":
@@ -3622,7 +3622,7 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
         return [parse_reply(file, depth + 1) for _ in range(number)]
     bulk = file.read(number + 2)
     if len(bulk) < number + 2:
-        raise ConnectionError(CUT)
+        raise ConnectionError(CONNECTION_CLOSED)
     if not bulk.endswith(b"\r\n"):
         raise RedisError(NOT_REDIS)
     return bulk[:-2]
@@ -3677,9 +3677,9 @@ LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
 BACK_TIME = 2.0  # seconds until a written message must come back
 WAIT_TIME = 1.0  # seconds until a "wait" expires
 RETRY_TIME = 0.2  # seconds between an error and a new connection
-MEND_TIME = 60_000  # milliseconds by which lost entries that other servers have read may be newer
+MEND_MILLISECONDS = 60_000  # by which lost entries that other servers have read may be newer
 REFUSALS = ("OOM ", "ERR ")  # Redis has no memory for the entry, or it is too long
-PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
+TEMPORARY_ERRORS = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 
 
 def total_cost(payloads: Iterable[bytes]) -> int:
@@ -3831,7 +3831,7 @@ class RedisStream:
         entry = redis.call(*add, "*", *fields)
         if parse_id(entry) <= last:
             warn("Redis has lost the end of the stream")
-            milliseconds = (last >> 64) + MEND_TIME
+            milliseconds = (last >> 64) + MEND_MILLISECONDS
             redis.call(*add, f"{milliseconds}-0", *fields)
 
     def trim(self, redis: RedisConnection, always: bool = False) -> None:
@@ -3936,7 +3936,7 @@ class RedisLink:
             why = printable(str(error))
             if why.startswith("MOVED "):
                 why = f"the stream is on another node of the cluster: {why}"
-            if not why.startswith(PASSING):
+            if not why.startswith(TEMPORARY_ERRORS):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {why}") from None
         except OSError:
@@ -4301,7 +4301,7 @@ class FloodFilter(logging.Filter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error. If that is a full pipe, lines are left out, so that the server does not wait."""
+    """Writes to standard error. Lines that a full pipe does not accept are left out: the server must not stop."""
 
     PATIENCE = 1.0  # seconds
 
