@@ -1216,9 +1216,9 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext of a server"),
     }
     kind, words = kinds[name if default is None else type(default)]
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    good = good and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
-    if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    valid = valid and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
+    if not valid or (isinstance(value, (int, float)) and not least <= value < math.inf):
         raise ValueError(f"{name} must be {words}, not {value!r}")
     if name == "origins":
         return [parse_origin(str(origin)) for origin in value]
