@@ -1056,8 +1056,8 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         refusal = HandshakeError(error.status, str(error))  # a copy: a hook may raise the same error again
         refusal.fields = (*error.fields, *fields)
         raise refusal from None
-    policy = PAGE_POLICY.search(body) if kind.startswith("text/html") else None
-    if policy:  # as a header field, it can also forbid frames
+    policy = PAGE_POLICY.search(body)
+    if policy:  # of the page: as a header field, it can also forbid frames
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(status, kind, body, *fields, head=request.method == "HEAD")
@@ -1222,9 +1222,10 @@ def check_setting(name: str, value: Any, default: Any) -> Any:
         raise ValueError(f"{name} must be {words}, not {value!r}")
     if name == "origins":
         return [parse_origin(str(origin)) for origin in value]
-    for each in (value or ()) if name == "subprotocols" else ():
-        if not re.fullmatch(TOKEN, str(each)):
-            raise ValueError(f"a subprotocol must be one word such as chat, not {each!r}")
+    if name == "subprotocols":
+        for each in value or ():
+            if not re.fullmatch(TOKEN, str(each)):
+                raise ValueError(f"a subprotocol must be one word such as chat, not {each!r}")
     return value
 
 
