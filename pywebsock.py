@@ -171,6 +171,9 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # in a header field (RFC 9110 5.6.2)
 
 # ======================================================================================
 # Errors
+#
+# The parts of the protocol raise two errors. A HandshakeError becomes an HTTP response; a
+# ProtocolError becomes a Close frame.
 # ======================================================================================
 
 
@@ -278,7 +281,7 @@ class FrameReader:
         """Yield (fin, rsv1, opcode, payload, left) for each frame or part of a frame in `data`.
 
         `left` is the number of bytes of the payload that have not arrived. Raise ProtocolError
-        for a wrong frame, after the frames before it.
+        for a wrong frame, after yielding the frames before it.
         """
         data = self._rest + data
         self._rest = b""
@@ -346,7 +349,7 @@ def serialize_close(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError for a wrong one.
+    """Return the (code, reason) in the payload of a Close frame (5.5.1). Raise ProtocolError if they are invalid.
 
     >>> parse_close(bytes.fromhex("03 e9 62 79 65"))
     (1001, 'bye')
@@ -547,7 +550,7 @@ class MessageReader:
 
         A text message is valid UTF-8; its payload is not decoded. Yield (CONT, b"") when the
         reader has buffered a piece of an incomplete message: the caller may check `size` and
-        pause. Raise ProtocolError as early as possible, after the messages before the error.
+        pause. Raise ProtocolError as early as possible, after yielding the messages before the error.
         """
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
             if opcode >= 8:  # may come between fragments (5.4)
@@ -584,7 +587,7 @@ class MessageReader:
             self._check_size(self._length + len(payload) + left)
             yield payload
             return
-        # Deflate makes a message of the maximum size at most this much longer.
+        # Compression makes a message at most this much longer.
         self._check_size(len(payload) + left - self._max_message // 8 - 64)
         if not payload:
             yield b""  # the inflater has memory already: the caller may check `size`
@@ -647,7 +650,7 @@ class Outgoing:
         self._frames: dict[int, bytes] = {}  # by window
 
     def frame(self, window: int) -> bytes:
-        """Return the frame for clients with this window. Two threads may call it at once: both do the work."""
+        """Return the frame for clients with this window. Any thread may call this method."""
         frames = self._frames
         if 0 not in frames:
             frames[0] = serialize_frame(self.opcode, self.payload)
@@ -688,27 +691,29 @@ def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = N
 # ======================================================================================
 # Opening handshake (RFC 6455 4; HTTP as in RFC 9112)
 #
-# A client asks for a WebSocket with an HTTP request. The server checks it and answers with the
-# status 101 and a hash of the client's key; frames follow.
+# A client sends an HTTP request. The server checks it, and responds with status 101 and a hash
+# of the client's key. After that, both sides send frames.
 # ======================================================================================
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # 1.3
 
-MAX_HEAD, MAX_LINE, MAX_FIELDS = 32 * 1024, 8 * 1024, 100  # bytes of a head, bytes of a line in it, header fields
-HEAD_END = re.compile(rb"\n\r?\n")  # of any head; a good one ends in CR LF CR LF
+MAX_HEAD = 32 * 1024  # bytes of the request line and all header fields
+MAX_LINE = 8 * 1024  # bytes of one of these lines
+MAX_FIELDS = 100  # header fields
+HEAD_END = re.compile(rb"\n\r?\n")  # also of a malformed head; a valid one ends with CR LF CR LF
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
-CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # of a body (RFC 9110 8.4.1)
+CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # supported content codings (RFC 9110 8.4.1)
 ACCEPT_CODINGS = "Accept-Encoding", "gzip, deflate"
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # its size and extensions (RFC 9112 7.1)
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # size and extensions (RFC 9112 7.1)
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
 
 class Request(NamedTuple):
-    """The head of a request; header field names are in lower case, repeated fields joined by commas."""
+    """A request without its body. Names of header fields are in lower case; repeated fields are joined by commas."""
 
     method: str
     target: str
@@ -716,89 +721,98 @@ class Request(NamedTuple):
     headers: dict[str, str]
 
     def elements(self, name: str) -> list[str]:
-        """The elements of a comma-separated header field (RFC 9110 5.6.1)."""
+        """Return the elements of a comma-separated header field (RFC 9110 5.6.1)."""
         elements = [element.strip(" \t") for element in self.headers.get(name, "").split(",")]
         return list(filter(None, elements))
 
     def tokens(self, name: str) -> list[str]:
-        """The same in lower case."""
+        """Return the elements in lower case."""
         return [element.lower() for element in self.elements(name)]
 
     @property
     def path(self) -> str:
-        """The target without its query, or without what precedes the path in absolute form (RFC 9112 3.2)."""
+        """Return the target without its query. Remove the scheme and host of the absolute form (RFC 9112 3.2)."""
         return ABSOLUTE_FORM.sub("", self.target.partition("?")[0], 1) or "/"
 
     @property
     def upgrades(self) -> bool:
-        """Whether it asks for a WebSocket, however badly."""
+        """Return whether the client wants a WebSocket. The request may have errors."""
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
 
 
 def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
-    """The request whose head arrives in these pieces, and what has arrived after the head. Raises HandshakeError."""
-    data, end = bytearray(), None
+    """Return the request that begins in these pieces, and the bytes that have arrived after its head.
+
+    Raise HandshakeError if it is malformed or too long.
+    """
+    data = bytearray()
+    end = None
     for piece in pieces:
         seen = max(0, len(data) - 3)
         data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
         end = HEAD_END.search(data, seen)
-        if end or len(data) > MAX_HEAD or (data and not data[:1].isalpha()):  # TLS on a plain port, say
+        is_http = not data or data[:1].isalpha()  # it may be TLS
+        if end or len(data) > MAX_HEAD or not is_http:
             break
     size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
     require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
-    require(len(lengths) <= MAX_FIELDS + 1, 431, f"there are more than {MAX_FIELDS} header fields")
+    require(len(lengths) <= MAX_FIELDS + 1, 431, f"the request has more than {MAX_FIELDS} header fields")
     require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
-    require(size <= MAX_HEAD, 431, f"the head is longer than {MAX_HEAD} bytes")
+    require(size <= MAX_HEAD, 431, f"the header fields are longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
 
 
 def parse_head(head: str) -> Request:
-    """The request with this head, which ends in an empty line (RFC 9112 3, 5). Raises HandshakeError."""
-    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 behind its empty lines
-    require(not proxy, 400, "the proxy sends a PROXY protocol header (such as send-proxy): switch that off")
+    """Return the request with this head, up to its empty line (RFC 9112 3, 5). Raise HandshakeError."""
+    proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 after its empty lines
+    require(not proxy, 400, "the proxy sends a PROXY protocol header: turn this option (send-proxy) off")
     match = HEAD.fullmatch(head)
     if not match:
-        raise HandshakeError(400, "that is not HTTP/1.1, incomplete, malformed, or its lines do not end in CR LF")
+        raise HandshakeError(400, "the request is not HTTP/1.1, incomplete, malformed, or has a line without CR LF")
     headers: dict[str, str] = {}
     for line in match[4].split("\r\n")[1:]:
         name, _, value = line.partition(":")
-        before = f"{headers[name.lower()]}, " if name.lower() in headers else ""
-        headers[name.lower()] = before + value.strip(" \t")
+        name = name.lower()
+        value = value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Request(match[1], match[2], (1, int(match[3])), headers)
 
 
 def check_host(request: Request) -> str:
-    """The host that is asked: the Host field, which HTTP/1.1 requires, or in absolute form that of the target.
+    """Return the host in an absolute target, or else in the Host field, which HTTP/1.1 requires (RFC 9112 3.2).
 
-    RFC 9112 3.2. Raises HandshakeError.
+    Raise HandshakeError if it is missing or malformed.
     """
-    host, absolute = request.headers.get("host", ""), ABSOLUTE_FORM.match(request.target)
-    may_lack = not host and request.version < (1, 1)
-    require(may_lack or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
+    host = request.headers.get("host", "")
+    absolute = ABSOLUTE_FORM.match(request.target)
+    optional = not host and request.version < (1, 1)
+    require(optional or HOST.fullmatch(host), 400, "the Host header field is missing or malformed")
     require(not absolute or HOST.fullmatch(absolute[1]), 400, "the host in the target is malformed")
     return absolute[1] if absolute else host
 
 
 def check_origin(request: Request, origins: Sequence[str]) -> None:
-    """Keep other people's web pages out (RFC 6455 10.2). Raises HandshakeError.
+    """Raise HandshakeError if the request comes from a web page of another origin (RFC 6455 10.2).
 
-    A browser says which page asks. Programs say nothing and may enter; so may a page that
-    came from this very server by the name of localhost or an address (any other name
-    could have been made to point here: DNS rebinding), and what is listed in `origins`,
-    as parse_origin() gives it. With nothing listed, so may a page opened from disk, which
-    calls itself null or file://.
+    A browser sends the origin of the page. Programs need not send an origin: they may
+    connect. A page may connect if one of these is true:
+
+    - Its origin is in `origins` (as returned by parse_origin).
+    - It comes from this server, and the host in its URL is localhost or an IP address. Another
+      host name could be that of an attacker, resolved to this server (DNS rebinding).
+    - `origins` is empty, and the page is a file: its origin is null or file://.
     """
-    said = request.headers.get("origin")
-    if said is None or "*" in origins:
+    field = request.headers.get("origin")
+    if field is None or "*" in origins:
         return
     try:
-        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", said.lower()))  # ws: is what some programs say
+        origin = parse_origin(re.sub("^ws(s?):", r"http\1:", field.lower()))  # some programs send ws:
     except ValueError:
         origin = "*"
-    hint = "only --origin '*' allows it; a program need not send the field"
-    require("*" not in origin, 403, f'"{printable(said)}" is not an origin ({hint})')
+    hint = "only --origin '*' allows it; a program need not send the Origin field"
+    require("*" not in origin, 403, f'"{printable(field)}" is not an origin ({hint})')
     if any(matches(origin, each) for each in origins or ("null", "file://")):
         return
     host = check_host(request).lower().rstrip(":")
@@ -807,20 +821,21 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
 
 
-def check_name(request: Request, origins: Sequence[str]) -> None:
-    """Keep figures from a page whose host's name was made to point here: with GET, it has no Origin field.
+def check_rebinding(request: Request, origins: Sequence[str]) -> None:
+    """Raise HandshakeError unless the host of the request is localhost, an IP address, or in `origins`.
 
-    As with origins, localhost and addresses are good, and so is a host of `origins`. Raises HandshakeError.
+    Another host name could be that of an attacker's page, resolved to this server (DNS
+    rebinding). With GET, the browser sends no Origin field then.
     """
     host = check_host(request).lower()
     name = re.sub(":[0-9]*$", "", host)
     listed = [re.sub("^[^*]*//|:[0-9]*$", "", each) for each in origins]
-    good = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
-    require(good, 403, f"the host {host} is not known here (--origin http://{name} allows it)")
+    known = not host or LOCAL.fullmatch(host) or any(matches(name, each) for each in listed)
+    require(known, 403, f"the host name {host} is not allowed (--origin http://{name} allows it)")
 
 
 def matches(text: str, pattern: str) -> bool:
-    """Whether a text is the pattern, in which a * stands for at least one character."""
+    """Return whether the text matches the pattern. The first * matches one or more characters."""
     start, star, end = pattern.partition("*")
     if not star:
         return text == pattern
@@ -828,69 +843,75 @@ def matches(text: str, pattern: str) -> bool:
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers write it (RFC 6454 6.2), or one of the words *, null and file://. Raises ValueError.
+    """Return an origin as browsers send it (RFC 6454 6.2), or one of *, null and file://.
 
-    Its host may begin with `*.`, which stands for one label or more.
+    The host may begin with `*.`, which matches one or more labels. Raise ValueError for other text.
     """
     match = ORIGIN.fullmatch(text.lower())
     if not match:
-        raise ValueError(f"an origin is a scheme and a host, such as https://example.com, not {text!a}")
+        raise ValueError(f"an origin must be a scheme and a host, such as https://example.com, not {text!a}")
     return re.sub("^(http:.*):80$|^(https:.*):443$", r"\1\2", match[1] or match[2])
 
 
 def check_upgrade(request: Request) -> str:
-    """Sec-WebSocket-Accept for a request that meets RFC 6455 4.2.1. Raises HandshakeError."""
-    require(request.method == "GET", 405, "a WebSocket is opened with GET", ("Allow", "GET"))
-    require(request.version >= (1, 1), 400, "a WebSocket is opened with HTTP/1.1")
-    body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    require(not body, 400, "a request for a WebSocket has no body")  # whose bytes would be taken for frames
-    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field does not say websocket")
-    require("upgrade" in request.tokens("connection"), 400, "the Connection header field does not say Upgrade")
+    """Return Sec-WebSocket-Accept. Raise HandshakeError if the request does not meet RFC 6455 4.2.1."""
+    require(request.method == "GET", 405, "a request for a WebSocket must use GET", ("Allow", "GET"))
+    require(request.version >= (1, 1), 400, "a request for a WebSocket must use HTTP/1.1")
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    require(not has_body, 400, "a request for a WebSocket must not have a body")
+    require("websocket" in request.tokens("upgrade"), 400, "the Upgrade header field has no token websocket")
+    require("upgrade" in request.tokens("connection"), 400, "the Connection header field has no token Upgrade")
     fields = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # RFC 9110 15.5.22
-    require(request.headers.get("sec-websocket-version") == "13", 426, "the WebSocket version is not 13", *fields)
+    require(request.headers.get("sec-websocket-version") == "13", 426, "Sec-WebSocket-Version is not 13", *fields)
     return compute_accept(request.headers.get("sec-websocket-key", ""))
 
 
 def compute_accept(key: str) -> str:
-    """Sec-WebSocket-Accept, proof that the server has understood the handshake (4.2.2). Raises HandshakeError.
+    """Return Sec-WebSocket-Accept for a key (4.2.2, item 5). Raise HandshakeError for a wrong key.
 
     >>> compute_accept("dGhlIHNhbXBsZSBub25jZQ==")  # 1.3
     's3pPLMBiTxaQ9kYGzzhZRbK+xOo='
     """
     require(re.fullmatch("[0-9A-Za-z+/]{22}==", key), 400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    return base64.b64encode(hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()).decode()
+    digest = hashlib.sha1(key.encode() + GUID, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode()
 
 
 def choose_subprotocol(request: Request, served: Sequence[str] | None) -> str:
-    """The first subprotocol in the client's list that is served, or "" (4.2.2, item 5)."""
+    """Return the first subprotocol in the client's list that the server supports, or "" (4.2.2, item 5)."""
     offered = request.elements("sec-websocket-protocol")
     return next((name for name in offered if name in (served or ())), "")
 
 
 def body_length(request: Request, max_message: int) -> int:
-    """The length of a request's body, or the most that one in chunks may have (RFC 9112 6). Raises HandshakeError."""
+    """Return the length of the body of a request (bytes). For a chunked body, return `max_message` (RFC 9112 6).
+
+    Raise HandshakeError if the body cannot be a message.
+    """
     headers = request.headers
-    kind, field = headers.get("content-type", "").lower(), headers.get("content-length", "")
-    require(not kind.startswith("multipart/"), 415, "the body is the message: send no form")  # curl -F
+    is_form = headers.get("content-type", "").lower().startswith("multipart/")  # curl -F
+    require(not is_form, 415, "the body must be the message, not a form")
     codings = request.tokens("content-encoding") or ["identity"]
-    require(len(codings) == 1 and codings[0] in CODINGS, 415, "that Content-Encoding is unknown here", ACCEPT_CODINGS)
+    supported = len(codings) == 1 and codings[0] in CODINGS
+    require(supported, 415, "the Content-Encoding is not supported", ACCEPT_CODINGS)
+    length = headers.get("content-length", "")
     if "transfer-encoding" in headers:
-        require(headers["transfer-encoding"].lower() == "chunked", 501, "the only transfer coding here is chunked")
-        require("content-length" not in headers, 400, "there are both Transfer-Encoding and Content-Length")
-        require(request.version >= (1, 1), 400, "a body in chunks needs HTTP/1.1")
+        require(headers["transfer-encoding"].lower() == "chunked", 501, "the Transfer-Encoding must be chunked")
+        require("content-length" not in headers, 400, "the request has both Transfer-Encoding and Content-Length")
+        require(request.version >= (1, 1), 400, "a chunked body needs HTTP/1.1")
         return max_message
-    require(field, 411, "the body needs a Content-Length or chunks")
-    require(re.fullmatch("[0-9]{1,18}", field), 400, "Content-Length is malformed")
-    require(int(field) <= max_message, 413, f"a message has at most {max_message} bytes")
-    return int(field)
+    require(length, 411, "the body needs Content-Length or Transfer-Encoding: chunked")
+    require(re.fullmatch("[0-9]{1,18}", length), 400, "Content-Length is malformed")
+    require(int(length) <= max_message, 413, f"a message must not have more than {max_message} bytes")
+    return int(length)
 
 
-class Arriving:
-    """Bytes that arrive in pieces, to be taken by number or by line. Both raise HandshakeError at their end."""
+class BodyReader:
+    """Reads a body that arrives in pieces. The methods raise HandshakeError if it is incomplete."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._data = bytearray()  # what has arrived and is not taken yet
+        self._data = bytearray()  # has arrived, not read yet
 
     def _wait(self) -> None:
         piece = next(self._pieces, None)
@@ -898,8 +919,8 @@ class Arriving:
             raise HandshakeError(400, "the body is incomplete")
         self._data += piece
 
-    def take(self, length: int) -> Iterator[bytes]:
-        """Yield that many bytes as they arrive."""
+    def read(self, length: int) -> Iterator[bytes]:
+        """Yield the next `length` bytes, in pieces as they arrive."""
         while length:
             if not self._data:
                 self._wait()
@@ -908,32 +929,32 @@ class Arriving:
             length -= len(piece)
             yield piece
 
-    def take_line(self) -> bytes:
-        """The next line, without its end."""
+    def read_line(self) -> bytes:
+        """Return the next line, without CR LF."""
         while (end := self._data.find(b"\r\n")) < 0:
-            require(len(self._data) <= MAX_LINE, 400, "a line in the body is too long")
+            require(len(self._data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
             self._wait()
         line = bytes(self._data[:end])
         del self._data[: end + 2]
         return line
 
 
-def take_chunks(arriving: Arriving) -> Iterator[bytes]:
-    """Yield the data of chunks (RFC 9112 7.1), without extensions and trailers. Raises HandshakeError."""
+def read_chunks(body: BodyReader) -> Iterator[bytes]:
+    """Yield the data of a chunked body (RFC 9112 7.1). Raise HandshakeError if it is malformed."""
     size = -1
     while size:
-        head = CHUNK.fullmatch(arriving.take_line())
+        head = CHUNK.fullmatch(body.read_line())
         size = int(head[1], 16) if head else -1
-        require(size >= 0, 400, "a chunk has no size")
-        yield from arriving.take(size)
-        require(not size or not arriving.take_line(), 400, "a chunk does not have the size that it says")
-    while arriving.take_line():
-        pass  # trailers
+        require(size >= 0, 400, "the size of a chunk is missing or malformed")
+        yield from body.read(size)
+        require(not size or not body.read_line(), 400, "a chunk is longer than its size")
+    while body.read_line():
+        pass  # trailer fields
 
 
 def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield what was compressed with gzip (of any number of members) or zlib. Raises HandshakeError."""
-    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: either
+    """Yield the decompressed data of gzip (with any number of members) or zlib. Raise HandshakeError if corrupt."""
+    inflater = zlib.decompressobj(wbits=32 + 15)  # 32: detect the format
     for piece in pieces:
         data = piece
         while data:
@@ -942,27 +963,27 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
             try:
                 yield inflater.decompress(data, INFLATE_SIZE)
             except zlib.error:
-                raise HandshakeError(400, "the body is not in its Content-Encoding") from None
+                raise HandshakeError(400, "the body does not match its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
     require(inflater.eof, 400, "the compressed body is incomplete")
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
-    """Yield the content of a request from what arrives behind its head. Raises HandshakeError."""
+    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong."""
     length = body_length(request, max_message)
-    arriving = Arriving(pieces)
-    content = take_chunks(arriving) if "transfer-encoding" in request.headers else arriving.take(length)
+    body = BodyReader(pieces)
+    content = read_chunks(body) if "transfer-encoding" in request.headers else body.read(length)
     if request.tokens("content-encoding") not in ([], ["identity"]):
         content = decompress(content)
     total = 0
     for piece in content:
         total += len(piece)
-        require(total <= max_message, 413, f"a message has at most {max_message} bytes")
+        require(total <= max_message, 413, f"a message must not have more than {max_message} bytes")
         yield piece
 
 
 def decode_body(request: Request, body: bytes) -> Message:
-    """The message in the body of a request: text where it is UTF-8 and does not say that it is binary."""
+    """Return the message in a body: text if it is UTF-8, unless the Content-Type is application/octet-stream."""
     if not request.headers.get("content-type", "").lower().startswith("application/octet-stream"):
         with contextlib.suppress(UnicodeDecodeError):
             return body.decode()
@@ -970,20 +991,21 @@ def decode_body(request: Request, body: bytes) -> Message:
 
 
 def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: bytes = b"") -> bytes:
-    """A response; all but 101 end the connection (RFC 9112 4)."""
-    lines = [f"{name}: {value}\r\n" for name, value in fields]
-    return f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}\r\n{''.join(lines)}\r\n".encode("latin-1") + body
+    """Return a response (RFC 9112 4)."""
+    lines = [f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in fields]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
-    """A response to an ordinary request, with its body's length; to HEAD, without the body."""
+    """Return a response that is the last on its connection. If `head` (HEAD), leave its body out."""
     standard = (
         ("Content-Type", kind),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
-        ("Access-Control-Allow-Origin", "*"),  # to a page that may not connect it only says why
+        ("Access-Control-Allow-Origin", "*"),  # pages may read the reason of an error
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     own = dict(fields)
@@ -992,12 +1014,15 @@ def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str],
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Text from the network, made safe for a log: control and non-ASCII characters escaped, cut."""
+    """Return text of a peer for the log: escape control and non-ASCII characters, cut after `limit` characters."""
     return re.sub(r"[^ -\[\]-~]", lambda match: ascii(match[0])[1:-1], text[:limit])
 
 
 # ======================================================================================
 # HTTP on the same port (RFC 9110): the page, the status, POST
+#
+# GET / returns the page, and GET /status returns figures of the server in JSON. POST / sends
+# its body to all clients.
 # ======================================================================================
 
 FRAMEWORKS = re.compile("/(socket[.]io|engine[.]io|sockjs)/|/negotiate$")  # Socket.IO, SockJS, SignalR
@@ -1010,66 +1035,79 @@ METHODS = {
 
 
 def answer(client: WebSocketHandler, request: Request) -> bytes:
-    """The response to a request that asks for no WebSocket; in the connection's thread. Raises HandshakeError."""
-    server, allowed = client.server, METHODS.get(request.path, ())
-    hint = "; this is plain WebSocket, not what that client speaks" if FRAMEWORKS.search(request.path) else ""
+    """Return the response to a request for something other than a WebSocket. Raise HandshakeError to refuse it.
+
+    It runs in the connection's thread.
+    """
+    methods = METHODS.get(request.path, ())
+    allow = "Allow", ", ".join(methods)
     path = printable(request.path, 80)
-    require(allowed, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
-    require(request.method in allowed, 405, "that method has no meaning here", ("Allow", ", ".join(allowed)))
+    hint = "; this server does not speak the protocol of that framework" if FRAMEWORKS.search(request.path) else ""
+    require(methods, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
+    require(request.method in methods, 405, "the method is not allowed here", allow)
     check_host(request)
-    # A browser does not tell a page why its WebSocket was refused; this does.  Where page and server have the
-    # same origin, the browser sends no Origin with GET: so the page says it in the query.
-    said = re.search("[?&]origin=([^&]*)", request.target) if request.method == "GET" else None
-    origin = {"origin": urllib.parse.unquote(said[1])} if said else {}
-    check_origin(request._replace(headers={**origin, **request.headers}), server.origins)
+    check_origin(with_origin(request), client.server.origins)
     if request.method == "OPTIONS":
-        return serialize_response(204, [("Allow", ", ".join(allowed)), ("Connection", "close"), *preflight(request)])
-    fields = share(request)
+        return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
+    fields = cors_fields(request)
     try:
         status, kind, body = respond(client, request)
     except HandshakeError as error:
-        refusal = HandshakeError(error.status, str(error))  # a hook may raise the same one again
+        refusal = HandshakeError(error.status, str(error))  # a copy: a hook may raise the same error again
         refusal.fields = (*error.fields, *fields)
         raise refusal from None
-    policy = PAGE_POLICY.search(body) if kind.startswith("text/html") else None
-    if policy:  # of the page: a header counts before its first byte is read, and may forbid framing
+    policy = PAGE_POLICY.search(body)
+    if policy:  # of the page: as a header field, it can also forbid frames
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(status, kind, body, *fields, head=request.method == "HEAD")
 
 
-def share(request: Request) -> list[tuple[str, str]]:
-    """The fields that let the page of an allowed origin read the response (Fetch 3.3), with credentials or without."""
+def with_origin(request: Request) -> Request:
+    """Return the request with an Origin field from its query, if it has none and is a GET.
+
+    A browser does not tell a page the reason for which its WebSocket was refused, so the page
+    asks for it with GET. If the page has the origin of this server, the browser sends no Origin
+    field; therefore the page sends its origin in the query.
+    """
+    query = re.search("[?&]origin=([^&]*)", request.target)
+    if request.method != "GET" or not query:
+        return request
+    return request._replace(headers={"origin": urllib.parse.unquote(query[1]), **request.headers})
+
+
+def cors_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the fields that allow a page of the request's origin to read the response (Fetch 3.3)."""
     origin = request.headers.get("origin")
     if origin is None:
         return []
     return [("Access-Control-Allow-Origin", origin), ("Access-Control-Allow-Credentials", "true")]
 
 
-def preflight(request: Request) -> list[tuple[str, str]]:
-    """The fields that let the page of an allowed origin send what it asks about (Fetch 3.3.3)."""
-    fields = share(request)
+def preflight_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the fields that allow a page of the request's origin to send the next request (Fetch 3.3.3)."""
+    fields = cors_fields(request)
     if fields:
         fields.append(("Access-Control-Allow-Methods", "GET, HEAD, POST"))
         fields.append(("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")))
-        fields.append(("Access-Control-Max-Age", "7200"))  # seconds; Chrome remembers it no longer
+        fields.append(("Access-Control-Max-Age", "7200"))  # seconds, the maximum in Chrome
     return fields
 
 
 def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes]:
-    """Status, kind and body of the response to an allowed request. Raises HandshakeError."""
+    """Return the (status, media type, body) of the response to an allowed request. Raise HandshakeError."""
     if request.method == "POST":
         take_post(client, request)
         return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
-        check_name(request, client.server.origins)
+        check_rebinding(request, client.server.origins)
         figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
         return 200, "application/json", figures
     return 200, "text/html; charset=utf-8", read_page()
 
 
 def read_page() -> bytes:
-    """The page, which lies beside this module: in a folder, to which a link may lead, or in a zip file."""
+    """Return the page, which is in the folder or zip file of this module. Raise HandshakeError if it is missing."""
     here = pathlib.Path(__file__)
     with contextlib.suppress(OSError):
         return here.resolve().with_name("pywebsock.html").read_bytes()
@@ -1077,11 +1115,11 @@ def read_page() -> bytes:
         loader: Any = globals()["__loader__"]
         return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
     except OSError:
-        raise HandshakeError(404, "pywebsock.html does not lie beside pywebsock.py") from None
+        raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py") from None
 
 
 def take_post(client: WebSocketHandler, request: Request) -> None:
-    """Hand the body of a POST to the hooks, as a message. Raises HandshakeError, OSError."""
+    """Pass the body of a POST to the hooks. Raise HandshakeError to refuse it, OSError for a lost connection."""
     server = client.server
     require(not server.read_only, 403, "this server only sends")
     client._call(server.admit)
@@ -1093,31 +1131,36 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
 
 # ======================================================================================
 # Trace (RFC 6455 5.2, drawn as it passes)
+#
+# The trace logs the handshake and the fields of every frame. Use it to learn the protocol or
+# to debug a client.
 # ======================================================================================
 
-LOOK_AT, SHOW = 512, 40  # bytes of a payload that are looked at, and characters that are shown of them
+TRACED_SIZE = 512  # bytes of a payload that the trace decodes
+SHOWN_LENGTH = 40  # characters that it shows
 trace_log = logging.getLogger("pywebsock.trace")
 
 
 def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None]:
-    """Say what passes in one direction: a head line by line, each frame taken apart.
+    """Trace one direction of a connection: call `say` for each line of the head and each frame.
 
-    Its bytes are sent to this generator, in any pieces. It only looks, and shows what breaks
-    the protocol as it is.
+    The caller sends the bytes to this generator, in pieces of any size. The trace also shows
+    frames that break the protocol.
     """
-    data, position = b"", 0
+    data = b""
+    position = 0
     while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
         data += yield
     head, _, data = data.partition(b"\r\n\r\n")
     for line in head.decode("latin-1").split("\r\n"):
         say("%s %s", name, printable(line))
-    while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # a body of HTTP
+    while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # no frames follow
         yield
     while True:
         header = parse_header(data, position, strict=False)
-        if header and header[3] + min(header[1], LOOK_AT) <= len(data):
+        if header and header[3] + min(header[1], TRACED_SIZE) <= len(data):
             first, length, key, start = header
-            payload = data[start : start + min(length, LOOK_AT)]
+            payload = data[start : start + min(length, TRACED_SIZE)]
             say("%s %s", name, describe_frame(first, data[position + 1], length, key, payload))
             position = start + length
         else:
@@ -1125,24 +1168,31 @@ def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None
 
 
 def describe_frame(first: int, second: int, length: int, key: bytes, payload: bytes) -> str:
-    """The fields of a frame in their order on the wire, and the beginning of its payload, given as it came: masked."""
-    opcode, bits = first & 0x0F, {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
-    name, size = Opcode(opcode).name if opcode in OPCODES else "?", f"len={length} ({bits} bits)"
-    start = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
+    """Return a line with the fields of a frame in their order on the wire, and the beginning of its payload.
+
+    `first` and `second` are the first bytes of the header; the payload is masked if there is a key.
+    """
+    opcode = first & 0x0F
+    name = Opcode(opcode).name if opcode in OPCODES else "?"
+    bits = {126: "7+16", 127: "7+64"}.get(second & 0x7F, "7")
+    size = f"len={length} ({bits} bits)"
+    header = f"FIN={first >> 7} RSV={first >> 4 & 7:03b} opcode={opcode:X} {name:6} MASK={second >> 7} {size:21}"
     mask = f"key={key.hex()}" if key else ""
-    plain, what = bytes(apply_mask(payload, key or bytes(4))), ""
+    plain = bytes(apply_mask(payload, key or bytes(4)))
+    note = ""
     if opcode == CLOSE and plain:
         code, plain = int.from_bytes(plain[:2], "big"), plain[2:]
-        what = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
+        note = f"{code} {CloseCode(code).name if code in set(CloseCode) else '?'} "
     elif first & 0x40:
         try:
-            plain, what = zlib.decompressobj(wbits=-15).decompress(plain, SHOW + 1), "inflated "
+            plain = zlib.decompressobj(wbits=-15).decompress(plain, SHOWN_LENGTH + 1)
+            note = "inflated "
         except zlib.error:
-            plain, what = b"", "compressed, refers to earlier messages"
+            plain, note = b"", "compressed, refers to earlier messages"
     text = printable(plain.decode("latin-1" if opcode == BINARY else "utf-8", "replace"))
     if text:
-        what += f'"{text[:SHOW]}"' + ("..." if len(text) > SHOW else "")
-    return f"{start} {mask:12} {payload[:4].hex():8} {what}".rstrip()
+        note += f'"{text[:SHOWN_LENGTH]}"' + ("..." if len(text) > SHOWN_LENGTH else "")
+    return f"{header} {mask:12} {payload[:4].hex():8} {note}".rstrip()
 
 
 # ======================================================================================
@@ -1151,76 +1201,80 @@ def describe_frame(first: int, second: int, length: int, key: bytes, payload: by
 
 
 def check_setting(name: str, value: Any, default: Any) -> Any:
-    """The value of a setting as the server uses it, which is of the kind of its default. Raises ValueError."""
+    """Return the value of a setting in the form that the server uses. Raise ValueError if it is wrong.
+
+    The type of the default determines which types are allowed.
+    """
     least = int(name == "max_clients")
     kinds: dict[object, tuple[Any, str]] = {
         bool: (bool, "True or False"),
-        int: (int, f"a whole number from {least} on"),
-        float: ((int, float), f"a number from {least} on"),
+        int: (int, f"an integer of {least} or more"),
+        float: ((int, float), f"a number of {least} or more"),
         tuple: ((list, tuple), 'a list such as ["https://example.com"]'),
         "subprotocols": ((list, tuple, type(None)), 'a list such as ["chat"]'),
-        "redis": ((str, type(None)), "of the type str"),
-        "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext for servers"),
+        "redis": ((str, type(None)), "a URL"),
+        "tls_context": ((ssl.SSLContext, type(None)), "an SSLContext of a server"),
     }
     kind, words = kinds[name if default is None else type(default)]
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    good = good and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
-    if not good or (isinstance(value, (int, float)) and not least <= value < math.inf):
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    valid = valid and getattr(value, "protocol", None) != ssl.PROTOCOL_TLS_CLIENT
+    if not valid or (isinstance(value, (int, float)) and not least <= value < math.inf):
         raise ValueError(f"{name} must be {words}, not {value!r}")
     if name == "origins":
         return [parse_origin(str(origin)) for origin in value]
-    for each in (value or ()) if name == "subprotocols" else ():
-        if not re.fullmatch(TOKEN, str(each)):
-            raise ValueError(f"a subprotocol is one word such as chat, not {each!r}")
+    if name == "subprotocols":
+        for each in value or ():
+            if not re.fullmatch(TOKEN, str(each)):
+                raise ValueError(f"a subprotocol must be one word such as chat, not {each!r}")
     return value
 
 
-UNIX = "unix:"  # a host that is a path: a Unix socket
-AF_UNIX = getattr(socket, "AF_UNIX", 1)  # Python has none on Windows, where bind() fails then
+UNIX = "unix:"  # prefix of a host that is the path of a Unix socket
+AF_UNIX = getattr(socket, "AF_UNIX", 1)  # not defined on Windows; bind() fails there
 
 
 def network_address(bound: str) -> str | None:
-    """The IP address by which other devices reach a server that is bound to one; None where they cannot."""
+    """Return the IP address at which other devices reach a server bound to `bound`, or None if they cannot."""
     if bound.startswith(UNIX):
         return None
     address = ipaddress.ip_address(bound)
     if not address.is_unspecified:
         return None if address.is_loopback else bound
-    ways = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
-    for family, far in ways[: address.version // 3]:  # 0.0.0.0 is for IPv4 alone
+    remote = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
+    for family, host in remote[: address.version // 3]:  # 0.0.0.0 is IPv4 only
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((far, 9))  # it sends nothing, but finds out which way it would go
+            probe.connect((host, 9))  # sends nothing; the kernel chooses a local address
             return str(probe.getsockname()[0])
     return None
 
 
 class Settings:
-    """What keyword arguments set for one server, and a subclass for all of its own."""
+    """Settings, per server (keyword arguments) or per subclass (attributes)."""
 
-    max_message = 16 * 1024 * 1024  # bytes of a message, after inflating; above it: Close 1009
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; above it: dropped
-    max_clients = 10_000  # above it: 503
-    origins: Sequence[str] = ()  # see check_origin(); "*" for any
-    subprotocols: Sequence[str] | None = None  # those served; a client that offers others only gets 400; None: accepted
-    read_only = False  # clients may not send: Close 1008, and 403 for a POST
-    compression = True  # permessage-deflate, where a client offers it
-    history = 0  # messages that a new client gets first, with at most half of max_backlog
-    rate = 0.0  # messages a second that a client may send, and all POSTs together; 0: any number
-    ping_interval = 20.0  # seconds of silence before a Ping; 0: never
-    ping_timeout = 20.0  # seconds of silence after it: dropped
-    handshake_timeout = 10.0  # seconds from connecting to the end of a request's head
-    send_timeout = 30.0  # seconds for which what waits for a client may not move
-    close_timeout = 5.0  # seconds for a closing handshake, in which nothing moves; and for server_close()
-    tls_context: ssl.SSLContext | None = None  # wss:// and https:// on this port
-    redis: str | None = None  # URL of a Redis, whose stream makes many servers one room
+    max_message = 16 * 1024 * 1024  # bytes of a decompressed message; a longer one: Close 1009, or 413 for a POST
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; if more wait, it is dropped
+    max_clients = 10_000  # more clients get 503
+    origins: Sequence[str] = ()  # of pages that may connect, see check_origin(); "*": all
+    subprotocols: Sequence[str] | None = None  # supported ones; a client that offers only others gets 400; None: any
+    read_only = False  # a client that sends a message gets Close 1008, a POST gets 403
+    compression = True  # accept permessage-deflate
+    history = 0  # messages that a new client gets first (with at most half of max_backlog bytes)
+    rate = 0.0  # messages per second of one client, and of all POSTs together; 0: no limit
+    ping_interval = 20.0  # seconds without data from a client, then a Ping; 0: no Pings
+    ping_timeout = 20.0  # seconds without data after the Ping, then the client is dropped
+    handshake_timeout = 10.0  # seconds from connecting to the end of the header fields
+    send_timeout = 30.0  # seconds without progress in sending to a client, then it is dropped
+    close_timeout = 5.0  # seconds without progress in a closing handshake; also the timeout of server_close()
+    tls_context: ssl.SSLContext | None = None  # serve wss:// and https:// on this port
+    redis: str | None = None  # URL of a Redis stream, with which many servers form one room
     trace = False  # log every handshake and every frame
 
 
 def clear_path(path: str) -> None:
-    """Remove a Unix socket on which nobody listens any more: its server was killed."""
+    """Remove a Unix socket whose server was killed."""
     if pathlib.Path(path).is_socket():
         with socket.socket(AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
-            probe.setblocking(False)  # much may wait for a server that is busy
+            probe.setblocking(False)  # a busy server may have many pending connections
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
@@ -3488,25 +3542,25 @@ def plural(number: int, noun: str) -> str:
 # ======================================================================================
 # Many machines (Redis streams; its protocol, RESP2)
 #
-# With --redis, any number of servers are one room. A server writes the messages that it
-# broadcasts to a stream in Redis, and sends its clients what it reads from the stream.
-# All servers read the same messages in the same order. Skip this part if you want to know
-# how one server works.
+# With --redis, any number of servers form one room. A server writes the messages that it
+# broadcasts to a stream in Redis, and sends its clients the messages that it reads from the
+# stream. All servers read the same messages in the same order. You can skip this part: a
+# server without --redis does not use it.
 # ======================================================================================
 
-# ---- commands and replies (no input or output of their own) ----
+# ---- commands and replies ----
 
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-MAX_DEPTH = 5  # arrays in arrays
+MAX_DEPTH = 5  # of nested arrays
 NOT_REDIS = "this server is not Redis"
-CUT = "Redis closed the connection"
+CONNECTION_CLOSED = "Redis closed the connection"
 LinkMessage = tuple[int, bytes]
 Deliver = Callable[[list[LinkMessage]], object]
 
 
 class RedisError(OSError):
-    """An error reply of Redis, or a reply that is not in its protocol."""
+    """Redis replied with an error, or with bytes that are not RESP2."""
 
 
 class RedisAddress(NamedTuple):
@@ -3522,16 +3576,16 @@ class RedisAddress(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A field of an entry in the stream: one message. Its name is server:number:kind."""
+    """A field of an entry in the stream: one message. The name of the field is server:number:kind."""
 
-    server: bytes  # the server that wrote it; empty for other programs
-    number: int  # counts the messages of a server from 1; 0 for wait and go
+    server: bytes  # that wrote the message; empty: another program
+    number: int  # of the message, counted from 1 by its server; 0: wait or go
     kind: bytes  # text, binary, wait or go
     payload: bytes
 
 
 def parse_redis_url(url: str) -> RedisAddress:
-    """Raises ValueError."""
+    """Return the parts of the URL of a Redis stream. Raise ValueError if it is malformed."""
     parts = urllib.parse.urlsplit(url)
     query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
     stream = query.pop("stream", ["pywebsock"])[-1]
@@ -3539,7 +3593,7 @@ def parse_redis_url(url: str) -> RedisAddress:
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
     host = parts.hostname or "localhost"
-    host.encode("idna")  # raises ValueError as connecting would
+    host.encode("idna")  # raises ValueError for a name that cannot be resolved
     user = urllib.parse.unquote(parts.username or "")
     password = urllib.parse.unquote(parts.password or "")
     tls = parts.scheme == "rediss"
@@ -3548,7 +3602,7 @@ def parse_redis_url(url: str) -> RedisAddress:
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
-    """A command is an array of bulk strings."""
+    """Return a command as an array of bulk strings."""
     data = bytearray(b"*%d\r\n" % len(words))
     for word in words:
         bulk = word if isinstance(word, bytes) else str(word).encode(errors="surrogateescape")
@@ -3557,11 +3611,14 @@ def serialize_command(*words: str | bytes | int) -> bytes:
 
 
 def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
-    """Read a reply: bytes, int, None, a RedisError, or a list of these. Raises OSError."""
+    """Read a reply and return it: bytes, int, None, a RedisError, or a list of these.
+
+    Raise RedisError if it is not RESP2, and OSError if the connection ends.
+    """
     line = file.readline(MAX_LINE)
     kind, text = line[:1], line[1:-2]
     if kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n"):
-        raise ConnectionError(CUT)
+        raise ConnectionError(CONNECTION_CLOSED)
     if depth > MAX_DEPTH or not REPLY_LINE.fullmatch(line):
         raise RedisError(NOT_REDIS)
     if kind in b"+-":
@@ -3575,20 +3632,20 @@ def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
         return [parse_reply(file, depth + 1) for _ in range(number)]
     bulk = file.read(number + 2)
     if len(bulk) < number + 2:
-        raise ConnectionError(CUT)
+        raise ConnectionError(CONNECTION_CLOSED)
     if not bulk.endswith(b"\r\n"):
         raise RedisError(NOT_REDIS)
     return bulk[:-2]
 
 
 def parse_id(entry: bytes) -> int:
-    """Return an entry's id, milliseconds-number, as one number that can be compared."""
+    """Return the id of an entry, milliseconds-number, as one integer. A later entry has a larger one."""
     milliseconds, _, number = entry.partition(b"-")
     return int(milliseconds) << 64 | int(number)
 
 
 def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
-    """Return the fields of an entry, from its id and its names and payloads in turns."""
+    """Return the fields of an entry. `entry` is its id, `words` are its names and payloads by turns."""
     fields = []
     for name, payload in zip(words[::2], words[1::2]):
         match = FIELD_NAME.fullmatch(name)
@@ -3599,54 +3656,55 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
 
 # ---- the link ----
 #
-# Nothing is lost, nothing comes twice. A server numbers its messages and keeps each one in
-# its outbox until it reads it from the stream. A message that does not come back is written
-# again: the connection may have been cut, or Redis may have lost the entry. Readers skip the
+# Exactly once. A server numbers its messages, and keeps each message in its outbox until it
+# reads the message from the stream. If a message does not come back, the server writes it
+# again: the connection may have been cut, or Redis may have lost the entry. Readers skip
 # numbers that they have seen. (If Redis loses an entry that only some servers have read, the
-# others do not get it.)
+# other servers do not get it.)
 #
-# One order. The messages that are written together are one entry, which Redis takes or
-# refuses as a whole. If Redis refuses it (OOM), its messages are written again one by one,
-# and only those that are refused alone are lost. Other errors, such as READONLY, are about
-# Redis and not about the entry: the server tries again until they are over.
+# Order. A server writes several messages as one entry, which Redis accepts or refuses as a
+# whole. If Redis refuses it (OOM), the server writes its messages one by one; a message that
+# Redis refuses again is lost. Other errors, such as READONLY, do not depend on the entry: the
+# server tries again until they are over.
 #
-# A new entry must have a higher id than those that were read, or other servers would not
-# read it. If not, Redis has lost the end of the stream and its clock has gone back. Then
-# the messages are written again, with an id that is high enough for all servers.
+# Other servers read an entry only if its id is higher than the ids that they have read. If the
+# id of a new entry is not, Redis has lost the end of the stream, and its clock went back. The
+# server then writes the messages again, with an id that is high enough for all servers.
 #
-# A limit. The stream keeps about STREAM_LENGTH entries, and about STREAM_SIZE bytes:
-# above that, a server that has written something removes the oldest quarter.
+# Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
+# writing, a server removes the oldest quarter of a larger stream.
 #
-# A slow server would not have read what the others remove. While it is behind, it adds an
-# entry "wait" after each reading, and in the end an entry "go". Until then, the other servers
-# write one entry every WAIT_TIME at most. A "wait" expires, as its server may be gone.
+# Slow servers. The other servers could remove entries that a slow server has not read. While
+# a server is behind, it adds an entry "wait" after each reading, and at the end an entry
+# "go". Until then, each other server writes at most one entry per WAIT_TIME. A "wait" also
+# expires after WAIT_TIME, because its server may have ended.
 
-STREAM_LENGTH = 10_000  # entries that Redis keeps
-STREAM_SIZE = 128 * 1024 * 1024  # bytes that it keeps; at least eight of the longest messages
-LINKED_COST = 4096  # bytes that a message counts for, besides its payload
-ANSWER_TIME = 10.0  # seconds for an answer of Redis
-LISTEN_TIME = 2.0  # seconds for which a reading waits for news
-BACK_TIME = 2.0  # seconds for a message to come back
-WAIT_TIME = 1.0  # seconds between two entries after a "wait"
-RETRY_TIME = 0.2  # seconds between two connections
-MEND_TIME = 60_000  # milliseconds: lost entries that other servers have read may be newer by this
-REFUSALS = ("OOM ", "ERR ")  # no memory for the entry, or it is too long
-PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
+STREAM_LENGTH = 10_000  # entries
+STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
+LINKED_COST = 4096  # bytes that a message counts in addition to its payload
+ANSWER_TIME = 10.0  # seconds until Redis must answer
+LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
+BACK_TIME = 2.0  # seconds until a written message must come back
+WAIT_TIME = 1.0  # seconds until a "wait" expires
+RETRY_TIME = 0.2  # seconds between an error and a new connection
+MEND_MILLISECONDS = 60_000  # by which lost entries that other servers have read may be newer
+REFUSALS = ("OOM ", "ERR ")  # Redis has no memory for the entry, or it is too long
+TEMPORARY_ERRORS = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
 
 
 def total_cost(payloads: Iterable[bytes]) -> int:
-    """Return the cost of messages (bytes). An empty message has a cost, too."""
+    """Return the cost of messages (bytes). An empty message costs LINKED_COST."""
     return sum([len(payload) + LINKED_COST for payload in payloads])
 
 
 def warn(*line: Any) -> None:
-    """Log in a thread of its own: a handler may broadcast, and so wait for the link."""
-    with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
+    """Log a warning in another thread: a handler of the log may broadcast, which waits for the link."""
+    with contextlib.suppress(RuntimeError, MemoryError):  # too many threads
         threading.Thread(target=log.warning, args=line, daemon=True).start()
 
 
 class RedisConnection:
-    """A connection to Redis, for one thread. All methods raise OSError."""
+    """A connection to Redis, for use in one thread. Its methods raise OSError if it fails."""
 
     def __init__(self, address: RedisAddress) -> None:
         host, port = address.host, address.port
@@ -3673,10 +3731,10 @@ class RedisConnection:
             self.call("SELECT", address.database)
 
     def call(self, *words: str | bytes | int) -> Any:
-        """Return the reply to a command. Raises RedisError for an error reply."""
+        """Send a command and return the reply. Raise RedisError if the reply is an error."""
         data = memoryview(serialize_command(*words))
-        with contextlib.suppress(ConnectionError):  # Redis may close, but its answer can be read
-            while data:  # the timeout is for each piece
+        with contextlib.suppress(ConnectionError):  # Redis may close the connection after an error reply
+            while data:  # the timeout applies to each send
                 data = data[self.socket.send(data) :]
         reply = parse_reply(self._replies)
         if isinstance(reply, RedisError):
@@ -3684,13 +3742,13 @@ class RedisConnection:
         return reply
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._replies.close()
         self.socket.close()
 
 
 class RedisStream:
-    """The stream, as one server reads and writes it.
+    """The stream of entries that one server reads and writes.
 
     One thread calls read(), which sets the attributes. Another thread calls add() and trim().
     """
@@ -3698,36 +3756,36 @@ class RedisStream:
     def __init__(self, key: str, history: int, history_size: int, max_size: int) -> None:
         self.name = os.urandom(8).hex().encode()  # of this server
         self.last = b""  # id of the last entry read; empty before the history is read
-        self.behind = False  # there is more to read at once
-        self.hold_until = 0.0  # when the last "wait" expires (time.monotonic)
-        self.seen: dict[bytes, int] = {}  # by server: the number of its last message
-        self._missed = 0  # numbers that were left out in the last reading
-        self._count = 8  # entries to read next
+        self.behind = False  # the stream has more entries to read
+        self.hold_until = 0.0  # time at which the last "wait" expires (time.monotonic)
+        self.seen: dict[bytes, int] = {}  # number of the last message, by server
+        self._missed = 0  # numbers missing in the last reading
+        self._count = 8  # entries in the next reading
         self._key = key
         self._history = history
         self._history_size = history_size
         self._max_size = max_size  # of the stream (bytes)
 
     def read(self, redis: RedisConnection) -> list[LinkMessage]:
-        """Return new messages, at first the history. Waits for LISTEN_TIME. Raises OSError."""
+        """Return the history (first call) or the new messages. Wait up to LISTEN_TIME for them. Raise OSError."""
         last, was_behind = self.last, self.behind
         if not last:
             return self._accept(self._read_history(redis))
         messages = self._accept(self._read_new(redis))
-        with contextlib.suppress(OSError):  # the messages are not lost for it
+        with contextlib.suppress(OSError):  # return the messages all the same
             if self.behind or was_behind:
                 kind = b"wait" if self.behind else b"go"
                 redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
-            # Numbers are also left out where Redis has refused a message.
+            # Numbers are also missing if Redis refused the messages.
             if self._missed and not self._newest(redis, last):
-                warn("missed %d messages that Redis has no longer", self._missed)
+                warn("missed %d messages that Redis no longer has", self._missed)
         return messages
 
     def _newest(self, redis: RedisConnection, end: bytes) -> Any:
         return redis.call("XREVRANGE", self._key, end, "-", "COUNT", 1)
 
     def _read_history(self, redis: RedisConnection) -> list[Field]:
-        """Read entries from the end, one by one, until there are enough messages or bytes."""
+        """Read entries one by one, beginning with the newest, until they have enough messages or bytes."""
         found: list[Field] = []
         size = 0
         newest = entries = self._newest(redis, b"+")
@@ -3749,7 +3807,7 @@ class RedisStream:
         self.behind = len(entries) == self._count or cost > 2 * RUN_SIZE
         if entries:
             self.last = entries[-1][0]
-            fitting = RUN_SIZE * len(entries) // cost  # into a reading of RUN_SIZE
+            fitting = RUN_SIZE * len(entries) // cost  # entries in RUN_SIZE bytes
             self._count = max(2, min(8 + len(entries), fitting))
         return fields
 
@@ -3767,29 +3825,28 @@ class RedisStream:
                 self.seen[server] = number
                 self._missed += number - seen - 1 if server and seen else 0
                 if kind == b"binary":
-                    messages.append((Opcode.BINARY, payload))
+                    messages.append((BINARY, payload))
                 else:
-                    text = payload.decode(errors="replace")
-                    messages.append((Opcode.TEXT, text.encode()))
+                    messages.append((TEXT, payload.decode(errors="replace").encode()))
         return messages
 
     def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
-        """Write messages (by number) as one entry."""
+        """Write messages as one entry. `batch` has them by number."""
         fields: list[bytes] = []
         for number, (opcode, payload) in batch.items():
-            kind = b"text" if opcode == Opcode.TEXT else b"binary"
+            kind = b"text" if opcode == TEXT else b"binary"
             fields += b"%b:%d:%b" % (self.name, number, kind), payload
         add = "XADD", self._key, "MAXLEN", "~", STREAM_LENGTH
         last = parse_id(self.last)
         entry = redis.call(*add, "*", *fields)
         if parse_id(entry) <= last:
             warn("Redis has lost the end of the stream")
-            milliseconds = (last >> 64) + MEND_TIME
+            milliseconds = (last >> 64) + MEND_MILLISECONDS
             redis.call(*add, f"{milliseconds}-0", *fields)
 
     def trim(self, redis: RedisConnection, always: bool = False) -> None:
-        """Remove the oldest quarter of the stream, again and again, while it has too many bytes."""
-        length = redis.call("XLEN", self._key)  # first: servers that do this at once find the same
+        """Remove the oldest quarter of the stream, and repeat this while it has too many bytes."""
+        length = redis.call("XLEN", self._key)  # before the size: two servers then remove the same quarter
         size = redis.call("MEMORY", "USAGE", self._key, "SAMPLES", 0) or 0
         if always or size > self._max_size:
             redis.call("XTRIM", self._key, "MAXLEN", 1 + length * 3 // 4)
@@ -3798,49 +3855,49 @@ class RedisStream:
 
 
 class RedisLink:
-    """Links a server to the others: its messages go to the stream and come back in its order.
+    """Connects a server to the stream: its messages come back in the order of all servers.
 
-    One thread writes to the stream, another thread reads from it. Neither waits for a sender.
+    One thread writes to the stream, another thread reads from it. They do not wait for senders.
     """
 
     def __init__(self, url: str, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
-        """Call `deliver` with the messages of all servers, in the thread that reads; it may wait.
+        """Create the link. The reading thread calls `deliver`, which may wait, with the messages of all servers.
 
-        The first call has the newest messages of the stream: `history` of them, or fewer if
-        they have more than `history_size` bytes. Raises ValueError for a wrong URL, and
-        RedisError if Redis gives an answer that will not change.
+        The first call has the newest messages of the stream: `history` messages, or fewer if
+        they have more than `history_size` bytes. Raise ValueError if the URL is malformed, and
+        RedisError if Redis replies with an error that will not pass.
         """
         self._address = parse_redis_url(url)
         self._deliver = deliver
         max_size = max(STREAM_SIZE, 8 * max_message)
         self._stream = RedisStream(self._address.stream, history, history_size, max_size)
-        # For the thread that writes:
+        # Used by the writing thread only:
         self._alone = 0  # messages up to this number are written one by one
-        self._refused = 0  # messages refused since Redis took one
-        # For all threads. No thread waits for Redis or for the server while it has the lock.
+        self._refused = 0  # messages refused since Redis accepted one
+        # Shared, under the lock. No thread waits for Redis or the server while it has the lock.
         lock = threading.RLock()
-        self._news = threading.Condition(lock)  # for the link: any change
-        self._space = threading.Condition(lock)  # for senders: they may go on
-        self._outbox: dict[int, LinkMessage] = {}  # messages that are not back, by number
-        self._cost = 0  # of the outbox
+        self._news = threading.Condition(lock)  # notified of any change
+        self._space = threading.Condition(lock)  # notified when senders may continue
+        self._outbox: dict[int, LinkMessage] = {}  # messages that have not come back, by number
+        self._cost = 0  # of the outbox (bytes)
         self._number = 0  # of the last message
         self._failing: set[object] = set()  # self._read, self._write, or both
         self._stopped = False
         steps = self._write, self._read
         self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
-        self._early: list[LinkMessage] = []  # the history, if the constructor has read it
+        self._early: list[LinkMessage] = []  # the history, if the constructor could read it
         self._try_once()
 
     # ---- for the server: any thread ----
 
     @property
     def away(self) -> bool:
-        """Whether Redis does not answer, or answers that it cannot work now."""
+        """Return whether Redis does not answer, or answers that it cannot work at the moment."""
         return bool(self._failing)
 
     @property
     def is_full(self) -> bool:
-        """Whether senders should wait."""
+        """Return whether senders should wait."""
         return self._cost > QUEUE_SIZE
 
     def start(self) -> None:
@@ -3849,7 +3906,7 @@ class RedisLink:
             thread.start()
 
     def put(self, payload: bytes, opcode: int) -> None:
-        """Queue a message for the stream. Does not wait: call wait_for_room() for that."""
+        """Put a message into the outbox without waiting. Senders call wait_for_room() first."""
         with self._news:
             if not self._stopped:
                 self._number += 1
@@ -3858,9 +3915,9 @@ class RedisLink:
                 self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
-        """Wait while the link is full. Return whether the sender may put a message.
+        """Wait until the outbox is not full. Return whether the sender may put a message.
 
-        With a timeout (seconds), do not wait while Redis is away.
+        With a timeout (seconds), return at once if Redis is away.
         """
         with self._space:
             if timeout is None:
@@ -3869,7 +3926,7 @@ class RedisLink:
             return not self.away and not self.is_full
 
     def stop(self, timeout: float = 0.0) -> None:
-        """End. Before that, wait until the messages put so far are back (at most timeout seconds)."""
+        """Wait until the messages in the outbox have come back, or for `timeout` seconds. Then stop the link."""
         with self._news:
             last = self._number
             self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, timeout)
@@ -3877,10 +3934,10 @@ class RedisLink:
             self._stopped = True
             self._remove(self._number)
         if missing:
-            log.warning("Redis did not bring back %d messages", missing)
+            log.warning("%d messages have not come back from Redis", missing)
 
     def _try_once(self) -> None:
-        """Read the history, unless Redis is not there yet. Raises RedisError."""
+        """Read the history if Redis can be reached. Raise RedisError for an error that will not pass."""
         try:
             with contextlib.closing(RedisConnection(self._address)) as redis:
                 self._early = self._stream.read(redis)
@@ -3889,11 +3946,11 @@ class RedisLink:
             why = printable(str(error))
             if why.startswith("MOVED "):
                 why = f"the stream is on another node of the cluster: {why}"
-            if not why.startswith(PASSING):
+            if not why.startswith(TEMPORARY_ERRORS):
                 where = f"{self._address.host}:{self._address.port}"
                 raise RedisError(f"Redis at {where}: {why}") from None
         except OSError:
-            pass  # the threads try again
+            pass  # the threads will try again
 
     # ---- both threads ----
 
@@ -3909,12 +3966,12 @@ class RedisLink:
                         failures = 0
             except Exception as error:
                 failures += 1
-                if failures > 1 or isinstance(error, socket.timeout):  # not for one lost connection
+                if failures > 1 or isinstance(error, socket.timeout):  # do not report one lost connection
                     self._report(step, error)
                 time.sleep(RETRY_TIME)
 
     def _report(self, step: object, error: Exception | None = None) -> None:
-        """Note whether a step failed. Log when Redis goes away and when it is back."""
+        """Record whether a step failed. Log a line when Redis goes away and when it is back."""
         with self._news:
             was_away = self.away
             (self._failing.add if error else self._failing.discard)(step)
@@ -3972,7 +4029,7 @@ class RedisLink:
         return not is_held and bool(self._next_batch())
 
     def _next_batch(self) -> dict[int, LinkMessage]:
-        """Return about RUN_SIZE of the outbox, or one message; nothing while there is much to read."""
+        """Return messages of about RUN_SIZE bytes from the outbox, at least one; none while the server is behind."""
         stream = self._stream
         if not self._outbox or not stream.last or stream.behind:
             return {}
@@ -3982,11 +4039,14 @@ class RedisLink:
         return dict(itertools.islice(self._outbox.items(), count))
 
     def _refuse(self, redis: RedisConnection, batch: dict[int, LinkMessage], error: RedisError) -> None:
-        """Write the messages of an entry alone, or give up the only one. Raises errors that will pass."""
+        """Handle an entry that Redis has refused: write its messages one by one, or give up a single message.
+
+        Raise the error again if it will pass.
+        """
         if not str(error).startswith(REFUSALS):
             raise error
         if str(error).startswith("OOM "):
-            self._stream.trim(redis, always=True)  # the stream itself may fill the memory
+            self._stream.trim(redis, always=True)  # it may be the stream that fills the memory
         if len(batch) > 1:
             self._alone = max(batch)
             return
@@ -3998,49 +4058,52 @@ class RedisLink:
 
 # ======================================================================================
 # Command line
+#
+# The command creates a server from its options, and adds signals, systemd, standard input and
+# a log on standard error.
 # ======================================================================================
 
 
 @functools.lru_cache(maxsize=1)
 def ask_passphrase() -> str:
-    """That of the key, asked for once on the terminal. Raises OSError."""
+    """Ask for the passphrase of the key on the terminal, and return it. Raise OSError without a terminal."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read standard input
+            warnings.simplefilter("error", getpass.GetPassWarning)  # do not read standard input
             return getpass.getpass("Passphrase of the key: ")
     except (getpass.GetPassWarning, EOFError):
         raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
 
 
 def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
-    """A context for servers. Raises OSError."""
+    """Return a server context with the certificate and key in these files (PEM). Raise OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2; all of TLS 1.3 are good
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of TLS 1.3 are all secure
     try:
         context.load_cert_chain(cert, key, ask_passphrase)
-    except OSError as error:  # which does not say where
+    except OSError as error:
         files = " and ".join(filter(None, (cert, key)))
-        raise OSError(f"no certificate and key in PEM in {files}: {error.strerror or error}") from None
+        raise OSError(f"cannot load certificate and key in PEM from {files}: {error.strerror or error}") from None
     return context
 
 
-HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
-BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break, on Windows alone
+HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
+BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break; None except on Windows
 OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
 
 
 class Program(BroadcastServer):
-    """The server of the command line: a signal ends it between two connections, not in the middle of something."""
+    """The server of the command line. serve_forever() handles signals between two connections."""
 
-    cert: str | None = None  # files in PEM
-    key: str | None = None
-    signals: tuple[int, ...] = ()  # that have come
-    inherited = False  # its socket, from systemd
-    renews = False  # the certificate is to be loaded again
+    cert: str | None = None  # file of the certificate (PEM)
+    key: str | None = None  # file of the private key (PEM)
+    signals: tuple[int, ...] = ()  # received so far, without SIGHUP that renews the certificate
+    inherited = False  # systemd has bound the socket
+    renews = False  # load the certificate again
 
     def server_bind(self) -> None:
-        """Called by the constructor: bind, or take the socket that systemd has bound (sd_listen_fds(3))."""
+        """Bind the socket, or use the socket that systemd has bound (sd_listen_fds(3)). The constructor calls it."""
         if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
             super().server_bind()
             return
@@ -4051,7 +4114,7 @@ class Program(BroadcastServer):
         self.inherited = True
 
     def catch_signals(self) -> None:
-        """From now on signals end the program in good order. Only the main thread may do this."""
+        """Install the signal handlers, if this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, *OTHER_SIGNALS):
@@ -4059,7 +4122,7 @@ class Program(BroadcastServer):
                 signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """A signal has come. After the first one only a second Ctrl-C changes anything: it stops at once."""
+        """Handle a signal: SIGHUP renews the certificate, others stop the program, a second Ctrl-C ends it at once."""
         if number == HANGUP and self.cert:
             self.renews = True
             return
@@ -4068,28 +4131,28 @@ class Program(BroadcastServer):
         self.signals = (*self.signals, number)
 
     def service_actions(self) -> None:
-        """Called by serve_forever() all the time."""
+        """Act on signals. serve_forever() calls it after each poll."""
         if self.renews:
             self.renews = False
             self.renew()
         if self.signals:
             for number in OTHER_SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # to the very end, where Python handles nothing any more
+                signal.signal(number, signal.SIG_IGN)  # also while Python ends
             log.info("stopping")
             notify("STOPPING=1")
             raise KeyboardInterrupt
 
     def renew(self) -> None:
-        """Load the certificate again, for new connections; one that is not good changes nothing."""
+        """Load the certificate again, for new connections. Keep the old one if that fails."""
         try:
             self.tls_context = load_certificate(str(self.cert), self.key)
             log.info("the certificate is loaded again")
         except OSError as error:
-            log.error("the old certificate stays: %s", printable(str(error)))
+            log.error("keeping the old certificate: %s", printable(str(error)))
 
 
 def parse_size(text: str) -> int:
-    """A whole number from 0 on, with K, M or G for 1024 times more."""
+    """Return the value of a number with an optional suffix: K (1024), M (1024 K) or G (1024 M)."""
     match = re.fullmatch("([0-9]{1,12})([KMG]?)", text.upper())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 1000 or 16M")
@@ -4103,44 +4166,50 @@ EXAMPLES = """examples:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """The options, most of which have the names of settings: BroadcastServer checks those."""
-    about = "What one WebSocket client sends, all clients get. Open http://localhost:4545/ in several tabs."
+    """Return the parser of the command line. Options with the name of a setting are checked by the server."""
+    about = "Send each message of a WebSocket client to all clients. Open http://localhost:4545/ in several tabs."
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on: 0.0.0.0, :: or unix:PATH (%(default)s)")
-    add("--port", default=4545, type=int, help="port to listen on, 0 for any free one (%(default)s)")
-    origin = "let pages of this origin connect, * for any; repeatable"
+    address = "address to listen on, such as 0.0.0.0, :: or unix:PATH (default: %(default)s)"
+    add("--host", default="127.0.0.1", help=address)
+    add("--port", default=4545, type=int, help="port to listen on; 0: any free port (default: %(default)s)")
+    origin = "allow pages of this origin to connect; *: of any origin; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
-    add("--key", metavar="FILE", help="its private key, where it is not in the same file")
-    subprotocol = "serve clients that offer this subprotocol; repeatable"
+    add("--key", metavar="FILE", help="private key in PEM, if it is not in the file of the certificate")
+    subprotocol = "support this subprotocol; repeatable"
     add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help=subprotocol)
-    add("--redis", metavar="URL", help="be one room with all servers on this Redis")
+    add("--redis", metavar="URL", help="form one room with all servers on this Redis")
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
-    add("--read-only", action="store_true", help="clients may only listen")
-    group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M)")
-    add = functools.partial(group.add_argument, type=parse_size)
-    add("--max-message", metavar="SIZE", default="16M", help="longest message (%(default)s)")
-    add("--max-backlog", metavar="SIZE", default="16M", help="what may wait for a client (%(default)s)")
-    clients = f"clients at once (%(default)s; on Windows at most {MOST_SELECTED})"
-    add("--max-clients", metavar="N", default=10_000, help=clients)
-    ping = "seconds of silence before a ping, and after it (%(default)g)"
-    add("--ping", dest="ping_interval", type=float, metavar="S", default=20.0, help=ping)
-    add("--history", metavar="N", default=0, help="messages that a new client gets first (0)")
-    add("--rate", type=float, metavar="N", default=0.0, help="messages a second that a client may send (any)")
+    add("--read-only", action="store_true", help="clients can receive messages, but not send them")
+    add_limits(parser)
     add = parser.add_argument_group("logging").add_mutually_exclusive_group().add_argument
-    add("--quiet", action="store_true", help="log only what needs attention")
-    add("--verbose", action="store_true", help="log every client that joins, too")
-    add("--trace", action="store_true", help="show every handshake and every frame, taken apart")
+    add("--quiet", action="store_true", help="log only warnings and errors")
+    add("--verbose", action="store_true", help="also log each client that joins")
+    add("--trace", action="store_true", help="log every handshake and the fields of every frame")
     return parser
 
 
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are limits."""
+    group = parser.add_argument_group("limits (sizes in bytes, or such as 64K, 16M, 1G)")
+    add = functools.partial(group.add_argument, type=parse_size)
+    add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
+    add("--max-backlog", metavar="SIZE", default="16M", help="maximum size of a client's queue (default: %(default)s)")
+    clients = f"maximum number of clients (default: %(default)s; on Windows at most {MOST_SELECTED})"
+    add("--max-clients", metavar="N", default=10_000, help=clients)
+    ping = "seconds without data until a Ping, and then until a drop (default: %(default)g)"
+    add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
+    add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")
+    add("--rate", type=float, metavar="N", default=0.0, help="messages per second of one client (default: no limit)")
+
+
 def create_server(options: argparse.Namespace) -> Program:
-    """A listening server. Raises OSError; ValueError and OverflowError for settings."""
-    if options.stdin and not sys.stdin:  # its descriptor may soon be another's
+    """Return a listening server. Raise OSError, or ValueError or OverflowError if an option is wrong."""
+    if options.stdin and not sys.stdin:  # another file may get its descriptor
         raise OSError("standard input is closed")
     options.ping_timeout = options.ping_interval
     if options.cert is not None:
@@ -4152,36 +4221,38 @@ def create_server(options: argparse.Namespace) -> Program:
 
 
 def locations(server: BroadcastServer, host: str) -> str:
-    """The first lines of output: where to point a browser, and that of another device."""
+    """Return the first lines of output: the URLs of the server on this device and on the network."""
     bound = str(server.server_address[0])
     if bound.startswith(UNIX):
         return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
-    lines = [f"{url} ({url.replace('http', 'ws', 1)})" for url in urls if url]
-    return "\n".join(map("pywebsock: {}{}".format, ("listening on ", "on the network: "), lines))
+    labels = "listening on", "on the network:"
+    lines = zip(labels, filter(None, urls))
+    return "\n".join([f"pywebsock: {label} {url} ({url.replace('http', 'ws', 1)})" for label, url in lines])
 
 
 def announce(text: str) -> None:
-    """Print the first lines of output. Nobody has to read them."""
+    """Print the first lines of output. Log a warning if standard output is closed."""
     try:
         print(text, flush=True)
     except OSError as error:
         log.warning("standard output: %s", error.strerror)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python fails with it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would fail when it ends
 
 
 def notify(state: str) -> None:
-    """Tell systemd, where it has started this and waits for it (sd_notify(3))."""
+    """Send the state to systemd, if systemd has started the program (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         with contextlib.suppress(OSError), socket.socket(AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: in the abstract namespace
+            manager.sendto(state.encode(), re.sub("^@", "\0", path))  # @: the abstract namespace
 
 
 def split_lines(stream: TextIO, size: int) -> Iterator[str]:
-    """Each line of a text; one of more than `size` bytes in pieces, none of which ends within a character."""
-    rest, cut = "", False  # of the line that is being read
+    """Yield each line of a text. Split lines of more than `size` bytes in UTF-8 between two characters."""
+    rest = ""  # of the current line
+    cut = False  # a part of it was yielded or skipped
     for part in iter(functools.partial(stream.readline, size + 2), ""):
         rest += part
         ended = part.endswith("\n")
@@ -4191,7 +4262,7 @@ def split_lines(stream: TextIO, size: int) -> Iterator[str]:
             piece = rest.encode()[:size].decode(errors="ignore")
             if piece:
                 yield piece
-            rest = rest[len(piece) or 1 :]  # a character alone may be over the limit
+            rest = rest[len(piece) or 1 :]  # skip a character that is longer than `size`
             cut = True
         if ended:
             if rest or not cut:
@@ -4202,8 +4273,8 @@ def split_lines(stream: TextIO, size: int) -> Iterator[str]:
 
 
 def broadcast_lines(server: BroadcastServer) -> None:
-    """Broadcast each line of standard input, in a thread of its own."""
-    # Not sys.stdin: that has a lock which a thread must not hold when the program ends.
+    """Broadcast each line of standard input. This is the target of a thread."""
+    # Do not use sys.stdin: a thread must not hold its lock when the program ends.
     try:
         with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
             for line in split_lines(stdin, server.max_message):
@@ -4214,20 +4285,21 @@ def broadcast_lines(server: BroadcastServer) -> None:
 
 
 class FloodFilter(logging.Filter):
-    """Lets MOST_LINES of one kind through in LINES_TIME: a stranger cannot fill the disk.
+    """Logs up to MOST_LINES lines of one kind per LINES_TIME, so that a client cannot fill the disk.
 
-    Lines of one kind have the same text before their arguments are filled in. The first line
-    of a new time says how many were left out.
+    Lines of one kind have the same format string. The first line of a period has the number
+    of lines that were left out in the period before it.
     """
 
-    MOST_LINES, LINES_TIME = 20, 10.0
+    MOST_LINES = 20
+    LINES_TIME = 10.0  # seconds
 
     def __init__(self) -> None:
         super().__init__()
-        self._kinds: dict[str, tuple[float, int]] = {}  # end of the time, lines in it
+        self._kinds: dict[str, tuple[float, int]] = {}  # end of the period, lines in it
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log a line."""
+        """Return whether to log a line."""
         now, kind = time.monotonic(), str(record.msg)
         end, lines = self._kinds.get(kind, (0.0, 0))
         if now >= end:
@@ -4239,28 +4311,29 @@ class FloodFilter(logging.Filter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, where that can be written to: a reader that stands still stops nothing."""
+    """Writes to standard error. Lines that a full pipe does not accept are left out: the server must not stop."""
 
     PATIENCE = 1.0  # seconds
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, or leave it out after PATIENCE."""
-        if IS_WINDOWS or not hasattr(select, "poll"):
+        """Write a line. Leave it out if it cannot be written within PATIENCE."""
+        if self._can_write():
             super().emit(record)
-            return
+
+    def _can_write(self) -> bool:
+        if not hasattr(select, "poll"):  # Windows
+            return True
         poll = select.poll()
         try:
             poll.register(self.stream.fileno(), select.POLLOUT)
-        except (OSError, ValueError):  # no file
-            super().emit(record)
-            return
-        if poll.poll(self.PATIENCE * 1000):
-            super().emit(record)
+        except (OSError, ValueError):  # the stream has no descriptor
+            return True
+        return bool(poll.poll(self.PATIENCE * 1000))
 
 
 def start_logging(options: argparse.Namespace) -> None:
-    """Log to standard error: one line for each client that left or was refused, and what went wrong."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of a line's price
+    """Log to standard error. The level depends on --quiet and --verbose."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of the time for a line
     handler = LogHandler()
     handler.addFilter(FloodFilter())
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
@@ -4270,23 +4343,23 @@ def start_logging(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until a signal; the exit status."""
+    """Run the server until a signal stops it. Return the exit status."""
     parser = argument_parser()
     options = parser.parse_args(argv)
     if options.key is not None and options.cert is None:
-        parser.error("--key needs --cert")
+        parser.error("--key requires --cert")
     start_logging(options)
     tune_malloc()
-    if not IS_WINDOWS:  # where it would be taken at once
-        threading.stack_size(256 * 1024)  # for all threads: those of 10,000 handshakes take 2.5 GB of address space
+    if not IS_WINDOWS:  # Windows would allocate the memory at once
+        threading.stack_size(256 * 1024)  # bytes; 10,000 threads need 2.5 GB of address space
     try:
         server = create_server(options)
         server.catch_signals()
         announce(locations(server, str(server.server_address[0]) if server.inherited else options.host))
         notify("READY=1")
-    except OSError as error:  # one of the system comes from the address, and does not say so
+    except OSError as error:
         place = options.host if options.host.startswith(UNIX) else f"{options.host} port {options.port}"
-        where = f"{place}: " if error.strerror else ""
+        where = f"{place}: " if error.strerror else ""  # an error of the system does not name the address
         parser.exit(1, f"pywebsock: {where}{error.strerror or error}\n")
     except (ValueError, OverflowError) as error:
         parser.error(str(error))

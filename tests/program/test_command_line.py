@@ -325,12 +325,12 @@ class Errors(CommandLineTestCase):
         """What is wrong with them is said in one line, under the usage."""
         for option, value, what in (
             ("--port", "65536", "port"),
-            ("--max-clients", "0", "max_clients must be a whole number from 1 on"),
+            ("--max-clients", "0", "max_clients must be an integer of 1 or more"),
             ("--origin", "example.com", "such as https://example.com"),
             ("--origin", "wss://example.com", "such as https://example.com"),
             ("--redis", "localhost", "redis://"),
-            ("--ping", "-1", "ping_interval must be a number from 0 on"),
-            ("--rate", "inf", "rate must be a number from 0 on"),
+            ("--ping", "-1", "ping_interval must be a number of 0 or more"),
+            ("--rate", "inf", "rate must be a number of 0 or more"),
         ):
             with self.subTest(option, value=value):
                 status, output, errors = run(option, value)
@@ -688,10 +688,10 @@ class Signals(CommandLineTestCase):
             before = self.connect(process, tls=old)
             for wrong in ("no certificate", pathlib.Path(path).read_text().partition("-----BEGIN CERT")[0]):
                 with self.subTest(wrong[:30]):
-                    lines = process.log().count("the old certificate stays")
+                    lines = process.log().count("keeping the old certificate")
                     pathlib.Path(path).write_text(wrong)
                     process.send_signal(signal.SIGHUP)
-                    eventually(lambda: process.log().count("the old certificate stays") > lines)  # noqa: B023
+                    eventually(lambda: process.log().count("keeping the old certificate") > lines)  # noqa: B023
                     self.connect(process, tls=old).socket.close()
             path, new = certificate(directory)
             process.send_signal(signal.SIGHUP)

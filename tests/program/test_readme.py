@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tokenize
 import typing
 import unittest
 
@@ -139,6 +141,7 @@ HABITS = {
     r"^(?:who|what)\b(?!.*\?$)|, what\b": "begin with a noun",
     r"\b(?:and|but|by|for|from|if|of|or|than|that|to|where|with) who\b": "name the person or the program",
     r"\b(?:who|what|where|how)(?:so)?ever\b": "name it",
+    r"^(?:whether|(?:the|that) one (?:that|which))\b": "return whether",
     r"\bwho is\b(?!.*\?$)": "name the person or the program",
     r"\bone(?:'s|self)\b|\bone (?:can|could|has|likes|may|must|only|sees|types|wants|writes)\b": "you",
     r"\bso (?:many|much)\b(?! that)": "the number of, a number of",
@@ -150,8 +153,22 @@ HABITS = {
 }
 LONGEST = 32  # words of a sentence
 
-# pywebsock.py, its help text and the other tests come in here when their words have been rewritten.
+# The parts of pywebsock.py that have been rewritten, by title. The other parts and tests come in when they are, too.
+PLAIN_PARTS = (
+    "Vocabulary",
+    "Errors",
+    "Base framing",
+    "permessage-deflate",
+    "Messages",
+    "Opening handshake",
+    "HTTP on the same port",
+    "Trace",
+    "Settings and the log",
+    "Many machines",
+    "Command line",
+)
 PLAIN = {
+    "--help": re.sub("\n  -", "\n\n-", pywebsock.argument_parser().format_help().partition("\n\n")[2]),
     "README.md": TEXT.partition("\n## License\n")[0],
     "pyproject.toml": "\n\n".join(
         re.findall(r'^description = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -160,19 +177,55 @@ PLAIN = {
 PLAIN_MODULES = "tests/tools/readme.py", "tests/program/test_readme.py", "tests/program/test_first_server.py"
 
 
-def docstrings(path: str) -> str:
-    """The docstrings of a module, a paragraph each."""
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+def docstrings(source: str) -> str:
+    """The docstrings of a module or a part of one, a paragraph each. Examples end with an empty line."""
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(filter(None, found))
+    found = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return re.sub(r"^>>> .*(?:\n.+)*", "", "\n\n".join(filter(None, found)), flags=re.MULTILINE)
+
+
+def comments(source: str) -> str:
+    """The comments, a paragraph each; those of successive lines are one."""
+    found = ""
+    last = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and not re.match("# (?:[=-]{3}|noqa|type:)", token.string):
+            alone = token.line.lstrip().startswith("#")
+            found += "\n" if alone and token.start[0] == last + 1 else "\n\n"
+            found += token.string[1:].strip()
+            last = token.start[0] if alone else 0
+    return found
+
+
+def messages(source: str) -> list[str]:
+    """The texts of errors and log lines, with x in place of each value."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and re.search(
+            "(?:require|warn|Error|[.]info|[.]warning|[.]error)$", ast.unparse(call.func)
+        ):
+            for argument in call.args:
+                values = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+                found.append("".join(str(each.value) if isinstance(each, ast.Constant) else "x" for each in values))
+    return found
+
+
+def plain_parts() -> dict[str, str]:
+    """The texts of the parts in PLAIN_PARTS: docstrings, comments and messages."""
+    _, *found = BANNER.split(SOURCE.read_text(encoding="utf-8"))
+    parts = {re.split(" \\(|:", title)[0]: text for title, text in zip(found[::2], found[1::2])}
+    return {
+        title: "\n\n".join([docstrings(parts[title]), comments(parts[title]), *messages(parts[title])])
+        for title in PLAIN_PARTS
+    }
 
 
 class Words(unittest.TestCase):
     """The text is plain English."""
 
     def test_habits(self) -> None:
-        for name, text in {**PLAIN, **{path: docstrings(path) for path in PLAIN_MODULES}}.items():
+        modules = {path: docstrings((ROOT / path).read_text(encoding="utf-8")) for path in PLAIN_MODULES}
+        for name, text in {**PLAIN, **modules, **plain_parts()}.items():
             for sentence in sentences(text):
                 with self.subTest(name, sentence=sentence):
                     for habit, instead in HABITS.items():
@@ -194,9 +247,22 @@ class Words(unittest.TestCase):
             "All pass but for one.",
             "A stranger cannot fill the disk.",
             "It is easy.",
+            "Whether to log a line.",
         ):
             found = [habit for habit in HABITS if re.search(f"(?i){habit}", text)]
             self.assertTrue(found, text)
+
+    def test_parts(self) -> None:
+        """The test reads the docstrings, comments and messages of each part."""
+        texts = plain_parts()
+        for part, text in (
+            ("Errors", "Raise HandshakeError if the condition is false."),
+            ("Base framing", "XOR_WITH[key][byte] == key ^ byte"),
+            ("Opening handshake", "a message must not have more than x bytes"),
+            ("Many machines", "Redis is back"),
+        ):
+            self.assertIn(text, texts[part])
+        self.assertNotIn("serialize_frame(TEXT", texts["Base framing"])
 
     def test_sentences(self) -> None:
         """The parts of a text that are read as sentences."""

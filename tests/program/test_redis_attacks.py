@@ -217,7 +217,7 @@ class AttackTest(RedisTestCase):
         servers[0].send_signal(signal.SIGTERM)
         self.assertEqual(servers[0].wait(), 0)
         print(f"\n[SIGTERM under load: {time.monotonic() - start:.2f} s]", end=" ")
-        self.assertNotIn("did not bring back", servers[0].log())
+        self.assertNotIn("have not come back", servers[0].log())
 
     def test_failover_to_a_replica_that_is_behind(self) -> None:
         """All servers go on in one order, and nothing comes twice; what is lost is only what was on its way."""

@@ -287,7 +287,7 @@ class Elsewhere(ServerTestCase):
             with self.subTest(target[:40]), self.assertLogs("pywebsock", "WARNING") as logged:
                 exchange(port, http("GET", target))
             self.assertIn(f"refused: 404, {named}: there are / and /status", logged.output[0])
-            self.assertEqual("this is plain WebSocket" in logged.output[0], hint)
+            self.assertEqual("does not speak the protocol" in logged.output[0], hint)
 
 
 class Options(ServerTestCase):

@@ -81,7 +81,7 @@ class ProgramTestCase(ServerTestCase):
 
 
 def listens(port: int) -> bool:
-    """Whether a connection to a port of this machine is accepted."""
+    """Return whether a port of this machine accepts connections."""
     with contextlib.suppress(OSError):
         Client(port, handshake=False).socket.close()
         return True
