@@ -372,8 +372,8 @@ class AttackTest(RedisTestCase):
                 message = f"{number:04}" * 1000
                 expected[message] = 2
                 sender.send_raw(frame_of(message) * 2)
-            eventually(lambda: len(server._loop.receiver.held_back) > 500)
-            steady(lambda: len(server._loop.receiver.held_back))
+            eventually(lambda: len(server._loop.sender.gate._held_back) > 500)
+            steady(lambda: len(server._loop.sender.gate._held_back))
             before = time.process_time()
             time.sleep(1)
             self.assertLess(time.process_time() - before, 0.3)
