@@ -1756,8 +1756,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         """
         while True:
             since = time.monotonic()
+            timeout = max(0.001, min(1.0, self._time_left))
             try:
-                self.request.settimeout(max(0.001, min(1.0, self._time_left)))
+                if timeout != self.request.gettimeout():
+                    self.request.settimeout(timeout)
                 return call(*arguments)
             except (socket.timeout, *WOULD_BLOCK):
                 pass
@@ -1948,8 +1950,9 @@ class WebSocketHandler(RequestHandler):
             server._hooks.occupy(self._inbox)
         try:
             room.join(connection, response, mark[1] if mark else "")
-            line, count = "%s joined %s: %s", plural(len(room), "client")
-            server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
+            if log.isEnabledFor(logging.DEBUG):
+                line, count = "%s joined %s: %s", plural(len(room), "client")
+                server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
             if self._inbox:
                 server._run_hook(self, server.on_open)
                 server._queue.put(functools.partial(server._loop.receiver.resume, connection))
@@ -2446,7 +2449,7 @@ class Gate:
 
     def __init__(self, server: BroadcastServer) -> None:
         self._server, self._queue = server, server._queue
-        self._has_limits = bool(server.read_only or server.rate or server._link)
+        self.has_limits = bool(server.read_only or server.rate or server._link)
         self.unfinished = Unfinished(server._budget)
         self._held_back: list[Connection] = []  # until nobody quick is behind, and Redis has taken what there is
         self._alarms: list[tuple[float, int, Connection]] = []  # a heap: until the rate allows one more message
@@ -2457,7 +2460,7 @@ class Gate:
         if self._queue.held:
             self._held_back.append(connection)
             return False
-        return not self._has_limits or self._may_send(connection, now)
+        return not self.has_limits or self._may_send(connection, now)
 
     def _may_send(self, connection: Connection, now: float) -> bool:
         server = self._server
@@ -2474,6 +2477,11 @@ class Gate:
                 return False
             connection.pace.take(server.rate, now)
         return True
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether somebody is paused here."""
+        return bool(self._held_back or self._alarms or self.unfinished.waiting)
 
     def wait_time(self, now: float) -> float:
         """Seconds until somebody may have to be resumed."""
@@ -2515,11 +2523,15 @@ class Sender:
 
     def adopt(self, connection: Connection, frames: list[bytes]) -> None:
         """A client has joined: send it the 101 and the history."""
-        for frame in frames:
-            connection.keep(frame, 0, self.now)
-        self.slow.add(connection)
-        self._room.set_send(connection, send_nothing)
-        self.flush(connection)
+        self._room.set_send(connection, connection.send)
+        self.write(connection, frames[0])
+        if len(frames) > 1:
+            for frame in frames[1:]:
+                connection.keep(frame, 0, self.now)
+            self.slow.add(connection)
+            self._room.set_send(connection, send_nothing)
+            self.flush(connection)
+        self.watch(connection)
 
     def write(self, connection: Connection, data: bytes) -> None:
         """Send to one client, behind what waits."""
@@ -2697,6 +2709,7 @@ class Sender:
 SLICE_TIME = 0.002  # seconds for what one connection sends
 LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
+READABLE = (State.OPEN, State.CLOSING)  # in other states, what comes is read and counts no more
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
 Messages = list[tuple[int, Octets]]
@@ -2774,7 +2787,7 @@ class Receiver:
         connection.heard = self._sender.now
         if not data:
             self._in_order(connection, self._sender.peer_has_ended)
-        elif connection.state in (State.OPEN, State.CLOSING):
+        elif connection.state in READABLE:
             self.read_size += len(data)
             connection.events = connection.source = connection.reader.feed(data)
             del data
@@ -2808,9 +2821,15 @@ class Receiver:
         """Act on what was read, for some milliseconds: each message and control frame."""
         until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
+        client, queue = connection.client, self._queue
+        is_free = self._is_direct and not (self.gate.has_limits or queue.held or client._inbox or client._is_closing)
         try:
             for opcode, payload in connection.events or ():
-                if not self._take_one(connection, opcode, payload, messages):
+                if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
+                    if connection.pongs:
+                        connection.pongs = []  # those for Pings behind this message come behind it, too
+                    queue.put_own(Outgoing(opcode, payload))  # nearly all messages
+                elif not self._take_one(connection, opcode, payload, messages):
                     return
                 if time.monotonic() > until:
                     connection.is_flood = True
@@ -2987,35 +3006,47 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
-        receiver.slice_time = max(LEAST_SLICE_TIME, min(SLICE_TIME, ROUND_TIME / (len(ready) or 1)))
         until = time.monotonic() + ROUND_TIME
+        receiver.slice_time = SLICE_TIME if len(ready) < 6 else max(LEAST_SLICE_TIME, ROUND_TIME / len(ready))
+        is_first = True
         for key, events in ready:
             connection = key.data
             if connection is None:
                 self._queue.hear_alarm()
                 continue
+            if not is_first and (receiver.has_much or time.monotonic() > until):
+                self._carry_out()
+                until = time.monotonic() + ROUND_TIME
+            is_first = False
             if events & selectors.EVENT_WRITE:
                 sender.guard(sender.flush, connection)
             if events & selectors.EVENT_READ:
                 receiver.read(connection)
-            if receiver.has_much or time.monotonic() > until:
-                self._carry_out()
-                until = time.monotonic() + ROUND_TIME
         self._carry_out()
         if receiver.later:
             receiver.go_on()
             self._carry_out()
-        receiver.end_some()
-        self._look_around()
+        if receiver.endings:
+            receiver.end_some()
+        if self._is_watchful or self._next_look <= sender.now:
+            self._look_around()
+
+    @property
+    def _is_watchful(self) -> bool:
+        """Whether somebody waits for something that no socket tells."""
+        return bool(self.sender.slow or self._queue.held or self.sender.gate.is_waiting or self._hooks.is_waiting)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
-        timeout = min(self._interval, self._next_look - self.now, self.sender.gate.wait_time(self.now))
-        if self._hooks.is_waiting:
-            timeout = min(timeout, STUCK_TIME)
-        timeout = max(0.001, timeout)
+        timeout = self._next_look - self.sender.now
+        if self._is_watchful:
+            timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
+            if self._hooks.is_waiting:
+                timeout = min(timeout, STUCK_TIME)
         if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
+        else:
+            timeout = min(self._interval, max(0.001, timeout))
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
         return ready
@@ -3050,14 +3081,16 @@ class Loop(threading.Thread):
         self._send(run, pongs)
 
     def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
-        if run:
-            self._call(self._deliver, run)
+        try:
+            self._deliver(run)
+        except Exception as error:  # those behind it are not to blame
+            self._hooks.log(logging.ERROR, "a broadcast failed", error=error)
         for connection, frames in pongs:
             self.sender.guard(self.sender.pong, connection, frames)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(run[0].to, run)]:
+        for to, group in itertools.groupby(run, RECIPIENTS):
             messages = list(group)
             for window, sends in self._room.recipients(messages, to):
                 self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
@@ -3208,7 +3241,6 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             if room.size >= most:
                 raise BlockingIOError
             request, address = super().get_request()
-            request.settimeout(None)  # a program may have set another default
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
             room.add_pending(request, time.monotonic())
