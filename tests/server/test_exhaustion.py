@@ -69,7 +69,7 @@ class Exhaustion(ServerTestCase):
         witness = self.connect(server)
         error = RuntimeError("can't start new thread")
         with self.assertLogs("pywebsock", "WARNING") as logged:
-            with unittest.mock.patch.object(pywebsock, "start_new_thread", side_effect=error):
+            with unittest.mock.patch.object(server._pool, "run", side_effect=error):
                 refused = self.connect(server, handshake=False)
                 self.assertEqual(refused.read_all(), b"")
                 eventually(lambda: logged.records)
