@@ -1506,9 +1506,9 @@ class Connection:
 
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
-        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "pong",
-        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
-        "source", "state", "submitted", "window",
+        "is_tls", "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
+        "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size",
+        "socket", "source", "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1516,7 +1516,8 @@ class Connection:
         self.socket = client.request
         self.state = State.OPEN
         self.window = window  # of permessage-deflate, in bits; 0 without
-        plain = not client._tracers and not isinstance(self.socket, ssl.SSLSocket) and not IS_WINDOWS
+        self.is_tls = isinstance(self.socket, ssl.SSLSocket)
+        plain = not (self.is_tls or client._tracers or IS_WINDOWS)
         self.send: Send = self.socket.send if plain else self._send_slices
         self.interest = 0  # events that the selector waits for
 
@@ -1571,7 +1572,6 @@ class Connection:
             self.client._tracers[0].send(data)
         return data
 
-    @property
     def has_more(self) -> bool:
         """Whether TLS has decrypted more than was read: then the socket may have nothing to wait for."""
         return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
@@ -2776,13 +2776,10 @@ class Receiver:
         if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
         elif not (connection.is_waiting or connection.is_ending):
-            self._try(self._read, connection)
-
-    def _try(self, act: Callable[[Connection], None], connection: Connection) -> None:
-        try:
-            act(connection)
-        except Exception as error:  # behind all that came before
-            self._in_order(connection, self._sender.fail, error)
+            try:
+                self._read(connection)
+            except Exception as error:  # behind all that came before
+                self._in_order(connection, self._sender.fail, error)
 
     def _read(self, connection: Connection) -> None:
         data = connection.receive()
@@ -2810,10 +2807,13 @@ class Receiver:
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
-            if connection.events and not connection.paused:
-                self._try(self._take, connection)
-            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
-                self._try(self._read, connection)
+            try:
+                if connection.events and not connection.paused:
+                    self._take(connection)
+                elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
+                    self._read(connection)
+            except Exception as error:
+                self._in_order(connection, self._sender.fail, error)
             if self.has_much or time.monotonic() > until:
                 return
 
@@ -2841,7 +2841,7 @@ class Receiver:
                     self.line_up(connection)
                     return
             connection.events = None
-            if connection.has_more:
+            if connection.is_tls and connection.has_more():
                 self.line_up(connection)
         finally:
             if messages:
@@ -2966,6 +2966,7 @@ class Loop(threading.Thread):
         self._next_look = 0.0
         self._to_look_after: list[Connection] = []  # in this look
         self._before = time.monotonic()
+        self._is_watchful = False
         self._ended = False
 
     @property
@@ -3011,7 +3012,7 @@ class Loop(threading.Thread):
     def _do_round(self) -> None:
         sender, receiver = self.sender, self.receiver
         ready = self._wait()
-        until = time.monotonic() + ROUND_TIME
+        until = self._before + ROUND_TIME
         receiver.slice_time = SLICE_TIME if len(ready) < 6 else max(LEAST_SLICE_TIME, ROUND_TIME / len(ready))
         is_first = True
         for key, events in ready:
@@ -3033,13 +3034,10 @@ class Loop(threading.Thread):
             self._carry_out()
         if receiver.endings:
             receiver.end_some()
+        # Somebody waits for something that no socket tells.
+        self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
         if self._is_watchful or self._next_look <= sender.now:
             self._look_around()
-
-    @property
-    def _is_watchful(self) -> bool:
-        """Whether somebody waits for something that no socket tells."""
-        return bool(self.sender.slow or self._queue.held or self.sender.gate.is_waiting or self._hooks.is_waiting)
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
@@ -3095,7 +3093,7 @@ class Loop(threading.Thread):
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to those whom they are for: one send for each client and window."""
-        for to, group in itertools.groupby(run, RECIPIENTS):
+        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(each.to, run) for each in run]:
             messages = list(group)
             for window, sends in self._room.recipients(messages, to):
                 self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
