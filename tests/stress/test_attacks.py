@@ -262,7 +262,7 @@ class CompressionTest(AttackTestCase):
     def test_messages_wait_for_compression(self) -> None:
         """Messages that are whole, but wait to be compressed, count like unfinished ones."""
         besieged = self.besiege()
-        crowd = self.attack(besieged, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
+        crowd = self.start(besieged, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
         self.stand(besieged, "60 clients send 16 MB of text", 0.3, 700)
         self.report(f"ended: {crowd.figures()[1]}")
 
@@ -271,7 +271,7 @@ class CompressionTest(AttackTestCase):
         besieged = self.besiege()
         payload = support.compress(bytes(16_000_000))
         bomb = support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload
-        self.attack(besieged, 200, bomb, pace=len(bomb) / 2, fields=DEFLATE, reading=False)
+        self.start(besieged, 200, bomb, pace=len(bomb) / 2, fields=DEFLATE, reading=False)
         self.stand(besieged, "200 clients send 16 MB of nothing", 0.3, 1000)
 
 
@@ -319,7 +319,7 @@ class MemoryTest(AttackTestCase):
         support.require(hasattr(sys, "orig_argv"), "sys.orig_argv")  # from Python 3.10 on
         besieged = self.besiege(code=code)
         for _ in range(2):
-            crowd = self.attack(besieged, 100, b"", load.frame(bytes(200_000)), reading=True)
+            crowd = self.start(besieged, 100, b"", load.frame(bytes(200_000)), reading=True)
             posts = [threading.Thread(target=self.post, args=(besieged.port,)) for _ in range(60)]
             for post in posts:
                 post.start()
@@ -373,7 +373,7 @@ class ProgramTest(AttackTestCase):
         code = "def on_message(self, client, message): self.broadcast(message, list(self.clients))\n"
         code += "pywebsock.Program.on_message = on_message"
         besieged = self.besiege(code=code)
-        crowd = self.attack(besieged, 2000, b"")
+        crowd = self.start(besieged, 2000, b"")
         pings = support.Client(besieged.port)
         self.addCleanup(pings.__exit__)
         sender = Background(besieged.port, load.frame(b"x"), 7 * 4000, {})
