@@ -2595,7 +2595,7 @@ class Sender:
         if connection.state is State.ENDING:
             reads, writes = connection.is_shut and not connection.peer_ended, not connection.is_shut
         else:
-            reads = not (connection.paused or connection.peer_ended or connection.is_blocked)
+            reads = not (connection.paused or connection.is_ending or connection.peer_ended or connection.is_blocked)
             writes = connection.size > 0 or connection.is_blocked
         events = selectors.EVENT_READ if reads else 0
         if writes:
@@ -2703,7 +2703,8 @@ class Sender:
         if connection.state is State.CLOSED:
             return
         connection.state, connection.events = State.CLOSED, None
-        self.watch(connection)
+        with contextlib.suppress(Exception):  # for want of memory, say: the socket is closed all the same
+            self.watch(connection)
         self.slow.discard(connection)
         self.gate.unfinished.release(connection)
         connection.pieces, connection.size = NOTHING, 0
@@ -2917,6 +2918,7 @@ class Receiver:
         """End a connection behind what the others send: thousands may end at once."""
         if not connection.is_ending:
             connection.is_ending = True
+            self._sender.guard(self._sender.watch, connection)
             self.endings.append((connection, act, arguments))
 
     def end_some(self) -> None:
@@ -2937,7 +2939,7 @@ class Receiver:
             self._hooks.submit(client._inbox, functools.partial(self._queue.put, resume))
 
 
-LOOKS_AT_ONCE = 500  # after the deadlines of connections
+LOOKS_AT_ONCE = 100  # after the deadlines of connections
 
 
 RECIPIENTS = operator.attrgetter("to")

@@ -146,7 +146,7 @@ class RoomTest(RedisTestCase):
             assert link
             deliver = link._deliver
 
-            def deliver_slowly(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+            def deliver_slowly(messages: list[tuple[int, bytes]]) -> None:
                 time.sleep(len(messages) / 5000)
                 deliver(messages)
 
@@ -167,7 +167,7 @@ class RoomTest(RedisTestCase):
             assert link
             deliver = link._deliver
 
-            def deliver_slowly(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+            def deliver_slowly(messages: list[tuple[int, bytes]]) -> None:
                 time.sleep(sum(len(payload) for _, payload in messages) / 20e6)
                 deliver(messages)
 
@@ -310,7 +310,7 @@ class LinkTest(RedisTestCase):
             self.redis.call("XADD", self.stream, "*", "x", text)
         heard: queue.SimpleQueue[tuple[int | None, bytes]] = queue.SimpleQueue()
 
-        def deliver(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+        def deliver(messages: list[tuple[int, bytes]]) -> None:
             for _, payload in messages:
                 heard.put((threading.get_ident(), payload))
 
@@ -325,7 +325,7 @@ class LinkTest(RedisTestCase):
 
     def test_many_links(self) -> None:
         """What they say about being behind is no load that keeps them behind."""
-        heard: list[list[tuple[pywebsock.Opcode, bytes]]] = [[] for _ in range(40)]
+        heard: list[list[tuple[int, bytes]]] = [[] for _ in range(40)]
         links = [self.link(each.extend) for each in heard]
         for link in links:
             link.start()
@@ -339,7 +339,7 @@ class LinkTest(RedisTestCase):
         """A link that is full says so, and later that it has room again; nothing is lost."""
         gate, heard = threading.Event(), []
 
-        def deliver(messages: list[tuple[pywebsock.Opcode, bytes]]) -> None:
+        def deliver(messages: list[tuple[int, bytes]]) -> None:
             if messages:
                 gate.wait(DEADLINE)
             heard.extend(messages)
