@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEBIAN = (
     *("apache2-bin", "chromium", "chromium-driver", "curl", "default-jdk-headless", "firefox-esr", "fonts-inter"),
     *("fonts-noto-color-emoji", "gcc", "haproxy", "iproute2", "libmojolicious-perl", "libnetty-java", "lighttpd"),
-    *("nginx", "openssl", "redis-server", "systemd", "varnish", "webkit2gtk-driver", "wine", "wine64", "xvfb"),
+    *("nginx", "openssl", "redis-server", "systemd", "varnish", "webkit2gtk-driver", "xvfb"),
 )
 NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda@10.1.0")
 CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
@@ -235,7 +235,6 @@ def run_all(run: Run, folder: str) -> None:
     )
     run.side_by_side(steps.pop("program"))  # its browsers are slow enough
     run.side_by_side(*steps.values())
-    run.side_by_side(Step("Windows", ".ci/windows.sh", f"{folder}/windows"))
     run.side_by_side(stress)
 
 
