@@ -1507,8 +1507,8 @@ class Connection:
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
         "is_tls", "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
-        "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size",
-        "socket", "source", "state", "submitted", "window",
+        "ping_end", "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent",
+        "size", "socket", "source", "state", "submitted", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1550,6 +1550,7 @@ class Connection:
         self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
         self.acked = 0  # bytes that the peer has taken, as last seen
         self.pong_deadline = math.inf
+        self.ping_end = 0  # bytes that the peer has taken when it has the Ping; 0 when it has it
         self.quick_until = 0.0
         self.last_seen = 0  # bytes of all broadcasts when it began to close
 
@@ -1629,7 +1630,7 @@ class Connection:
             self.sent -= len(self.pieces.popleft())
         if not self.pieces:
             self.pieces = NOTHING
-        self.moved = self.heard = now
+        self.moved = now
         self.quick_until = min(max(self.quick_until, now) + sent / QUICK_RATE, now + QUICK_TIME)
 
     def is_quick(self, now: float) -> bool:
@@ -1657,34 +1658,31 @@ class Connection:
     # ---- at times ----
 
     def note_progress(self, now: float) -> None:
-        """Look what the peer has taken since the last look: while more waits, that is a sign of life."""
+        """Look what the peer has taken since the last look."""
         on_the_way, acked = bytes_in_kernel(self.socket)
-        waits = self.size > 0 or on_the_way > 0
         if acked != self.acked:
             self.acked, self.moved = acked, now
-            if waits:
-                self.heard = now
-        elif self.state is State.OPEN and not waits:
+        elif self.state is State.OPEN and not (self.size or on_the_way):
             self.moved = now
             if self.paused:  # it is not read: that its system has answered will do
                 self.heard = now
 
 
 def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
-    """What the system has yet to bring to the peer (0 for nothing), and the bytes that the peer has acknowledged.
+    """The bytes that the system has yet to bring to the peer, and those that the peer has acknowledged.
 
     (0, 0) where the system does not tell; Linux does (struct tcp_info).
     """
     if sys.platform != "linux" or connection.family not in (socket.AF_INET, socket.AF_INET6):
         return 0, 0
     try:
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 148)
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
     except OSError:
         return 0, 0
-    if len(info) < 148:
+    if len(info) < 216:
         return 0, 0
-    unacked, acked, unsent = struct.unpack_from("24xI92xQ16xI", info)
-    return unacked + unsent, acked
+    acked, unsent, sent, again = struct.unpack_from("120xQ16xI52xQQ", info)
+    return sent - again - acked + unsent, acked
 
 
 def reset(connection: socket.socket) -> None:
@@ -3165,15 +3163,23 @@ class Loop(threading.Thread):
             sender.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
 
     def _keep_alive(self, connection: Connection) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2). What moves is a sign of life."""
-        silence = self.now - connection.heard
+        """Ping a client that has been silent, drop it where it stays so (5.5.2)."""
+        now, timeout = self.now, self._server.ping_timeout
+        silence = now - connection.heard
         if silence <= self._server.ping_interval:
             connection.pong_deadline = math.inf
-        elif self.now > connection.pong_deadline:
+        elif connection.pong_deadline == math.inf:
+            if not connection.pieces:
+                self.sender.write(connection, serialize_frame(PING, b""))
+                on_the_way, acked = bytes_in_kernel(connection.socket)
+                connection.ping_end = acked + on_the_way + connection.size
+                connection.pong_deadline = now + timeout
+        elif connection.ping_end and connection.moved == now:  # the Ping is on its way, behind other bytes
+            connection.pong_deadline = now + timeout
+            if connection.acked >= connection.ping_end:
+                connection.ping_end = 0
+        elif now > connection.pong_deadline:
             self.sender.drop(connection, f"it was silent for {silence:.0f} s")
-        elif connection.pong_deadline == math.inf and not connection.pieces:
-            connection.pong_deadline = self.now + self._server.ping_timeout
-            self.sender.write(connection, serialize_frame(PING, b""))
 
 
 # ======================================================================================
