@@ -1550,7 +1550,7 @@ class Connection:
         self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
         self.acked = 0  # bytes that the peer has taken, as last seen
         self.pong_deadline = math.inf
-        self.ping_end = 0  # bytes that the peer has taken when it has the Ping; 0 when it has it
+        self.ping_end = 0  # bytes that the peer has taken when the Ping comes to it; 0 if nothing is before that
         self.quick_until = 0.0
         self.last_seen = 0  # bytes of all broadcasts when it began to close
 
@@ -3170,9 +3170,9 @@ class Loop(threading.Thread):
             connection.pong_deadline = math.inf
         elif connection.pong_deadline == math.inf:
             if not connection.pieces:
-                self.sender.write(connection, serialize_frame(PING, b""))
                 on_the_way, acked = bytes_in_kernel(connection.socket)
-                connection.ping_end = acked + on_the_way + connection.size
+                connection.ping_end = acked + on_the_way if on_the_way > 0 else 0
+                self.sender.write(connection, serialize_frame(PING, b""))
                 connection.pong_deadline = now + timeout
         elif connection.ping_end and connection.moved == now:  # the Ping is on its way, behind other bytes
             connection.pong_deadline = now + timeout
