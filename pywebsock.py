@@ -1755,19 +1755,22 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _within_time(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a call that may wait for the peer. Raises HandshakeError when no time is left, OSError.
 
-        It waits a second at a time: the time that the process stands (SIGSTOP) does not count.
+        A wait that took much longer than it should does not count: the process stood (SIGSTOP).
         """
         while True:
             since = time.monotonic()
-            timeout = max(0.001, min(1.0, self._time_left))
+            timeout = max(0.001, self._time_left)
+            if IS_WINDOWS:  # a shutdown() does not wake a thread that waits there
+                timeout = min(timeout, 1.0)
             try:
-                if timeout != self.request.gettimeout():
-                    self.request.settimeout(timeout)
+                self.request.settimeout(timeout)
                 return call(*arguments)
             except (socket.timeout, *WOULD_BLOCK):
                 pass
             finally:
-                self._time_left -= min(1.0, time.monotonic() - since)
+                passed = time.monotonic() - since
+                if passed < timeout + 1.0:
+                    self._time_left -= passed
             if self.server._room.pending.get(self._accepted) == GIVEN_UP:
                 raise ConnectionAbortedError("given up")
             if self._time_left <= 0 and self._is_silent:  # a browser's spare connection, say: nothing was asked

@@ -228,6 +228,7 @@ class EndTest(TLSTestCase):
     @unittest.skipIf(support.IS_WINDOWS, "Windows has no /proc")
     def test_leave(self) -> None:
         server = self.serve("--quiet", tls=True)
+        support.Client(server.port, tls=stress.certificate()[1]).__exit__()  # all its threads have begun
         gauge = stress.Gauge(server.pid)
         for peer in self.end_all(server.port):
             peer.socket.close()
