@@ -101,6 +101,11 @@ def soak(plain: support.Process, secure: support.Process, context: ssl.SSLContex
     """Mixed traffic with two servers, then compare; what was seen, for people. Raises AssertionError."""
     chance = random.Random(int(seconds))
     servers = plain, secure
+    for server, tls in ((plain, None), (secure, context)):  # then all their threads have begun
+        with support.Client(server.port, tls=tls) as client:
+            client.close()
+            client.read_all()
+    support.eventually(lambda: all(load.threads(server.pid) <= 2 for server in servers))  # those of hooks have ended
     before = [(load.threads(server.pid), load.files(server.pid)) for server in servers]
     with load.Load(plain.port) as first, load.Load(secure.port, context) as second:
 
