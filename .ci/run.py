@@ -31,7 +31,7 @@ CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
 UNITTEST = ("-m", "unittest")
 NEWER = ("python3.14", "python3.15", "python3.15t", "pypy3")  # those of pythons.sh; the one with a t has no GIL
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LONGEST = 1200.0  # seconds that a step may take
+LONGEST = 2400.0  # seconds that a step may take
 TIDY_UP = 5.0  # seconds that what is ended has before it is killed
 
 # Exits with 0 in a Python that is worth a run: CPython, new enough, and not this one.

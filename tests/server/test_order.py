@@ -102,7 +102,7 @@ class Joining(ServerTestCase):
         clients: list[tuple[Client, int]] = []
         with in_thread(count):
             try:
-                for _ in range(30):
+                for _ in range(15):
                     client = self.connect(server, **how)
                     clients.append((client, begun[0]))
             finally:

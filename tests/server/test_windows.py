@@ -133,7 +133,7 @@ class Windows(ServerTestCase):
             self.assertEqual(client.read_all(), b"")
 
     def test_slow_request(self) -> None:
-        server = self.serve(handshake_timeout=0.3)
+        server = self.serve(handshake_timeout=0.3, close_timeout=0.3)
         client = self.connect(server, handshake=False)
         client.send_raw(request()[:-2])
         self.assertTrue(client.read_all().startswith(b"HTTP/1.1 408 "))

@@ -93,7 +93,7 @@ class Stopping(StressTestCase):
     def test_at_random_moments(self) -> None:
         """Ctrl-C and SIGTERM while clients join and talk: whoever is in gets 1001, and the server ends soon."""
         chance = random.Random(8)
-        number = int(os.environ.get("PYWEBSOCK_SIGNALS", "500"))
+        number = int(os.environ.get("PYWEBSOCK_SIGNALS", "100"))
         worst = 0.0
         counts: collections.Counter[str] = collections.Counter()
         for _ in range(number):
