@@ -1690,8 +1690,13 @@ def reset(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         linger = struct.pack("hh" if IS_WINDOWS else "ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    shut_down(connection, socket.SHUT_RDWR)
+
+
+def shut_down(connection: socket.socket, how: int) -> None:
+    """End TCP in a direction; also where another thread uses TLS: SSLSocket.shutdown() would take that away from it."""
     with contextlib.suppress(OSError):  # its peer was faster
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, how)
 
 
 TOO_LATE = "the request took too long"
@@ -2256,8 +2261,7 @@ class Room:
                 self.close(client, serialize_close(CloseCode.GOING_AWAY))
             for request in self.pending:
                 self.pending[request] = GIVEN_UP
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RD)
+                shut_down(request, socket.SHUT_RD)
 
     # ---- messages ----
 
