@@ -1696,7 +1696,10 @@ def reset(connection: socket.socket) -> None:
 def shut_down(connection: socket.socket, how: int) -> None:
     """End TCP in a direction; also where another thread uses TLS: SSLSocket.shutdown() would take that away from it."""
     with contextlib.suppress(OSError):  # its peer was faster
-        socket.socket.shutdown(connection, how)
+        if isinstance(connection, ssl.SSLSocket):
+            socket.socket.shutdown(connection, how)
+        else:
+            connection.shutdown(how)
 
 
 TOO_LATE = "the request took too long"
@@ -2174,6 +2177,7 @@ class Room:
         self._has_ended = False  # there is no loop any more
         self.adopt: Callable[[Joiner], None]  # the loop's operations on a connection that has joined
         self.close_connection: Callable[[Connection, bytes], None]
+        self.close_connections: Callable[[list[Connection], bytes], None]
 
         self._history: deque[Outgoing] = deque()
         self._history_length = history  # messages
@@ -2257,8 +2261,8 @@ class Room:
         """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
         with self.lock:
             self._is_closing = True
-            for client in self.clients:
-                self.close(client, serialize_close(CloseCode.GOING_AWAY))
+            frame = serialize_close(CloseCode.GOING_AWAY)
+            self._queue.put(functools.partial(self.close_connections, list(self.connections), frame))
             for request in self.pending:
                 self.pending[request] = GIVEN_UP
                 shut_down(request, socket.SHUT_RD)
@@ -2630,6 +2634,7 @@ class Sender:
         if connection.state is not State.OPEN:
             return
         connection.state, connection.moved = State.CLOSING, self.now
+        connection.client._is_closing = True
         connection.pong, connection.last_seen = b"", self._room.bytes
         self._room.set_send(connection, discard)
         self.write(connection, frame)
@@ -2756,6 +2761,11 @@ class Receiver:
         """Send a Close, and read on until that of the peer; its messages count no more."""
         self._sender.guard(self._sender.close, connection, frame)
         self.resume(connection)
+
+    def close_all(self, connections: list[Connection], frame: bytes) -> None:
+        """The same for many, between the same two messages."""
+        for connection in connections:
+            self.close(connection, frame)
 
     def resume(self, connection: Connection) -> None:
         """Read a client again that was paused."""
@@ -2966,7 +2976,8 @@ class Loop(threading.Thread):
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
         self.sender = Sender(server)
         self.receiver = Receiver(server, self.sender)
-        self._room.adopt, self._room.close_connection = self.receiver.adopt, self.receiver.close
+        self._room.adopt = self.receiver.adopt
+        self._room.close_connection, self._room.close_connections = self.receiver.close, self.receiver.close_all
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
