@@ -1457,7 +1457,7 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 256 * 1024  # bytes asked of a socket at once where much comes
+READ_SIZE = 128 * 1024  # bytes asked of a socket at once where much comes
 SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
 SEND_SIZE = 64 * 1024  # bytes given to a socket at once
 SENDS_AT_ONCE = 8  # to one slow client in a row
@@ -2644,7 +2644,8 @@ class Sender:
         if connection.state not in (State.OPEN, State.CLOSING):
             return
         was_open = connection.state is State.OPEN
-        connection.state, connection.moved, connection.events = State.ENDING, self.now, None
+        connection.state, connection.moved = State.ENDING, self.now
+        self._stop_reading(connection)
         connection.pong, connection.last_seen = b"", self._room.bytes
         self._leave(connection, code, reason)
         if frame and was_open:
@@ -2703,6 +2704,12 @@ class Sender:
         """Send a Close that says what is wrong, and end the connection."""
         self.end(connection, code, reason, serialize_close(code, reason))
 
+    def _stop_reading(self, connection: Connection) -> None:
+        """Let go of what was read, and of an unfinished message."""
+        connection.events = connection.source = None
+        connection.reader = MessageReader(0)
+        self.gate.unfinished.release(connection)
+
     def _leave(self, connection: Connection, code: int, reason: str) -> None:
         """A client is none any more: the set, on_close and the log get to know, once."""
         if self._room.leave(connection):
@@ -2712,11 +2719,11 @@ class Sender:
         """To CLOSED: close the socket, and let go of all that the connection has."""
         if connection.state is State.CLOSED:
             return
-        connection.state, connection.events = State.CLOSED, None
+        connection.state = State.CLOSED
+        self._stop_reading(connection)
         with contextlib.suppress(Exception):  # for want of memory, say: the socket is closed all the same
             self.watch(connection)
         self.slow.discard(connection)
-        self.gate.unfinished.release(connection)
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
         self._room.remove(None, connection)
@@ -3638,6 +3645,7 @@ def tune_malloc() -> None:
         import ctypes  # it may not be allowed to load
 
         libc = ctypes.CDLL(None)
+        libc.mallopt(-8, 2)  # M_ARENA_MAX: otherwise eight for each processor, each of which keeps as much
         libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
 
