@@ -2967,7 +2967,7 @@ LOOKS_AT_ONCE = 100  # after the deadlines of connections
 RECIPIENTS = operator.attrgetter("to")
 
 
-class Loop(threading.Thread):
+class Loop:
     """The thread that owns the sockets of all clients.
 
     It goes in rounds: wait for what can be read or written; read each ready client once; then
@@ -2979,7 +2979,7 @@ class Loop(threading.Thread):
     """
 
     def __init__(self, server: BroadcastServer) -> None:
-        super().__init__(name="pywebsock loop", daemon=True)
+        self._thread: threading.Thread | None = None
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
         self.sender = Sender(server)
         self.receiver = Receiver(server, self.sender)
@@ -3003,7 +3003,8 @@ class Loop(threading.Thread):
         """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
         self.sender.selector = selectors.DefaultSelector()
         self._queue.open(self.sender.selector)
-        super().start()
+        self._thread = threading.Thread(target=self.run, name="pywebsock loop", daemon=True)
+        self._thread.start()
 
     def run(self) -> None:
         """What the thread does."""
@@ -3020,9 +3021,9 @@ class Loop(threading.Thread):
 
     def stop(self) -> None:
         """End the thread. Any other thread."""
-        if self.is_alive():
+        if self._thread and self._thread.is_alive():
             self._queue.put(self._end)
-            self.join()
+            self._thread.join()
         else:
             self._queue.end()
             self._room.end()

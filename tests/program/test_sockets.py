@@ -78,7 +78,7 @@ class Server(UnixSocketTestCase):
             client.connect(self.path)
             client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\nx")
             self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 202 "))
-            self.assertEqual(server.status()["messages"], 1)
+            eventually(lambda: server.status()["messages"] == 1)
 
     def test_tls(self) -> None:
         path, context = certificate(self.folder)
