@@ -330,7 +330,7 @@ class TheEnd(ServerTestCase):
     def test_a_port_that_is_taken(self) -> None:
         """The constructor raises OSError, and leaves no thread and no socket behind."""
         server = self.serve()
-        eventually(server._loop.is_alive)  # its thread counts, too
+        eventually(lambda: server._loop._thread)  # its thread counts, too
         before = threading.active_count()
         with self.assertRaises(OSError):
             pywebsock.BroadcastServer(("127.0.0.1", server.server_address[1]))
