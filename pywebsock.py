@@ -4018,7 +4018,9 @@ class RedisLink:
         return self._cost > QUEUE_SIZE
 
     def start(self) -> None:
-        """Start the threads."""
+        """Deliver the history, and start the threads."""
+        self._deliver(self._early)
+        self._early = []
         for thread in self._threads:
             thread.start()
 
@@ -4113,9 +4115,7 @@ class RedisLink:
     # ---- the thread that reads ----
 
     def _read(self, redis: RedisConnection) -> None:
-        messages = self._early or self._stream.read(redis)
-        self._early = []
-        self._deliver(messages)
+        self._deliver(self._stream.read(redis))
         self._remove(self._stream.seen.get(self._stream.name, 0))
 
     # ---- the thread that writes ----

@@ -318,7 +318,7 @@ class AwayTest(RedisTestCase):
         self.redis.kill()
         eventually(lambda: server._link and server._link.away)
         for _ in range(3):
-            self.in_background(fill, server.server_address[1], frame_of("x" * 100) * 10_000, 10_000_000)
+            self.in_background(fill, server.server_address[1], frame_of("x" * 100) * 100, 120_000)
         eventually(lambda: server._link and server._link._cost > pywebsock.QUEUE_SIZE)
         self.in_background(pywebsock.log.warning, "locks the handler")
         self.redis.start()
