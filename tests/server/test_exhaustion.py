@@ -97,6 +97,8 @@ for client in clients:
     client.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert client.recv(100).startswith(b"HTTP/1.1 200")
 assert settings() == before, settings()
+for client in clients:
+    client.close()
 server.shutdown()
 server.server_close()
 assert settings() == before, settings()
