@@ -1291,6 +1291,59 @@ IDLE_TIME = 1.0  # seconds that a thread without work is kept
 MAX_JOURNAL = 10_000  # lines of the log that wait to be written
 
 
+def start_thread(call: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """Start a thread that debuggers and measures of coverage see."""
+    threading.Thread(target=call, args=arguments, name="pywebsock hooks", daemon=True).start()
+
+
+class Threads:
+    """Threads that are kept for a while after their call, since starting one takes long. Any thread."""
+
+    def __init__(self, start: Callable[[Callable[..., object], tuple[Any, ...]], object]) -> None:
+        self._start = start
+        self._lock = threading.RLock()  # an RLock, since a __del__ may log
+        self._idle = 0  # threads that wait for a call, and that none is queued for
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._stopped = False  # threads end after their call
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Run a call in a thread. Raises RuntimeError where there can be no more threads."""
+        with self._lock:
+            if self._idle:
+                self._calls.put(call)
+                self._idle -= 1
+                return
+        self._start(self._work, (call,))
+
+    def stop(self) -> None:
+        """End the threads that wait, and the others after their call."""
+        with self._lock:
+            self._stopped = True
+            for _ in range(self._idle):
+                self._calls.put(None)
+            self._idle = 0
+
+    def _work(self, call: Callable[[], object] | None) -> None:
+        while call:
+            call()
+            call = None  # its connection may be gone
+            with self._lock:
+                if self._stopped:
+                    return
+                self._idle += 1
+            call = self._next_call()
+
+    def _next_call(self) -> Callable[[], object] | None:
+        """Wait for a call; None where none comes in IDLE_TIME."""
+        with contextlib.suppress(queue.Empty):
+            return self._calls.get(timeout=IDLE_TIME)
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                return None
+        return self._calls.get()  # one is queued for this thread
+
+
 class Inbox:
     """The calls that wait for one client's hooks: they run one at a time, in order."""
 
@@ -1304,7 +1357,7 @@ class Inbox:
 class Hooks:
     """Runs the hooks of the program, and whatever else may block, outside the loop.
 
-    Any thread submits calls; workers, which are threads of this class, run them. One worker
+    Any thread submits calls; workers, which are calls in threads of their own, run them. One worker
     runs the calls of all inboxes while none of them blocks, since a second one would compete
     for the interpreter. The loop looks on: when a call has taken STUCK_TIME, other workers
     run what else is ready.
@@ -1317,9 +1370,8 @@ class Hooks:
         self._busy = 0  # inboxes with calls that wait or run
         self._running: dict[int, float] = {}  # workers that run a call, by thread, and since when
         self._stuck: set[int] = set()  # those of them that have taken too long
-        self._coming = 0  # workers that were started or woken and have not looked yet
-        self._idle: list[threading.Lock] = []  # each wakes a worker that waits
-        self._stopped = False  # workers end when there is nothing to do
+        self._coming = 0  # workers that were asked for and have not looked yet
+        self._threads = Threads(start_thread)
         self._journal = Inbox()
 
     # ---- any thread ----
@@ -1334,7 +1386,7 @@ class Hooks:
                 self._make_ready(inbox)
 
     def log(self, level: int, line: str, *arguments: Any, error: BaseException | None = None) -> None:
-        """Log a line outside the caller's thread: whoever reads the log may be slow, or broadcast it."""
+        """Log a line outside the caller's thread: its reader may be slow, or broadcast it."""
         if log.isEnabledFor(level):
             self._write(functools.partial(log.log, level, line, *arguments, exc_info=error))
 
@@ -1369,12 +1421,8 @@ class Hooks:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
-        """Let workers end that have nothing to do."""
-        with self._lock:
-            self._stopped = True
-            while self._idle:
-                self._coming += 1
-                self._idle.pop().release()
+        """Let threads end that have nothing to do."""
+        self._threads.stop()
 
     def _make_ready(self, inbox: Inbox) -> None:
         self._ready.append(inbox)
@@ -1388,11 +1436,8 @@ class Hooks:
 
     def _add_worker(self) -> None:
         self._coming += 1
-        if self._idle:
-            self._idle.pop().release()
-            return
         try:
-            threading.Thread(target=self._run, name="pywebsock hooks", daemon=True).start()
+            self._threads.run(self._work)
         except (RuntimeError, MemoryError):  # there can be no more threads now
             self._coming -= 1
 
@@ -1414,43 +1459,29 @@ class Hooks:
 
     # ---- the workers ----
 
-    def _run(self) -> None:
-        """Run calls until there have been none for a while."""
-        me, coming = threading.get_ident(), 1  # until it has looked, it is counted as coming
-        while True:
-            inbox = self._next_inbox(me, coming)
-            coming = 0
-            if not inbox:
-                return
+    def _work(self) -> None:
+        """Run calls while there are any."""
+        me = threading.get_ident()
+        inbox = self._next_inbox(me, 1)  # until it has looked, it is counted as coming
+        while inbox:
             for _ in range(len(inbox.calls)):
                 self._running[me] = time.monotonic()
                 with contextlib.suppress(BaseException):  # of the log; a hook's own are dealt with in its call
                     inbox.calls.popleft()()
                 self._stuck.discard(me)
             self.release(inbox)
-            del inbox  # its client may be gone
+            inbox = self._next_inbox(me, 0)
 
     def _next_inbox(self, me: int, coming: int) -> Inbox | None:
-        """Wait for an inbox with calls; None where none comes in IDLE_TIME."""
-        wake = threading.Lock()
-        while True:
-            with self._lock:
-                self._coming -= coming
-                self._running.pop(me, None)
-                self._stuck.discard(me)
-                if self._ready:
-                    self._running[me] = time.monotonic()
-                    return self._ready.popleft()
-                if self._stopped:
-                    return None
-                wake.acquire(blocking=False)
-                self._idle.append(wake)
-            wake.acquire(timeout=IDLE_TIME)
-            with self._lock:
-                if wake in self._idle:  # nobody has woken it
-                    self._idle.remove(wake)
-                    return None
-            coming = 1
+        """An inbox with calls, or None."""
+        with self._lock:
+            self._coming -= coming
+            self._running.pop(me, None)
+            self._stuck.discard(me)
+            if not self._ready:
+                return None
+            self._running[me] = time.monotonic()
+            return self._ready.popleft()
 
 
 # ======================================================================================
@@ -1495,6 +1526,9 @@ class State(enum.Enum):
     CLOSING = 2
     ENDING = 3
     CLOSED = 4
+
+
+READABLE = (State.OPEN, State.CLOSING)  # in other states, what comes is read and counts no more
 
 
 class Connection:
@@ -1644,13 +1678,7 @@ class Connection:
 
     def end_sending(self) -> None:
         """End the own side of TLS (RFC 8446 6.1) and of TCP. Raises BlockingIOError: to be called again."""
-        if isinstance(self.socket, ssl.SSLSocket):
-            try:
-                self.socket.unwrap()
-            except ssl.SSLWantWriteError:
-                raise BlockingIOError from None
-            except (OSError, ValueError):  # the peer's close_notify has not come; nobody waits for it
-                pass
+        end_tls(self.socket)
         with contextlib.suppress(OSError):  # the peer was faster
             self.socket.shutdown(socket.SHUT_WR)
         self.is_shut = True
@@ -1666,6 +1694,17 @@ class Connection:
             self.moved = now
             if self.paused:  # it is not read: that its system has answered will do
                 self.heard = now
+
+
+def end_tls(connection: socket.socket) -> None:
+    """Send a close_notify, if there is TLS, on a socket that does not block. Raises BlockingIOError: call it again."""
+    if isinstance(connection, ssl.SSLSocket):
+        try:
+            connection.unwrap()
+        except ssl.SSLWantWriteError:
+            raise BlockingIOError from None
+        except (OSError, ValueError):  # the peer's close_notify has not come; nobody waits for it
+            pass
 
 
 def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
@@ -1849,10 +1888,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _end_side(self) -> None:
         """End the own side of TLS (RFC 8446 6.1) and of TCP."""
-        if isinstance(self.request, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
-                self.request.settimeout(0)  # the peer's close_notify need not come
-                self.request.unwrap()
+        with contextlib.suppress(OSError):  # it need not come to the peer
+            self.request.settimeout(0)
+            end_tls(self.request)
         with contextlib.suppress(OSError):  # the peer was faster
             self.request.shutdown(socket.SHUT_WR)
 
@@ -2015,7 +2053,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
 RUN_LENGTH = 4000  # operations, after which those go out that were read
 MESSAGE_COST = 250  # bytes that the objects of a queued message take
-RECIPIENT_COST = 128  # bytes for each client that it is for: sending to so many takes as long as copying these
+RECIPIENT_COST = 128  # bytes for each client that it is for: sending to it takes as long as copying these
 GIVEN_UP = -1.0  # in place of the time of a pending connection
 MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
@@ -2168,7 +2206,7 @@ class Room:
         self._queue = queue
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
-        self._most_selected = MOST_SELECTED if uses_select() else sys.maxsize
+        self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
@@ -2176,7 +2214,6 @@ class Room:
         self._is_closing = False  # a client that joins now gets 1001
         self._has_ended = False  # there is no loop any more
         self.adopt: Callable[[Joiner], None]  # the loop's operations on a connection that has joined
-        self.close_connection: Callable[[Connection, bytes], None]
         self.close_connections: Callable[[list[Connection], bytes], None]
 
         self._history: deque[Outgoing] = deque()
@@ -2211,7 +2248,7 @@ class Room:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            require(len(self.connections) < self._most_selected, 503, TOO_MANY_SELECTED)
+            require(len(self.connections) < self.most_selected, 503, TOO_MANY_SELECTED)
             require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
@@ -2220,7 +2257,7 @@ class Room:
             self._queue.put(functools.partial(self.adopt, joiner))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
-                self._queue.put(functools.partial(self.close_connection, connection, early))
+                self._queue.put(functools.partial(self.close_connections, [connection], early))
 
     def first_frames(self, joiner: Joiner) -> list[bytes]:
         """What a client gets first; in the loop."""
@@ -2255,7 +2292,7 @@ class Room:
             if not client._connection:
                 client._early = client._early or frame
                 return
-            self._queue.put(functools.partial(self.close_connection, client._connection, frame))
+            self._queue.put(functools.partial(self.close_connections, [client._connection], frame))
 
     def close_all(self) -> None:
         """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
@@ -2316,16 +2353,17 @@ class Room:
         with self.lock:
             self.pending[request] = now
 
-    def remove(self, request: socket.socket | None, connection: Connection | None = None) -> bool:
-        """A connection has ended, or is to. Returns whether it was still there."""
+    def remove(self, request: socket.socket) -> bool:
+        """A pending connection is to end. Returns whether it was still pending."""
         with self.lock:
-            if connection:
-                found = connection in self.connections
-                self.connections.discard(connection)
-            else:
-                found = self.pending.pop(request, None) is not None  # type: ignore[arg-type]
             self._fewer.notify_all()
-            return found
+            return self.pending.pop(request, None) is not None
+
+    def forget(self, connection: Connection) -> None:
+        """A connection of the loop has ended."""
+        with self.lock:
+            self._fewer.notify_all()
+            self.connections.discard(connection)
 
     def wait_for(self, number: int, end: float) -> bool:
         """Wait until there are at most this many connections, or until `end` (time.monotonic())."""
@@ -2367,7 +2405,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, size: int, spare: int = 0, force: bool = False) -> bool:
-        """Count so many bytes more. Returns False, and counts nothing, where there are too many."""
+        """Take bytes from the budget. Returns False, and takes none, if there are not enough left."""
         with self._lock:
             if size > self.left - spare and not force:
                 return False
@@ -2375,7 +2413,7 @@ class Budget:
             return True
 
     def give_back(self, size: int) -> None:
-        """So many bytes are free again."""
+        """Return bytes to the budget."""
         with self._lock:
             self.left += size
 
@@ -2436,7 +2474,7 @@ class Unfinished:
                 break
             left -= size
             self.waiting.remove(connection)
-            if connection.paused and connection.state in (State.OPEN, State.CLOSING):
+            if connection.paused and connection.state in READABLE:
                 ready.append(connection)
         return ready
 
@@ -2537,15 +2575,11 @@ class Sender:
 
     def adopt(self, connection: Connection, frames: list[bytes]) -> None:
         """A client has joined: send it the 101 and the history."""
-        self._room.set_send(connection, connection.send)
-        self.write(connection, frames[0])
-        if len(frames) > 1:
-            for frame in frames[1:]:
-                connection.keep(frame, 0, self.now)
-            self.slow.add(connection)
-            self._room.set_send(connection, send_nothing)
-            self.flush(connection)
-        self.watch(connection)
+        for frame in frames:
+            connection.keep(frame, 0, self.now)
+        self.slow.add(connection)
+        self._room.set_send(connection, send_nothing)
+        self.flush(connection)
 
     def write(self, connection: Connection, data: bytes) -> None:
         """Send to one client, behind what waits."""
@@ -2641,7 +2675,7 @@ class Sender:
 
     def end(self, connection: Connection, code: int, reason: str, frame: bytes = b"") -> None:
         """OPEN or CLOSING to ENDING: send a last frame, unless a Close was sent, and end the connection."""
-        if connection.state not in (State.OPEN, State.CLOSING):
+        if connection.state not in READABLE:
             return
         was_open = connection.state is State.OPEN
         connection.state, connection.moved = State.ENDING, self.now
@@ -2726,13 +2760,12 @@ class Sender:
         self.slow.discard(connection)
         connection.pieces, connection.size = NOTHING, 0
         connection.socket.close()
-        self._room.remove(None, connection)
+        self._room.forget(connection)
 
 
 SLICE_TIME = 0.002  # seconds for what one connection sends
 LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
 ROUND_TIME = 0.01  # seconds after which what was read goes out
-READABLE = (State.OPEN, State.CLOSING)  # in other states, what comes is read and counts no more
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
 Messages = list[tuple[int, Octets]]
@@ -2764,15 +2797,11 @@ class Receiver:
         if connection.events and not connection.paused:  # it was faster than its 101
             self.line_up(connection)
 
-    def close(self, connection: Connection, frame: bytes) -> None:
+    def close(self, connections: list[Connection], frame: bytes) -> None:
         """Send a Close, and read on until that of the peer; its messages count no more."""
-        self._sender.guard(self._sender.close, connection, frame)
-        self.resume(connection)
-
-    def close_all(self, connections: list[Connection], frame: bytes) -> None:
-        """The same for many, between the same two messages."""
         for connection in connections:
-            self.close(connection, frame)
+            self._sender.guard(self._sender.close, connection, frame)
+            self.resume(connection)
 
     def resume(self, connection: Connection) -> None:
         """Read a client again that was paused."""
@@ -2887,10 +2916,10 @@ class Receiver:
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
-            waits = self._is_direct and self._is_long(payload) and not connection.client._is_closing
-            if connection.kept and not waits:  # one that is to be compressed counts until it is
-                self.gate.unfinished.release(connection)
-            return connection.client._is_closing or self._take_message(connection, opcode, payload, messages)
+            is_closing = connection.client._is_closing
+            if connection.kept and (is_closing or not (self._is_direct and self._is_long(payload))):
+                self.gate.unfinished.release(connection)  # a message that is to be compressed counts until it is
+            return is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
@@ -2983,8 +3012,7 @@ class Loop:
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
         self.sender = Sender(server)
         self.receiver = Receiver(server, self.sender)
-        self._room.adopt = self.receiver.adopt
-        self._room.close_connection, self._room.close_connections = self.receiver.close, self.receiver.close_all
+        self._room.adopt, self._room.close_connections = self.receiver.adopt, self.receiver.close
         timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
@@ -3236,50 +3264,6 @@ class Pace:
         self._due = max(self._due, now) + 1 / rate
 
 
-class Threads:
-    """Threads for new connections, kept for a while: to start one takes as long as a handshake. Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle = 0  # threads that wait for a call, and that none is queued for
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-
-    def run(self, call: Callable[[], object]) -> None:
-        """Run a call in a thread. Raises RuntimeError where there can be no more threads."""
-        with self._lock:
-            is_there = self._idle > 0
-            self._idle -= is_there
-        if is_there:
-            self._calls.put(call)
-        else:
-            start_new_thread(self._work, (call,))
-
-    def stop(self) -> None:
-        """End the threads that wait."""
-        with self._lock:
-            idle, self._idle = self._idle, 0
-        for _ in range(idle):
-            self._calls.put(None)
-
-    def _work(self, call: Callable[[], object] | None) -> None:
-        while call:
-            call()
-            call = None  # its connection may be gone
-            with self._lock:
-                self._idle += 1
-            call = self._next_call()
-
-    def _next_call(self) -> Callable[[], object] | None:
-        """Wait for a call; None where none comes in IDLE_TIME."""
-        with contextlib.suppress(queue.Empty):
-            return self._calls.get(timeout=IDLE_TIME)
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-                return None
-        return self._calls.get()  # one is queued for this thread
-
-
 class LimitedServer(socketserver.ThreadingTCPServer):
     """Accepts connections while there are descriptors and threads for them. The thread that runs serve_forever()."""
 
@@ -3343,7 +3327,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 reset(oldest)  # its thread wakes up, and closes it
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
-        """Wait a moment until there are fewer connections than so many."""
+        """Wait at most half a second until there are fewer connections than `number`."""
         self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
         self._room.wait_for(number - 1, time.monotonic() + 0.5)
 
@@ -3424,14 +3408,14 @@ class BroadcastServer(Settings, LimitedServer):
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
         self._post_pace, self._post_lock = Pace(), threading.Lock()
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._pool = Threads()
+        self._pool = Threads(start_new_thread)
         self._hooks = Hooks()
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
-        clients = min(self.max_clients, MOST_SELECTED) if uses_select() else self.max_clients
+        clients = min(self.max_clients, self._room.most_selected)
         most = clients + clients // 10 + SPARE_CONNECTIONS
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
@@ -3543,7 +3527,7 @@ class BroadcastServer(Settings, LimitedServer):
 
     def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
         """In the loop: on_close is the last that its hooks get to know."""
-        if reason:  # other words than without one: of each kind, the log has so many lines at most
+        if reason:  # other words than without one: the log limits the lines of each kind
             self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
         else:
             self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)

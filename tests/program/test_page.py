@@ -414,9 +414,7 @@ class Outbox(PageTestCase):
         tab.run("discard(pending[1])")
 
 
-for case in (Room, History, Outbox):
-    in_each_engine(case)
-del case, Room, History, Outbox
+in_each_engine(Room, History, Outbox)
 
 
 class Engines(PageTestCase):

@@ -808,40 +808,10 @@ class Touch(PageTestCase):
         self.assertLessEqual(tab.run("return document.documentElement.scrollWidth"), 320)
 
 
-for case in (
-    Draft,
-    SlowLinks,
-    Uploads,
-    Times,
-    Links,
-    Address,
-    Pictures,
-    ReadOnly,
-    Odds,
-    Sides,
-    Names,
-    Files,
-    Comfort,
-    Touch,
-):
-    in_each_engine(case)
-del (
-    case,
-    Draft,
-    SlowLinks,
-    Uploads,
-    Times,
-    Links,
-    Address,
-    Pictures,
-    ReadOnly,
-    Odds,
-    Sides,
-    Names,
-    Files,
-    Comfort,
-    Touch,
-)
+in_each_engine(
+    Draft, SlowLinks, Uploads, Times, Links, Address, Pictures, ReadOnly,
+    Odds, Sides, Names, Files, Comfort, Touch,
+)  # fmt: skip
 
 
 class Policy(unittest.TestCase):

@@ -447,9 +447,7 @@ class Accessibility(PageTestCase):
             self.assertEqual(style, "1pxsolid1px", selector)
 
 
-for case in (Reading, Sharing, Settings, Explanations, Accessibility):
-    in_each_engine(case)
-del case, Reading, Sharing, Settings, Explanations, Accessibility
+in_each_engine(Reading, Sharing, Settings, Explanations, Accessibility)
 
 
 class Chrome92:

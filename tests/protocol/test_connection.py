@@ -9,34 +9,9 @@ import unittest
 
 import pywebsock
 from pywebsock import QUICK_RATE, QUICK_TIME, SEND_SIZE, SENDS_AT_ONCE
-from tests.tools.support import peak_memory
+from tests.tools.support import Pipe, peak_memory
 
 EVERYTHING = 1 << 40  # bytes: more than there are
-
-
-class Pipe:
-    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
-
-    def __init__(self) -> None:
-        self.room = self.most = EVERYTHING
-        self.taken: list[bytes] = []
-        self.error: OSError | None = None
-
-    def send(self, data: typing.Any) -> int:
-        """What socket.send does."""
-        if self.error:
-            raise self.error
-        size = min(len(data), self.room, self.most)
-        if data and not size:
-            raise BlockingIOError
-        self.room -= size
-        self.taken.append(data if size == len(data) else bytes(data[:size]))
-        return size
-
-    @property
-    def stream(self) -> bytes:
-        """All that it took."""
-        return b"".join(self.taken)
 
 
 class ConnectionTestCase(unittest.TestCase):

@@ -24,6 +24,7 @@ from tests.tools.support import (
     PING,
     PONG,
     TEXT,
+    Pipe,
     Recorder,
     ServerTestCase,
     eventually,
@@ -32,35 +33,6 @@ from tests.tools.support import (
 
 LIMIT = 1_000_000  # bytes that may wait for a client
 RESPONSE = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
-
-
-class Pipe:
-    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
-
-    family = pywebsock.AF_UNIX
-
-    def __init__(self) -> None:
-        self.room = self.most = 1 << 40
-        self.taken: list[bytes] = []
-        self.ends: list[int] = []  # shutdowns
-
-    def send(self, data: typing.Any) -> int:
-        """What socket.send does."""
-        size = min(len(data), self.room, self.most)
-        if data and not size:
-            raise BlockingIOError
-        self.room -= size
-        self.taken.append(data if size == len(data) else bytes(data[:size]))
-        return size
-
-    def shutdown(self, how: int) -> None:
-        """What socket.shutdown does."""
-        self.ends.append(how)
-
-    @property
-    def stream(self) -> bytes:
-        """All that it took."""
-        return b"".join(self.taken)
 
 
 class Handler(pywebsock.WebSocketHandler):

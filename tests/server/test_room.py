@@ -17,8 +17,18 @@ import unittest.mock
 
 import pywebsock
 from pywebsock import Outgoing
-from tests.server.test_connection import RESPONSE, Pipe, make_connection
-from tests.tools.support import BINARY, DEADLINE, TEXT, Recorder, ServerTestCase, eventually, in_thread, masked_frame
+from tests.server.test_connection import RESPONSE, make_connection
+from tests.tools.support import (
+    BINARY,
+    DEADLINE,
+    TEXT,
+    Pipe,
+    Recorder,
+    ServerTestCase,
+    eventually,
+    in_thread,
+    masked_frame,
+)
 
 
 def text(*messages: str) -> bytes:

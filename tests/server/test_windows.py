@@ -25,6 +25,7 @@ from tests.tools.support import (
     Client,
     Frame,
     Process,
+    Recorder,
     ServerTestCase,
     eventually,
     exchange,
@@ -89,13 +90,18 @@ class Windows(ServerTestCase):
 
     def test_slow_client(self) -> None:
         server = self.serve()
+        slow, messages = self.fall_behind(server)
+        self.assertEqual([slow.read() for _ in messages], messages)
+
+    def fall_behind(self, server: Recorder) -> tuple[Client, list[bytes]]:
+        """A client that reads nothing, and the messages that another one has sent and got."""
         faults.small_buffers(server)
         quick, slow = self.connect(server), self.connect(server, small=True)
         messages = [bytes([i]) * 20_000 for i in range(50)]
         for message in messages:
             quick.send(message)
             self.assertEqual(quick.read(), message)
-        self.assertEqual([slow.read() for _ in messages], messages)
+        return slow, messages
 
     def test_stuck_client(self) -> None:
         server = self.serve(max_backlog=100_000)
@@ -112,12 +118,7 @@ class Windows(ServerTestCase):
     def test_stuck_client_that_closes(self) -> None:
         """It gets what waits, although it has ended its own side."""
         server = self.serve()
-        faults.small_buffers(server)
-        quick, slow = self.connect(server), self.connect(server, small=True)
-        messages = [bytes([i]) * 20_000 for i in range(50)]
-        for message in messages:
-            quick.send(message)
-            self.assertEqual(quick.read(), message)
+        slow, messages = self.fall_behind(server)
         slow.socket.shutdown(socket.SHUT_WR)
         self.assertEqual([slow.read() for _ in messages], messages)
         self.assertEqual(slow.read_all(), b"")

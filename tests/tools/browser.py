@@ -477,13 +477,14 @@ def only_in(*engines: str) -> typing.Callable[[typing.Any], typing.Any]:
     return mark
 
 
-def in_each_engine(case: type[PageTestCase]) -> None:
-    """Put a class for each engine into the module of a class of tests, whose name is then free for nobody to run."""
-    module = sys.modules[case.__module__]
-    for engine in ENGINES:
+def in_each_engine(*cases: type[PageTestCase]) -> None:
+    """Put a class for each engine in the place of a class of tests, in its module."""
+    for module, case, engine in [(sys.modules[case.__module__], case, each) for case in cases for each in ENGINES]:
         name = f"{case.__name__}In{engine}"
         elsewhere = {each: None for each in dir(case) if engine not in getattr(getattr(case, each), "engines", ENGINES)}
         setattr(module, name, type(name, (case,), {"engine": engine, "__module__": case.__module__, **elsewhere}))
+    for case in cases:
+        delattr(sys.modules[case.__module__], case.__name__)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,38 @@ def peak_memory(act: typing.Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+class Pipe:
+    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
+
+    family = pywebsock.AF_UNIX
+
+    def __init__(self) -> None:
+        self.room = self.most = 1 << 40
+        self.taken: list[bytes] = []
+        self.ends: list[int] = []  # shutdowns
+        self.error: OSError | None = None
+
+    def send(self, data: typing.Any) -> int:
+        """What socket.send does."""
+        if self.error:
+            raise self.error
+        size = min(len(data), self.room, self.most)
+        if data and not size:
+            raise BlockingIOError
+        self.room -= size
+        self.taken.append(data if size == len(data) else bytes(data[:size]))
+        return size
+
+    def shutdown(self, how: int) -> None:
+        """What socket.shutdown does."""
+        self.ends.append(how)
+
+    @property
+    def stream(self) -> bytes:
+        """All that it took."""
+        return b"".join(self.taken)
+
+
 class Recorder(pywebsock.BroadcastServer):
     """A server that writes down what its hooks are told."""
 
