@@ -60,15 +60,16 @@ the rest until you need it.
     Many machines         servers that share a Redis stream    (RESP2)
     Command line          main()
 
-Threads.  One thread accepts connections: it runs serve_forever().  Each new connection has a
-thread for its opening handshake or HTTP request, which ends with that.  The *loop* thread owns the
+Threads.  One thread accepts connections: it runs serve_forever().  The *loop* thread owns the
 sockets of all clients: it reads them, decodes frames, sends, and enforces deadlines.  Hook threads
-run the hooks and write the log.  With --redis, two more threads keep the link.  Any other thread
-may call broadcast(), send() and close().
+answer requests, run the program's hooks, and write the log; there is one of them as long as no
+hook blocks.  With --redis, two more threads keep the link.  Any other thread may call broadcast(),
+send() and close().
 
-One rule: the loop owns the sockets of open connections; other threads put operations into its
-queue; a lock guards the set of clients.  An operation is a message, a client that joins, or a Close.
-The queue is the one order in which all clients see them.  Nothing in the loop waits.
+One rule: the loop waits for sockets, and owns those of open connections; other threads put
+operations into its queue; a lock guards the set of clients.  An operation is a message, a client
+that joins, or a Close.  The queue is the one order in which all clients see them.  Nothing in the
+loop waits.
 
 Words.  A client is a connection after its opening handshake; before it, a connection is pending.
 A window is the LZ77 window of deflate, 9 to 15 bits, or 0 without compression.  A client is slow
@@ -111,10 +112,9 @@ import time
 import urllib.parse
 import warnings
 import zlib
-from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, Union
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 (a line instead of a traceback)
     sys.exit("pywebsock needs Python 3.9 or later")
@@ -124,6 +124,8 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("pywebsock")
 Message = Union[str, bytes]  # text or binary (RFC 6455 5.6)
+T = TypeVar("T")
+Steps = Generator[int, None, T]  # of a handler; it yields the events of its socket that the next step waits for
 Octets = Union[bytes, bytearray]
 
 
@@ -746,16 +748,12 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
 
     Raise HandshakeError if it is malformed or too long.
     """
-    data = bytearray()
-    end = None
+    data, size = bytearray(), 0
     for piece in pieces:
-        seen = max(0, len(data) - 3)
-        data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
-        end = HEAD_END.search(data, seen)
-        is_http = not data or data[:1].isalpha()  # it may be TLS
-        if end or len(data) > MAX_HEAD or not is_http:
+        size = extend_head(data, piece)
+        if size:
             break
-    size = end.end() if end else len(data)
+    size = size or len(data)
     head = data[:size].decode("latin-1")
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
     require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
@@ -763,6 +761,17 @@ def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
     require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
     require(size <= MAX_HEAD, 431, f"the header fields are longer than {MAX_HEAD} bytes")
     return parse_head(head), bytes(data[size:])
+
+
+def extend_head(data: bytearray, piece: bytes) -> int:
+    """Append bytes to the beginning of a request. Return the size of its head, or 0 if more has to arrive."""
+    seen = max(0, len(data) - 3)
+    data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
+    end = HEAD_END.search(data, seen)
+    if end:
+        return end.end()
+    is_http = not data or data[:1].isalpha()  # it may be TLS
+    return len(data) if len(data) > MAX_HEAD or not is_http else 0
 
 
 def parse_head(head: str) -> Request:
@@ -908,13 +917,16 @@ def body_length(request: Request, max_message: int) -> int:
 
 
 class BodyReader:
-    """Reads a body that arrives in pieces. The methods raise HandshakeError if it is incomplete."""
+    """Reads a body that arrives in pieces: an empty piece where the next one has yet to arrive, which is yielded too.
+
+    The methods raise HandshakeError if the body is incomplete.
+    """
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._data = bytearray()  # has arrived, not read yet
 
-    def _wait(self) -> None:
+    def _take_piece(self) -> None:
         piece = next(self._pieces, None)
         if piece is None:
             raise HandshakeError(400, "the body is incomplete")
@@ -924,17 +936,18 @@ class BodyReader:
         """Yield the next `length` bytes, in pieces as they arrive."""
         while length:
             if not self._data:
-                self._wait()
+                self._take_piece()
             piece = bytes(self._data[:length])
             del self._data[: len(piece)]
             length -= len(piece)
             yield piece
 
-    def read_line(self) -> bytes:
+    def read_line(self) -> Generator[bytes, None, bytes]:
         """Return the next line, without CR LF."""
         while (end := self._data.find(b"\r\n")) < 0:
             require(len(self._data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
-            self._wait()
+            self._take_piece()
+            yield b""
         line = bytes(self._data[:end])
         del self._data[: end + 2]
         return line
@@ -944,12 +957,12 @@ def read_chunks(body: BodyReader) -> Iterator[bytes]:
     """Yield the data of a chunked body (RFC 9112 7.1). Raise HandshakeError if it is malformed."""
     size = -1
     while size:
-        head = CHUNK.fullmatch(body.read_line())
+        head = CHUNK.fullmatch((yield from body.read_line()))
         size = int(head[1], 16) if head else -1
         require(size >= 0, 400, "the size of a chunk is missing or malformed")
         yield from body.read(size)
-        require(not size or not body.read_line(), 400, "a chunk is longer than its size")
-    while body.read_line():
+        require(not size or not (yield from body.read_line()), 400, "a chunk is longer than its size")
+    while (yield from body.read_line()):
         pass  # trailer fields
 
 
@@ -958,6 +971,8 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
     inflater = zlib.decompressobj(wbits=32 + 15)  # 32: detect the format
     for piece in pieces:
         data = piece
+        if not data:
+            yield b""
         while data:
             if inflater.eof:
                 inflater = zlib.decompressobj(wbits=32 + 15)
@@ -970,7 +985,10 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
-    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong."""
+    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
+
+    A piece is empty where the next one has yet to arrive.
+    """
     length = body_length(request, max_message)
     body = BodyReader(pieces)
     content = read_chunks(body) if "transfer-encoding" in request.headers else body.read(length)
@@ -1035,11 +1053,8 @@ METHODS = {
 }
 
 
-def answer(client: WebSocketHandler, request: Request) -> bytes:
-    """Return the response to a request for something other than a WebSocket. Raise HandshakeError to refuse it.
-
-    It runs in the connection's thread.
-    """
+def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
+    """Return the response to a request for something other than a WebSocket. Raise HandshakeError to refuse it."""
     methods = METHODS.get(request.path, ())
     allow = "Allow", ", ".join(methods)
     path = printable(request.path, 80)
@@ -1052,7 +1067,7 @@ def answer(client: WebSocketHandler, request: Request) -> bytes:
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
     fields = cors_fields(request)
     try:
-        status, kind, body = respond(client, request)
+        status, kind, body = yield from respond(client, request)
     except HandshakeError as error:
         refusal = HandshakeError(error.status, str(error))  # a copy: a hook may raise the same error again
         refusal.fields = (*error.fields, *fields)
@@ -1095,10 +1110,10 @@ def preflight_fields(request: Request) -> list[tuple[str, str]]:
     return fields
 
 
-def respond(client: WebSocketHandler, request: Request) -> tuple[int, str, bytes]:
+def respond(client: WebSocketHandler, request: Request) -> Steps[tuple[int, str, bytes]]:
     """Return the (status, media type, body) of the response to an allowed request. Raise HandshakeError."""
     if request.method == "POST":
-        take_post(client, request)
+        yield from take_post(client, request)
         return 202, "text/plain; charset=utf-8", b"sent\n"
     if request.path == "/status":
         check_rebinding(request, client.server.origins)
@@ -1119,7 +1134,7 @@ def read_page() -> bytes:
         raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py") from None
 
 
-def take_post(client: WebSocketHandler, request: Request) -> None:
+def take_post(client: WebSocketHandler, request: Request) -> Steps[None]:
     """Pass the body of a POST to the hooks. Raise HandshakeError to refuse it, OSError for a lost connection."""
     server = client.server
     require(not server.read_only, 403, "this server only sends")
@@ -1127,7 +1142,8 @@ def take_post(client: WebSocketHandler, request: Request) -> None:
     length = body_length(request, server.max_message)
     if request.version >= (1, 1) and "100-continue" in request.tokens("expect"):  # RFC 9110 10.1.1
         client._send(serialize_response(100, ()))
-    client._call(server.on_post, decode_body(request, client._read_body(request, length)))
+    body = yield from client._read_body(request, length)
+    client._call(server.on_post, decode_body(request, body))
 
 
 # ======================================================================================
@@ -1283,7 +1299,7 @@ def clear_path(path: str) -> None:
 
 
 # ======================================================================================
-# Hooks: the program's own code, in threads of its own
+# Hooks: the program's own code, and all that may take its time, in threads of their own
 # ======================================================================================
 
 STUCK_TIME = 0.005  # seconds after which a hook counts as waiting for something: another thread goes on
@@ -1291,16 +1307,10 @@ IDLE_TIME = 1.0  # seconds that a thread without work is kept
 MAX_JOURNAL = 10_000  # lines of the log that wait to be written
 
 
-def start_thread(call: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """Start a thread that debuggers and measures of coverage see."""
-    threading.Thread(target=call, args=arguments, name="pywebsock hooks", daemon=True).start()
-
-
 class Threads:
     """Threads that are kept for a while after their call, since starting one takes long. Any thread."""
 
-    def __init__(self, start: Callable[[Callable[..., object], tuple[Any, ...]], object]) -> None:
-        self._start = start
+    def __init__(self) -> None:
         self._lock = threading.RLock()  # an RLock, since a __del__ may log
         self._idle = 0  # threads that wait for a call, and that none is queued for
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -1313,7 +1323,7 @@ class Threads:
                 self._calls.put(call)
                 self._idle -= 1
                 return
-        self._start(self._work, (call,))
+        threading.Thread(target=self._work, args=(call,), name="pywebsock hooks", daemon=True).start()
 
     def stop(self) -> None:
         """End the threads that wait, and the others after their call."""
@@ -1371,7 +1381,7 @@ class Hooks:
         self._running: dict[int, float] = {}  # workers that run a call, by thread, and since when
         self._stuck: set[int] = set()  # those of them that have taken too long
         self._coming = 0  # workers that were asked for and have not looked yet
-        self._threads = Threads(start_thread)
+        self._threads = Threads()
         self._journal = Inbox()
 
     # ---- any thread ----
@@ -1397,22 +1407,6 @@ class Hooks:
     def _write(self, call: Callable[[], object]) -> None:
         if len(self._journal.calls) < MAX_JOURNAL:
             self.submit(self._journal, call)
-
-    def occupy(self, inbox: Inbox) -> None:
-        """Keep the calls of an inbox waiting, until this thread calls release()."""
-        with self._lock:
-            inbox.taken = True
-            self._busy += 1
-
-    def release(self, inbox: Inbox) -> None:
-        """Let the calls run that have come meanwhile."""
-        with self._lock:
-            if inbox.calls:
-                self._make_ready(inbox)
-                return
-            inbox.taken = False
-            self._busy -= 1
-            self._done.notify_all()
 
     def wait(self, number: int, end: float) -> None:
         """Wait until at most this number of inboxes is busy, or until `end` (time.monotonic())."""
@@ -1469,8 +1463,18 @@ class Hooks:
                 with contextlib.suppress(BaseException):  # of the log; a hook's own are dealt with in its call
                     inbox.calls.popleft()()
                 self._stuck.discard(me)
-            self.release(inbox)
+            self._release(inbox)
             inbox = self._next_inbox(me, 0)
+
+    def _release(self, inbox: Inbox) -> None:
+        """Let the calls of an inbox run that have come meanwhile."""
+        with self._lock:
+            if inbox.calls:
+                self._make_ready(inbox)
+                return
+            inbox.taken = False
+            self._busy -= 1
+            self._done.notify_all()
 
     def _next_inbox(self, me: int, coming: int) -> Inbox | None:
         """An inbox with calls, or None."""
@@ -1547,7 +1551,7 @@ class Connection:
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
         self.client = client
-        self.socket = client.request
+        self.socket: socket.socket = client.request
         self.state = State.OPEN
         self.window = window  # of permessage-deflate, in bits; 0 without
         self.is_tls = isinstance(self.socket, ssl.SSLSocket)
@@ -1726,19 +1730,10 @@ def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
 
 def reset(connection: socket.socket) -> None:
     """End a connection without sending what is left."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # its peer was faster
         linger = struct.pack("hh" if IS_WINDOWS else "ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    shut_down(connection, socket.SHUT_RDWR)
-
-
-def shut_down(connection: socket.socket, how: int) -> None:
-    """End TCP in a direction; also where another thread uses TLS: SSLSocket.shutdown() would take that away from it."""
-    with contextlib.suppress(OSError):  # its peer was faster
-        if isinstance(connection, ssl.SSLSocket):
-            socket.socket.shutdown(connection, how)
-        else:
-            connection.shutdown(how)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 TOO_LATE = "the request took too long"
@@ -1746,175 +1741,45 @@ MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
-    """Reads the request of a connection, with a deadline, and answers it; in a thread of its own."""
+    """Reads the request of a connection and answers it, in steps, which run in hook threads.
+
+    A step never waits for the peer: where bytes are missing, the loop waits for them, and then
+    calls for the next step. With the answer, the loop gets the socket.
+    """
 
     server: BroadcastServer
     request: socket.socket
 
     def setup(self) -> None:
         """Called by socketserver, before handle()."""
-        self._accepted = self.request
-        self._time_left = self.server.handshake_timeout  # seconds
+        host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
+        self.method = self.target = ""
+        self.headers: dict[str, str] = {}
+        self.deadline = self.server._loop.now + self.server.handshake_timeout  # of the request, on the loop's clock
+        self.verdict = ""  # set by the loop: why no more is to be waited for
         self._is_silent = True  # nothing has come yet
         self._rest = b""  # what has come behind the head of the request
         self._kept = 0  # bytes of the body, as the budget counts them
         self._is_closing = False  # close() was called: nothing more reaches a hook
+        self._inbox: Inbox | None = Inbox()  # of its steps and hooks, while they have something to do
         self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # of what comes and what goes, with --trace
-        self.server._local.client = self
-
-    def handle(self) -> None:
-        """Read the request and answer it."""
-        is_head = False
         if self.server.trace:
             names = f"{self.address} in ", f"{self.address} out"
             self._tracers = tuple(follow(name, self.server._hooks.trace) for name in names)
             for tracer in self._tracers:
                 next(tracer)  # up to where it waits for bytes
+
+    def handle(self) -> None:
+        """Called by socketserver: begin."""
+        self._steps = self._serve()
+        self.request.setblocking(False)
+        self.server._room.add_pending(self, time.monotonic())
         try:
-            if self.request.family != AF_UNIX:
-                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if isinstance(self.request, ssl.SSLSocket):
-                self._shake_tls_hands()
-            request, self._rest = parse_request(iter(self._receive, None))
-            is_head = request.method == "HEAD"
-            self._answer(request)
-        except HandshakeError as error:
-            self._refuse(error, is_head)
-        except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
-            level = logging.DEBUG if self._is_silent else logging.INFO
-            line = "%s gone before its handshake: %s"
-            self.server._hooks.log(level, line, self.address, printable(str(error)))
-            self._end_side()
-        finally:
-            self.server._budget.give_back(self._kept)
-            if self.request is not self._accepted:
-                self.request.close()
-
-    def finish(self) -> None:
-        """Called by socketserver, after handle()."""
-        self.server._local.client = None
-
-    def _answer(self, request: Request) -> None:
-        raise NotImplementedError
-
-    # ---- receiving ----
-
-    def _within_time(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of a call that may wait for the peer. Raises HandshakeError when no time is left, OSError.
-
-        A wait that took much longer than it should does not count: the process stood (SIGSTOP).
-        """
-        while True:
-            since = time.monotonic()
-            timeout = max(0.001, self._time_left)
-            if IS_WINDOWS:  # a shutdown() does not wake a thread that waits there
-                timeout = min(timeout, 1.0)
-            try:
-                self.request.settimeout(timeout)
-                return call(*arguments)
-            except (socket.timeout, *WOULD_BLOCK):
-                pass
-            finally:
-                passed = time.monotonic() - since
-                if passed < timeout + 1.0:
-                    self._time_left -= passed
-            if self.server._room.pending.get(self._accepted) == GIVEN_UP:
-                raise ConnectionAbortedError("given up")
-            if self._time_left <= 0 and self._is_silent:  # a browser's spare connection, say: nothing was asked
-                raise ConnectionAbortedError("it was silent")
-            if self._time_left <= 0:
-                raise HandshakeError(408, TOO_LATE)
-
-    def _shake_tls_hands(self) -> None:
-        """TLS (RFC 8446 2), or an answer in plain HTTP to a client that does not speak it. Raises HandshakeError."""
-        start = self._within_time(socket.socket.recv, self.request, 1, socket.MSG_PEEK)
-        self._is_silent = not start
-        if start.isalpha():
-            self.request = socket.fromfd(self.request.fileno(), self.request.family, self.request.type)
-            raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
-        try:
-            self._within_time(self.request.do_handshake)  # type: ignore[attr-defined]
-        except HandshakeError as error:  # which cannot be answered without TLS
-            raise TimeoutError(str(error)) from None
-
-    def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
-        """The next bytes of a request. Raises HandshakeError at the deadline, OSError at the end."""
-        data: bytes = self._within_time(self.request.recv, size)
-        if not data:
-            raise ConnectionError("the connection ended")
-        self._is_silent = False
-        if self._tracers:
-            self._tracers[0].send(data)
-        return data
-
-    def _read_body(self, request: Request, length: int) -> bytes:
-        """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
-        server, later = self.server, ("Retry-After", "1")
-        require(not server._link or not server._link.away, 503, "Redis is away", later)
-        self._time_left = max(self._time_left, server.handshake_timeout) + length / SLOWEST_POST
-        arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
-        self._rest = b""
-        body = bytearray()
-        for piece in read_body(request, arriving, server.max_message):
-            body += piece
-            has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
-            require(has_room, 503, "too many messages are unfinished", later)
-            self._kept = len(body)
-        paced = not server.rate or server._wait_for_post(server.handshake_timeout)
-        require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
-        require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
-        return bytes(body)
-
-    # ---- sending ----
-
-    def _send(self, data: bytes) -> None:
-        """Send all of it, a close timeout for each step. Raises OSError."""
-        self.request.settimeout(self.server.close_timeout or None)
-        view = memoryview(data)
-        while view:
-            sent = self.request.send(view[:SEND_SIZE])
-            if self._tracers:
-                self._tracers[1].send(bytes(view[:sent]))
-            view = view[sent:]
-
-    def _respond(self, response: bytes) -> None:
-        """Send a response, end the own side, and read until the peer has ended its own. Raises OSError."""
-        self._send(response)
-        self._end_side()
-        self._time_left = self.server.close_timeout
-        with contextlib.suppress(HandshakeError, OSError):
-            while self._within_time(self.request.recv, READ_SIZE):
-                pass
-
-    def _end_side(self) -> None:
-        """End the own side of TLS (RFC 8446 6.1) and of TCP."""
-        with contextlib.suppress(OSError):  # it need not come to the peer
-            self.request.settimeout(0)
-            end_tls(self.request)
-        with contextlib.suppress(OSError):  # the peer was faster
-            self.request.shutdown(socket.SHUT_WR)
-
-    def _refuse(self, error: HandshakeError, is_head: bool) -> None:
-        """Answer a request that cannot be served."""
-        server = self.server
-        server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
-        server._refused += 1
-        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
-        with contextlib.suppress(OSError):
-            self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=is_head))
-
-    def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
-        """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
-        require(not self._is_closing, 403, "not admitted")
-        try:
-            result = hook(self, *arguments)
-        except HandshakeError:
+            self.go_on()
+        except BaseException:  # out of memory, say
+            self.server._room.remove(self)
             raise
-        except BaseException as error:
-            self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
-            raise HandshakeError(500, "internal error") from None
-        require(not self._is_closing, 403, "not admitted")
-        return result
 
     @property
     def address(self) -> str:
@@ -1924,6 +1789,149 @@ class RequestHandler(socketserver.BaseRequestHandler):
     @address.setter
     def address(self, address: str) -> None:
         self._address = printable(address, 100)  # it may come from a header field
+
+    # ---- steps, in hook threads ----
+
+    def go_on(self) -> None:
+        """Let a hook thread do what can be done without waiting. Any thread, for the connection's own step."""
+        if self._inbox:
+            self.server._hooks.submit(self._inbox, self._step)
+
+    def _step(self) -> None:
+        server = self.server
+        server._local.client = self
+        try:
+            events = next(self._steps, 0)
+            if events and not server._queue.put(functools.partial(server._loop.lobby.wait, self, events)):
+                self._end()  # there is no loop any more
+        except BaseException:
+            server.handle_error(self.request, self.address)
+            self._end()
+        finally:
+            server._local.client = None
+
+    def _serve(self) -> Steps[None]:
+        """Read the request and answer it."""
+        is_head = False
+        try:
+            if self.request.family != AF_UNIX:
+                self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if isinstance(self.request, ssl.SSLSocket):
+                yield from self._shake_tls_hands(self.request)
+            request = yield from self._read_request()
+            is_head = request.method == "HEAD"
+            yield from self._answer(request)
+        except HandshakeError as error:
+            self._refuse(error, is_head)
+        except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
+            level = logging.DEBUG if self._is_silent else logging.INFO
+            line = "%s gone before its handshake: %s"
+            self.server._hooks.log(level, line, self.address, printable(str(error)))
+            self._end()
+        finally:
+            self.server._budget.give_back(self._kept)
+
+    def _end(self) -> None:
+        """Close the connection without an answer."""
+        if self.server._room.remove(self):
+            with contextlib.suppress(OSError):  # it need not come to the peer
+                end_tls(self.request)
+            self.server.shutdown_request(self.request)
+
+    def _answer(self, request: Request) -> Steps[None]:
+        raise NotImplementedError
+
+    def _respond(self, response: bytes) -> None:
+        raise NotImplementedError
+
+    # ---- receiving ----
+
+    def _wait(self, error: OSError) -> Steps[None]:
+        """Wait for what the socket lacked. Raises HandshakeError at the deadline, OSError where nothing is to come."""
+        yield selectors.EVENT_WRITE if isinstance(error, ssl.SSLWantWriteError) else selectors.EVENT_READ
+        if self.verdict == TOO_LATE and self._is_silent:  # a browser's spare connection, say: nothing was asked
+            raise ConnectionAbortedError("it was silent")
+        if self.verdict == TOO_LATE:
+            raise HandshakeError(408, TOO_LATE)
+        if self.verdict:
+            raise ConnectionAbortedError(self.verdict)
+
+    def _shake_tls_hands(self, connection: ssl.SSLSocket) -> Steps[None]:
+        """TLS (RFC 8446 2), or an answer in plain HTTP to a client that does not speak it. Raises HandshakeError."""
+        while True:
+            try:
+                if self._is_silent:
+                    start = socket.socket.recv(connection, 1, socket.MSG_PEEK)
+                    self._is_silent = not start
+                    if start.isalpha():
+                        self.request = socket.socket(connection.family, connection.type, fileno=connection.detach())
+                        raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
+                connection.do_handshake()
+                return
+            except WOULD_BLOCK as error:
+                try:
+                    yield from self._wait(error)
+                except HandshakeError:  # which cannot be answered without TLS
+                    raise TimeoutError(TOO_LATE) from None
+
+    def _read_request(self) -> Steps[Request]:
+        """The request, up to its body."""
+        data = bytearray()
+        while True:
+            piece = self._receive()
+            if self._blocked:
+                yield from self._wait(self._blocked)
+            elif extend_head(data, piece):
+                break
+        request, self._rest = parse_request([bytes(data)])
+        self.method, self.headers = request.method, request.headers
+        self.target = MARK.sub("", request.target)  # which is between the page and join()
+        return request
+
+    def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
+        """What has come; nothing where that has yet to come. Raises OSError at the end."""
+        self._blocked: OSError | None = None
+        try:
+            data = self.request.recv(size)
+        except WOULD_BLOCK as error:
+            self._blocked = error
+            return b""
+        if not data:
+            raise ConnectionError("the connection ended")
+        self._is_silent = False
+        if self._tracers:
+            self._tracers[0].send(data)
+        return data
+
+    def _read_body(self, request: Request, length: int) -> Steps[bytes]:
+        """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
+        server, later = self.server, ("Retry-After", "1")
+        require(not server._link or not server._link.away, 503, "Redis is away", later)
+        self.deadline = max(self.deadline, server._loop.now + server.handshake_timeout) + length / SLOWEST_POST
+        arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
+        self._rest = b""
+        body = bytearray()
+        for piece in read_body(request, arriving, server.max_message):
+            body += piece
+            has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
+            require(has_room, 503, "too many messages are unfinished", later)
+            self._kept = len(body)
+            if self._blocked:
+                yield from self._wait(self._blocked)
+        paced = not server.rate or server._wait_for_post(server.handshake_timeout)
+        require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
+        require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
+        return bytes(body)
+
+    # ---- answering ----
+
+    def _refuse(self, error: HandshakeError, is_head: bool) -> None:
+        """Answer a request that cannot be served."""
+        server = self.server
+        server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
+        server._refused += 1
+        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
+        self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=is_head))
 
 
 class WebSocketHandler(RequestHandler):
@@ -1937,21 +1945,15 @@ class WebSocketHandler(RequestHandler):
     - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
     - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
     - data: whatever the program likes to keep here; None at first
-
-    Its own thread ends when it has joined the room: then the loop has its socket.
     """
 
     def setup(self) -> None:
         """Called by socketserver, before handle()."""
         super().setup()
-        host, port = self.client_address[0].removeprefix("::ffff:"), self.client_address[1]  # IPv4 on an IPv6 socket
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
-        self.method = self.target = self.subprotocol = ""
-        self.headers: dict[str, str] = {}
+        self.subprotocol = ""
         self.data: Any = None
         self._early = b""  # a Close from before it joined; the room's lock guards this and the next one
         self._connection: Connection | None = None  # from joining on
-        self._inbox: Inbox | None = None  # of its hooks, when they have something to do
 
     # ---- for hooks and other threads ----
 
@@ -1975,16 +1977,44 @@ class WebSocketHandler(RequestHandler):
         self._is_closing = True
         self.server._room.close(self, frame)
 
-    # ---- in its own thread ----
+    # ---- in its steps ----
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, request: Request) -> Steps[None]:
         """Open a WebSocket, or answer as HTTP. Raises HandshakeError, OSError."""
-        self.method, self.headers = request.method, request.headers
-        self.target = MARK.sub("", request.target)  # which is between the page and join()
         if request.upgrades:
             self._open(request)
         else:
-            self._respond(answer(self, request))
+            response = yield from answer(self, request)
+            self._respond(response)
+
+    def _respond(self, response: bytes) -> None:
+        """Let the loop send a response, and end the connection."""
+        connection = Connection(self, MessageReader(0), 0, self.server._loop.now)
+        connection.state = State.ENDING
+        if not self.server._room.dismiss(connection, response):  # a hook has stopped the server, say
+            with contextlib.suppress(OSError):
+                self.request.settimeout(self.server.close_timeout or None)
+                self.request.sendall(response)
+            self._end()
+
+    def _send(self, data: bytes) -> None:
+        """Send a few bytes before the answer. Raises OSError."""
+        self.request.send(data)
+        if self._tracers:
+            self._tracers[1].send(data)
+
+    def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
+        """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
+        require(not self._is_closing, 403, "not admitted")
+        try:
+            result = hook(self, *arguments)
+        except HandshakeError:
+            raise
+        except BaseException as error:
+            self.server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
+            raise HandshakeError(500, "internal error") from None
+        require(not self._is_closing, 403, "not admitted")
+        return result
 
     def _open(self, request: Request) -> None:
         """Shake hands and join the room; then the loop has the socket. Raises HandshakeError, OSError."""
@@ -1996,21 +2026,14 @@ class WebSocketHandler(RequestHandler):
         if self._rest:  # what came behind the head
             connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
-        if server._overrides("on_open"):  # what the client sends waits for that
-            connection.paused = True
-            self._inbox = Inbox()
-            server._hooks.occupy(self._inbox)
-        try:
-            room.join(connection, response, mark[1] if mark else "")
-            if log.isEnabledFor(logging.DEBUG):
-                line, count = "%s joined %s: %s", plural(len(room), "client")
-                server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
-            if self._inbox:
-                server._run_hook(self, server.on_open)
-                server._queue.put(functools.partial(server._loop.receiver.resume, connection))
-        finally:
-            if self._inbox:
-                server._hooks.release(self._inbox)
+        if not server._overrides("on_open"):  # or what the client sends waits for that, in its inbox
+            self._inbox = None
+        room.join(connection, response, mark[1] if mark else "")
+        if log.isEnabledFor(logging.DEBUG):
+            line, count = "%s joined %s: %s", plural(len(room), "client")
+            server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
+        if self._inbox:
+            server._run_hook(self, server.on_open)
 
     def _check(self, request: Request) -> tuple[bytes, int, bool]:
         """The response to an opening handshake (4.2), and what it says of compression: window, context takeover.
@@ -2029,7 +2052,6 @@ class WebSocketHandler(RequestHandler):
         self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
         self._call(self.server.admit)
         fields += self._answer_subprotocol(request)
-        self.request.setblocking(False)
         return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
 
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
@@ -2056,6 +2078,7 @@ MESSAGE_COST = 250  # bytes that the objects of a queued message take
 RECIPIENT_COST = 128  # bytes for each client that it is for: sending to it takes as long as copying these
 GIVEN_UP = -1.0  # in place of the time of a pending connection
 MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
+SPARE_SELECTED = 10  # of the sockets that select() takes, for connections that are no clients
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # what sends to each client
 
@@ -2085,14 +2108,17 @@ class Queue:
 
     # ---- any thread ----
 
-    def put(self, operation: Any, size: int = MESSAGE_COST) -> None:
-        """Queue an operation for the loop. Never waits."""
+    def put(self, operation: Any, size: int = MESSAGE_COST) -> bool:
+        """Queue an operation for the loop. Never waits. Returns False where there is no loop any more."""
         with self._lock:
+            if self._has_ended:
+                return False
             self._operations.append(operation)
             self._size += size
             wake, self._is_asleep = self._is_asleep, False
         if wake:
             self.wake()
+        return True
 
     def put_message(self, message: Outgoing) -> None:
         """Queue a message, and wait while too much is queued."""
@@ -2126,7 +2152,7 @@ class Queue:
         self._alarm, self._ring = socket.socketpair()
         self._alarm.setblocking(False)
         self._ring.setblocking(False)
-        selector.register(self._alarm, selectors.EVENT_READ)
+        selector.register(self._alarm, selectors.EVENT_READ, self._hear_alarm)
 
     def start(self) -> None:
         """From now on operations are carried out, in this thread."""
@@ -2145,7 +2171,7 @@ class Queue:
             self._is_asleep = not self._operations
             return self._is_asleep
 
-    def hear_alarm(self) -> None:
+    def _hear_alarm(self) -> None:
         """Take the bytes that woke the loop."""
         with contextlib.suppress(BlockingIOError):
             if self._alarm:
@@ -2207,14 +2233,15 @@ class Room:
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
         self._max_clients = max_clients
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
-        self.pending: dict[socket.socket, float] = {}  # connections before joining, oldest first, and since when
+        self.pending: dict[RequestHandler, float] = {}  # those before their answer, oldest first, and since when
         self.connections: set[Connection] = set()  # those of the loop
         self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
         self._is_closing = False  # a client that joins now gets 1001
         self._has_ended = False  # there is no loop any more
-        self.adopt: Callable[[Joiner], None]  # the loop's operations on a connection that has joined
+        self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these three are operations of the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
+        self.give_up: Callable[[RequestHandler, str], None]
 
         self._history: deque[Outgoing] = deque()
         self._history_length = history  # messages
@@ -2252,14 +2279,23 @@ class Room:
             require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
-            del self.pending[client.request]
+            del self.pending[client]
             self.connections.add(connection)
-            self._queue.put(functools.partial(self.adopt, joiner))
+            self._queue.put(functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner)))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
                 self._queue.put(functools.partial(self.close_connections, [connection], early))
 
-    def first_frames(self, joiner: Joiner) -> list[bytes]:
+    def dismiss(self, connection: Connection, response: bytes) -> bool:
+        """CONNECTING to ENDING: let the loop send a response. Returns False where there is no loop any more."""
+        with self.lock:
+            if not self._queue.put(functools.partial(self.adopt, connection, lambda: [response])):
+                return False
+            del self.pending[connection.client]
+            self.connections.add(connection)
+            return True
+
+    def _first_frames(self, joiner: Joiner) -> list[bytes]:
         """What a client gets first; in the loop."""
         with self.lock:
             length = len(self._history)
@@ -2300,9 +2336,8 @@ class Room:
             self._is_closing = True
             frame = serialize_close(CloseCode.GOING_AWAY)
             self._queue.put(functools.partial(self.close_connections, list(self.connections), frame))
-            for request in self.pending:
-                self.pending[request] = GIVEN_UP
-                shut_down(request, socket.SHUT_RD)
+            for handler in self.pending:
+                self._queue.put(functools.partial(self.give_up, handler, "the server is stopping"))
 
     # ---- messages ----
 
@@ -2348,16 +2383,25 @@ class Room:
         """The number of connections, clients or not."""
         return len(self.pending) + len(self.connections)
 
-    def add_pending(self, request: socket.socket, now: float) -> None:
+    def add_pending(self, handler: RequestHandler, now: float) -> None:
         """A connection was accepted."""
         with self.lock:
-            self.pending[request] = now
+            self.pending[handler] = now
 
-    def remove(self, request: socket.socket) -> bool:
-        """A pending connection is to end. Returns whether it was still pending."""
+    def remove(self, handler: RequestHandler) -> bool:
+        """A pending connection ends. Returns whether it was still pending."""
         with self.lock:
             self._fewer.notify_all()
-            return self.pending.pop(request, None) is not None
+            return self.pending.pop(handler, None) is not None
+
+    def give_up_oldest(self) -> None:
+        """End the oldest pending connection, if it had time to become a client."""
+        with self.lock:
+            late = time.monotonic() - 1
+            oldest = next((handler for handler, since in self.pending.items() if since != GIVEN_UP), None)
+            if oldest and self.pending[oldest] < late:
+                self.pending[oldest] = GIVEN_UP
+                self._queue.put(functools.partial(self.give_up, oldest, "given up"))
 
     def forget(self, connection: Connection) -> None:
         """A connection of the loop has ended."""
@@ -2573,10 +2617,10 @@ class Sender:
 
     # ---- sending ----
 
-    def adopt(self, connection: Connection, frames: list[bytes]) -> None:
-        """A client has joined: send it the 101 and the history."""
-        for frame in frames:
-            connection.keep(frame, 0, self.now)
+    def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
+        """A handler has given its connection: send what comes first."""
+        for data in first():
+            connection.keep(data, 0, self.now)
         self.slow.add(connection)
         self._room.set_send(connection, send_nothing)
         self.flush(connection)
@@ -2790,10 +2834,9 @@ class Receiver:
 
     # ---- operations ----
 
-    def adopt(self, joiner: Joiner) -> None:
-        """A client has joined."""
-        connection = joiner.connection
-        self._sender.guard(self._sender.adopt, connection, self._room.first_frames(joiner))
+    def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
+        """A handler has given its connection: a client has joined, or is to get a response."""
+        self._sender.guard(self._sender.adopt, connection, first)
         if connection.events and not connection.paused:  # it was faster than its 101
             self.line_up(connection)
 
@@ -2996,6 +3039,37 @@ LOOKS_AT_ONCE = 100  # after the deadlines of connections
 RECIPIENTS = operator.attrgetter("to")
 
 
+class Lobby:
+    """Waits for what clients send before they have joined, in the place of their handlers. Runs in the loop."""
+
+    def __init__(self) -> None:
+        self.selector: selectors.BaseSelector
+        self._waiting: set[RequestHandler] = set()
+
+    def wait(self, handler: RequestHandler, events: int) -> None:
+        """Let a handler take its next step when its socket is ready."""
+        if not handler.verdict:
+            try:
+                self.selector.register(handler.request, events, functools.partial(self.go_on, handler))
+                self._waiting.add(handler)
+                return
+            except Exception as error:  # the system watches no more sockets, say
+                handler.verdict = str(error) or "out of memory"
+        handler.go_on()
+
+    def go_on(self, handler: RequestHandler, verdict: str = "") -> None:
+        """Let a handler take its next step; with a verdict, it waits no more."""
+        handler.verdict = handler.verdict or verdict
+        if handler in self._waiting:
+            self._waiting.remove(handler)
+            self.selector.unregister(handler.request)
+            handler.go_on()
+
+    def late_ones(self, now: float) -> list[RequestHandler]:
+        """Those whose time is up."""
+        return [handler for handler in self._waiting if now > handler.deadline]
+
+
 class Loop:
     """The thread that owns the sockets of all clients.
 
@@ -3012,8 +3086,10 @@ class Loop:
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
         self.sender = Sender(server)
         self.receiver = Receiver(server, self.sender)
+        self.lobby = Lobby()
         self._room.adopt, self._room.close_connections = self.receiver.adopt, self.receiver.close
-        timeouts = "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
+        self._room.give_up = self.lobby.go_on
+        timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
         self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
         self._next_look = 0.0
@@ -3029,7 +3105,7 @@ class Loop:
 
     def start(self) -> None:
         """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
-        self.sender.selector = selectors.DefaultSelector()
+        self.sender.selector = self.lobby.selector = selectors.DefaultSelector()
         self._queue.open(self.sender.selector)
         self._thread = threading.Thread(target=self.run, name="pywebsock loop", daemon=True)
         self._thread.start()
@@ -3071,13 +3147,13 @@ class Loop:
         is_first = True
         for key, events in ready:
             connection = key.data
-            if connection is None:
-                self._queue.hear_alarm()
-                continue
             if not is_first and (receiver.has_much or time.monotonic() > until):
                 self._carry_out()
                 until = time.monotonic() + ROUND_TIME
             is_first = False
+            if type(connection) is not Connection:  # the alarm, or a handler's socket
+                self._call(connection)
+                continue
             if events & selectors.EVENT_WRITE:
                 sender.guard(sender.flush, connection)
             if events & selectors.EVENT_READ:
@@ -3194,11 +3270,14 @@ class Loop:
             self._look_after_some()
 
     def _look_after_some(self) -> None:
+        late = self.lobby.late_ones(self.now)
+        for handler in late[:LOOKS_AT_ONCE]:
+            self.lobby.go_on(handler, TOO_LATE)
         connections = self._to_look_after or list(self._room.connections)
         for connection in connections[:LOOKS_AT_ONCE]:
             self.sender.guard(self._look_after, connection)
         self._to_look_after = connections[LOOKS_AT_ONCE:]
-        if not self._to_look_after:
+        if not self._to_look_after and len(late) <= LOOKS_AT_ONCE:
             self._next_look = self.now + self._interval
 
     def _look_after(self, connection: Connection) -> None:
@@ -3265,7 +3344,7 @@ class Pace:
 
 
 class LimitedServer(socketserver.ThreadingTCPServer):
-    """Accepts connections while there are descriptors and threads for them. The thread that runs serve_forever()."""
+    """Accepts connections while there are descriptors for them. The thread that runs serve_forever()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it means something else
     daemon_threads = True
@@ -3274,7 +3353,6 @@ class LimitedServer(socketserver.ThreadingTCPServer):
 
     _hooks: Hooks
     _room: Room
-    _pool: Threads
     _most_connections: int
     _path = ""  # of its Unix socket
 
@@ -3302,29 +3380,18 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         room, most = self._room, self._most_connections
         try:
             if room.size >= most:
-                self._give_up_oldest()
+                room.give_up_oldest()
                 self._wait_for_fewer(most, "too many connections")
             if room.size >= most:
                 raise BlockingIOError
             request, address = super().get_request()
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
-            room.add_pending(request, time.monotonic())
             return request, address if isinstance(address, tuple) else ("unix", 0)
         except (OSError, MemoryError, ValueError) as error:
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
                 self._wait_for_fewer(room.size, str(error) or "out of memory")
             raise OSError("not now") from None
-
-    def _give_up_oldest(self) -> None:
-        """End the oldest connection that is no client, if it had time to become one."""
-        with self._room.lock:
-            pending = self._room.pending
-            late = time.monotonic() - 1
-            oldest = next((request for request, since in pending.items() if since != GIVEN_UP), None)
-            if oldest and pending[oldest] < late:
-                pending[oldest] = GIVEN_UP
-                reset(oldest)  # its thread wakes up, and closes it
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
         """Wait at most half a second until there are fewer connections than `number`."""
@@ -3332,21 +3399,12 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         self._room.wait_for(number - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve the connection in a thread of its own."""
+        """Start the connection's handler, which works in hook threads: the loop waits in its place."""
         self._begin()
-        try:
-            self._pool.run(functools.partial(self.process_request_thread, request, client_address))
-        except RuntimeError as error:  # there can be no more threads
-            self._wait_for_fewer(self._room.size, str(error))
-            self.shutdown_request(request)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Called by socketserver when a connection's thread has done: a client's socket is the loop's now."""
-        if self._room.remove(request):
-            self.close_request(request)
+        self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection's thread has failed: that is an error of this program."""
+        """A handler has failed: that is an error of this program."""
         error = sys.exc_info()[1]
         if isinstance(error, MemoryError):
             self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
@@ -3408,15 +3466,14 @@ class BroadcastServer(Settings, LimitedServer):
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
         self._post_pace, self._post_lock = Pace(), threading.Lock()
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._pool = Threads(start_new_thread)
         self._hooks = Hooks()
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
-        clients = min(self.max_clients, self._room.most_selected)
-        most = clients + clients // 10 + SPARE_CONNECTIONS
+        most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
+        most = min(most, self._room.most_selected + SPARE_SELECTED)
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
 
     # ---- hooks ----
@@ -3424,29 +3481,29 @@ class BroadcastServer(Settings, LimitedServer):
     def admit(self, client: WebSocketHandler) -> None:
         """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
 
-        In the connection's own thread; before the 101, and before the body of a POST is
-        read: client.method says which, "GET" or "POST". There are client.target,
-        client.headers and client.address, too. close() refuses as well, with 403.
+        In a hook thread; before the 101, and before the body of a POST is read: client.method
+        says which, "GET" or "POST". There are client.target, client.headers and
+        client.address, too. close() refuses as well, with 403.
         """
 
     def on_open(self, client: WebSocketHandler) -> None:
         """A client has joined. An exception in this or in on_message closes it with 1011.
 
-        In the connection's own thread; the client's messages wait until it returns.
+        In a hook thread; the client's messages wait until it returns.
         """
 
     def on_message(self, client: WebSocketHandler, message: Message) -> None:
         """A client has sent text (str) or binary (bytes). By default, all clients get it.
 
-        In a hook thread, like on_close: one call at a time for each client, in order.
+        In a hook thread, like all hooks: one call at a time for each client, in order.
         """
         self.broadcast(message)
 
     def on_post(self, client: WebSocketHandler, message: Message) -> None:
         """A program has sent a message with POST; `client` is its connection, which send() does not reach.
 
-        In the connection's own thread. By default, all clients get the message. HandshakeError
-        and close() refuse it.
+        In a hook thread. By default, all clients get the message. HandshakeError and close()
+        refuse it.
         """
         self.broadcast(message)
 
@@ -3604,7 +3661,6 @@ class BroadcastServer(Settings, LimitedServer):
         self._loop.stop()
         self._hooks.wait(own, time.monotonic() + 0.5)
         self._hooks.stop()
-        self._pool.stop()
 
 
 def raise_file_limit() -> int:
@@ -4451,8 +4507,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--key requires --cert")
     start_logging(options)
     tune_malloc()
-    if not IS_WINDOWS:  # Windows would allocate the memory at once
-        threading.stack_size(256 * 1024)  # bytes; 10,000 threads need 2.5 GB of address space
     try:
         server = create_server(options)
         server.catch_signals()

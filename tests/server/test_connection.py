@@ -226,7 +226,7 @@ class SenderTestCase(ServerTestCase):
         for end in (near, self.far):
             self.addCleanup(end.close)
         self.connection = make_connection(self.server, near)
-        self.room.add_pending(near, 0.0)
+        self.room.add_pending(self.connection.client, 0.0)
         self.room.join(self.connection, RESPONSE, "")
         self.server._loop._carry_out()
         self.assertEqual(self.far.recv(len(RESPONSE)), RESPONSE)

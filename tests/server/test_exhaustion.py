@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import unittest
 import unittest.mock
@@ -64,19 +65,17 @@ class Exhaustion(ServerTestCase):
         self.assertNotIn("Traceback", process.log())
 
     def test_threads(self) -> None:
-        """A connection that cannot have its thread is refused."""
+        """Where no thread can be started, a connection waits until one can, or another has done its work."""
         server = self.serve()
         witness = self.connect(server)
-        error = RuntimeError("can't start new thread")
-        with self.assertLogs("pywebsock", "WARNING") as logged:
-            with unittest.mock.patch.object(server._pool, "run", side_effect=error):
-                refused = self.connect(server, handshake=False)
-                self.assertEqual(refused.read_all(), b"")
-                eventually(lambda: logged.records)
-            self.assertEqual([record.exc_info for record in logged.records], [None])
-        self.connect(server)
-        witness.send("all is well")
-        self.assertEqual(witness.read(), "all is well")
+        eventually(lambda: not server._hooks._threads._idle, deadline=5 * pywebsock.IDLE_TIME)
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            waiting = self.connect(server, handshake=False)
+            waiting.send_raw(request())
+            eventually(lambda: server._hooks.is_waiting)
+            witness.send("all is well")
+            self.assertEqual(witness.read(), "all is well")
+        self.assertTrue(waiting.read_head().startswith(b"HTTP/1.1 101 "))
 
 
 # What a server might change of the process that it is a part of.

@@ -112,11 +112,10 @@ class Order(HooksTestCase):
     def test_a_call_submits(self) -> None:
         """What it submits to its own inbox runs after those that wait already."""
         ran: list[int] = []
-        inbox = pywebsock.Inbox()
-        self.hooks.occupy(inbox)
+        inbox = self.block()
         self.hooks.submit(inbox, lambda: self.hooks.submit(inbox, lambda: ran.append(2)))
         self.hooks.submit(inbox, lambda: ran.append(1))
-        self.hooks.release(inbox)
+        self.go_on.set()
         self.wait()
         self.assertEqual(ran, [1, 2])
 
@@ -202,11 +201,11 @@ class Workers(HooksTestCase):
 
     def test_one_that_was_stuck_in_its_last_call(self) -> None:
         """The next call of the same inbox begins anew."""
-        begun, inbox, stuck = threading.Event(), pywebsock.Inbox(), []
-        self.hooks.occupy(inbox)
+        begun, held, inbox, stuck = threading.Event(), threading.Event(), pywebsock.Inbox(), []
+        self.hooks.submit(inbox, lambda: held.wait(DEADLINE))
         self.hooks.submit(inbox, lambda: begun.set() or self.go_on.wait(DEADLINE))  # type: ignore[func-returns-value]
         self.hooks.submit(inbox, lambda: stuck.append(len(self.hooks._stuck)))
-        self.hooks.release(inbox)
+        held.set()
         self.relieve_until(lambda: begun.is_set() and self.hooks._stuck)
         self.go_on.set()
         eventually(lambda: stuck)  # and nobody looks on
@@ -244,6 +243,16 @@ class Workers(HooksTestCase):
         self.assertEqual((ran, self.hooks.is_waiting, self.hooks._coming), ([], True, 0))
         self.relieve_until(lambda: ran)
 
+    def test_wait_has_an_end(self) -> None:
+        """That of all but one, and a deadline."""
+        for _ in range(2):
+            self.block()
+        start = time.monotonic()
+        self.hooks.wait(2, start + DEADLINE)
+        self.hooks.wait(1, start + 0.05)
+        self.assertLess(time.monotonic() - start, DEADLINE / 2)
+        self.assertEqual(self.hooks._busy, 2)
+
     def test_stop(self) -> None:
         """Workers end, those that wait at once, those that run something when that is done."""
         inbox = self.block()
@@ -260,41 +269,6 @@ class Workers(HooksTestCase):
         self.assertEqual(sorted(ran), [1, 2, 3])
 
 
-class Occupied(HooksTestCase):
-    """While a thread of a connection runs on_open, the calls of its inbox wait."""
-
-    def test_until_released(self) -> None:
-        ran: list[int] = []
-        inbox = pywebsock.Inbox()
-        self.hooks.occupy(inbox)
-        self.hooks.submit(inbox, lambda: ran.append(1))
-        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(0))
-        self.wait(1)
-        self.assertEqual(ran, [0])
-        self.hooks.wait(0, time.monotonic() + 0.01)  # it counts as busy
-        self.assertEqual(self.hooks._busy, 1)
-        self.hooks.release(inbox)
-        self.wait()
-        self.assertEqual((ran, inbox.taken), ([0, 1], False))
-
-    def test_without_calls(self) -> None:
-        inbox = pywebsock.Inbox()
-        self.hooks.occupy(inbox)
-        with in_thread(self.hooks.wait, 0, time.monotonic() + 2 * DEADLINE):
-            self.hooks.release(inbox)
-        self.assertEqual((self.hooks._busy, inbox.taken, self.workers()), (0, False, []))
-
-    def test_wait_has_an_end(self) -> None:
-        """That of all but one, and a deadline."""
-        for _ in range(2):
-            self.block()
-        start = time.monotonic()
-        self.hooks.wait(2, start + DEADLINE)
-        self.hooks.wait(1, start + 0.05)
-        self.assertLess(time.monotonic() - start, DEADLINE / 2)
-        self.assertEqual(self.hooks._busy, 2)
-
-
 class Journal(HooksTestCase):
     """Lines of the log are written in order, by a worker; of too many that wait, the newest are left out."""
 
@@ -309,12 +283,14 @@ class Journal(HooksTestCase):
         self.assertNotIn(threading.get_ident(), {record.thread for record in logged.records})
 
     def test_too_many(self) -> None:
-        self.hooks.occupy(self.hooks._journal)
+        held = threading.Event()
+        self.hooks.submit(self.hooks._journal, lambda: held.wait(DEADLINE))
+        eventually(lambda: not self.hooks._journal.calls)  # it runs
         limit = unittest.mock.patch.object(pywebsock, "MAX_JOURNAL", 200)
         with limit, self.assertLogs("pywebsock", "INFO") as logged:
             for number in range(300):
                 self.hooks.log(logging.INFO, "line %d", number)
-            self.hooks.release(self.hooks._journal)
+            held.set()
             self.wait()
         self.assertEqual([record.getMessage() for record in logged.records], [f"line {i}" for i in range(200)])
 

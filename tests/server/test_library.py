@@ -188,13 +188,8 @@ class Subclass(ServerTestCase):
         self.assertEqual(client.read(), "hello")
 
     def test_threads_that_tools_see(self) -> None:
-        """Debuggers and measures of coverage follow threads of threading.Thread alone: the README says how."""
+        """Debuggers and measures of coverage follow threads of threading.Thread alone."""
         traced: list[str] = []
-
-        class Traced(Chat):
-            """With the threads of socketserver."""
-
-            process_request = socketserver.ThreadingMixIn.process_request
 
         def trace(frame: types.FrameType, *_: object) -> None:
             if frame.f_code.co_filename == __file__:
@@ -202,7 +197,7 @@ class Subclass(ServerTestCase):
 
         threading.settrace(trace)
         self.addCleanup(threading.settrace, None)
-        server = self.serve(Traced)
+        server = self.serve(Chat)
         with self.connect(server) as client:
             client.read()
             client.send("Hello")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import random
 import selectors
-import socket
 import threading
 import time
 import typing
@@ -66,7 +65,7 @@ class RoomTestCase(ServerTestCase):
         """A connection that is about to join."""
         pipe = QuietPipe()
         connection = make_connection(self.server, pipe, window)
-        self.room.add_pending(typing.cast(socket.socket, pipe), 0.0)
+        self.room.add_pending(connection.client, 0.0)
         return connection, pipe
 
     def join(self, window: int = 0, mark: str = "") -> tuple[pywebsock.Connection, QuietPipe]:
@@ -278,7 +277,7 @@ class WakeUp(QueueTestCase):
         self.assertFalse(self.woken())
         self.queue.put("operation")
         self.assertTrue(self.woken())
-        self.queue.hear_alarm()
+        self.queue._hear_alarm()
         self.assertFalse(self.woken())
         self.assertFalse(self.queue.fall_asleep())  # there is something to do
         self.queue.put("another")
@@ -307,7 +306,7 @@ class WakeUp(QueueTestCase):
             while not ended.is_set():
                 if self.queue.fall_asleep() and not self.woken(DEADLINE):
                     overslept.append(1)
-                self.queue.hear_alarm()
+                self.queue._hear_alarm()
                 for operation in self.queue.take():
                     operation()
 
@@ -404,12 +403,12 @@ class Count(unittest.TestCase):
         self.room = pywebsock.Room(pywebsock.Queue(), 10, 0, 0)
 
     def test_wait(self) -> None:
-        requests = [typing.cast(socket.socket, object()) for _ in range(3)]
-        for request in requests:
-            self.room.add_pending(request, 0.0)
+        handlers = [typing.cast(pywebsock.WebSocketHandler, object()) for _ in range(3)]
+        for handler in handlers:
+            self.room.add_pending(handler, 0.0)
         self.assertFalse(self.room.wait_for(2, time.monotonic() + 0.01))
         with in_thread(self.room.wait_for, 1, time.monotonic() + 2 * DEADLINE):
-            self.assertEqual([self.room.remove(request) for request in requests[:2] * 2], [True] * 2 + [False] * 2)
+            self.assertEqual([self.room.remove(handler) for handler in handlers[:2] * 2], [True] * 2 + [False] * 2)
         self.assertEqual(self.room.size, 1)
         self.assertTrue(self.room.wait_for(1, 0.0))
 

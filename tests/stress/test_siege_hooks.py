@@ -246,9 +246,6 @@ class ShortageTest(stress.StressTestCase):
     def test_accept(self) -> None:
         self.check("socket.socket.accept")
 
-    def test_start_of_a_thread(self) -> None:
-        self.check("pywebsock.start_new_thread")
-
     def test_start_of_a_worker(self) -> None:
         """It runs hooks, and writes the log."""
         self.check("threading.Thread.start", code=HOOK)

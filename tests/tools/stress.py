@@ -101,6 +101,16 @@ class Crowd:
         return collections.Counter(map(last_bytes, self.sockets))
 
 
+def arrived(one: socket.socket) -> bytes:
+    """All that has come."""
+    data = bytearray()
+    one.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while piece := one.recv(1 << 20):
+            data += piece
+    return bytes(data)
+
+
 def last_bytes(one: socket.socket) -> bytes:
     """The last four bytes from the server, whose Close is answered; or what ended it without one. It is closed then."""
     last, data, answered = b"", b"more", False
