@@ -1286,6 +1286,17 @@ class Settings:
     redis: str | None = None  # URL of a Redis stream, with which many servers form one room
     trace = False  # log every handshake and every frame
 
+    def _set(self, settings: dict[str, Any]) -> None:
+        """Set these, and check all. Raise TypeError and ValueError for wrong ones."""
+        for name, value in settings.items():
+            kind = getattr(type(self), name, print)
+            if name.startswith("_") or callable(kind) or isinstance(kind, property):
+                raise TypeError(f"there is no setting {name!r}")
+            setattr(self, name, value)
+        for name, default in vars(Settings).items():
+            if not name.startswith("_"):
+                setattr(self, name, check_setting(name, getattr(self, name), default))
+
 
 def clear_path(path: str) -> None:
     """Remove a Unix socket whose server was killed."""
@@ -1558,9 +1569,19 @@ class Connection:
         plain = not (self.is_tls or client._tracers or IS_WINDOWS)
         self.send: Send = self.socket.send if plain else self._send_slices
         self.interest = 0  # events that the selector waits for
-
-        # Coming in.
         self.reader = reader
+        self._begin_receiving()
+        self._begin_sending()
+
+        # Times of the loop's clock.
+        self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
+        self.acked = 0  # bytes that the peer has taken, as last seen
+        self.pong_deadline = math.inf
+        self.ping_end = 0  # bytes that the peer has taken when the Ping comes to it; 0 if nothing is before that
+        self.quick_until = 0.0
+        self.last_seen = 0  # bytes of all broadcasts when it began to close
+
+    def _begin_receiving(self) -> None:
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
         self.source: Iterator[tuple[int, Octets]] | None = None  # the same without those that are to come again
@@ -1577,20 +1598,12 @@ class Connection:
         self.began = 0.0  # when it began, or went on after a pause
         self.received = 0  # bytes of it since then: Pings are no progress
 
-        # Going out.
+    def _begin_sending(self) -> None:
         self.pieces = NOTHING
         self.sent = 0  # bytes of the first piece that are sent
         self.size = 0  # bytes that wait
         self.pong = b""  # the newest, while others wait
         self.is_shut = False  # the own side of TCP has ended
-
-        # Times of the loop's clock.
-        self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
-        self.acked = 0  # bytes that the peer has taken, as last seen
-        self.pong_deadline = math.inf
-        self.ping_end = 0  # bytes that the peer has taken when the Ping comes to it; 0 if nothing is before that
-        self.quick_until = 0.0
-        self.last_seen = 0  # bytes of all broadcasts when it began to close
 
     # ---- coming in ----
 
@@ -1688,6 +1701,17 @@ class Connection:
         self.is_shut = True
 
     # ---- at times ----
+
+    def wanted_events(self) -> int:
+        """What the selector is to wait for."""
+        if self.state is State.CLOSED:
+            return 0
+        if self.state is State.ENDING:
+            reads, writes = self.is_shut and not self.peer_ended, not self.is_shut
+        else:
+            reads = not (self.paused or self.is_ending or self.peer_ended or self.is_blocked)
+            writes = self.size > 0 or self.is_blocked
+        return reads * selectors.EVENT_READ | writes * selectors.EVENT_WRITE
 
     def note_progress(self, now: float) -> None:
         """Look what the peer has taken since the last look."""
@@ -1918,7 +1942,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self._kept = len(body)
             if self._blocked:
                 yield from self._wait(self._blocked)
-        paced = not server.rate or server._wait_for_post(server.handshake_timeout)
+        paced = server._post_pace.wait(server.handshake_timeout)
         require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
         require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)
         return bytes(body)
@@ -2033,7 +2057,7 @@ class WebSocketHandler(RequestHandler):
             line, count = "%s joined %s: %s", plural(len(room), "client")
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
         if self._inbox:
-            server._run_hook(self, server.on_open)
+            self._run_hook(server.on_open)
 
     def _check(self, request: Request) -> tuple[bytes, int, bool]:
         """The response to an opening handshake (4.2), and what it says of compression: window, context takeover.
@@ -2065,6 +2089,44 @@ class WebSocketHandler(RequestHandler):
             line = "%s offers the subprotocol %s, none is chosen: browsers close now"
             self.server._hooks.log(logging.WARNING, line, self.address, offered)
         return []
+
+    def _run_hook(self, hook: Callable[..., object], *arguments: Any) -> None:
+        """Call a hook, in a hook thread; whatever it raises ends this client alone."""
+        server = self.server
+        server._local.client = self
+        try:
+            hook(self, *arguments)
+        except BaseException as error:
+            server._hooks.log(logging.ERROR, "%s: an error in a hook", self.address, error=error)
+            self._is_closing = True
+            sender, refusal = server._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
+            server._queue.put(functools.partial(sender.guard, sender.refuse, self._connection, *refusal))
+        finally:
+            server._local.client = None
+
+    def _take_messages(self, messages: list[tuple[int, Octets]]) -> None:
+        """Call on_message for each, in a hook thread."""
+        for opcode, payload in messages:
+            if not self._is_closing:
+                message = payload.decode() if opcode == TEXT else bytes(payload)
+                self._run_hook(self.server.on_message, message)
+
+    # ---- in the loop ----
+
+    def _submit(self, call: Callable[[], object]) -> None:
+        """Let a hook thread call this, after what was submitted before."""
+        self._inbox = self._inbox or Inbox()
+        self.server._hooks.submit(self._inbox, call)
+
+    def _has_left(self, code: int, reason: str) -> None:
+        """This is no client any more: on_close is the last hook."""
+        hooks = self.server._hooks
+        if reason:  # other words than without one: the log limits the lines of each kind
+            hooks.log(logging.INFO, f"%s left: {code:d} %s", self.address, printable(reason))
+        else:
+            hooks.log(logging.INFO, f"%s left: {code:d}", self.address)
+        if self.server._overrides("on_close"):
+            self._submit(functools.partial(self._run_hook, self.server.on_close, code, reason))
 
 
 # ======================================================================================
@@ -2574,6 +2636,12 @@ class Gate:
             connection.pace.take(server.rate, now)
         return True
 
+    def look(self, slow: Iterable[Connection], now: float) -> None:
+        """Let nobody send for a moment, where a quick client is far behind."""
+        limit = self._server.max_backlog // 2
+        behind = [connection for connection in slow if connection.size > limit]
+        self._queue.hold(any(connection.is_quick(now) for connection in behind))
+
     @property
     def is_waiting(self) -> bool:
         """Whether somebody is paused here."""
@@ -2679,31 +2747,15 @@ class Sender:
 
     def watch(self, connection: Connection) -> None:
         """Tell the selector what this connection waits for."""
-        if connection.state is State.ENDING:
-            reads, writes = connection.is_shut and not connection.peer_ended, not connection.is_shut
-        else:
-            reads = not (connection.paused or connection.is_ending or connection.peer_ended or connection.is_blocked)
-            writes = connection.size > 0 or connection.is_blocked
-        events = selectors.EVENT_READ if reads else 0
-        if writes:
-            events |= selectors.EVENT_WRITE
-        if connection.state is State.CLOSED:
-            events = 0
+        events = connection.wanted_events()
         if events == connection.interest:
             return
         if not events:
             self.selector.unregister(connection.socket)
-        elif connection.interest:
-            self.selector.modify(connection.socket, events, connection)
         else:
-            self.selector.register(connection.socket, events, connection)
+            change = self.selector.modify if connection.interest else self.selector.register
+            change(connection.socket, events, connection)
         connection.interest = events
-
-    def is_someone_behind(self) -> bool:
-        """Whether a quick client is far behind: then nothing new is taken for a moment."""
-        limit = self._server.max_backlog // 2
-        behind = [connection for connection in self.slow if connection.size > limit]
-        return any(connection.is_quick(self.now) for connection in behind)
 
     # ---- ending ----
 
@@ -2711,9 +2763,8 @@ class Sender:
         """OPEN to CLOSING: send a Close, and wait for that of the peer."""
         if connection.state is not State.OPEN:
             return
-        connection.state, connection.moved = State.CLOSING, self.now
+        self._enter(connection, State.CLOSING)
         connection.client._is_closing = True
-        connection.pong, connection.last_seen = b"", self._room.bytes
         self._room.set_send(connection, discard)
         self.write(connection, frame)
 
@@ -2722,13 +2773,16 @@ class Sender:
         if connection.state not in READABLE:
             return
         was_open = connection.state is State.OPEN
-        connection.state, connection.moved = State.ENDING, self.now
+        self._enter(connection, State.ENDING)
         self._stop_reading(connection)
-        connection.pong, connection.last_seen = b"", self._room.bytes
         self._leave(connection, code, reason)
         if frame and was_open:
             self.write(connection, frame)
         self.flush(connection)
+
+    def _enter(self, connection: Connection, state: State) -> None:
+        connection.state, connection.moved = state, self.now
+        connection.pong, connection.last_seen = b"", self._room.bytes
 
     def _finish(self, connection: Connection) -> None:
         """When all is sent, end the own side; CLOSED when the peer has ended its own, too."""
@@ -2769,13 +2823,12 @@ class Sender:
             elif isinstance(error, MemoryError):
                 self.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "out of memory")
             elif isinstance(error, OSError):  # of its socket
-                self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(error))
-                self._forget(connection)
+                raise error
             else:
                 self._hooks.log(logging.ERROR, "%s: an error", connection.client.address, error=error)
                 self.refuse(connection, CloseCode.INTERNAL_ERROR, "internal error")
-        except Exception as another:
-            self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(another))
+        except Exception as last:
+            self._leave(connection, CloseCode.ABNORMAL_CLOSURE, str(last))
             self._forget(connection)
 
     def refuse(self, connection: Connection, code: int, reason: str) -> None:
@@ -2791,7 +2844,7 @@ class Sender:
     def _leave(self, connection: Connection, code: int, reason: str) -> None:
         """A client is none any more: the set, on_close and the log get to know, once."""
         if self._room.leave(connection):
-            self._server._client_has_left(connection.client, code, reason)
+            connection.client._has_left(code, reason)
 
     def _forget(self, connection: Connection) -> None:
         """To CLOSED: close the socket, and let go of all that the connection has."""
@@ -2815,6 +2868,32 @@ MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
 Messages = list[tuple[int, Octets]]
 
 
+class Endings:
+    """Connections that are to end: behind what the others send, since thousands may end at once. Runs in the loop."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._waiting: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
+        """End a connection soon, by this call; it is not read any more."""
+        if not connection.is_ending:
+            connection.is_ending = True
+            self._sender.guard(self._sender.watch, connection)
+            self._waiting.append((connection, act, arguments))
+
+    def carry_out(self) -> None:
+        """End connections, for some time."""
+        until = time.monotonic() + ROUND_TIME
+        while self._waiting and time.monotonic() < until:
+            connection, act, arguments = self._waiting.popleft()
+            connection.is_ending = False
+            self._sender.guard(act, connection, *arguments)
+
+
 class Receiver:
     """Reads connections, and acts on the messages and control frames that they send. Runs in the loop.
 
@@ -2829,7 +2908,7 @@ class Receiver:
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
         self.slice_time = SLICE_TIME  # seconds for each connection in this round
-        self.endings: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()  # connections to end
+        self.endings = Endings(sender)
         self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
 
     # ---- operations ----
@@ -3003,37 +3082,17 @@ class Receiver:
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
-            operation = functools.partial(self.end_soon, connection, act, *arguments)
+            operation = functools.partial(self.endings.add, connection, act, *arguments)
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
-            self.end_soon(connection, act, *arguments)
-
-    def end_soon(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
-        """End a connection behind what the others send: thousands may end at once."""
-        if not connection.is_ending:
-            connection.is_ending = True
-            self._sender.guard(self._sender.watch, connection)
-            self.endings.append((connection, act, arguments))
-
-    def end_some(self) -> None:
-        """End connections, for some time."""
-        until = time.monotonic() + ROUND_TIME
-        while self.endings and time.monotonic() < until:
-            connection, act, arguments = self.endings.popleft()
-            connection.is_ending = False
-            self._sender.guard(act, connection, *arguments)
+            self.endings.add(connection, act, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
         client = connection.client
-        client._inbox = client._inbox or Inbox()
-        self._hooks.submit(client._inbox, functools.partial(self._server._take_messages, client, messages))
+        client._submit(functools.partial(client._take_messages, messages))
         if connection.submitted > MAX_SUBMITTED:
-            resume = functools.partial(self.resume, connection)
-            self._hooks.submit(client._inbox, functools.partial(self._queue.put, resume))
-
-
-LOOKS_AT_ONCE = 100  # after the deadlines of connections
+            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 
 
 RECIPIENTS = operator.attrgetter("to")
@@ -3070,6 +3129,71 @@ class Lobby:
         return [handler for handler in self._waiting if now > handler.deadline]
 
 
+LOOKS_AT_ONCE = 100  # connections, and handlers, whose deadlines are looked at before others go on
+
+
+class Deadlines:
+    """Every deadline of connections and of handlers. Runs in the loop."""
+
+    def __init__(self, server: BroadcastServer, sender: Sender, lobby: Lobby) -> None:
+        self._server, self._sender, self._lobby = server, sender, lobby
+        timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
+        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
+        self.interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
+        self.next_look = 0.0
+        self._to_look_at: list[Connection] = []  # in this look
+
+    def look(self) -> None:
+        """Look at some connections and handlers."""
+        late = self._lobby.late_ones(self._sender.now)
+        for handler in late[:LOOKS_AT_ONCE]:
+            self._lobby.go_on(handler, TOO_LATE)
+        connections = self._to_look_at or list(self._server._room.connections)
+        for connection in connections[:LOOKS_AT_ONCE]:
+            self._sender.guard(self._look_at, connection)
+        self._to_look_at = connections[LOOKS_AT_ONCE:]
+        if not self._to_look_at and len(late) <= LOOKS_AT_ONCE:
+            self.postpone()
+
+    def postpone(self) -> None:
+        """Look again after the interval."""
+        self.next_look = self._sender.now + self.interval
+
+    def _look_at(self, connection: Connection) -> None:
+        """Every deadline of a connection, by its state."""
+        settings, now, sender = self._server, self._sender.now, self._sender
+        connection.note_progress(now)
+        still = now - connection.moved  # seconds in which nothing moved
+        if connection.state is State.OPEN:
+            if still > settings.send_timeout:
+                sender.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
+            elif settings.ping_interval:
+                self._keep_alive(connection)
+        elif still > settings.close_timeout:
+            sender.drop(connection, "it did not end the connection in time")
+        elif connection.size and settings._room.bytes - connection.last_seen > settings.max_backlog:
+            sender.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
+
+    def _keep_alive(self, connection: Connection) -> None:
+        """Ping a client that has been silent, drop it where it stays so (5.5.2)."""
+        now, timeout = self._sender.now, self._server.ping_timeout
+        silence = now - connection.heard
+        if silence <= self._server.ping_interval:
+            connection.pong_deadline = math.inf
+        elif connection.pong_deadline == math.inf:
+            if not connection.pieces:
+                on_the_way, acked = bytes_in_kernel(connection.socket)
+                connection.ping_end = acked + on_the_way if on_the_way > 0 else 0
+                self._sender.write(connection, serialize_frame(PING, b""))
+                connection.pong_deadline = now + timeout
+        elif connection.ping_end and connection.moved == now:  # the Ping is on its way, behind other bytes
+            connection.pong_deadline = now + timeout
+            if connection.acked >= connection.ping_end:
+                connection.ping_end = 0
+        elif now > connection.pong_deadline:
+            self._sender.drop(connection, f"it was silent for {silence:.0f} s")
+
+
 class Loop:
     """The thread that owns the sockets of all clients.
 
@@ -3089,11 +3213,7 @@ class Loop:
         self.lobby = Lobby()
         self._room.adopt, self._room.close_connections = self.receiver.adopt, self.receiver.close
         self._room.give_up = self.lobby.go_on
-        timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
-        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
-        self._interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
-        self._next_look = 0.0
-        self._to_look_after: list[Connection] = []  # in this look
+        self.deadlines = Deadlines(server, self.sender, self.lobby)
         self._before = time.monotonic()
         self._is_watchful = False
         self._ended = False
@@ -3118,7 +3238,7 @@ class Loop:
                 self._do_round()
             except Exception as error:  # out of memory, say: the next round may go well
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
-                time.sleep(self._interval / 10)
+                time.sleep(self.deadlines.interval / 10)
         self._queue.end()
         self._room.end()
         self.sender.selector.close()
@@ -3163,15 +3283,15 @@ class Loop:
             receiver.go_on()
             self._carry_out()
         if receiver.endings:
-            receiver.end_some()
+            receiver.endings.carry_out()
         # Somebody waits for something that no socket tells.
         self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
-        if self._is_watchful or self._next_look <= sender.now:
+        if self._is_watchful or self.deadlines.next_look <= sender.now:
             self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or until something is due."""
-        timeout = self._next_look - self.sender.now
+        timeout = self.deadlines.next_look - self.sender.now
         if self._is_watchful:
             timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
             if self._hooks.is_waiting:
@@ -3179,7 +3299,7 @@ class Loop:
         if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
             timeout = 0
         else:
-            timeout = min(self._interval, max(0.001, timeout))
+            timeout = min(self.deadlines.interval, max(0.001, timeout))
         ready = self.sender.selector.select(timeout)
         self._advance_clock()
         return ready
@@ -3187,9 +3307,9 @@ class Loop:
     def _advance_clock(self) -> None:
         now = time.monotonic()
         passed, self._before = now - self._before, now
-        self.sender.now += min(passed, self._interval)
-        if passed > 3 * self._interval:  # the process stood: first hear what has come meanwhile
-            self._next_look = self.now + self._interval
+        self.sender.now += min(passed, self.deadlines.interval)
+        if passed > 3 * self.deadlines.interval:  # the process stood: first hear what has come meanwhile
+            self.deadlines.postpone()
 
     def _carry_out(self) -> None:
         """Send everything that was read or queued."""
@@ -3247,7 +3367,7 @@ class Loop:
         for client, why in failed:
             if client._connection:
                 self._room.set_send(client._connection, discard)
-                self.receiver.end_soon(client._connection, self.sender.fail, why)
+                self.receiver.endings.add(client._connection, self.sender.fail, why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
@@ -3261,58 +3381,13 @@ class Loop:
         if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
         sender, now = self.sender, self.now
-        self._queue.hold(sender.is_someone_behind())
+        sender.gate.look(sender.slow, now)
         for connection in sender.gate.unfinished.slow_ones(now):
             sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
         for connection in sender.gate.to_resume(now):
             self.receiver.resume(connection)
-        if self._next_look <= self.now:
-            self._look_after_some()
-
-    def _look_after_some(self) -> None:
-        late = self.lobby.late_ones(self.now)
-        for handler in late[:LOOKS_AT_ONCE]:
-            self.lobby.go_on(handler, TOO_LATE)
-        connections = self._to_look_after or list(self._room.connections)
-        for connection in connections[:LOOKS_AT_ONCE]:
-            self.sender.guard(self._look_after, connection)
-        self._to_look_after = connections[LOOKS_AT_ONCE:]
-        if not self._to_look_after and len(late) <= LOOKS_AT_ONCE:
-            self._next_look = self.now + self._interval
-
-    def _look_after(self, connection: Connection) -> None:
-        """Every deadline of a connection, by its state."""
-        settings, now, sender = self._server, self.sender.now, self.sender
-        connection.note_progress(now)
-        still = now - connection.moved  # seconds in which nothing moved
-        if connection.state is State.OPEN:
-            if still > settings.send_timeout:
-                sender.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
-            elif settings.ping_interval:
-                self._keep_alive(connection)
-        elif still > settings.close_timeout:
-            sender.drop(connection, "it did not end the connection in time")
-        elif connection.size and self._room.bytes - connection.last_seen > settings.max_backlog:
-            sender.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
-
-    def _keep_alive(self, connection: Connection) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2)."""
-        now, timeout = self.now, self._server.ping_timeout
-        silence = now - connection.heard
-        if silence <= self._server.ping_interval:
-            connection.pong_deadline = math.inf
-        elif connection.pong_deadline == math.inf:
-            if not connection.pieces:
-                on_the_way, acked = bytes_in_kernel(connection.socket)
-                connection.ping_end = acked + on_the_way if on_the_way > 0 else 0
-                self.sender.write(connection, serialize_frame(PING, b""))
-                connection.pong_deadline = now + timeout
-        elif connection.ping_end and connection.moved == now:  # the Ping is on its way, behind other bytes
-            connection.pong_deadline = now + timeout
-            if connection.acked >= connection.ping_end:
-                connection.ping_end = 0
-        elif now > connection.pong_deadline:
-            self.sender.drop(connection, f"it was silent for {silence:.0f} s")
+        if self.deadlines.next_look <= self.now:
+            self.deadlines.look()
 
 
 # ======================================================================================
@@ -3341,6 +3416,27 @@ class Pace:
     def take(self, rate: float, now: float) -> None:
         """Count a message."""
         self._due = max(self._due, now) + 1 / rate
+
+
+class PostPace:
+    """The pace of all POSTs together. Any thread."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._pace, self._lock = Pace(), threading.Lock()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the rate allows one more. Returns False where that takes too long (seconds)."""
+        if not self._rate:
+            return True
+        with self._lock:
+            now = time.monotonic()
+            wait = self._pace.wait_time(self._rate, now)
+            if wait > timeout:
+                return False
+            self._pace.take(self._rate, now)
+        time.sleep(wait)
+        return True
 
 
 class LimitedServer(socketserver.ThreadingTCPServer):
@@ -3443,14 +3539,7 @@ class BroadcastServer(Settings, LimitedServer):
         Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
         had, or the Redis refuses.
         """
-        for name, value in settings.items():
-            kind = getattr(type(self), name, print)
-            if name.startswith("_") or callable(kind) or isinstance(kind, property):
-                raise TypeError(f"there is no setting {name!r}")
-            setattr(self, name, value)
-        for name, default in vars(Settings).items():
-            if not name.startswith("_"):
-                setattr(self, name, check_setting(name, getattr(self, name), default))
+        self._set(settings)
         self._prepare()
         if server_address[0].startswith(UNIX):
             self.address_family = AF_UNIX
@@ -3464,7 +3553,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
         self._refused = 0  # requests, for the status
         self._local = threading.local()  # .client: whose handshake or hook this thread runs
-        self._post_pace, self._post_lock = Pace(), threading.Lock()
+        self._post_pace = PostPace(self.rate)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._hooks = Hooks()
         self._queue = Queue()
@@ -3562,37 +3651,6 @@ class BroadcastServer(Settings, LimitedServer):
         """Whether a method is the program's own."""
         return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
 
-    def _run_hook(self, client: WebSocketHandler, hook: Callable[..., object], *arguments: Any) -> None:
-        """Call a hook of a client; whatever it raises ends that client alone."""
-        self._local.client = client
-        try:
-            hook(client, *arguments)
-        except BaseException as error:
-            self._hooks.log(logging.ERROR, "%s: an error in a hook", client.address, error=error)
-            client._is_closing = True
-            sender, refusal = self._loop.sender, (CloseCode.INTERNAL_ERROR, "internal error")
-            self._queue.put(functools.partial(sender.guard, sender.refuse, client._connection, *refusal))
-        finally:
-            self._local.client = None
-
-    def _take_messages(self, client: WebSocketHandler, messages: list[tuple[int, Octets]]) -> None:
-        """Messages of a client, in a hook thread."""
-        for opcode, payload in messages:
-            if not client._is_closing:
-                message = payload.decode() if opcode == TEXT else bytes(payload)
-                self._run_hook(client, self.on_message, message)
-
-    def _client_has_left(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """In the loop: on_close is the last that its hooks get to know."""
-        if reason:  # other words than without one: the log limits the lines of each kind
-            self._hooks.log(logging.INFO, f"%s left: {code:d} %s", client.address, printable(reason))
-        else:
-            self._hooks.log(logging.INFO, f"%s left: {code:d}", client.address)
-        if self._overrides("on_close"):
-            client._inbox = client._inbox or Inbox()
-            call = functools.partial(self._run_hook, client, self.on_close, code, reason)
-            self._hooks.submit(client._inbox, call)
-
     def _put(self, message: Outgoing) -> None:
         if threading.get_ident() != self._queue.loop_thread:
             self._room.compress(message)
@@ -3603,17 +3661,6 @@ class BroadcastServer(Settings, LimitedServer):
         if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
             return False
         return self._queue.wait_for_space(timeout)
-
-    def _wait_for_post(self, timeout: float) -> bool:
-        """Wait until the rate allows one more POST. Returns False where that takes too long (seconds)."""
-        with self._post_lock:
-            now = time.monotonic()
-            wait = self._post_pace.wait_time(self.rate, now)
-            if wait > timeout:
-                return False
-            self._post_pace.take(self.rate, now)
-        time.sleep(wait)
-        return True
 
     def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
         """Messages of all servers, in the order of the stream, in a thread of the link."""

@@ -470,22 +470,27 @@ class Backlog(SenderTestCase):
         self.assertEqual(self.connection.moved, self.sender.now)
         self.assertEqual(len(self.drain()), 10 * LIMIT - 100)
 
+    def is_held(self) -> bool:
+        """Whether senders have to wait, after a look at those that are behind."""
+        self.sender.gate.look(self.sender.slow, self.sender.now)
+        return self.server._queue.held
+
     def test_a_quick_one(self) -> None:
         self.sender.keep(self.connection, bytes(LIMIT), 0)
         self.sender.keep(self.connection, bytes(LIMIT), 0)
         self.assertIs(self.connection.state, State.OPEN)
-        self.assertTrue(self.sender.is_someone_behind())
+        self.assertTrue(self.is_held())
         self.sender.now += QUICK_TIME
-        self.assertFalse(self.sender.is_someone_behind())
+        self.assertFalse(self.is_held())
         self.sender.keep(self.connection, b"x", 0)
         self.assertIs(self.connection.state, State.CLOSED)
 
     def test_far_behind(self) -> None:
         """Senders wait from half of the limit on."""
         self.sender.keep(self.connection, bytes(LIMIT // 2), 0)
-        self.assertFalse(self.sender.is_someone_behind())
+        self.assertFalse(self.is_held())
         self.sender.keep(self.connection, b"x", 0)
-        self.assertTrue(self.sender.is_someone_behind())
+        self.assertTrue(self.is_held())
 
     def test_a_closing_one(self) -> None:
         """Its Close finds room behind whatever waits."""
@@ -563,7 +568,7 @@ class Deadlines(SenderTestCase):
     def look(self, later: float) -> None:
         """The next look at the connection."""
         self.sender.now += later
-        self.server._loop._look_after(self.connection)
+        self.server._loop.deadlines._look_at(self.connection)
 
     def check_end(self, after: float, reason: str) -> None:
         """It is there until then, and is dropped with this reason after it."""
@@ -740,5 +745,5 @@ class LoopSteps(SenderTestCase):
         """One round of the loop for this connection."""
         self.server._loop.receiver.read(self.connection)
         self.server._loop._carry_out()
-        self.server._loop.receiver.end_some()
+        self.server._loop.receiver.endings.carry_out()
         return self.connection.state

@@ -66,7 +66,7 @@ class Exhaustion(ServerTestCase):
 
     def test_threads(self) -> None:
         """Where no thread can be started, a connection waits until one can, or another has done its work."""
-        server = self.serve()
+        server = self.serve(pywebsock.BroadcastServer)
         witness = self.connect(server)
         eventually(lambda: not server._hooks._threads._idle, deadline=5 * pywebsock.IDLE_TIME)
         with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):

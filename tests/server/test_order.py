@@ -221,7 +221,7 @@ class HeldBack(ServerTestCase):
         """While senders wait for somebody who is behind, others come, ping and go."""
         server = self.serve()
         sender = self.connect(server)
-        with unittest.mock.patch.object(server._loop.sender, "is_someone_behind", lambda: True):
+        with unittest.mock.patch.object(server._loop.sender.gate, "look", lambda *_: server._queue.hold(True)):
             server._queue.wake()
             eventually(lambda: server._queue.held)
             sender.send("not yet")
