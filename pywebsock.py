@@ -80,7 +80,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import codecs
 import contextlib
 import enum
 import errno
@@ -320,21 +319,18 @@ def parse_header(data: bytes, position: int, strict: bool = True) -> Header | No
     first, second = data[position], data[position + 1]
     if strict:
         if first & 0x3F not in OPCODES:  # 5.2: no extension of this server uses them
-            reserved = "RSV2 or RSV3 is set" if first & 0x30 else f"opcode {first & 0x0F} is reserved"
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, reserved)
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "an opcode is reserved, or RSV2 or RSV3 is set")
         if second < 0x80:  # 5.1
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
-        if first & 0x08 and (first < 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented or longer than 125 bytes")
+        if first & 0x08 and (first & 0xF0 != 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5; RFC 7692 6
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented, compressed or too long")
     length = second & 0x7F
     key = position + 2
     if length > 125:  # the next 16 or 64 bits are the length
         least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
         length = int.from_bytes(data[position + 2 : key], "big")
         if strict and key <= len(data) and not least <= length < 1 << 63:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, "a payload length is not in the shortest form, or its first bit is set"
-            )
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a payload length is not minimal, or its first bit is set")
     start = key + 4 if second >= 0x80 else key
     return (first, length, data[key:start], start) if start <= len(data) else None
 
@@ -471,17 +467,19 @@ class Inflater:
 
     def __init__(self, context: bytes = b"") -> None:
         self.context = context
-        self._zlib = zlib.decompressobj(wbits=-15, zdict=context)
-        self._finals = 0
+        self.size = 0  # bytes of memory that zlib has
+        self._zlib: Any = None  # the decompressor of the current blocks, from the first byte to a final block
+        self._blocks = 0  # decompressors so far
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the decompressed bytes, at most INFLATE_SIZE at once. Raise ProtocolError if `data` is corrupt."""
         if fin:
             data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib reaches its end if no block is cut
-        while data and self._finals <= MAX_FINALS:
-            if self._zlib.eof:
+        while data and self._blocks <= MAX_FINALS:
+            if not self._zlib or self._zlib.eof:
                 self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
-                self._finals += 1
+                self._blocks += 1
+                self.size = INFLATER_SIZE
             try:
                 plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
@@ -490,9 +488,7 @@ class Inflater:
             self.context = (self.context + plain)[-CONTEXT_SIZE:]
             yield plain
         if data or (fin and not self._zlib.eof):
-            raise ProtocolError(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is incomplete or has too many final blocks"
-            )
+            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data has no end, or too many")
 
 
 # ======================================================================================
@@ -501,6 +497,34 @@ class Inflater:
 # A client sends a message in one frame or in fragments, with control frames between them. The
 # server sends a message in one frame.
 # ======================================================================================
+
+
+class PartialMessage:
+    """A message whose last fragment has not arrived."""
+
+    def __init__(self, opcode: int, inflater: Inflater | None) -> None:
+        self.opcode = opcode
+        self.inflater = inflater  # if it is compressed
+        self.payload = bytearray()  # so far, decompressed
+        self._character = b""  # the bytes of an incomplete character at the end of a text
+
+    def append(self, piece: Octets) -> None:
+        """Add a piece of the payload. Raise ProtocolError as soon as a text is not UTF-8."""
+        self.payload += piece
+        if self.opcode == TEXT:
+            text = self._character + piece
+            self._character = b""
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data":
+                    decode_text(text)
+                self._character = text[error.start :]
+
+    def finish(self) -> bytearray:
+        """Return the payload. Raise ProtocolError if the last character of a text is incomplete."""
+        decode_text(self._character)
+        return self.payload
 
 
 class MessageReader:
@@ -518,18 +542,7 @@ class MessageReader:
     TEXT b'Hello'
     """
 
-    __slots__ = (
-        "_frames",
-        "_inflater",
-        "_length",
-        "_max_message",
-        "_may_compress",
-        "_opcode",
-        "_pieces",
-        "_takeover",
-        "_utf8",
-        "context",
-    )
+    __slots__ = ("_frames", "_max_message", "_may_compress", "_partial", "_takeover", "context")
 
     def __init__(self, max_message: int, compressed: bool = False, takeover: bool = False) -> None:
         self.context = b""
@@ -537,16 +550,15 @@ class MessageReader:
         self._max_message = max_message  # bytes, after inflating
         self._may_compress = compressed  # permessage-deflate was negotiated
         self._frames = FrameReader()
-        self._opcode = 0  # of the incomplete message; 0 if there is none
-        self._pieces: list[bytearray] = []  # of its payload; one long buffer would be copied each time it grows
-        self._length = 0  # of its payload so far (bytes)
-        self._inflater: Inflater | None = None  # if it is compressed
-        self._utf8: codecs.IncrementalDecoder | None = None  # if it is text: checks each piece
+        self._partial: PartialMessage | None = None
 
     @property
     def size(self) -> int:
         """Return the number of bytes that the reader buffers for an incomplete message."""
-        return self._length + (INFLATER_SIZE if self._inflater else 0)
+        message = self._partial
+        if not message:
+            return 0
+        return len(message.payload) + (message.inflater.size if message.inflater else 0)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Octets]]:
         """Yield (opcode, payload) for each message, Close, Ping and Pong that `data` completes.
@@ -557,82 +569,46 @@ class MessageReader:
         """
         for fin, rsv1, opcode, payload, left in self._frames.feed(data):
             if opcode >= 8:  # may come between fragments (5.4)
-                if rsv1:
-                    raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set on a control frame")
                 yield opcode, payload
-            elif fin and opcode and not rsv1 and not self._opcode and len(payload) <= self._max_message:
+            elif fin and opcode and not rsv1 and not self._partial and len(payload) <= self._max_message:
                 if opcode == TEXT and not payload.isascii():
                     decode_text(payload)
                 yield opcode, payload  # most messages: one frame, not compressed
             else:
-                self._begin_or_continue(opcode, rsv1)
-                for piece in self._inflate(fin, payload, left):
-                    self._append(piece)
+                message = self._partial = self._begin_or_continue(opcode, rsv1)
+                for piece in self._inflate(message, fin, payload, left):
+                    message.append(piece)
                     yield CONT, b""
                 if fin:
-                    yield self._opcode, self._finish()
+                    self._partial = None
+                    yield message.opcode, message.finish()
 
-    def _begin_or_continue(self, opcode: int, rsv1: bool) -> None:
-        if opcode and self._opcode:
+    def _begin_or_continue(self, opcode: int, rsv1: bool) -> PartialMessage:
+        if opcode and self._partial:
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins before the last fragment of another")
-        if not opcode and not self._opcode:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation frame has no message to continue")
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
             raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
         if opcode:
-            self._opcode = opcode
-            self._inflater = Inflater(self.context) if rsv1 else None
-            self._utf8 = codecs.getincrementaldecoder("utf-8")() if opcode == TEXT else None
+            return PartialMessage(opcode, Inflater(self.context) if rsv1 else None)
+        if not self._partial:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation frame has no message to continue")
+        return self._partial
 
-    def _inflate(self, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
+    def _inflate(self, message: PartialMessage, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
         """Yield the decompressed bytes of a fragment in pieces, after a check of their size."""
-        if not self._inflater:
-            self._check_size(self._length + len(payload) + left)
+        if not message.inflater:
+            self._check_size(len(message.payload) + len(payload) + left)
             yield payload
             return
-        # Compression makes a message at most this much longer.
-        self._check_size(len(payload) + left - self._max_message // 8 - 64)
-        if not payload:
-            yield b""  # the inflater has memory already: the caller may check `size`
-        for piece in self._inflater.inflate(payload, fin):
-            self._check_size(self._length + len(piece))
+        for piece in message.inflater.inflate(payload, fin):
+            self._check_size(len(message.payload) + len(piece))
             yield piece
-
-    def _append(self, piece: Octets) -> None:
-        if self._utf8:
-            self._check_utf8(self._utf8, piece)
-        if self._pieces and len(self._pieces[-1]) < INFLATE_SIZE // 2:  # a buffer for many short fragments
-            self._pieces[-1] += piece
-        else:
-            self._pieces.append(piece if isinstance(piece, bytearray) else bytearray(piece))
-        self._length += len(piece)
+        if self._takeover:
+            self.context = message.inflater.context
 
     def _check_size(self, size: int) -> None:
         if size > self._max_message:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
-
-    @staticmethod
-    def _check_utf8(decoder: codecs.IncrementalDecoder, payload: Octets) -> None:
-        if payload.isascii() and not decoder.getstate()[0]:
-            return  # ten times faster than the decoder
-        try:
-            decoder.decode(payload)
-            rest, _ = decoder.getstate()
-            if rest[:1] == b"\xed" and rest[1:] >= b"\xa0":  # a surrogate; the decoder waits for its third byte
-                rest.decode()
-        except UnicodeDecodeError:
-            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
-
-    def _finish(self) -> Octets:
-        payload = b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
-        if self._utf8 and self._utf8.getstate()[0]:  # the last character is incomplete
-            decode_text(payload)
-        if self._inflater and self._takeover:
-            self.context = self._inflater.context
-        self._opcode = self._length = 0
-        self._pieces = []
-        self._inflater = self._utf8 = None
-        return payload
 
 
 class Outgoing:

@@ -260,7 +260,7 @@ class FrameIn(unittest.TestCase):
             good = not first & 0x30 and first & 0x0F in (0, 1, 2, 8, 9, 10)
             for second in range(256):
                 control = first & 0x08
-                fits = not control or (first >= 0x80 and second & 0x7F <= 125)
+                fits = not control or (first & 0xC0 == 0x80 and second & 0x7F <= 125)
                 expected = None if good and second >= 0x80 and fits else CloseCode.PROTOCOL_ERROR
                 code: CloseCode | None = None
                 try:
