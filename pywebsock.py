@@ -204,10 +204,11 @@ class ProtocolError(Exception):
         self.code = code
 
 
-def require(condition: object, status: int, message: str, *fields: tuple[str, str]) -> None:
-    """Raise HandshakeError if the condition is false."""
-    if not condition:
+def require(value: T | None, status: int, message: str, *fields: tuple[str, str]) -> T:
+    """Return the value. Raise HandshakeError if it is false."""
+    if not value:
         raise HandshakeError(status, message, *fields)
+    return value
 
 
 # ======================================================================================
@@ -414,13 +415,11 @@ def parse_extensions(field: str) -> list[tuple[str, list[tuple[str, str]]]]:
     [('foo', [('a', '1'), ('b', '')]), ('bar', [('c', '2')])]
     """
     offers = []
-    for text in field.split(","):
-        match = EXTENSION.fullmatch(text.strip(" \t"))
-        if match:
-            parameters = re.findall(PARAMETER, match[2])
-            offers.append((match[1], [(name, value.strip('"')) for name, value in parameters]))
-        elif text.strip(" \t"):  # empty elements are allowed (RFC 9110 5.6.1)
-            raise HandshakeError(400, "Sec-WebSocket-Extensions is malformed")
+    elements = [element.strip(" \t") for element in field.split(",")]
+    for element in filter(None, elements):  # empty elements are allowed (RFC 9110 5.6.1)
+        match = require(EXTENSION.fullmatch(element), 400, "Sec-WebSocket-Extensions is malformed")
+        parameters = re.findall(PARAMETER, match[2])
+        offers.append((match[1], [(name, value.strip('"')) for name, value in parameters]))
     return offers
 
 
@@ -754,9 +753,8 @@ def parse_head(head: str) -> Request:
     """Return the request with this head, up to its empty line (RFC 9112 3, 5). Raise HandshakeError."""
     proxy = head.startswith(("PROXY ", "\0\r\nQUIT\n"))  # version 1; version 2 after its empty lines
     require(not proxy, 400, "the proxy sends a PROXY protocol header: turn this option (send-proxy) off")
-    match = HEAD.fullmatch(head)
-    if not match:
-        raise HandshakeError(400, "the request is not HTTP/1.1, incomplete, malformed, or has a line without CR LF")
+    malformed = "the request is not HTTP/1.1, incomplete, malformed, or has a line without CR LF"
+    match = require(HEAD.fullmatch(head), 400, malformed)
     headers: dict[str, str] = {}
     for line in match[4].split("\r\n")[1:]:
         name, _, value = line.partition(":")
@@ -893,26 +891,17 @@ def body_length(request: Request, max_message: int) -> int:
 
 
 class BodyReader:
-    """Reads a body that arrives in pieces: an empty piece where the next one has yet to arrive, which is yielded too.
-
-    The methods raise HandshakeError if the body is incomplete.
-    """
+    """Reads a body that arrives in pieces: an empty piece where the next one has yet to arrive, which is yielded too."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._data = bytearray()  # has arrived, not read yet
 
-    def _take_piece(self) -> None:
-        piece = next(self._pieces, None)
-        if piece is None:
-            raise HandshakeError(400, "the body is incomplete")
-        self._data += piece
-
     def read(self, length: int) -> Iterator[bytes]:
         """Yield the next `length` bytes, in pieces as they arrive."""
         while length:
             if not self._data:
-                self._take_piece()
+                self._data += next(self._pieces)
             piece = bytes(self._data[:length])
             del self._data[: len(piece)]
             length -= len(piece)
@@ -922,7 +911,7 @@ class BodyReader:
         """Return the next line, without CR LF."""
         while (end := self._data.find(b"\r\n")) < 0:
             require(len(self._data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
-            self._take_piece()
+            self._data += next(self._pieces)
             yield b""
         line = bytes(self._data[:end])
         del self._data[: end + 2]
@@ -933,9 +922,9 @@ def read_chunks(body: BodyReader) -> Iterator[bytes]:
     """Yield the data of a chunked body (RFC 9112 7.1). Raise HandshakeError if it is malformed."""
     size = -1
     while size:
-        head = CHUNK.fullmatch((yield from body.read_line()))
-        size = int(head[1], 16) if head else -1
-        require(size >= 0, 400, "the size of a chunk is missing or malformed")
+        line = yield from body.read_line()
+        head = require(CHUNK.fullmatch(line), 400, "the size of a chunk is missing or malformed")
+        size = int(head[1], 16)
         yield from body.read(size)
         require(not size or not (yield from body.read_line()), 400, "a chunk is longer than its size")
     while (yield from body.read_line()):
@@ -963,7 +952,8 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
     """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
 
-    A piece is empty where the next one has yet to arrive.
+    A piece is empty where the next one has yet to arrive. `pieces` must raise an exception where
+    the connection ends.
     """
     length = body_length(request, max_message)
     body = BodyReader(pieces)
@@ -992,15 +982,22 @@ def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: byt
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def http_response(status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False) -> bytes:
-    """Return a response that is the last on its connection. If `head` (HEAD), leave its body out."""
+def http_response(
+    status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False, origin: str | None = None
+) -> bytes:
+    """Return a response that is the last on its connection. If `head` (HEAD), leave its body out.
+
+    The page of the request may read the response, also if it is an error: `origin` is the
+    origin of the page, for requests with credentials (Fetch 3.3).
+    """
     standard = (
         ("Content-Type", kind),
         ("Content-Length", str(len(body))),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         ("X-Frame-Options", "DENY"),
-        ("Access-Control-Allow-Origin", "*"),  # pages may read the reason of an error
+        ("Access-Control-Allow-Origin", "*" if origin is None else origin),
+        ("Access-Control-Allow-Credentials", "true"),
         ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
     )
     own = dict(fields)
@@ -1041,18 +1038,14 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
     check_origin(with_origin(request), client.server.origins)
     if request.method == "OPTIONS":
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
-    fields = cors_fields(request)
-    try:
-        status, kind, body = yield from respond(client, request)
-    except HandshakeError as error:
-        refusal = HandshakeError(error.status, str(error))  # a copy: a hook may raise the same error again
-        refusal.fields = (*error.fields, *fields)
-        raise refusal from None
+    fields: list[tuple[str, str]] = []
+    status, kind, body = yield from respond(client, request)
     policy = PAGE_POLICY.search(body)
     if policy:  # of the page: as a header field, it can also forbid frames
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
-    return http_response(status, kind, body, *fields, head=request.method == "HEAD")
+    origin = request.headers.get("origin")
+    return http_response(status, kind, body, *fields, head=request.method == "HEAD", origin=origin)
 
 
 def with_origin(request: Request) -> Request:
@@ -1068,22 +1061,17 @@ def with_origin(request: Request) -> Request:
     return request._replace(headers={"origin": urllib.parse.unquote(query[1]), **request.headers})
 
 
-def cors_fields(request: Request) -> list[tuple[str, str]]:
-    """Return the fields that allow a page of the request's origin to read the response (Fetch 3.3)."""
-    origin = request.headers.get("origin")
-    if origin is None:
-        return []
-    return [("Access-Control-Allow-Origin", origin), ("Access-Control-Allow-Credentials", "true")]
-
-
 def preflight_fields(request: Request) -> list[tuple[str, str]]:
     """Return the fields that allow a page of the request's origin to send the next request (Fetch 3.3.3)."""
-    fields = cors_fields(request)
-    if fields:
-        fields.append(("Access-Control-Allow-Methods", "GET, HEAD, POST"))
-        fields.append(("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")))
-        fields.append(("Access-Control-Max-Age", "7200"))  # seconds, the maximum in Chrome
-    return fields
+    if "origin" not in request.headers:
+        return []
+    return [
+        ("Access-Control-Allow-Origin", request.headers["origin"]),
+        ("Access-Control-Allow-Credentials", "true"),
+        ("Access-Control-Allow-Methods", "GET, HEAD, POST"),
+        ("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")),
+        ("Access-Control-Max-Age", "7200"),  # seconds, the maximum in Chrome
+    ]
 
 
 def respond(client: WebSocketHandler, request: Request) -> Steps[tuple[int, str, bytes]]:
@@ -1931,7 +1919,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
         server._refused += 1
         body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
-        self._respond(http_response(error.status, "text/plain; charset=utf-8", body, *error.fields, head=is_head))
+        kind, origin = "text/plain; charset=utf-8", self.headers.get("origin")
+        self._respond(http_response(error.status, kind, body, *error.fields, head=is_head, origin=origin))
 
 
 class WebSocketHandler(RequestHandler):

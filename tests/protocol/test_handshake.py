@@ -770,6 +770,13 @@ class Origin(unittest.TestCase):
                 pywebsock.check_origin(headers(Host=host, Origin="http://localhost"), ())
 
 
+def arriving(data: bytes, size: int) -> typing.Iterator[bytes]:
+    """Pieces of this size on a connection, and then its end."""
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+    raise HandshakeError(400, "the connection ended")
+
+
 class Bodies(unittest.TestCase):
     """body_length, read_body, decode_body (RFC 9112 6): a message by POST."""
 
@@ -818,8 +825,7 @@ class Bodies(unittest.TestCase):
 
     def read(self, data: bytes, size: int, **fields: str) -> bytes:
         """The body in data that arrives in pieces of some size."""
-        pieces = (data[i : i + size] for i in range(0, len(data), size))
-        return b"".join(pywebsock.read_body(headers(**fields), pieces, 100))
+        return b"".join(pywebsock.read_body(headers(**fields), arriving(data, size), 100))
 
     CHUNKS = (
         (b"0\r\n\r\n", b""),
@@ -928,7 +934,7 @@ class Bodies(unittest.TestCase):
 
             def read(size: int) -> None:
                 with contextlib.suppress(HandshakeError):
-                    deque(pywebsock.read_body(asked, iter([data * size]), 100_000), 0)  # noqa: B023
+                    deque(pywebsock.read_body(asked, arriving(data * size, 1 << 20), 100_000), 0)  # noqa: B023
 
             with self.subTest(data):
                 self.assertLess(growth(read, MAX_LINE), 9)

@@ -464,7 +464,7 @@ class Origin(ServerTestCase):
         port = self.serve().server_address[1]
         for target in ("/", "/status"):
             status, fields, body = exchange(port, http("GET", target, Origin="https://example.com"))
-            self.assertEqual((status, fields["access-control-allow-origin"]), (403, "*"))
+            self.assertEqual((status, fields["access-control-allow-origin"]), (403, "https://example.com"))
             self.assertIn(b"--origin https://example.com", body)
             status, fields, _ = exchange(port, http("GET", target, Origin="null"))
             self.assertEqual((status, fields["access-control-allow-origin"]), (200, "null"))
