@@ -3721,10 +3721,8 @@ def plural(number: int, noun: str) -> str:
 
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
 FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
-MAX_DEPTH = 5  # of nested arrays
 NOT_REDIS = "this server is not Redis"
-CONNECTION_CLOSED = "Redis closed the connection"
-LinkMessage = tuple[int, bytes]
+LinkMessage = tuple[int, bytes]  # opcode, payload
 Deliver = Callable[[list[LinkMessage]], object]
 
 
@@ -3744,13 +3742,13 @@ class RedisAddress(NamedTuple):
     stream: str
 
 
-class Field(NamedTuple):
-    """A field of an entry in the stream: one message. The name of the field is server:number:kind."""
-
-    server: bytes  # that wrote the message; empty: another program
-    number: int  # of the message, counted from 1 by its server; 0: wait or go
-    kind: bytes  # text, binary, wait or go
-    payload: bytes
+# A field of an entry in the stream: one message. The name of the field is server:number:kind.
+#
+# - server: that wrote the message; empty: another program
+# - number: of the message, counted from 1 by its server; 0: wait or go
+# - kind: text, binary, wait or go
+# - payload
+Field = tuple[bytes, int, bytes, bytes]
 
 
 def parse_redis_url(url: str) -> RedisAddress:
@@ -3761,13 +3759,9 @@ def parse_redis_url(url: str) -> RedisAddress:
     path = re.fullmatch("/?([0-9]{0,9})", parts.path)
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
-    host = parts.hostname or "localhost"
-    host.encode("idna")  # raises ValueError for a name that cannot be resolved
-    user = urllib.parse.unquote(parts.username or "")
-    password = urllib.parse.unquote(parts.password or "")
-    tls = parts.scheme == "rediss"
-    port = parts.port or 6379
-    return RedisAddress(tls, host, port, user, password, int(path[1] or 0), stream)
+    host, port = parts.hostname or "localhost", parts.port or 6379
+    user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
+    return RedisAddress(parts.scheme == "rediss", host, port, user, password, int(path[1] or 0), stream)
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
@@ -3779,30 +3773,30 @@ def serialize_command(*words: str | bytes | int) -> bytes:
     return bytes(data)
 
 
-def parse_reply(file: BinaryIO, depth: int = 0) -> Any:
+def parse_reply(file: BinaryIO) -> Any:
     """Read a reply and return it: bytes, int, None, a RedisError, or a list of these.
 
     Raise RedisError if it is not RESP2, and OSError if the connection ends.
     """
     line = file.readline(MAX_LINE)
-    kind, text = line[:1], line[1:-2]
-    if kind in b"+-:$*" and len(line) < MAX_LINE and not line.endswith(b"\n"):
-        raise ConnectionError(CONNECTION_CLOSED)
-    if depth > MAX_DEPTH or not REPLY_LINE.fullmatch(line):
+    if not line:
+        raise ConnectionError("Redis closed the connection")
+    if not REPLY_LINE.fullmatch(line):
         raise RedisError(NOT_REDIS)
-    if kind in b"+-":
-        return text if kind == b"+" else RedisError(text.decode(errors="replace"))
+    kind, text = line[:1], line[1:-2]
+    if kind == b"+":
+        return text
+    if kind == b"-":
+        return RedisError(text.decode(errors="replace"))
     number = int(text)
     if kind == b":":
         return number
     if number < 0:
         return None
     if kind == b"*":
-        return [parse_reply(file, depth + 1) for _ in range(number)]
+        return [parse_reply(file) for _ in range(number)]
     bulk = file.read(number + 2)
-    if len(bulk) < number + 2:
-        raise ConnectionError(CONNECTION_CLOSED)
-    if not bulk.endswith(b"\r\n"):
+    if len(bulk) < number + 2 or not bulk.endswith(b"\r\n"):
         raise RedisError(NOT_REDIS)
     return bulk[:-2]
 
@@ -3819,7 +3813,7 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
     for name, payload in zip(words[::2], words[1::2]):
         match = FIELD_NAME.fullmatch(name)
         server, number, kind = match.groups() if match else (b"", parse_id(entry), b"text")
-        fields.append(Field(server, int(number), kind, payload))
+        fields.append((server, int(number), kind, payload))
     return fields
 
 
@@ -3876,12 +3870,11 @@ class RedisConnection:
     """A connection to Redis, for use in one thread. Its methods raise OSError if it fails."""
 
     def __init__(self, address: RedisAddress) -> None:
-        host, port = address.host, address.port
-        self.socket = socket.create_connection((host, port), ANSWER_TIME)
+        self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if address.tls:
             context = ssl.create_default_context()
-            self.socket = context.wrap_socket(self.socket, server_hostname=host)
+            self.socket = context.wrap_socket(self.socket, server_hostname=address.host)
         self._replies = self.socket.makefile("rb")
         try:
             self._log_in(address)
@@ -3890,9 +3883,8 @@ class RedisConnection:
             raise
 
     def _log_in(self, address: RedisAddress) -> None:
-        login: tuple[str, ...] = ()
-        if address.user or address.password:
-            login = ("AUTH", address.user or "default", address.password)
+        has_login = address.user or address.password
+        login = ("AUTH", address.user or "default", address.password) if has_login else ()
         greeting = self.call("HELLO", 2, *login)
         if not isinstance(greeting, list) or b"server" not in greeting:
             raise RedisError(NOT_REDIS)
@@ -3928,7 +3920,6 @@ class RedisStream:
         self.behind = False  # the stream has more entries to read
         self.hold_until = 0.0  # time at which the last "wait" expires (time.monotonic)
         self.seen: dict[bytes, int] = {}  # number of the last message, by server
-        self._missed = 0  # numbers missing in the last reading
         self._count = 8  # entries in the next reading
         self._key = key
         self._history = history
@@ -3939,15 +3930,15 @@ class RedisStream:
         """Return the history (first call) or the new messages. Wait up to LISTEN_TIME for them. Raise OSError."""
         last, was_behind = self.last, self.behind
         if not last:
-            return self._accept(self._read_history(redis))
-        messages = self._accept(self._read_new(redis))
+            return self._accept(self._read_history(redis))[0]
+        messages, missed = self._accept(self._read_new(redis))
         with contextlib.suppress(OSError):  # return the messages all the same
             if self.behind or was_behind:
                 kind = b"wait" if self.behind else b"go"
                 redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
             # Numbers are also missing if Redis refused the messages.
-            if self._missed and not self._newest(redis, last):
-                warn("missed %d messages that Redis no longer has", self._missed)
+            if missed and not self._newest(redis, last):
+                warn("missed %d messages that Redis no longer has", missed)
         return messages
 
     def _newest(self, redis: RedisConnection, end: bytes) -> Any:
@@ -3961,18 +3952,17 @@ class RedisStream:
         while entries and len(found) < self._history and size < self._history_size:
             entry, words = entries[0]
             size += sum(map(len, words))
-            found[:0] = [field for field in parse_entry(entry, words) if field.number]
+            found[:0] = [field for field in parse_entry(entry, words) if field[1]]
             entries = self._newest(redis, b"(" + entry)
         self.last = newest[0][0] if newest else b"0-0"
         return found[-self._history :]
 
     def _read_new(self, redis: RedisConnection) -> list[Field]:
         block = 1 if self.behind else int(LISTEN_TIME * 1000)
-        read = "XREAD", "COUNT", self._count, "BLOCK", block
-        reply = redis.call(*read, "STREAMS", self._key, self.last)
+        reply = redis.call("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self.last)
         entries = reply[0][1] if reply else []
         fields = [field for entry in entries for field in parse_entry(*entry)]
-        cost = total_cost([field.payload for field in fields])
+        cost = total_cost([payload for _, _, _, payload in fields])
         self.behind = len(entries) == self._count or cost > 2 * RUN_SIZE
         if entries:
             self.last = entries[-1][0]
@@ -3980,24 +3970,22 @@ class RedisStream:
             self._count = max(2, min(8 + len(entries), fitting))
         return fields
 
-    def _accept(self, fields: Iterable[Field]) -> list[LinkMessage]:
-        """Return the messages that are new."""
+    def _accept(self, fields: Iterable[Field]) -> tuple[list[LinkMessage], int]:
+        """Return the messages that are new, and how many are missing between them."""
         messages: list[LinkMessage] = []
-        self._missed = 0
+        missed = 0
         for server, number, kind, payload in fields:
             seen = self.seen.get(server, 0)
-            if kind == b"wait":
-                self.hold_until = time.monotonic() + WAIT_TIME
-            elif kind == b"go":
-                self.hold_until = 0.0
+            if not number:
+                self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
             elif number > seen:
                 self.seen[server] = number
-                self._missed += number - seen - 1 if server and seen else 0
+                missed += number - seen - 1 if server and seen else 0
                 if kind == b"binary":
                     messages.append((BINARY, payload))
                 else:
                     messages.append((TEXT, payload.decode(errors="replace").encode()))
-        return messages
+        return messages, missed
 
     def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
         """Write messages as one entry. `batch` has them by number."""
@@ -4054,8 +4042,7 @@ class RedisLink:
         self._stopped = False
         steps = self._write, self._read
         self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
-        self._early: list[LinkMessage] = []  # the history, if the constructor could read it
-        self._try_once()
+        self._early = self._try_once()  # the history, if Redis can be reached
 
     # ---- for the server: any thread ----
 
@@ -4072,7 +4059,6 @@ class RedisLink:
     def start(self) -> None:
         """Deliver the history, and start the threads."""
         self._deliver(self._early)
-        self._early = []
         for thread in self._threads:
             thread.start()
 
@@ -4107,21 +4093,18 @@ class RedisLink:
         if missing:
             log.warning("%d messages have not come back from Redis", missing)
 
-    def _try_once(self) -> None:
-        """Read the history if Redis can be reached. Raise RedisError for an error that will not pass."""
+    def _try_once(self) -> list[LinkMessage]:
+        """Return the history if Redis can be reached. Raise RedisError for an error that will not pass."""
         try:
             with contextlib.closing(RedisConnection(self._address)) as redis:
-                self._early = self._stream.read(redis)
                 self._stream.trim(redis)
-        except (RedisError, ssl.SSLError, socket.gaierror) as error:
+                return self._stream.read(redis)
+        except OSError as error:
             why = printable(str(error))
-            if why.startswith("MOVED "):
-                why = f"the stream is on another node of the cluster: {why}"
-            if not why.startswith(TEMPORARY_ERRORS):
-                where = f"{self._address.host}:{self._address.port}"
-                raise RedisError(f"Redis at {where}: {why}") from None
-        except OSError:
-            pass  # the threads will try again
+            lasts = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
+            if lasts and not why.startswith(TEMPORARY_ERRORS):
+                raise RedisError(f"Redis at {self._address.host}:{self._address.port}: {why}") from None
+            return []  # the threads will try again
 
     # ---- both threads ----
 
@@ -4138,10 +4121,10 @@ class RedisLink:
             except Exception as error:
                 failures += 1
                 if failures > 1 or isinstance(error, socket.timeout):  # do not report one lost connection
-                    self._report(step, error)
+                    self._report(step, str(error) or type(error).__name__)
                 time.sleep(RETRY_TIME)
 
-    def _report(self, step: object, error: Exception | None = None) -> None:
+    def _report(self, step: object, error: str = "") -> None:
         """Record whether a step failed. Log a line when Redis goes away and when it is back."""
         with self._news:
             was_away = self.away
@@ -4150,8 +4133,7 @@ class RedisLink:
                 return
             self._space.notify_all()
         if error:
-            why = str(error) or type(error).__name__
-            warn("Redis is away, senders wait: %s", printable(why))
+            warn("Redis is away, senders wait: %s", printable(error))
         else:
             warn("Redis is back")
 
@@ -4179,16 +4161,18 @@ class RedisLink:
             batch = self._next_batch()
         if not batch:
             return
+        last = max(batch)
         try:
             self._stream.add(redis, batch)
         except RedisError as error:
-            self._refuse(redis, batch, error)
+            if not str(error).startswith(REFUSALS):
+                raise
+            self._refuse(redis, last, len(batch), str(error))
             return
         if self._refused:
             warn("Redis accepts messages again, %d are lost", self._refused)
         self._refused = 0
         self._stream.trim(redis)
-        last = max(batch)
         with self._news:
             self._news.wait_for(lambda: last not in self._outbox, BACK_TIME)
 
@@ -4207,21 +4191,16 @@ class RedisLink:
             count = 1
         return dict(itertools.islice(self._outbox.items(), count))
 
-    def _refuse(self, redis: RedisConnection, batch: dict[int, LinkMessage], error: RedisError) -> None:
-        """Handle an entry that Redis has refused: write its messages one by one, or give up a single message.
-
-        Raise the error again if it will pass.
-        """
-        if not str(error).startswith(REFUSALS):
-            raise error
-        if str(error).startswith("OOM "):
+    def _refuse(self, redis: RedisConnection, last: int, count: int, error: str) -> None:
+        """Handle an entry that Redis has refused: write its messages one by one, or give up a single message."""
+        if error.startswith("OOM "):
             self._stream.trim(redis, always=True)  # it may be the stream that fills the memory
-        if len(batch) > 1:
-            self._alone = max(batch)
+        if count > 1:
+            self._alone = last
             return
-        self._remove(max(batch))
+        self._remove(last)
         if not self._refused:
-            warn("Redis refuses messages, which are lost: %s", printable(str(error)))
+            warn("Redis refuses messages, which are lost: %s", printable(error))
         self._refused += 1
 
 
@@ -4267,9 +4246,8 @@ class Program(BroadcastServer):
 
     cert: str | None = None  # file of the certificate (PEM)
     key: str | None = None  # file of the private key (PEM)
-    signals: tuple[int, ...] = ()  # received so far, without SIGHUP that renews the certificate
+    signals: list[int]  # received, and not handled yet
     inherited = False  # systemd has bound the socket
-    renews = False  # load the certificate again
 
     def server_bind(self) -> None:
         """Bind the socket, or use the socket that systemd has bound (sd_listen_fds(3)). The constructor calls it."""
@@ -4291,18 +4269,15 @@ class Program(BroadcastServer):
                 signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
-        """Handle a signal: SIGHUP renews the certificate, others stop the program, a second Ctrl-C ends it at once."""
-        if number == HANGUP and self.cert:
-            self.renews = True
-            return
+        """Note a signal for service_actions(). A second Ctrl-C ends the program at once."""
         if number == signal.SIGINT and number in self.signals:
             os._exit(130)
-        self.signals = (*self.signals, number)
+        self.signals.append(number)
 
     def service_actions(self) -> None:
-        """Act on signals. serve_forever() calls it after each poll."""
-        if self.renews:
-            self.renews = False
+        """Act on signals: SIGHUP renews the certificate, others stop the program. serve_forever() calls it often."""
+        while self.cert and HANGUP in self.signals:
+            self.signals.remove(HANGUP)
             self.renew()
         if self.signals:
             for number in OTHER_SIGNALS:
@@ -4385,7 +4360,7 @@ def create_server(options: argparse.Namespace) -> Program:
         options.tls_context = load_certificate(options.cert, options.key)
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
     server = Program((options.host, options.port), **settings)
-    server.cert, server.key = options.cert, options.key
+    server.cert, server.key, server.signals = options.cert, options.key, []
     return server
 
 
@@ -4480,24 +4455,17 @@ class FloodFilter(logging.Filter):
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error. Lines that a full pipe does not accept are left out: the server must not stop."""
+    """Writes to standard error. Leaves out lines that a full pipe does not accept: the server must not stop."""
 
     PATIENCE = 1.0  # seconds
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line. Leave it out if it cannot be written within PATIENCE."""
-        if self._can_write():
+        streams = [self.stream]
+        with contextlib.suppress(OSError, ValueError, TypeError):  # Windows, or a stream without a descriptor
+            _, streams, _ = select.select([], streams, [], self.PATIENCE)
+        if streams:
             super().emit(record)
-
-    def _can_write(self) -> bool:
-        if not hasattr(select, "poll"):  # Windows
-            return True
-        poll = select.poll()
-        try:
-            poll.register(self.stream.fileno(), select.POLLOUT)
-        except (OSError, ValueError):  # the stream has no descriptor
-            return True
-        return bool(poll.poll(self.PATIENCE * 1000))
 
 
 def start_logging(options: argparse.Namespace) -> None:
