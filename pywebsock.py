@@ -891,7 +891,7 @@ def body_length(request: Request, max_message: int) -> int:
 
 
 class BodyReader:
-    """Reads a body that arrives in pieces: an empty piece where the next one has yet to arrive, which is yielded too."""
+    """Reads a body that arrives in pieces. Where the next piece has yet to arrive, it is empty, and yielded as such."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
