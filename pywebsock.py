@@ -3876,20 +3876,17 @@ class RedisConnection:
             context = ssl.create_default_context()
             self.socket = context.wrap_socket(self.socket, server_hostname=address.host)
         self._replies = self.socket.makefile("rb")
+        has_login = address.user or address.password
+        login = ("AUTH", address.user or "default", address.password) if has_login else ()
         try:
-            self._log_in(address)
+            greeting = self.call("HELLO", 2, *login)
+            if not isinstance(greeting, list) or b"server" not in greeting:
+                raise RedisError(NOT_REDIS)
+            if address.database:
+                self.call("SELECT", address.database)
         except BaseException:
             self.close()
             raise
-
-    def _log_in(self, address: RedisAddress) -> None:
-        has_login = address.user or address.password
-        login = ("AUTH", address.user or "default", address.password) if has_login else ()
-        greeting = self.call("HELLO", 2, *login)
-        if not isinstance(greeting, list) or b"server" not in greeting:
-            raise RedisError(NOT_REDIS)
-        if address.database:
-            self.call("SELECT", address.database)
 
     def call(self, *words: str | bytes | int) -> Any:
         """Send a command and return the reply. Raise RedisError if the reply is an error."""
@@ -4072,15 +4069,9 @@ class RedisLink:
                 self._news.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
-        """Wait until the outbox is not full. Return whether the sender may put a message.
-
-        With a timeout (seconds), return at once if Redis is away.
-        """
+        """Wait until the outbox is not full, at most `timeout` seconds. Return whether the sender may put a message."""
         with self._space:
-            if timeout is None:
-                return self._space.wait_for(lambda: not self.is_full)
-            self._space.wait_for(lambda: self.away or not self.is_full, timeout)
-            return not self.away and not self.is_full
+            return self._space.wait_for(lambda: not self.is_full, timeout)
 
     def stop(self, timeout: float = 0.0) -> None:
         """Wait until the messages in the outbox have come back, or for `timeout` seconds. Then stop the link."""
@@ -4131,7 +4122,6 @@ class RedisLink:
             (self._failing.add if error else self._failing.discard)(step)
             if self.away == was_away:
                 return
-            self._space.notify_all()
         if error:
             warn("Redis is away, senders wait: %s", printable(error))
         else:
@@ -4316,15 +4306,13 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pywebsock", description=about, epilog=EXAMPLES, formatter_class=kind)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     add = parser.add_argument_group("network").add_argument
-    address = "address to listen on, such as 0.0.0.0, :: or unix:PATH (default: %(default)s)"
-    add("--host", default="127.0.0.1", help=address)
+    add("--host", default="127.0.0.1", help="address such as 0.0.0.0, :: or unix:PATH (default: %(default)s)")
     add("--port", default=4545, type=int, help="port to listen on; 0: any free port (default: %(default)s)")
     origin = "allow pages of this origin to connect; *: of any origin; repeatable"
     add("--origin", dest="origins", metavar="ORIGIN", action="append", default=[], help=origin)
     add("--cert", metavar="FILE", help="certificate chain in PEM: serve wss:// and https://")
     add("--key", metavar="FILE", help="private key in PEM, if it is not in the file of the certificate")
-    subprotocol = "support this subprotocol; repeatable"
-    add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help=subprotocol)
+    add("--subprotocol", dest="subprotocols", metavar="NAME", action="append", help="support it; repeatable")
     add("--redis", metavar="URL", help="form one room with all servers on this Redis")
     add("--no-compression", action="store_false", dest="compression", help="do not use permessage-deflate")
     add("--stdin", action="store_true", help="broadcast each line of standard input")
@@ -4343,8 +4331,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     add = functools.partial(group.add_argument, type=parse_size)
     add("--max-message", metavar="SIZE", default="16M", help="maximum size of a message (default: %(default)s)")
     add("--max-backlog", metavar="SIZE", default="16M", help="maximum size of a client's queue (default: %(default)s)")
-    clients = f"maximum number of clients (default: %(default)s; on Windows at most {MOST_SELECTED})"
-    add("--max-clients", metavar="N", default=10_000, help=clients)
+    add("--max-clients", metavar="N", default=10_000, help="maximum number of clients (default: %(default)s)")
     ping = "seconds without data until a Ping, and then until a drop (default: %(default)g)"
     add("--ping", dest="ping_interval", type=float, metavar="SECONDS", default=20.0, help=ping)
     add("--history", metavar="N", default=0, help="number of messages that a new client gets first (default: 0)")
