@@ -3842,6 +3842,7 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
 # "go". Until then, each other server writes at most one entry per WAIT_TIME. A "wait" also
 # expires after WAIT_TIME, because its server may have ended.
 
+READ_COUNT = 16  # entries in one reading
 STREAM_LENGTH = 10_000  # entries
 STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
 LINKED_COST = 4096  # bytes that a message counts in addition to its payload
@@ -3917,7 +3918,6 @@ class RedisStream:
         self.behind = False  # the stream has more entries to read
         self.hold_until = 0.0  # time at which the last "wait" expires (time.monotonic)
         self.seen: dict[bytes, int] = {}  # number of the last message, by server
-        self._count = 8  # entries in the next reading
         self._key = key
         self._history = history
         self._history_size = history_size
@@ -3956,15 +3956,13 @@ class RedisStream:
 
     def _read_new(self, redis: RedisConnection) -> list[Field]:
         block = 1 if self.behind else int(LISTEN_TIME * 1000)
-        reply = redis.call("XREAD", "COUNT", self._count, "BLOCK", block, "STREAMS", self._key, self.last)
+        reply = redis.call("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", self._key, self.last)
         entries = reply[0][1] if reply else []
         fields = [field for entry in entries for field in parse_entry(*entry)]
-        cost = total_cost([payload for _, _, _, payload in fields])
-        self.behind = len(entries) == self._count or cost > 2 * RUN_SIZE
+        payloads = [payload for _, number, _, payload in fields if number]
+        self.behind = bool(payloads) and (len(entries) == READ_COUNT or total_cost(payloads) > 2 * RUN_SIZE)
         if entries:
             self.last = entries[-1][0]
-            fitting = RUN_SIZE * len(entries) // cost  # entries in RUN_SIZE bytes
-            self._count = max(2, min(8 + len(entries), fitting))
         return fields
 
     def _accept(self, fields: Iterable[Field]) -> tuple[list[LinkMessage], int]:
