@@ -756,10 +756,8 @@ def parse_head(head: str) -> Request:
     malformed = "the request is not HTTP/1.1, incomplete, malformed, or has a line without CR LF"
     match = require(HEAD.fullmatch(head), 400, malformed)
     headers: dict[str, str] = {}
-    for line in match[4].split("\r\n")[1:]:
-        name, _, value = line.partition(":")
-        name = name.lower()
-        value = value.strip(" \t")
+    for field, text in re.findall(rf"({TOKEN}):([^\r]*)", match[4]):
+        name, value = field.lower(), text.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return Request(match[1], match[2], (1, int(match[3])), headers)
 
@@ -3978,7 +3976,7 @@ class RedisStream:
                 missed += number - seen - 1 if server and seen else 0
                 if kind == b"binary":
                     messages.append((BINARY, payload))
-                else:
+                else:  # another program may have added it
                     messages.append((TEXT, payload.decode(errors="replace").encode()))
         return messages, missed
 
