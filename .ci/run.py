@@ -22,9 +22,10 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEBIAN = (
-    *("apache2-bin", "chromium", "chromium-driver", "curl", "default-jdk-headless", "firefox-esr", "fonts-inter"),
-    *("fonts-noto-color-emoji", "gcc", "haproxy", "iproute2", "libmojolicious-perl", "libnetty-java", "lighttpd"),
-    *("nginx", "openssl", "redis-server", "systemd", "varnish", "webkit2gtk-driver", "xvfb"),
+    *("apache2-bin", "caddy", "chromium", "chromium-driver", "curl", "default-jdk-headless", "firefox-esr"),
+    *("fonts-inter", "fonts-noto-color-emoji", "gcc", "haproxy", "iproute2", "libmojolicious-perl", "libnetty-java"),
+    *("libwebsockets-dev", "lighttpd", "nginx", "openssl", "redis-server", "systemd", "varnish"),
+    *("webkit2gtk-driver", "xvfb"),
 )
 NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda@10.1.0")
 CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")

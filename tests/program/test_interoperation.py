@@ -504,6 +504,38 @@ class JavaScript(Interoperation):
 # ---- other languages ----
 
 
+def compile_c(source: str, folder: str, library: str) -> str:
+    """The path of a program in C, which is compiled in this folder."""
+    compiler = shutil.which("cc") or ""
+    require(compiler, "a C compiler")
+    program = f"{folder}/client"
+    command = [compiler, "-o", program, str(SCRIPTS / source), f"-l{library.removeprefix('lib')}"]
+    compiled = subprocess.run(command, check=False, capture_output=True, timeout=3 * DEADLINE)
+    require(f"{library}.h: No such file".encode() not in compiled.stderr, library)
+    if compiled.returncode:
+        raise AssertionError(compiled.stderr.decode())
+    return program
+
+
+def converse_in_lines(program: str, url: str, offer: str) -> Report:
+    """A run of client.c. Its library does not tell it the code of the server's Close."""
+    messages = [whole(pieces) for pieces in CONVERSATION]
+    payloads = [message.encode() if isinstance(message, str) else message for message in messages]
+    kinds = [b"t" if isinstance(message, str) else b"b" for message in messages]
+    told = b"".join(b"%b%d\n%b" % (kind, len(payload), payload) for kind, payload in zip(kinds, payloads))
+    command = [program, url.rpartition(":")[2].strip("/"), offer]
+    done = subprocess.run(command, input=told, capture_output=True, timeout=3 * DEADLINE, check=False)
+    if done.returncode or done.stderr:
+        raise AssertionError(f"exit status {done.returncode}: {done.stderr.decode()}")
+    echoes: list[Message] = []
+    rest = done.stdout
+    while rest:
+        head, _, rest = rest.partition(b"\n")
+        payload, rest = rest[: int(head[1:])], rest[int(head[1:]) :]
+        echoes.append(payload.decode() if head[:1] == b"t" else payload)
+    return Report(echoes, 1000)
+
+
 class Subprotocols(unittest.TestCase):
     """Clients that end the connection where the server chooses none of their subprotocols."""
 
@@ -598,6 +630,14 @@ class Careless(Interoperation):
         for offer in ("1", "0"):
             with self.subTest(offer=offer):
                 self.check_echoes(conversation, program, script, url, offer)
+
+    def test_libwebsockets(self) -> None:
+        """Where compression is agreed on, it loops at a frame that is not compressed: the README has two ways round."""
+        with tempfile.TemporaryDirectory() as folder, Process("--no-compression") as plain:
+            program = compile_c("client.c", folder, "libwebsockets")
+            self.check(lambda url, _: converse_in_lines(program, url, ""), offers=(False,))
+            told = converse_in_lines(program, f"ws://localhost:{plain.port}/", "permessage-deflate")
+            self.check_messages("its echoes", told.echoes)
 
     def test_netty(self) -> None:
         """Its standard handler refuses every parameter that it did not offer."""

@@ -76,6 +76,18 @@ server.port = {port}
 {spans[0]}
 {spans[1]}
 """
+CADDY = """
+{{
+    admin off
+    auto_https off
+}}
+http://:{port} {{
+    bind 127.0.0.1
+    {spans[0]}
+    {spans[1]}
+    {spans[2]}
+}}
+"""
 
 
 def configuration(proxy: str) -> list[str]:
@@ -197,6 +209,15 @@ class Lighttpd(Proxy):
         program = self.program("lighttpd")
         file = self.write(folder, LIGHTTPD, server_port, port=port, spans=configuration("lighttpd"))
         return [str(program), "-D", "-m", str(program.parents[1] / "lib" / "lighttpd"), "-f", file]
+
+
+class Caddy(Proxy):
+    hidden = True
+
+    def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
+        file = self.write(folder, CADDY, server_port, port=port, spans=configuration("Caddy"))
+        run = [str(self.program("caddy")), "run", "--adapter", "caddyfile", "--config", file]
+        return ["env", f"XDG_CONFIG_HOME={folder}", *run]  # or it keeps its configuration for the next start
 
 
 del Proxy  # the common base has no test of its own
