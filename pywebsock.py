@@ -1628,20 +1628,22 @@ class Connection:
         first = memoryview(self.pieces[0])[self.sent :]
         if len(self.pieces) == 1 or len(first) >= SEND_SIZE:
             return first
-        slices, size = [first], len(first)
+        slices: list[Octets | memoryview] = [first]
+        size = len(first)
         for piece in itertools.islice(self.pieces, 1, None):
             if size >= SEND_SIZE:
                 break
-            slices.append(memoryview(piece)[:SEND_SIZE])
+            slices.append(piece if len(piece) < SEND_SIZE else memoryview(piece)[:SEND_SIZE])
             size += len(piece)
         return b"".join(slices)
 
     def _count(self, sent: int, now: float) -> None:
         self.size -= sent
-        self.sent += sent
-        while self.pieces and self.sent >= len(self.pieces[0]):
-            self.sent -= len(self.pieces.popleft())
-        if not self.pieces:
+        sent_of_first, pieces = self.sent + sent, self.pieces  # there may be thousands of short ones
+        while pieces and sent_of_first >= len(pieces[0]):
+            sent_of_first -= len(pieces.popleft())
+        self.sent = sent_of_first
+        if not pieces:
             self.pieces = NOTHING
         self.moved = now
         self.quick_until = min(max(self.quick_until, now) + sent / QUICK_RATE, now + QUICK_TIME)
@@ -2386,9 +2388,9 @@ class Room:
     def _remember(self, messages: list[Outgoing]) -> None:
         """Keep the last messages for those who join, but no more bytes than they can be given."""
         self._history.extend(messages)
-        self._history_size += sum([message.size for message in messages])
+        self._history_size += sum([message.size + MESSAGE_COST for message in messages])
         while len(self._history) > self._history_length or self._history_size > self._history_limit:
-            self._history_size -= self._history.popleft().size
+            self._history_size -= self._history.popleft().size + MESSAGE_COST
 
     @property
     def compresses(self) -> bool:
@@ -2650,8 +2652,10 @@ class Sender:
 
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
         """A handler has given its connection: send what comes first."""
-        for data in first():
-            connection.keep(data, 0, self.now)
+        frames = first()
+        connection.keep(frames[0], 0, self.now)
+        connection.pieces.extend(frames[1:])  # not one by one: there may be thousands
+        connection.size += sum(map(len, frames[1:]))
         self.slow.add(connection)
         self._room.set_send(connection, send_nothing)
         self.flush(connection)

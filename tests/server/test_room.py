@@ -122,15 +122,20 @@ class Joining(RoomTestCase):
         self.assertEqual(pipe.stream, RESPONSE + text("for all"))
 
     def test_history_in_bytes(self) -> None:
-        """Half of what may wait for a client, and no message that is longer."""
-        self.begin(history=100, max_backlog=100)
+        """Half of what may wait for a client, where each message counts more than its bytes, and none that is longer."""
+        limit = 2 * pywebsock.MESSAGE_COST + 50
+        self.begin(history=100, max_backlog=2 * limit)
         for message in ("a" * 20, "b" * 20, "c" * 20):
             self.put(message)
         self.carry_out()
         _, pipe = self.join()
         self.carry_out()
         self.assertEqual(pipe.stream, RESPONSE + text("b" * 20, "c" * 20))
-        self.put("d" * 51)
+        for _ in range(100):
+            self.put("")
+        self.carry_out()
+        self.assertEqual(len(self.room._history), 2)
+        self.put("d" * (limit - pywebsock.MESSAGE_COST + 1))
         self.carry_out()
         self.assertEqual((len(self.room._history), self.room._history_size), (0, 0))
 

@@ -116,6 +116,22 @@ class StuckTest(stress.StressTestCase):
         clients.__exit__()
         self.withstand(besieged, "80 joiners who do not read 16 MB of history")
 
+    def test_history_of_short_messages(self) -> None:
+        """Three hundred thousand lines, and ten who join at the same time."""
+        besieged = self.besiege("--history", "300000")
+        clients = self.clients(besieged)
+        sender = clients.join(1)[0]
+        for _ in range(30):
+            sender.send(b"".join(support.masked_frame(1, b"line %d" % number) for number in range(10_000)))
+            expected = sender.received + 100_000
+            clients.run(lambda expected=expected: sender.received > expected)  # type: ignore[misc]
+        besieged.witness.figures()
+        for _ in range(10):
+            clients.start()
+        clients.run_for(2)
+        clients.__exit__()
+        self.withstand(besieged, "300,000 short messages of history for 10 joiners")
+
     def push(self, besieged: stress.Siege, size: int, pace: float) -> witness.Pusher:
         """A client of it that sends so many bytes a second."""
         pusher = witness.Pusher(besieged.port, size, pace)
