@@ -1682,9 +1682,11 @@ class Connection:
         on_the_way, acked = bytes_in_kernel(self.socket)
         if acked != self.acked:
             self.acked, self.moved = acked, now
+            if self.paused:  # it is not read: that its system has answered will do
+                self.heard = now
         elif self.state is State.OPEN and not (self.size or on_the_way):
             self.moved = now
-            if self.paused:  # it is not read: that its system has answered will do
+            if self.paused and not acked:  # the own system does not tell
                 self.heard = now
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import struct
+import sys
 import threading
+import unittest
 
 import pywebsock
 from tests.tools import faults
@@ -136,6 +139,26 @@ class Keepalive(ServerTestCase):
         self.connect(server, small=True)
         for _ in range(10):
             server.broadcast(bytes(10_000))
+        eventually(lambda: not server.clients)
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere the system does not tell what the peer has taken")
+    def test_reset_while_its_messages_wait(self) -> None:
+        """A client that is not read because of its rate gets Pings: what its system does with these tells."""
+
+        class Mute(pywebsock.BroadcastServer):
+            """Sends nothing to a client."""
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                pass
+
+        server = self.serve(Mute, rate=0.01, ping_interval=0.1, ping_timeout=0.1)
+        client = self.connect(server)
+        client.send_raw(2 * masked_frame(TEXT, b"text"))
+        for _ in range(5):  # its system answers, and it stays
+            self.assertEqual(client.read_frame().opcode, PING)
+        self.assertEqual(len(server.clients), 1)
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.socket.close()
         eventually(lambda: not server.clients)
 
     def test_none(self) -> None:
