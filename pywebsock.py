@@ -1719,11 +1719,12 @@ def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
 
 
 def reset(connection: socket.socket) -> None:
-    """End a connection without sending what is left."""
+    """End a connection without sending what is left. The caller closes the socket soon."""
     with contextlib.suppress(OSError):  # its peer was faster
         linger = struct.pack("hh" if IS_WINDOWS else "ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        connection.shutdown(socket.SHUT_RDWR)
+        if not IS_WINDOWS:  # there, a socket that was shut down may not send a reset when it is closed
+            connection.shutdown(socket.SHUT_RDWR)  # even if a child process keeps the socket open
 
 
 TOO_LATE = "the request took too long"

@@ -20,6 +20,7 @@ from tests.server.test_connection import RESPONSE, make_connection
 from tests.tools.support import (
     BINARY,
     DEADLINE,
+    IS_WINDOWS,
     TEXT,
     Pipe,
     Recorder,
@@ -236,15 +237,19 @@ class Recipients(RoomTestCase):
 
     def test_long_runs(self) -> None:
         """Many messages go out as one send, as long as they are not too large."""
-        _, pipe = self.join()
+        connection, pipe = self.join()
         self.carry_out()
         pipe.taken.clear()
         messages = [f"{number}" for number in range(1000)] + ["x" * 600_000] * 4
         for message in messages:
             self.put(message)
         self.carry_out()
+        if IS_WINDOWS:  # a send is a slice there
+            while connection.size:
+                self.loop.sender.flush(connection)
+        else:
+            self.assertEqual(len(pipe.taken), 2)
         self.assertEqual(pipe.stream, text(*messages))
-        self.assertEqual(len(pipe.taken), 2)
 
     def test_an_operation_that_fails(self) -> None:
         """Those before and behind it are not to blame."""

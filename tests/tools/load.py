@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import errno
 import os
 import pathlib
@@ -363,8 +364,22 @@ def peak(pid: int) -> float:
 
 def cpu(pid: int) -> float:
     """Seconds of processor time that a process has used."""
+    if support.IS_WINDOWS:
+        return windows_cpu(pid)
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def windows_cpu(pid: int) -> float:
+    """The same on Windows."""
+    kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 (mypy)
+    process = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+    times = [ctypes.c_uint64() for _ in range(4)]  # creation, exit, kernel, user; in 100 ns
+    found = kernel.GetProcessTimes(process, *map(ctypes.byref, times))
+    kernel.CloseHandle(process)
+    if not found:
+        raise OSError(f"no process {pid}")
+    return (times[2].value + times[3].value) / 1e7
 
 
 def threads(pid: int) -> int:

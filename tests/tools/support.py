@@ -35,6 +35,7 @@ IS_WINDOWS = os.name == "nt"
 IS_WINE = IS_WINDOWS and hasattr(getattr(ctypes, "windll").ntdll, "wine_get_version")  # noqa: B009 (mypy)
 DEADLINE = 30.0 if IS_WINE else 10.0  # seconds that a test waits for anything; under Wine, Python starts slowly
 NO_BREAK = "Wine sends no Ctrl-Break to another process"
+NO_RESET = "Wine's recv() returns the end of a connection that is reset"
 MISSING = " is missing"  # what reasons to skip end with
 EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is missing fails instead of being skipped
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
