@@ -4360,6 +4360,8 @@ def locations(server: BroadcastServer, host: str) -> str:
     if bound.startswith(UNIX):
         return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
+    if IS_WINDOWS and name == "localhost" and ":" not in bound and not server.tls_context:
+        name = "127.0.0.1"  # for localhost, some clients there try IPv6 for two seconds first
     urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
     labels = "listening on", "on the network:"
     lines = zip(labels, filter(None, urls))

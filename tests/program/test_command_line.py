@@ -24,6 +24,7 @@ import pywebsock
 from tests.tools.support import (
     DEADLINE,
     EVERYTHING,
+    IS_WINDOWS,
     IS_WINE,
     NO_BREAK,
     ROOT,
@@ -39,6 +40,7 @@ from tests.tools.support import (
 )
 
 CLOSE = 8
+LOCAL = "127.0.0.1" if IS_WINDOWS else "localhost"  # the name in the first line
 GOING_AWAY = b"\x03\xe9"
 
 
@@ -81,24 +83,24 @@ class Start(CommandLineTestCase):
 
     def test_first_line(self) -> None:
         process = self.start()
-        expected = "pywebsock: listening on http://localhost:{0}/ (ws://localhost:{0}/)" + os.linesep
-        self.assertEqual(process.first_line, expected.format(process.port))
+        expected = f"pywebsock: listening on http://{LOCAL}:{process.port}/ (ws://{LOCAL}:{process.port}/)"
+        self.assertEqual(process.first_line, expected + os.linesep)
         self.assertGreater(process.port, 0)
         client = self.connect(process)
         client.send("Hello")
         self.assertEqual(client.read(), "Hello")
 
     def test_addresses(self) -> None:
-        for host, name in (("localhost", "localhost"), ("0.0.0.0", "localhost"), ("127.0.0.1", "localhost")):
+        for host in ("localhost", "0.0.0.0", "127.0.0.1"):
             with self.subTest(host=host):
                 process = self.start("--host", host)
-                self.assertIn(f"(ws://{name}:{process.port}/)", process.first_line)
+                self.assertIn(f"(ws://{LOCAL}:{process.port}/)", process.first_line)
                 self.connect(process).socket.close()
 
     def test_everything(self) -> None:
         """No host is all hosts, and it says so."""
         process = self.start("--host", "")
-        self.assertIn(f"(ws://localhost:{process.port}/)", process.first_line)
+        self.assertIn(f"(ws://{LOCAL}:{process.port}/)", process.first_line)
         address = pywebsock.network_address("0.0.0.0")
         if address:
             with socket.create_connection((address, process.port), DEADLINE) as client:
@@ -112,7 +114,7 @@ class Start(CommandLineTestCase):
             with self.subTest(host), pywebsock.BroadcastServer((host, 0)) as server:
                 port = server.server_address[1]
                 first, *more = pywebsock.locations(server, host).split("\n")
-                self.assertEqual(first, f"pywebsock: listening on http://localhost:{port}/ (ws://localhost:{port}/)")
+                self.assertEqual(first, f"pywebsock: listening on http://{LOCAL}:{port}/ (ws://{LOCAL}:{port}/)")
                 expected = f"pywebsock: on the network: http://{address}:{port}/ (ws://{address}:{port}/)"
                 self.assertEqual(more, [expected] if address else [])
 
@@ -130,6 +132,21 @@ class Start(CommandLineTestCase):
                 server._url = lambda name: pywebsock.BroadcastServer._url(server, name)  # noqa: B023
                 lines = pywebsock.locations(server, host).split("\n")
                 self.assertEqual([line.partition("http")[1] + line.partition("http")[2] for line in lines], expected)
+
+    def test_the_name_on_windows(self) -> None:
+        """127.0.0.1, unless it listens with IPv6, too, or a certificate is for the other."""
+        for bound, secure, name in (
+            ("127.0.0.1", False, "127.0.0.1"),
+            ("0.0.0.0", False, "127.0.0.1"),
+            ("127.0.0.1", True, "localhost"),
+            ("::", False, "localhost"),
+            ("::1", False, "localhost"),
+            ("10.0.0.7", False, "box"),
+        ):
+            server = unittest.mock.Mock(server_address=(bound, 1), tls_context=secure)
+            with self.subTest(bound, secure=secure), unittest.mock.patch.object(pywebsock, "IS_WINDOWS", True):
+                pywebsock.locations(server, "box")
+                self.assertEqual(server._url.call_args_list[0], unittest.mock.call(name))
 
     def test_ipv6_and_ipv4(self) -> None:
         with socket.socket(socket.AF_INET6) if socket.has_ipv6 else contextlib.nullcontext() as probe:

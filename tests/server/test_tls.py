@@ -18,6 +18,7 @@ from tests.tools import faults, load
 from tests.tools.support import (
     CLOSE,
     IS_WINDOWS,
+    IS_WINE,
     PING,
     PONG,
     TEXT,
@@ -184,7 +185,8 @@ class TLSEnds(unittest.TestCase):
                         witness.send("Hello")
                         self.assertEqual(witness.read(), "Hello")
             self.check_idle(server, witness)
-        self.assertEqual(server.wait(), 0)
+        if not IS_WINE:  # where it is killed
+            self.assertEqual(server.wait(), 0)
 
     def end_of_tls(self, client: Client, first: bytes) -> None:
         """Send something, then close_notify, and wait for theirs; TCP stays as it is."""

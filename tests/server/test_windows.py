@@ -142,7 +142,7 @@ class Windows(ServerTestCase):
 
     def test_too_many_connections(self) -> None:
         """The oldest that is no client goes, although nothing wakes its thread."""
-        server = self.serve()
+        server = self.serve(handshake_timeout=60)
         server._most_connections = 3
         self.connect(server)
         waiting = [self.connect(server, handshake=False) for _ in range(2)]
