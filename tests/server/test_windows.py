@@ -191,6 +191,31 @@ class Windows(ServerTestCase):
             client.socket.close()
 
 
+class Port(ServerTestCase):
+    """Nobody else binds the port of a server."""
+
+    def test_not_shared(self) -> None:
+        """Windows would let a program that asks for SO_REUSEADDR."""
+        server = self.serve()
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with self.assertRaises(OSError):
+                other.bind(server.server_address)
+
+    def test_exclusive_use(self) -> None:
+        """The option is set, before the address is bound; here that of another system is used in its place."""
+        option = pywebsock.EXCLUSIVE_USE or socket.SO_KEEPALIVE
+
+        def bind(server: socketserver.TCPServer) -> None:
+            """In place of TCPServer.server_bind()."""
+            self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
+            raise OSError(errno.EADDRINUSE, "bound by another")
+
+        in_place = unittest.mock.patch.object
+        with in_place(pywebsock, "EXCLUSIVE_USE", option), in_place(socketserver.TCPServer, "server_bind", bind):
+            self.assertRaisesRegex(OSError, "bound by another", pywebsock.BroadcastServer, ("127.0.0.1", 0))
+
+
 class Crowd(ServerTestCase):
     """As many clients as select() can take on Windows."""
 
