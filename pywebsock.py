@@ -3680,15 +3680,20 @@ class BroadcastServer(Settings, LimitedServer):
         self._hooks.stop()
 
 
+MACOS_FILES = 10_240  # OPEN_MAX: macOS has a hard limit of "unlimited", to which it does not raise the other
+
+
 def raise_file_limit() -> int:
     """Let the process have as many open files as it may: one for each connection. How many."""
     try:
         import resource  # not on Windows
     except ImportError:
         return sys.maxsize
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in (most, max(limit, MACOS_FILES)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
+            break
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if files == resource.RLIM_INFINITY else files
 

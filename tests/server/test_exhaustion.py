@@ -105,6 +105,36 @@ print(socket.getdefaulttimeout())
 """
 
 
+@unittest.skipIf(IS_WINDOWS, "Windows has no limit of descriptors")
+class FileLimit(unittest.TestCase):
+    """The limit of open files is raised as far as the system lets it."""
+
+    def test_raised(self) -> None:
+        for limit, hard, accepted, expected in (
+            (256, 4096, 4096, 4096),
+            (256, 1 << 62, 10_240, 10_240),  # macOS
+            (20_000, 1 << 62, 20_000, 20_000),
+            (256, 300, 0, 256),
+        ):
+            with self.subTest(limit=limit, hard=hard):
+                self.check([limit, hard], accepted, expected)
+
+    def check(self, limits: list[int], accepted: int, expected: int) -> None:
+        """A system with these limits, which accepts a new one up to a number."""
+        hard = limits[1]
+
+        def change(_: int, new: tuple[int, int]) -> None:
+            """In place of setrlimit()."""
+            if new[0] > min(accepted, hard):
+                raise ValueError("current limit exceeds maximum limit")
+            limits[:] = new
+
+        in_place = unittest.mock.patch
+        with in_place("resource.getrlimit", lambda _: tuple(limits)), in_place("resource.setrlimit", change):
+            self.assertEqual(pywebsock.raise_file_limit(), expected)
+        self.assertEqual(limits, [expected, hard])
+
+
 class Host(ServerTestCase):
     """A server changes nothing of the program that it is a part of."""
 
