@@ -283,7 +283,7 @@ class Outbox(PageTestCase):
     def test_a_dead_connection_is_noticed(self) -> None:
         """The message is kept, the header says so, and once the link is back it has arrived once."""
         server = self.serve("--history", "50")
-        tab = self.open(self.from_disk(server, self.hasty(NO_ECHO=1500, PROBE_TIMEOUT=1500, OVERDUE=300)))
+        tab = self.open(self.from_disk(server, self.hasty(PATIENCE=1500, OVERDUE=300)))
         tab.send("before")
         tab.wait_for_messages(1)
         with paused(server.pid):
@@ -442,7 +442,7 @@ class Engines(PageTestCase):
     def test_cut_at_random(self) -> None:
         """Cuts, reloads, a server that stands still: each message is everywhere, once, in one order."""
         server = self.serve("--history", "200")
-        page = self.hasty(NO_ECHO=1500, PROBE_TIMEOUT=1500)
+        page = self.hasty(PATIENCE=1500)
         tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
         scripts = {
             "drop": "if (connection.socket) connection.drop('moved')",
