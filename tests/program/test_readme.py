@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import tokenize
 import typing
@@ -45,6 +47,12 @@ POST: dict[str, typing.Any] = {
     "Sec_WebSocket_Key": None,
     "Content_Length": "5",
 }
+
+
+def spans(purpose: str) -> list[str]:
+    """The code in the row of the table of recipes that begins with these words."""
+    (cell,) = (row[1] for row in rows(section("Recipes")) if row[0].startswith(purpose))
+    return re.findall(r"`(.*?)`", cell)
 
 
 def recipe(heading: str) -> str:
@@ -280,8 +288,15 @@ def server_of(heading: str, name: str) -> type[BroadcastServer]:
     return typing.cast("type[BroadcastServer]", names[name])
 
 
+def server_with(body: str) -> type[BroadcastServer]:
+    """A class with the methods in this text."""
+    names: dict[str, typing.Any] = {"BroadcastServer": BroadcastServer, "asyncio": asyncio, "loop": None}
+    exec(f"class Server(BroadcastServer):\n{textwrap.indent(body, '    ')}", names)
+    return typing.cast("type[BroadcastServer]", names["Server"])
+
+
 class Recipes(ServerTestCase):
-    """The recipes that are a class."""
+    """The recipes that are a class or an expression."""
 
     def say(self, speaker: Client, text: str, *hearers: Client) -> None:
         """Send a text from one client, and read it from others."""
@@ -299,12 +314,8 @@ class Recipes(ServerTestCase):
         self.assertEqual([each.read() for each in (a, b, c)], ["posts"] * 3)
 
     def test_all_but_the_sender(self) -> None:
-        """The expression for it in the text."""
-        (others,) = re.findall(r"`(to=self\.clients - [^`]*)`", section("Library"))
-        names: dict[str, typing.Any] = {}
-        hook = f"def on_message(self, client, message):\n        self.broadcast(message, {others})\n"
-        exec(f"{IMPORT}class Others(BroadcastServer):\n    {hook}", names)
-        server = self.serve(names["Others"])
+        (call,) = spans("send to all but the sender")
+        server = self.serve(server_with(f"def on_message(self, client, message):\n    {call}"))
         a, b, c = (self.connect(server) for _ in range(3))
         self.say(a, "from a", b, c)
         self.say(b, "from b", a, c)
@@ -335,7 +346,12 @@ class Recipes(ServerTestCase):
 
     def test_news(self) -> None:
         """Clients only receive; programs with a token send."""
-        server = self.serve(server_of("Tokens", "News"))
+        (close,) = re.findall(r"`(client\.close\(1008\))`", section("Tokens"))
+        admit = "def admit(self, client):\n    if client.method == 'POST':\n        tokens.admit(self, client)\n"
+        news = server_with(f"{admit}\ndef on_message(self, client, message):\n    {close}")
+        tokens = server_of("Tokens", "Tokens")
+        news.admit.__globals__["tokens"] = tokens
+        server: BroadcastServer = self.serve(type("News", (news, tokens), {}))
         port = server.server_address[1]
         listener, speaker = self.connect(server), self.connect(server)
         self.assertEqual(exchange(port, request(**POST) + b"never")[0], 401)
@@ -345,7 +361,8 @@ class Recipes(ServerTestCase):
         self.assertEqual(listener.read(), "hello")
 
     def test_address(self) -> None:
-        server = self.serve(server_of("The real address, behind a proxy", "Behind"))
+        (assignment,) = spans("know the real address")[1:]
+        server = self.serve(server_with(f"def admit(self, client):\n    {assignment}"))
         for fields, address in (
             ({"X_Forwarded_For": "192.0.2.1"}, "192.0.2.1"),
             ({"X_Forwarded_For": "nonsense, 10.0.0.1,2001:db8::1"}, "2001:db8::1"),
@@ -357,21 +374,35 @@ class Recipes(ServerTestCase):
             eventually(lambda: not server.clients)
 
     def test_asyncio(self) -> None:
-        server = self.serve(server_of("With asyncio", "Thinker"))
-        client = self.connect(server)
+        """A hook waits for a coroutine, and a coroutine broadcasts."""
+        wait = spans("wait for a coroutine")[0].replace("coroutine,", "self.answer(message),")
+        broadcast = spans("broadcast in a coroutine")[0].replace("server", "self")
+        answer = f"async def answer(self, message):\n    {broadcast}\n    return 'an answer'\n"
+        hook = f"def on_message(self, client, message):\n    client.send({wait})"
+        kind = server_with(f"{answer}\n{hook}")
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        self.addCleanup(loop.close)
+        self.addCleanup(thread.join)
+        self.addCleanup(loop.call_soon_threadsafe, loop.stop)
+        kind.on_message.__globals__["loop"] = loop
+        client = self.connect(self.serve(kind))
         for word in ("hello", "world"):
             client.send(word)
-        self.assertEqual([client.read(), client.read()], ["HELLO", "WORLD"])
+            self.assertEqual([client.read(), client.read()], [word, "an answer"])
 
     def test_a_test(self) -> None:
-        """The test case of the recipe passes, and leaves no thread behind."""
-        names: dict[str, typing.Any] = {"__name__": "recipe"}
-        exec(CODE["Inside a test", "python"], names)
+        """A server in a test serves, stops, and leaves no thread behind."""
+        (start,) = spans("run a server in a test")[:1]
         before = set(threading.enumerate())
-        result = unittest.TestResult()
-        unittest.defaultTestLoader.loadTestsFromTestCase(names["TestSomething"]).run(result)
-        self.assertEqual((result.testsRun, result.errors, result.failures), (1, [], []))
-        self.assertEqual({each for each in threading.enumerate() if not each.daemon} - before, set())
+        with BroadcastServer(("localhost", 0)) as server:
+            exec(start, {"threading": threading, "server": server})
+            with Client(server.server_address[1]) as client:
+                client.send("hello")
+                self.assertEqual(client.read(), "hello")
+            server.shutdown()
+        eventually(lambda: not {each for each in threading.enumerate() if not each.daemon} - before)
 
 
 @unittest.skipUnless(EVERYTHING or os.name == "posix", "programs are ended with Ctrl-C")
@@ -407,19 +438,16 @@ class Programs(ProgramTestCase):
             closing = threading.Thread(target=self.read_close, args=(ben,))
             closing.start()
         closing.join(DEADLINE)
-        self.assertEqual(self.output, f"listening on http://localhost:{port}/\nstopping\n")
 
     def test_sigterm(self) -> None:
         """SIGTERM ends the program as Ctrl-C does."""
-        with self.program("Library", signal.SIGTERM) as port:
-            pass
-        self.assertEqual(self.output, f"listening on http://localhost:{port}/\nstopping\n")
+        with self.program("Library", signal.SIGTERM) as port, Client(port) as client:
+            self.assertEqual(client.read(), "who are you?")
 
     def test_log(self) -> None:
         """The log of the text has warnings, and no line for a client that leaves."""
-        configuration = re.findall(r"`(logging\..*?)`", section("Library"))
-        prelude = "\n".join(["import logging", *(line for line in configuration if "(" in line), ""])
-        self.assertEqual(prelude.count("logging."), 4)
+        prelude = "\n".join(["import logging", *spans("log to a file"), ""])
+        self.assertEqual(prelude.count("logging."), 3)
         with self.program("Library", prelude=prelude) as port:
             exchange(port, b"nonsense\r\n\r\n")
             Client(port).socket.close()

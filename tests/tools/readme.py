@@ -50,7 +50,6 @@ def sentences(text: str) -> list[str]:
 class ProgramTestCase(ServerTestCase):
     """Tests of the programs in the README that are complete: each in a process, with a free port in place of 4545."""
 
-    output: str  # of the program, after its end
     folder: pathlib.Path  # in which it ran
 
     @contextlib.contextmanager
@@ -73,8 +72,8 @@ class ProgramTestCase(ServerTestCase):
             eventually(lambda: process.poll() is not None or listens(port), heading)
             yield port
             process.send_signal(number)
-            self.output, errors = process.communicate(timeout=DEADLINE)
-            self.assertEqual((process.returncode, re.sub(".* refused: 403, .*\n", "", errors)), (0, ""))
+            output, errors = process.communicate(timeout=DEADLINE)
+            self.assertEqual((process.returncode, output, re.sub(".* refused: 403, .*\n", "", errors)), (0, "", ""))
         finally:
             process.kill()
             process.communicate()
