@@ -36,29 +36,29 @@ class AttackTestCase(stress.StressTestCase):
     """Tests of a server that strangers attack."""
 
     def start(
-        self, besieged: stress.Siege, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
+        self, watched: stress.WatchedServer, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
     ) -> attack.Attack:
         """A crowd of attackers, which is ended in the end."""
-        crowd = attack.Attack(besieged.port, number, piece, first, **how)
+        crowd = attack.Attack(watched.port, number, piece, first, **how)
         self.addCleanup(crowd.end)
-        besieged.witness.figures()  # from now on
+        watched.witness.figures()  # from now on
         return crowd
 
-    def stand(self, besieged: stress.Siege, what: str, worst: float, growth: float = 150) -> None:
+    def stand(self, watched: stress.WatchedServer, what: str, worst: float, growth: float = 150) -> None:
         """Let an attack go on, more than once where others use the machine; the result is what the witness sees."""
         for _ in range(TIMES):
-            besieged.witness.figures()
+            watched.witness.figures()
             time.sleep(SECONDS)
-            seen = besieged.witness.figures()
+            seen = watched.witness.figures()
             if seen.worst < worst or seen.end:
                 break
         self.report(
             f"{what}: worst echo {seen.worst:.3f} s of {seen.echoes} (itself late {seen.late:.3f} s), "
-            f"memory +{besieged.growth:.0f} MB"
+            f"memory +{watched.growth:.0f} MB"
         )
         self.assertEqual(seen.end, "", "the witness was cut off")
         self.assertLess(seen.worst, worst, f"{what}: seconds of an honest client's worst echo")
-        self.assertLess(besieged.growth, growth, f"{what}: MB more than before")
+        self.assertLess(watched.growth, growth, f"{what}: MB more than before")
 
 
 @stress.heavy
@@ -69,9 +69,9 @@ class FloodTest(AttackTestCase):
         self, number: int, piece: bytes, worst: float, first: bytes = b"", *, tls: bool = False, **how: typing.Any
     ) -> None:
         """A crowd sends the same bytes again and again."""
-        besieged = self.besiege(tls=tls)
-        crowd = self.start(besieged, number, piece, first, **how)
-        self.stand(besieged, f"{number} clients", worst)
+        watched = self.serve_watched(tls=tls)
+        crowd = self.start(watched, number, piece, first, **how)
+        self.stand(watched, f"{number} clients", worst)
         self.report("{:.0f} MB sent, ended: {}".format(*crowd.figures()))
 
     def test_pings(self) -> None:
@@ -102,15 +102,15 @@ class FloodTest(AttackTestCase):
 class UnfinishedTest(AttackTestCase):
     """The budget for unfinished messages, which strangers and honest clients share."""
 
-    def hold(self, besieged: stress.Siege, piece: bytes, **how: typing.Any) -> attack.Attack:
+    def hold(self, watched: stress.WatchedServer, piece: bytes, **how: typing.Any) -> attack.Attack:
         """Eight clients take it whole, and go on with this."""
         payload = support.compress(bytes(16 * 1024 * 1024 - 1))
         first = support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
-        return self.start(besieged, 8, piece, first, fields=DEFLATE, **how)
+        return self.start(watched, 8, piece, first, fields=DEFLATE, **how)
 
-    def honest(self, besieged: stress.Siege, number: int) -> list[float]:
+    def honest(self, watched: stress.WatchedServer, number: int) -> list[float]:
         """An honest client sends compressed texts, one after the other; seconds until each is back."""
-        client = support.Client(besieged.port, **DEFLATE)
+        client = support.Client(watched.port, **DEFLATE)
         self.addCleanup(client.__exit__)
         delays = []
         for i in range(number):
@@ -123,19 +123,19 @@ class UnfinishedTest(AttackTestCase):
         return delays
 
     def test_eight_clients_hold_it(self) -> None:
-        besieged = self.besiege()
-        crowd = self.hold(besieged, load.frame(b"", 9), pace=10.0)
-        delays = self.honest(besieged, 100)
+        watched = self.serve_watched()
+        crowd = self.hold(watched, load.frame(b"", 9), pace=10.0)
+        delays = self.honest(watched, 100)
         self.report(f"compressed texts came back within {max(delays):.3f} s, ended: {crowd.figures()[1]}")
-        self.stand(besieged, "8 clients hold the budget", 0.1, 300)
+        self.stand(watched, "8 clients hold the budget", 0.1, 300)
         self.assertLess(max(delays), 5)
 
     def test_eight_clients_hold_it_and_send_pings(self) -> None:
         """Pings are no progress of a message."""
-        besieged = self.besiege()
-        crowd = self.hold(besieged, load.frame(b"", 9), pace=400e3)
-        uploads = Uploads(besieged.port, 8, 5_000_000, 5e6)
-        delays = self.honest(besieged, 100)
+        watched = self.serve_watched()
+        crowd = self.hold(watched, load.frame(b"", 9), pace=400e3)
+        uploads = Uploads(watched.port, 8, 5_000_000, 5e6)
+        delays = self.honest(watched, 100)
         arrived = uploads.wait(20)
         self.report(f"{arrived} of 8 arrived, texts within {max(delays):.3f} s, ended: {crowd.figures()[1]}")
         self.assertEqual(arrived, 8, uploads.ends)
@@ -143,12 +143,12 @@ class UnfinishedTest(AttackTestCase):
 
     def test_honest_uploads(self) -> None:
         """They have more to send than the budget lets through at once: they are slowed down, not closed."""
-        besieged = self.besiege()
-        uploads = Uploads(besieged.port, 40, 5_000_000, 1e6)
+        watched = self.serve_watched()
+        uploads = Uploads(watched.port, 40, 5_000_000, 1e6)
         arrived = uploads.wait(40)
         self.report(f"{arrived} of 40 arrived, {uploads.ends}")
         self.assertEqual(arrived, 40, uploads.ends)
-        self.stand(besieged, "40 uploads of 5 MB", 0.1, 600)
+        self.stand(watched, "40 uploads of 5 MB", 0.1, 600)
 
 
 class Uploads:
@@ -205,74 +205,74 @@ class Uploads:
 class CompressionTest(AttackTestCase):
     """Windows that clients ask for with two hundred bytes, and for which the server compresses."""
 
-    def join_with_windows(self, besieged: stress.Siege, times: int) -> float:
+    def join_with_windows(self, watched: stress.WatchedServer, times: int) -> float:
         """Joins that ask for each window; seconds until the slowest is in."""
         slowest = 0.0
         for _ in range(times):
             for bits in range(9, 15):
                 start = time.monotonic()
-                client = support.Client(besieged.port, **window(bits))
+                client = support.Client(watched.port, **window(bits))
                 self.addCleanup(client.__exit__)
                 slowest = max(slowest, time.monotonic() - start)
         return slowest
 
     def test_new_windows_while_much_is_sent(self) -> None:
-        besieged = self.besiege()
-        attacker = Background(besieged.port, load.frame(hex_text(15_000_000), 1), 1e9, DEFLATE)
+        watched = self.serve_watched()
+        attacker = Background(watched.port, load.frame(hex_text(15_000_000), 1), 1e9, DEFLATE)
         self.addCleanup(attacker.end)
-        besieged.witness.figures()
-        slowest = self.join_with_windows(besieged, 1)
-        self.stand(besieged, f"15 MB and six windows, in within {slowest:.2f} s", 0.1, 800)
+        watched.witness.figures()
+        slowest = self.join_with_windows(watched, 1)
+        self.stand(watched, f"15 MB and six windows, in within {slowest:.2f} s", 0.1, 800)
 
     def test_middling_messages_for_all_windows(self) -> None:
         """Just below the size from which others compress for the loop."""
-        besieged = self.besiege()
-        self.join_with_windows(besieged, 1)
-        attacker = Background(besieged.port, load.frame(hex_text(64_000), 1), 20e6, DEFLATE)
+        watched = self.serve_watched()
+        self.join_with_windows(watched, 1)
+        attacker = Background(watched.port, load.frame(hex_text(64_000), 1), 20e6, DEFLATE)
         self.addCleanup(attacker.end)
-        self.stand(besieged, "64 KB, again and again, for seven windows", 0.1, 300)
+        self.stand(watched, "64 KB, again and again, for seven windows", 0.1, 300)
 
     def test_history_for_new_windows(self) -> None:
-        besieged = self.besiege("--history", "1")
-        attacker = Background(besieged.port, load.frame(hex_text(7_000_000), 1), 7e6, DEFLATE)
+        watched = self.serve_watched("--history", "1")
+        attacker = Background(watched.port, load.frame(hex_text(7_000_000), 1), 7e6, DEFLATE)
         self.addCleanup(attacker.end)
         time.sleep(1)
-        before = load.cpu(besieged.pid)
-        besieged.witness.figures()
-        slowest = self.join_with_windows(besieged, 17)
-        self.report(f"102 joins: in within {slowest:.2f} s, {load.cpu(besieged.pid) - before:.1f} s of CPU")
+        before = load.cpu(watched.pid)
+        watched.witness.figures()
+        slowest = self.join_with_windows(watched, 17)
+        self.report(f"102 joins: in within {slowest:.2f} s, {load.cpu(watched.pid) - before:.1f} s of CPU")
         self.assertLess(slowest, 2)
-        self.stand(besieged, "7 MB of history for 102 joins", 0.1, 800)
+        self.stand(watched, "7 MB of history for 102 joins", 0.1, 800)
 
     def test_history_of_middling_messages(self) -> None:
         """What has come while a joiner's history was compressed is not compressed in the loop."""
-        besieged = self.besiege("--history", "1000")
-        attacker = Background(besieged.port, load.frame(hex_text(64_000), 1), 10e6, DEFLATE)
+        watched = self.serve_watched("--history", "1000")
+        attacker = Background(watched.port, load.frame(hex_text(64_000), 1), 10e6, DEFLATE)
         self.addCleanup(attacker.end)
         worst = []
         for bits in range(9, 15):
             time.sleep(1)
-            besieged.witness.figures()
-            with support.Client(besieged.port, **window(bits)) as client:
+            watched.witness.figures()
+            with support.Client(watched.port, **window(bits)) as client:
                 client.read_frame()
-            worst.append(besieged.witness.figures().worst)
+            worst.append(watched.witness.figures().worst)
         self.report(f"worst echoes while one joins {', '.join(f'{echo:.3f}' for echo in worst)} s")
         self.assertLess(sorted(worst)[len(worst) // 2], 0.1)
 
     def test_messages_wait_for_compression(self) -> None:
         """Messages that are whole, but wait to be compressed, count like unfinished ones."""
-        besieged = self.besiege()
-        crowd = self.start(besieged, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
-        self.stand(besieged, "60 clients send 16 MB of text", 0.3, 700)
+        watched = self.serve_watched()
+        crowd = self.start(watched, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
+        self.stand(watched, "60 clients send 16 MB of text", 0.3, 700)
         self.report(f"ended: {crowd.figures()[1]}")
 
     def test_bombs_wait_for_compression(self) -> None:
         """What waits to be compressed counts, too."""
-        besieged = self.besiege()
+        watched = self.serve_watched()
         payload = support.compress(bytes(16_000_000))
         bomb = support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload
-        self.start(besieged, 200, bomb, pace=len(bomb) / 2, fields=DEFLATE, reading=False)
-        self.stand(besieged, "200 clients send 16 MB of nothing", 0.3, 1000)
+        self.start(watched, 200, bomb, pace=len(bomb) / 2, fields=DEFLATE, reading=False)
+        self.stand(watched, "200 clients send 16 MB of nothing", 0.3, 1000)
 
 
 class Background:
@@ -317,20 +317,20 @@ class MemoryTest(AttackTestCase):
         code = "import os, sys\nif 'MALLOC_ARENA_MAX' not in os.environ:\n"
         code += "    os.environ['MALLOC_ARENA_MAX'] = '256'; os.execv(sys.executable, sys.orig_argv)"
         support.require(hasattr(sys, "orig_argv"), "sys.orig_argv")  # from Python 3.10 on
-        besieged = self.besiege(code=code)
+        watched = self.serve_watched(code=code)
         for _ in range(2):
-            crowd = self.start(besieged, 100, b"", load.frame(bytes(200_000)), reading=True)
-            posts = [threading.Thread(target=self.post, args=(besieged.port,)) for _ in range(60)]
+            crowd = self.start(watched, 100, b"", load.frame(bytes(200_000)), reading=True)
+            posts = [threading.Thread(target=self.post, args=(watched.port,)) for _ in range(60)]
             for post in posts:
                 post.start()
             for post in posts:
                 post.join()
             time.sleep(1)
             crowd.end()
-        support.eventually(lambda: besieged.witness.figures().worst < 0.3, deadline=30)
+        support.eventually(lambda: watched.witness.figures().worst < 0.3, deadline=30)
         time.sleep(1)
-        kept = load.memory(besieged.pid) - besieged.memory
-        self.report(f"{kept:.0f} MB are kept when all have left, {besieged.growth:.0f} MB at most")
+        kept = load.memory(watched.pid) - watched.memory
+        self.report(f"{kept:.0f} MB are kept when all have left, {watched.growth:.0f} MB at most")
         self.assertLess(kept, 150)
 
     def post(self, port: int) -> None:
@@ -372,16 +372,16 @@ class ProgramTest(AttackTestCase):
         """Each message has a list of its own of those who get it, as with "all but the sender"."""
         code = "def on_message(self, client, message): self.broadcast(message, list(self.clients))\n"
         code += "pywebsock.Program.on_message = on_message"
-        besieged = self.besiege(code=code)
-        crowd = self.start(besieged, 2000, b"")
-        pings = support.Client(besieged.port)
+        watched = self.serve_watched(code=code)
+        crowd = self.start(watched, 2000, b"")
+        pings = support.Client(watched.port)
         self.addCleanup(pings.__exit__)
-        sender = Background(besieged.port, load.frame(b"x"), 7 * 4000, {})
+        sender = Background(watched.port, load.frame(b"x"), 7 * 4000, {})
         self.addCleanup(sender.end)
         worst = min(self.ping(pings) for _ in range(TIMES))
-        self.report(f"a Pong within {worst:.3f} s, memory +{besieged.growth:.0f} MB, {crowd.figures()[1]}")
+        self.report(f"a Pong within {worst:.3f} s, memory +{watched.growth:.0f} MB, {crowd.figures()[1]}")
         self.assertLess(worst, 0.1)
-        self.assertLess(besieged.growth, 60)
+        self.assertLess(watched.growth, 60)
 
     def ping(self, client: support.Client) -> float:
         """Seconds until the Pong, at worst of twenty."""

@@ -99,8 +99,8 @@ class Exhaustion(StressTestCase):
             "import resource, re, threading; size = int(open('/proc/self/statm').read().split()[0]) * 4096;"
             "resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)"
         )
-        besieged = self.besiege(*QUIET, "--max-message", "256M", code=code)
-        clients = self.clients(besieged)
+        watched = self.serve_watched(*QUIET, "--max-message", "256M", code=code)
+        clients = self.clients(watched)
         long = load.frame(bytes(200 << 20))
         for _ in range(3):
             (peer,) = clients.join(1)
@@ -109,9 +109,9 @@ class Exhaustion(StressTestCase):
             peer.send(long)
             clients.run(lambda peer=peer: peer.ended, 30)  # type: ignore[misc]
             self.assertIn(b"\x03\xf1out of memory", closed)
-        self.watch(besieged, "three messages that find no memory")
-        self.assertLessEqual(besieged.log().count("\n"), 6, besieged.log())
-        support.eventually(lambda: self.number(besieged.server) == 1)
+        self.check_health(watched, "three messages that find no memory")
+        self.assertLessEqual(watched.log().count("\n"), 6, watched.log())
+        support.eventually(lambda: self.number(watched.server) == 1)
 
 
 def processes(user: int) -> typing.Iterator[int]:

@@ -164,7 +164,7 @@ class Gauge:
         """Whether threads and descriptors are where they were."""
         return load.threads(self.pid) <= self.threads and load.files(self.pid) <= self.files
 
-    def relax(self, deadline: float, seconds: float = 0.5) -> None:
+    def wait_until_idle(self, deadline: float, seconds: float = 0.5) -> None:
         """Threads, descriptors and processor must be back where they were; for how long to watch the last."""
         try:
             support.eventually(self.is_back, deadline=deadline)
@@ -177,7 +177,7 @@ class Gauge:
             raise AssertionError(f"{100 * used:.0f} % of a processor is used when nobody does anything")
 
 
-class Siege(Gauge):
+class WatchedServer(Gauge):
     """A server in a process of its own and its witness."""
 
     def __init__(self, server: support.Process, tls: str = "") -> None:
@@ -186,12 +186,12 @@ class Siege(Gauge):
         support.eventually(lambda: self.witness.figures().echoes, "the witness hears nothing")
         super().__init__(server.pid)
 
-    def relax(self, deadline: float, seconds: float = 0.5) -> None:
+    def wait_until_idle(self, deadline: float, seconds: float = 0.5) -> None:
         """Who connects last is served last: only then the server has met all who came, and what it uses is its own."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=deadline) as last:
             last.shutdown(socket.SHUT_WR)
             last.recv(100)  # nothing, or that the room is full
-        super().relax(deadline, seconds)
+        super().wait_until_idle(deadline, seconds)
 
     def log(self) -> str:
         """What the server has logged so far."""
@@ -201,12 +201,12 @@ class Siege(Gauge):
 class StressTestCase(unittest.TestCase):
     """Tests of a server in a process of its own, with crowds and attackers in this one."""
 
-    def besiege(self, *arguments: str, tls: bool = False, code: str = "", **how: typing.Any) -> Siege:
+    def serve_watched(self, *arguments: str, tls: bool = False, code: str = "", **how: typing.Any) -> WatchedServer:
         """A server with its default settings and these arguments, and its witness; `code` is run before it starts."""
         server = self.serve(*arguments, tls=tls, code=URGENT + code, **how)
-        siege = Siege(server, certificate()[0] if tls else "")
-        self.addCleanup(siege.witness.end)
-        return siege
+        watched = WatchedServer(server, certificate()[0] if tls else "")
+        self.addCleanup(watched.witness.end)
+        return watched
 
     def serve(
         self,
@@ -228,53 +228,55 @@ class StressTestCase(unittest.TestCase):
         status, log = server.stop(), server.log()
         self.assertEqual((status, TROUBLE.findall(log)), (0, []), log[-5000:])
 
-    def crowd(self, server: support.Process | Siege) -> Crowd:
+    def crowd(self, server: support.Process | WatchedServer) -> Crowd:
         """A crowd of it, which is reset in the end."""
         descriptors()
         crowd = Crowd(server.port)
         self.addCleanup(crowd.reset)
         return crowd
 
-    def clients(self, server: support.Process | Siege) -> load.Load:
+    def clients(self, server: support.Process | WatchedServer) -> load.Load:
         """Clients of it that go on in this thread, over TLS where they are told to."""
-        secure = "wss:" in (server.server if isinstance(server, Siege) else server).first_line
+        secure = "wss:" in (server.server if isinstance(server, WatchedServer) else server).first_line
         clients = load.Load(server.port, certificate()[1] if secure else None)
         self.addCleanup(clients.__exit__)
         return clients
 
-    def watch(self, siege: Siege, what: str, worst: float = 0.5, growth: float = 500.0) -> None:
+    def check_health(self, watched: WatchedServer, what: str, worst: float = 0.5, growth: float = 500.0) -> None:
         """The figures of an attack that goes on or has just ended: the worst echo in seconds, memory in MB."""
-        seen = siege.witness.figures()
-        spent, took = load.cpu(siege.pid) - siege.cpu, time.monotonic() - siege.start
+        seen = watched.witness.figures()
+        spent, took = load.cpu(watched.pid) - watched.cpu, time.monotonic() - watched.start
         self.report(
             f"{what}: worst echo {seen.worst:.3f} s of {seen.echoes} (itself late {seen.late:.3f} s), "
-            f"memory +{siege.growth:.0f} MB, {spent:.1f} s of CPU in {took:.1f} s"
+            f"memory +{watched.growth:.0f} MB, {spent:.1f} s of CPU in {took:.1f} s"
         )
         self.assertEqual(seen.end, "", "the witness was cut off")
         self.assertLess(seen.worst, worst + seen.late, f"{what}: seconds of an honest client's worst echo")
-        self.assertLess(siege.growth, growth, f"{what}: MB more than before")
+        self.assertLess(watched.growth, growth, f"{what}: MB more than before")
 
-    def withstand(self, siege: Siege, what: str, worst: float = 0.5, growth: float = 500.0, within: float = 30) -> None:
+    def check_recovery(
+        self, watched: WatchedServer, what: str, worst: float = 0.5, growth: float = 500.0, within: float = 30
+    ) -> None:
         """The attack is over: all must be as before, so many seconds later, and have been well meanwhile. It stops."""
         try:
-            siege.relax(within)
+            watched.wait_until_idle(within)
         finally:
-            self.watch(siege, what, worst, growth)
-        self.stop(siege)
+            self.check_health(watched, what, worst, growth)
+        self.stop(watched)
 
-    def stop(self, siege: Siege, listeners: Listeners | None = None, timeout: float = CLOSE_TIMEOUT) -> None:
+    def stop(self, watched: WatchedServer, listeners: Listeners | None = None, timeout: float = CLOSE_TIMEOUT) -> None:
         """SIGTERM ends it with 0 within the close timeout, and the witness and the listeners get 1001."""
         start = time.monotonic()
-        siege.server.send_signal(signal.SIGTERM)
-        status = siege.server.wait(timeout + 2)
+        watched.server.send_signal(signal.SIGTERM)
+        status = watched.server.wait(timeout + 2)
         took = time.monotonic() - start
-        support.eventually(lambda: siege.witness.figures().end, "the witness has no end")
-        end = siege.witness.figures().end
+        support.eventually(lambda: watched.witness.figures().end, "the witness has no end")
+        end = watched.witness.figures().end
         ends = listeners.ends() if listeners else collections.Counter()
         self.report(f"stopped within {took:.1f} s with {status}, the witness got {end}, listeners {dict(ends)}")
-        self.assertEqual((status, end), (0, "1001"), siege.log()[-3000:])
+        self.assertEqual((status, end), (0, "1001"), watched.log()[-3000:])
         self.assertLessEqual(set(ends), {"1001"})
-        self.assertEqual(TROUBLE.findall(siege.log()), [], siege.log()[-5000:])
+        self.assertEqual(TROUBLE.findall(watched.log()), [], watched.log()[-5000:])
 
     def chat(self, clients: load.Load, number: int = 2, **how: typing.Any) -> list[load.Sender]:
         """Clients that send small messages, each the next when the last has come back: what others notice."""

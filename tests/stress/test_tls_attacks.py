@@ -232,7 +232,7 @@ class EndTest(TLSTestCase):
         gauge = stress.Gauge(server.pid)
         for peer in self.end_all(server.port):
             peer.socket.close()
-        gauge.relax(2, 0.2)
+        gauge.wait_until_idle(2, 0.2)
         self.assertLess(gauge.growth, 50)
         with support.Client(server.port, tls=stress.certificate()[1]) as client:
             client.send("still here")
@@ -244,17 +244,17 @@ class EndTest(TLSTestCase):
     @stress.heavy
     def test_stay(self) -> None:
         """They end TLS, but not the connection: the server does."""
-        besieged = self.besiege(tls=True)
-        self.end_all(besieged.port)
+        watched = self.serve_watched(tls=True)
+        self.end_all(watched.port)
         # The handshake timeout, the close timeout, and a bit.
-        self.withstand(besieged, "every ending, and they stay", within=17)
+        self.check_recovery(watched, "every ending, and they stay", within=17)
 
     @stress.heavy
     def test_stop_meanwhile(self) -> None:
         """SIGTERM finds them all."""
-        besieged = self.besiege(tls=True)
-        self.end_all(besieged.port)
-        self.stop(besieged)
+        watched = self.serve_watched(tls=True)
+        self.end_all(watched.port)
+        self.stop(watched)
 
 
 @stress.heavy
@@ -262,26 +262,26 @@ class HandshakeTest(TLSTestCase):
     """Every wait in a handshake ends at the handshake timeout."""
 
     def test_single_bytes(self) -> None:
-        besieged = self.besiege(tls=True)
+        watched = self.serve_watched(tls=True)
         start = time.monotonic()
-        peers = [self.peer(besieged.port, version) for version in VERSIONS for _ in range(20)]
+        peers = [self.peer(watched.port, version) for version in VERSIONS for _ in range(20)]
         hellos = [peer.hello() for peer in peers]
         for i in range(24):  # 12 seconds
             time.sleep(max(0.0, start + i * 0.5 - time.monotonic()))
             for peer, hello in zip(peers, hellos):
                 with contextlib.suppress(OSError):
                     peer.socket.sendall(hello[i : i + 1])
-        self.withstand(besieged, "40 ClientHellos in single bytes", within=5)  # the close timeout
+        self.check_recovery(watched, "40 ClientHellos in single bytes", within=5)  # the close timeout
 
     def test_hello_and_no_more(self) -> None:
         """Silence after each number of bytes of the first flight, and after all of it."""
-        besieged = self.besiege(tls=True)
-        peers = [self.peer(besieged.port, version) for version in VERSIONS for _ in range(20)]
+        watched = self.serve_watched(tls=True)
+        peers = [self.peer(watched.port, version) for version in VERSIONS for _ in range(20)]
         for i, peer in enumerate(peers):
             hello = peer.hello()
             peer.socket.sendall(hello[: len(hello) * (i % 20) // 19])
         time.sleep(9)
-        self.withstand(besieged, "40 incomplete TLS handshakes", within=7)
+        self.check_recovery(watched, "40 incomplete TLS handshakes", within=7)
 
 
 class LightHandshakeTest(support.ServerTestCase):
@@ -327,24 +327,24 @@ class CommandTest(stress.StressTestCase):
 
     def test_monitor(self) -> None:
         """A certificate monitor: `echo Q | openssl s_client`."""
-        besieged = self.besiege(tls=True)
-        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{besieged.port}"]
+        watched = self.serve_watched(tls=True)
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{watched.port}"]
         self.run_all(*[[*command, version] for version in ("-tls1_2", "-tls1_3") * 10], stdin=b"Q\n")
-        self.withstand(besieged, "20 monitors")
+        self.check_recovery(watched, "20 monitors")
 
     def test_monitor_that_is_killed(self) -> None:
-        besieged = self.besiege(tls=True)
-        command = ["timeout", "-s", "KILL", "1", "openssl", "s_client", "-connect", f"127.0.0.1:{besieged.port}"]
+        watched = self.serve_watched(tls=True)
+        command = ["timeout", "-s", "KILL", "1", "openssl", "s_client", "-connect", f"127.0.0.1:{watched.port}"]
         self.run_all(*[[*command, version] for version in ("-tls1_2", "-tls1_3") * 5])
-        self.withstand(besieged, "10 monitors that are killed")
+        self.check_recovery(watched, "10 monitors that are killed")
 
     def test_curl_in_a_post(self) -> None:
         """It gives up after a second, in the middle of its body."""
-        besieged = self.besiege(tls=True)
-        url = f"https://127.0.0.1:{besieged.port}/"
+        watched = self.serve_watched(tls=True)
+        url = f"https://127.0.0.1:{watched.port}/"
         command = ["curl", "-sk", "-m", "1", "--limit-rate", "1k", "-d", "x" * 100_000, url]
         self.run_all(*[[*command, *version] for version in (["--tlsv1.3"], ["--tls-max", "1.2"]) * 5])
-        self.withstand(besieged, "10 POSTs that were given up")
+        self.check_recovery(watched, "10 POSTs that were given up")
 
 
 class Library:
@@ -389,12 +389,12 @@ class Library:
 class LibraryTest(stress.StressTestCase):
     """KeyUpdates and renegotiations, as quickly as they can be made."""
 
-    def flood(self, besieged: stress.Siege, version: int, what: str, *, before: bytes = b"") -> None:
+    def flood(self, watched: stress.WatchedServer, version: int, what: str, *, before: bytes = b"") -> None:
         """For three seconds, from a process of its own."""
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException):
-                peer, end, count = Library(besieged.port, version), time.monotonic() + 3, 0
+                peer, end, count = Library(watched.port, version), time.monotonic() + 3, 0
                 if before:
                     peer.write(before)
                     peer.read()
@@ -403,19 +403,19 @@ class LibraryTest(stress.StressTestCase):
                 os.write(2, f"    {count} times {what}\n".encode())
             os._exit(0)
         os.waitpid(child, 0)
-        self.withstand(besieged, f"{what} for three seconds")
+        self.check_recovery(watched, f"{what} for three seconds")
 
     def test_key_updates_of_a_client(self) -> None:
-        besieged = self.besiege(tls=True)
-        self.flood(besieged, 0x304, "update_keys", before=support.request())
+        watched = self.serve_watched(tls=True)
+        self.flood(watched, 0x304, "update_keys", before=support.request())
 
     def test_key_updates_before_the_request(self) -> None:
-        besieged = self.besiege(tls=True)
-        self.flood(besieged, 0x304, "update_keys")
+        watched = self.serve_watched(tls=True)
+        self.flood(watched, 0x304, "update_keys")
 
     def test_renegotiation(self) -> None:
-        besieged = self.besiege(tls=True)
-        self.flood(besieged, 0x303, "renegotiate", before=support.request())
+        watched = self.serve_watched(tls=True)
+        self.flood(watched, 0x303, "renegotiate", before=support.request())
 
 
 if __name__ == "__main__":

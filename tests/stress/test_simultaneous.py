@@ -16,82 +16,82 @@ JOINING = 0.5  # seconds that an echo may take while thousands shake hands
 class CrowdTest(stress.StressTestCase):
     """All clients of a crowd do the same thing at the same moment."""
 
-    def enter(self, number: int, *arguments: str) -> tuple[stress.Siege, stress.Crowd, float]:
+    def enter(self, number: int, *arguments: str) -> tuple[stress.WatchedServer, stress.Crowd, float]:
         """A server with so many idle clients, and how long others may wait when all of these do something.
 
         A tenth of a second. In so large a room each message of the witness itself takes a while, and it meets the one
         before it; where that is more than a tenth, as on a slow machine, it may be twice as much as without an attack.
         """
-        besieged = self.besiege(*arguments)
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched(*arguments)
+        crowd = self.crowd(watched)
         crowd.join(number)
-        self.watch(besieged, f"{number} joined", JOINING)
+        self.check_health(watched, f"{number} joined", JOINING)
         time.sleep(1)
-        quiet = besieged.witness.figures()
+        quiet = watched.witness.figures()
         self.report(f"worst echo {quiet.worst:.3f} s among {number} that do nothing")
-        return besieged, crowd, max(0.1, 2 * quiet.worst)
+        return watched, crowd, max(0.1, 2 * quiet.worst)
 
     def test_resets(self) -> None:
         """A proxy restarts."""
-        besieged, crowd, worst = self.enter(5000)
+        watched, crowd, worst = self.enter(5000)
         crowd.reset()
-        self.withstand(besieged, "5,000 resets", worst, within=90)
+        self.check_recovery(watched, "5,000 resets", worst, within=90)
 
     def test_closes(self) -> None:
         """Everybody says goodbye."""
-        besieged, crowd, worst = self.enter(5000)
+        watched, crowd, worst = self.enter(5000)
         crowd.send(support.masked_frame(8, b"\x03\xe9"))
         ends = crowd.ends()
         self.assertEqual(dict(ends), {load.GOING_AWAY: 5000})
         crowd.reset()
-        self.withstand(besieged, "5,000 Close frames", worst, within=90)
+        self.check_recovery(watched, "5,000 Close frames", worst, within=90)
 
     def test_pings(self) -> None:
         """Those who came together are silent together: all are pinged, and all answer."""
-        besieged, crowd, worst = self.enter(5000, "--ping", "8")
+        watched, crowd, worst = self.enter(5000, "--ping", "8")
         crowd.send(support.masked_frame(10, b""))  # now they are silent together
         for _ in range(2):
             time.sleep(9)  # they are pinged
             crowd.send(support.masked_frame(10, b""))
-        self.watch(besieged, "5,000 Pings and Pongs", worst)
-        self.assertNotIn(" left: ", besieged.log())
+        self.check_health(watched, "5,000 Pings and Pongs", worst)
+        self.assertNotIn(" left: ", watched.log())
         pinged = [b"\x89\0" in stress.arrived(one) for one in crowd.sockets[:50]]
         self.assertEqual(pinged, [True] * 50)
         crowd.reset()
-        self.withstand(besieged, "their resets", worst, within=90)
+        self.check_recovery(watched, "their resets", worst, within=90)
 
     def test_waking_up(self) -> None:
         """All say something, and are answered."""
-        besieged, crowd, worst = self.enter(5000)
+        watched, crowd, worst = self.enter(5000)
         crowd.send(support.masked_frame(9, b"awake"))
-        self.watch(besieged, "5,000 wake up", worst)
+        self.check_health(watched, "5,000 wake up", worst)
         crowd.reset()
-        self.withstand(besieged, "their resets", worst, within=90)
+        self.check_recovery(watched, "their resets", worst, within=90)
 
     def test_resets_of_a_full_room(self) -> None:
         """Nearly as many as --max-clients allows."""
-        besieged, crowd, worst = self.enter(9900)
+        watched, crowd, worst = self.enter(9900)
         crowd.reset()
-        self.withstand(besieged, "9,900 resets", 2 * worst, within=90)
+        self.check_recovery(watched, "9,900 resets", 2 * worst, within=90)
 
     def test_silence(self) -> None:
         """Requests that do not end, whose ten seconds end together."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.connect(5000)
         crowd.send(b"GET / HTTP/1.1\r\n")
-        self.watch(besieged, "5,000 connected")
+        self.check_health(watched, "5,000 connected")
         time.sleep(8)  # of the ten that they have
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
-        self.withstand(besieged, "5,000 that said half a request", 0.5, within=90)
+        self.check_recovery(watched, "5,000 that said half a request", 0.5, within=90)
 
     def test_ends_of_half_requests(self) -> None:
         """Their connections are reset together, long before their time is up."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.connect(5000)
         crowd.send(b"GET / HTTP/1.1\r\n")
-        self.watch(besieged, "5,000 connected")
+        self.check_health(watched, "5,000 connected")
         crowd.reset()
-        self.withstand(besieged, "5,000 resets in the middle of a request", 0.5, within=90)
+        self.check_recovery(watched, "5,000 resets in the middle of a request", 0.5, within=90)

@@ -209,13 +209,13 @@ class SignalTest(stress.StressTestCase):
 
     def test_second_interrupt(self) -> None:
         """It stops at once, whoever has not answered."""
-        besieged = self.besiege(failing=True)
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched(failing=True)
+        crowd = self.crowd(watched)
         crowd.join(300)
-        besieged.server.send_signal(signal.SIGINT)
-        support.eventually(lambda: besieged.witness.figures().end == "1001")
+        watched.server.send_signal(signal.SIGINT)
+        support.eventually(lambda: watched.witness.figures().end == "1001")
         start = time.monotonic()
-        besieged.server.send_signal(signal.SIGINT)
-        self.assertEqual(besieged.server.wait(1), 130)
+        watched.server.send_signal(signal.SIGINT)
+        self.assertEqual(watched.server.wait(1), 130)
         self.report(f"the end {time.monotonic() - start:.2f} s after the second")
-        self.assertNotIn("Traceback", besieged.log())
+        self.assertNotIn("Traceback", watched.log())

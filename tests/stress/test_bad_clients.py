@@ -22,37 +22,37 @@ class CrowdedTest(stress.StressTestCase):
 
     def test_join_past_the_silent(self) -> None:
         """All places are taken by connections that say nothing: one of them goes for who comes."""
-        besieged = self.besiege("--max-clients", "100")
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched("--max-clients", "100")
+        crowd = self.crowd(watched)
         crowd.connect(500)
         time.sleep(1.5)  # those that had time to say something
         start = time.monotonic()
-        with support.Client(besieged.port) as client:
+        with support.Client(watched.port) as client:
             client.send("hello")
             while client.read() != "hello":
                 pass
         took = time.monotonic() - start
         self.report(f"joined after {took:.2f} s")
         crowd.reset()
-        self.withstand(besieged, "500 silent connections where 210 fit")
+        self.check_recovery(watched, "500 silent connections where 210 fit")
         self.assertLess(took, 5)
 
     def test_as_many_as_there_are_descriptors(self) -> None:
         """Connections that say nothing, from as many addresses as it takes."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         number = min(20_000, stress.descriptors() - 500)
         for i in range(0, number, 5000):
             crowd.connect(min(5000, number - i), f"127.0.0.{i // 5000 + 2}")
-        self.watch(besieged, f"{number} connected", 1.0)
+        self.check_health(watched, f"{number} connected", 1.0)
         time.sleep(3)
         crowd.reset()
-        self.withstand(besieged, f"{number} that said nothing", 1.0, within=90)
+        self.check_recovery(watched, f"{number} that said nothing", 1.0, within=90)
 
     def test_coming_and_going(self) -> None:
         """Thousands join, leave in every way, and are stuck, all at once."""
-        besieged = self.besiege()
-        clients, chance = self.clients(besieged), random.Random(1)
+        watched = self.serve_watched()
+        clients, chance = self.clients(watched), random.Random(1)
         peers: list[load.Peer] = []
         count = [0, 0]
 
@@ -71,9 +71,9 @@ class CrowdedTest(stress.StressTestCase):
                     chance.choice((peer.reset, peer.stop_reading, self.say_goodbye(peer), self.say_nonsense(peer)))()
 
         clients.run_for(6, go_on)
-        self.watch(besieged, f"{count[0]} came, {count[1]} went or got stuck", 1.0)
+        self.check_health(watched, f"{count[0]} came, {count[1]} went or got stuck", 1.0)
         clients.__exit__()
-        self.withstand(besieged, "thousands came and went", 1.0, within=60)
+        self.check_recovery(watched, "thousands came and went", 1.0, within=60)
 
     def say_goodbye(self, peer: load.Peer) -> typing.Callable[[], None]:
         """A way to leave."""
@@ -90,36 +90,38 @@ class BusyTest(stress.StressTestCase):
 
     def test_tiny_fragments_in_a_crowd(self) -> None:
         """Nobody may have the loop for long."""
-        besieged = self.besiege()
-        crowd, clients = self.crowd(besieged), self.clients(besieged)
+        watched = self.serve_watched()
+        crowd, clients = self.crowd(watched), self.clients(watched)
         crowd.join(1000)
         peers = clients.join(10)
         for peer in peers:
             peer.send(support.masked_frame(2, fin=False))
-        self.flood(besieged, clients, peers, support.masked_frame(0, fin=False) * 40_000)
+        self.flood(watched, clients, peers, support.masked_frame(0, fin=False) * 40_000)
         crowd.reset()
-        self.withstand(besieged, "ten who send empty fragments, in a room of a thousand")
+        self.check_recovery(watched, "ten who send empty fragments, in a room of a thousand")
 
     def test_pings_in_a_crowd(self) -> None:
-        besieged = self.besiege()
-        crowd, clients = self.crowd(besieged), self.clients(besieged)
+        watched = self.serve_watched()
+        crowd, clients = self.crowd(watched), self.clients(watched)
         crowd.join(1000)
-        self.flood(besieged, clients, clients.join(10), support.masked_frame(9) * 40_000)
+        self.flood(watched, clients, clients.join(10), support.masked_frame(9) * 40_000)
         crowd.reset()
-        self.withstand(besieged, "ten who ping, in a room of a thousand")
+        self.check_recovery(watched, "ten who ping, in a room of a thousand")
 
     def test_pings_of_those_who_do_not_read(self) -> None:
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         peers = clients.join(10, small=True)
         for peer in peers:
             peer.stop_reading()
-        self.flood(besieged, clients, peers, support.masked_frame(9, b"x" * 125) * 2000)
-        self.withstand(besieged, "ten who ping and do not read")
+        self.flood(watched, clients, peers, support.masked_frame(9, b"x" * 125) * 2000)
+        self.check_recovery(watched, "ten who ping and do not read")
 
-    def flood(self, besieged: stress.Siege, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes) -> None:
+    def flood(
+        self, watched: stress.WatchedServer, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes
+    ) -> None:
         """As much as they can send, for three seconds."""
-        besieged.witness.figures()
+        watched.witness.figures()
 
         def go_on() -> None:
             for peer in peers:
@@ -132,8 +134,8 @@ class BusyTest(stress.StressTestCase):
 
     def test_bombs(self) -> None:
         """Messages of 16 KB that are 16 MB, complete."""
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         payload = support.compress(bytes(16_000_000))
         bomb = support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload
         for _ in range(3):
@@ -142,12 +144,12 @@ class BusyTest(stress.StressTestCase):
             clients.run_for(2)
             for peer in tuple(clients.peers):
                 peer.reset()
-        self.withstand(besieged, "three times 20 bombs", 1.0, 700)  # of which 300 are what malloc keeps
+        self.check_recovery(watched, "three times 20 bombs", 1.0, 700)  # of which 300 are what malloc keeps
 
     def test_every_window(self) -> None:
         """Large messages that do not compress, for each window of permessage-deflate."""
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         for window in range(9, 16):
             clients.join(1, Sec_WebSocket_Extensions=f"{DEFLATE}; server_max_window_bits={window}")
         message = load.frame(os.urandom(1 << 20) * 15)
@@ -155,7 +157,7 @@ class BusyTest(stress.StressTestCase):
             peer.send(message * 2)
         clients.run_for(5)
         clients.__exit__()
-        self.withstand(besieged, "four messages of 15 MiB for seven windows", 1.0)
+        self.check_recovery(watched, "four messages of 15 MiB for seven windows", 1.0)
 
 
 @stress.heavy
@@ -164,47 +166,47 @@ class HalfTest(stress.StressTestCase):
 
     def test_half_closed(self) -> None:
         """They end their sides right after the handshake and stay."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.join(1000)
         for one in crowd.sockets:
             one.shutdown(socket.SHUT_WR)
-        self.withstand(besieged, "1,000 half-closed clients", within=stress.CLOSE_TIMEOUT + 3)
+        self.check_recovery(watched, "1,000 half-closed clients", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_answers_that_nobody_reads(self) -> None:
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.connect(1000)
         crowd.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
-        self.withstand(besieged, "1,000 pages that nobody reads", within=stress.CLOSE_TIMEOUT + 3)
+        self.check_recovery(watched, "1,000 pages that nobody reads", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_pipelined(self) -> None:
         """A handshake, a Close, and 20 handshakes behind it."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.connect(500)
         crowd.send(support.request() + support.masked_frame(8, b"\x03\xe8") + support.request() * 20)
-        self.withstand(besieged, "500 that pipeline handshakes", within=stress.CLOSE_TIMEOUT + 3)
+        self.check_recovery(watched, "500 that pipeline handshakes", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_dribbled_bodies(self) -> None:
         """POSTs that send a byte now and then have their time, and no more."""
-        besieged = self.besiege()
-        crowd = self.crowd(besieged)
+        watched = self.serve_watched()
+        crowd = self.crowd(watched)
         crowd.connect(300)
         crowd.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         for _ in range(12):
             crowd.send(b"x")
             time.sleep(1)
-        self.withstand(besieged, "300 POSTs of a byte a second", within=stress.CLOSE_TIMEOUT + 3)
+        self.check_recovery(watched, "300 POSTs of a byte a second", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_resets_in_each_phase(self) -> None:
         """A reset after each number of bytes of a handshake and a message."""
-        besieged = self.besiege()
+        watched = self.serve_watched()
         whole = support.request() + support.masked_frame(1, b"hello") + support.masked_frame(8, b"\x03\xe8")
         for _ in range(3):
-            crowd = self.crowd(besieged)
+            crowd = self.crowd(watched)
             crowd.connect(len(whole))
             for i, one in enumerate(crowd.sockets):
                 one.send(whole[: i + 1])
             crowd.reset()
-        self.withstand(besieged, f"{3 * len(whole)} resets")
+        self.check_recovery(watched, f"{3 * len(whole)} resets")

@@ -16,7 +16,7 @@ from tests.tools.stress import QUIET, StressTestCase, go_on, heavy, quantiles
 
 
 @heavy
-class Strangers(StressTestCase):
+class HostileClients(StressTestCase):
     """What comes from the open internet."""
 
     def attack(

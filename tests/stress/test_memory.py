@@ -35,25 +35,25 @@ def fragment() -> bytes:
 class UnfinishedTest(stress.StressTestCase):
     """What has begun and does not end."""
 
-    def hold(self, besieged: stress.Siege, clients: load.Load, what: str, number: int) -> None:
+    def hold(self, watched: stress.WatchedServer, clients: load.Load, what: str, number: int) -> None:
         """The attackers have sent all that they will, or were turned away; they stay as long as they may."""
         clients.run_for(3)
         held = len(clients.peers)
-        support.Client(besieged.port).__exit__()  # others still get in
+        support.Client(watched.port).__exit__()  # others still get in
         clients.__exit__()
-        self.withstand(besieged, f"{what}: {held} of {number} were still there", 2.0)  # a hundred send all they can
+        self.check_recovery(watched, f"{what}: {held} of {number} were still there", 2.0)  # a hundred send all they can
 
     def test_compressed_fragments(self) -> None:
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         for peer in clients.join(150, Sec_WebSocket_Extensions="permessage-deflate"):
             peer.send(fragment())
-        self.hold(besieged, clients, "150 compressed fragments of 16 KB", 150)
+        self.hold(watched, clients, "150 compressed fragments of 16 KB", 150)
 
     def test_compressed_fragments_in_single_bytes(self) -> None:
         """One byte every now and then: each is a sign of life."""
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         peers = clients.join(150, Sec_WebSocket_Extensions="permessage-deflate")
         whole = fragment()
         for peer in peers:
@@ -62,26 +62,26 @@ class UnfinishedTest(stress.StressTestCase):
             clients.run_for(0.05)
             for peer in tuple(clients.peers):
                 peer.send(whole[i : i + 1])
-        self.hold(besieged, clients, "150 compressed fragments that go on", 150)
+        self.hold(watched, clients, "150 compressed fragments that go on", 150)
 
     def test_frames(self) -> None:
         """Without compression it costs the attacker as much as the server."""
-        besieged = self.besiege()
-        clients = self.clients(besieged)
+        watched = self.serve_watched()
+        clients = self.clients(watched)
         whole = support.masked_frame(2, length=BOMB + 1, key=bytes(4)) + bytes(BOMB)
         for peer in clients.join(100):
             peer.send(whole)
         clients.run_for(10)  # those above the budget are not read, so they cannot send all
-        self.hold(besieged, clients, "100 frames without their last byte", 100)
+        self.hold(watched, clients, "100 frames without their last byte", 100)
 
     def test_posts(self) -> None:
-        besieged = self.besiege("--max-clients", "10")
-        clients = self.clients(besieged)
+        watched = self.serve_watched("--max-clients", "10")
+        clients = self.clients(watched)
         whole = HEAD + bytes(BOMB)
         for _ in range(200):
             clients.start(raw=whole)
         clients.run(lambda: not any(peer.unsent for peer in clients.peers), 60)
-        self.hold(besieged, clients, "200 POSTs without their last byte", 200)
+        self.hold(watched, clients, "200 POSTs without their last byte", 200)
 
 
 @stress.heavy
@@ -90,8 +90,8 @@ class StuckTest(stress.StressTestCase):
 
     def test_tls(self) -> None:
         """What waits for them waits as plain shared bytes."""
-        besieged = self.besiege(tls=True)
-        clients = self.clients(besieged)
+        watched = self.serve_watched(tls=True)
+        clients = self.clients(watched)
         for peer in clients.join(100, tls=True, small=True):
             peer.stop_reading()
         sender = clients.join(1, tls=True, Sec_WebSocket_Extensions="permessage-deflate")[0]
@@ -99,51 +99,51 @@ class StuckTest(stress.StressTestCase):
         sender.send(support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload)
         clients.run_for(3)
         clients.__exit__()
-        self.withstand(besieged, "16 MiB for 100 that do not read, over TLS")
+        self.check_recovery(watched, "16 MiB for 100 that do not read, over TLS")
 
     def test_history(self) -> None:
         """Ten a second join and do not read what they get first."""
-        besieged = self.besiege("--history", "1000")
-        clients = self.clients(besieged)
+        watched = self.serve_watched("--history", "1000")
+        clients = self.clients(watched)
         sender = clients.join(1)[0]
         for _ in range(1000):
             sender.send(load.frame(os.urandom(16_000)))
         clients.run(lambda: sender.received > 15_900_000)
-        besieged.witness.figures()
+        watched.witness.figures()
         for _ in range(80):
             clients.start(small=True).stop_reading()
             clients.run_for(0.1)
         clients.__exit__()
-        self.withstand(besieged, "80 joiners who do not read 16 MB of history")
+        self.check_recovery(watched, "80 joiners who do not read 16 MB of history")
 
     def test_history_of_short_messages(self) -> None:
         """Three hundred thousand lines, and ten who join at the same time."""
-        besieged = self.besiege("--history", "300000")
-        clients = self.clients(besieged)
+        watched = self.serve_watched("--history", "300000")
+        clients = self.clients(watched)
         sender = clients.join(1)[0]
         for _ in range(30):
             sender.send(b"".join(support.masked_frame(1, b"line %d" % number) for number in range(10_000)))
             expected = sender.received + 100_000
             clients.run(lambda expected=expected: sender.received > expected)  # type: ignore[misc]
-        besieged.witness.figures()
+        watched.witness.figures()
         for _ in range(10):
             clients.start()
         clients.run_for(2)
         clients.__exit__()
-        self.withstand(besieged, "300,000 short messages of history for 10 joiners")
+        self.check_recovery(watched, "300,000 short messages of history for 10 joiners")
 
-    def push(self, besieged: stress.Siege, size: int, pace: float) -> witness.Pusher:
+    def push(self, watched: stress.WatchedServer, size: int, pace: float) -> witness.Pusher:
         """A client of it that sends so many bytes a second."""
-        pusher = witness.Pusher(besieged.port, size, pace)
+        pusher = witness.Pusher(watched.port, size, pace)
         self.addCleanup(pusher.end)
         return pusher
 
     def test_reconnecting_in_a_fast_room(self) -> None:
         """They do not read, are dropped, and come back at once."""
-        besieged = self.besiege("--no-compression")
-        pusher, clients = self.push(besieged, 256 * 1024, 200e6), self.clients(besieged)
+        watched = self.serve_watched("--no-compression")
+        pusher, clients = self.push(watched, 256 * 1024, 200e6), self.clients(watched)
         clients.run_for(1)
-        self.watch(besieged, "200 MB/s")
+        self.check_health(watched, "200 MB/s")
         pusher.rate()
         for _ in range(20):
             clients.join(1, small=True)[0].stop_reading()
@@ -151,27 +151,27 @@ class StuckTest(stress.StressTestCase):
         rate = pusher.rate()
         clients.__exit__()
         pusher.end()
-        self.withstand(besieged, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
+        self.check_recovery(watched, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
         self.assertGreater(rate, 150, "MB a second of who sends 200")
 
     def test_slow_reader_with_a_short_backlog(self) -> None:
         """What counts as quick must not follow from --max-backlog."""
-        besieged = self.besiege("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
-        pusher, clients = self.push(besieged, 4096, 1e6), self.clients(besieged)
+        watched = self.serve_watched("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
+        pusher, clients = self.push(watched, 4096, 1e6), self.clients(watched)
         clients.run_for(0.5)
         clients.join(1, small=True)[0].read_at(150_000)
         pusher.rate()
         clients.run_for(3)
         rate = pusher.rate()
-        self.watch(besieged, f"{rate:.1f} of 1 MB/s beside a reader of 0.15 MB/s")
+        self.check_health(watched, f"{rate:.1f} of 1 MB/s beside a reader of 0.15 MB/s")
         self.assertGreater(rate, 0.8, "MB a second of who sends 1")
         pusher.end()
-        self.stop(besieged)
+        self.stop(watched)
 
     def test_joins_and_closes_beside_a_quick_reader(self) -> None:
         """It holds back those who send, and nobody else."""
-        besieged = self.besiege("--no-compression")
-        pusher, clients = self.push(besieged, 64 * 1024, 1e9), self.clients(besieged)
+        watched = self.serve_watched("--no-compression")
+        pusher, clients = self.push(watched, 64 * 1024, 1e9), self.clients(watched)
         clients.join(1)[0].read_at(20e6)
         clients.run_for(1)
         spent = []
@@ -185,6 +185,6 @@ class StuckTest(stress.StressTestCase):
             spent.append(time.monotonic() - start)
         self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s")
         self.assertLess(max(spent), 0.5)
-        self.watch(besieged, "beside a quick reader", worst=1.5, growth=150)  # the witness sends, too: it waits
+        self.check_health(watched, "beside a quick reader", worst=1.5, growth=150)  # the witness sends, too: it waits
         pusher.end()
-        self.stop(besieged)
+        self.stop(watched)

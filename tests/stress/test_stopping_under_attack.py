@@ -25,11 +25,11 @@ class StopTest(stress.StressTestCase):
     def begin(self, *arguments: str, code: str = "") -> None:
         """A server with its witness, some idle honest clients, and attackers to come."""
         code += f"pywebsock.BroadcastServer.close_timeout = {CLOSE_TIMEOUT}\n"  # or this would take minutes
-        self.besieged = self.besiege(*arguments, code=code)
-        self.honest = witness.Listeners(self.besieged.port, HONEST)
+        self.watched = self.serve_watched(*arguments, code=code)
+        self.honest = witness.Listeners(self.watched.port, HONEST)
         self.addCleanup(self.honest.kill)
-        self.crowd_of_attackers = self.crowd(self.besieged)
-        self.attackers = self.clients(self.besieged)
+        self.crowd_of_attackers = self.crowd(self.watched)
+        self.attackers = self.clients(self.watched)
 
     def end(self, act: typing.Callable[[], object] = lambda: None, seconds: float = 1.0) -> None:
         """`act` is called all the time, in a thread of its own, before the signal and after it."""
@@ -45,7 +45,7 @@ class StopTest(stress.StressTestCase):
         thread.start()
         try:
             time.sleep(seconds)
-            self.stop(self.besieged, self.honest, timeout=CLOSE_TIMEOUT)
+            self.stop(self.watched, self.honest, timeout=CLOSE_TIMEOUT)
         finally:
             ended.set()
             thread.join(support.DEADLINE)
@@ -118,7 +118,7 @@ class StopTest(stress.StressTestCase):
     def test_stuck(self) -> None:
         """Clients that do not read, in a fast room."""
         self.begin("--no-compression")
-        pusher = witness.Pusher(self.besieged.port, 65536, 20e6)
+        pusher = witness.Pusher(self.watched.port, 65536, 20e6)
         self.addCleanup(pusher.end)
         for peer in self.attackers.join(20, small=True):
             peer.stop_reading()
