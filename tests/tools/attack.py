@@ -1,9 +1,8 @@
-"""Attackers in processes of their own, for the tests of what strangers can do to a room.
+"""Attackers in their own processes, for the stress tests.
 
-`python -m tests.tools.attack` is a crowd of clients that all send the same bytes again and again. The plan is
-the first line on standard input, in JSON, see `Plan`.
-The crowd says `open` when all have joined, answers each further line with one line of figures, and goes on until it is
-ended.
+`python -m tests.tools.attack` is a crowd of clients that all send the same bytes again and again. The first line of
+standard input is a `Plan` in JSON. The crowd prints `open` when all clients have joined, and one line of figures for
+each further line of standard input. It goes on until it is killed.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ import typing
 
 from tests.tools import support
 
-TICK = 0.005  # seconds between two looks at what is due
-AT_ONCE = 1 << 18  # bytes sent by one client in a tick, without a pace
-BATCH = 16 * 1024  # bytes of a stream that are encrypted in one go
+TICK = 0.005  # seconds between two rounds of sending
+AT_ONCE = 1 << 18  # bytes sent by one client in a tick, without a rate
+BATCH = 16 * 1024  # bytes of a stream that are encrypted at once
 
 
 class Plan(typing.NamedTuple):
-    """What a crowd does."""
+    """The behaviour of a crowd."""
 
     port: int
     number: int  # of clients
     piece: str  # bytes in hexadecimal, sent again and again
-    first: str = ""  # bytes in hexadecimal, sent once before
-    pace: float = 0.0  # bytes a second that each client sends, 0 for any number
-    burst: float = 0.0  # seconds for which it saves up what it may send
+    first: str = ""  # bytes in hexadecimal, sent once at the beginning
+    pace: float = 0.0  # bytes a second that each client sends, 0 for no limit
+    burst: float = 0.0  # seconds between bursts, each of which has the bytes of that time
     fields: typing.Mapping[str, str] = {}  # header fields of its requests
     record: int = 0  # bytes of a TLS record, 0 without TLS
-    reading: bool = True  # whether it reads what comes
+    reading: bool = True  # whether the clients read
 
 
 class Attacker:
@@ -48,8 +47,8 @@ class Attacker:
         self._plan, self._piece = plan, piece
         self.socket = socket.create_connection(("127.0.0.1", plan.port), support.DEADLINE)
         self._sent = 0  # bytes of plaintext
-        self._out = b""  # what the socket has not taken
-        self.code = ""  # how it ended
+        self._out = b""  # bytes that the socket has not accepted
+        self.code = ""  # the close code or the error, after the end
         self._tls: ssl.SSLObject | None = None
         if plan.record:
             self._shake_hands()
@@ -71,7 +70,7 @@ class Attacker:
         self.socket.sendall(self._made.read())
 
     def wait(self) -> None:
-        """Wait for the 101."""
+        """Wait for the status 101."""
         answer = b""
         while b"\r\n" not in answer:
             data = self.socket.recv(100)
@@ -103,7 +102,7 @@ class Attacker:
         self._out = self._out[self.socket.send(self._out) :] if self._out else b""
 
     def go_on(self) -> None:
-        """Send what is due."""
+        """Send the bytes that are due."""
         plan, passed = self._plan, time.monotonic() - self._since
         if plan.burst:
             passed -= passed % plan.burst
@@ -124,7 +123,7 @@ class Attacker:
             self.code = self.code or type(error).__name__
 
     def read(self) -> None:
-        """Read what has come; of a Close, keep the code."""
+        """Read the available data, and keep the code of a Close."""
         try:
             data = self.socket.recv(1 << 18)
         except BlockingIOError:
@@ -138,12 +137,12 @@ class Attacker:
 
     @property
     def sent(self) -> int:
-        """Bytes sent."""
+        """Number of bytes that were sent."""
         return self._sent
 
 
 def join(plan: Plan, piece: bytes) -> list[Attacker]:
-    """The crowd, when all are in the room."""
+    """Return the crowd when all clients are in the room."""
     crowd: list[Attacker] = []
     for start in range(0, plan.number, 200):
         some = [Attacker(plan, piece) for _ in range(start, min(start + 200, plan.number))]
@@ -154,7 +153,7 @@ def join(plan: Plan, piece: bytes) -> list[Attacker]:
 
 
 def main() -> int:
-    """The crowd, in its own process."""
+    """Run the crowd."""
     plan = Plan(**json.loads(sys.stdin.readline()))
     piece = bytes.fromhex(plan.piece)
     piece *= max(1, 2 * AT_ONCE // max(1, len(piece))) if len(piece) < AT_ONCE else 1
@@ -185,7 +184,7 @@ def main() -> int:
 
 
 class Attack:
-    """A crowd in a process of its own."""
+    """A crowd in its own process."""
 
     def __init__(self, port: int, number: int, piece: bytes, first: bytes = b"", **how: typing.Any) -> None:
         plan = Plan(port, number, piece.hex(), first.hex(), **how)
@@ -196,16 +195,16 @@ class Attack:
         self._process.stdin.write(json.dumps(plan._asdict()) + "\n")
         self._process.stdin.flush()
         if self._line(6 * support.DEADLINE) != "open\n":
-            raise AssertionError("the attackers did not get in")
+            raise AssertionError("the attackers were refused")
 
     def _line(self, deadline: float) -> str:
         assert self._process.stdout
         if not select.select([self._process.stdout], [], [], deadline)[0]:
-            raise AssertionError("the attackers say nothing")
+            raise AssertionError("the attackers do not answer")
         return self._process.stdout.readline()
 
     def figures(self) -> tuple[float, dict[str, int]]:
-        """MB that they have sent so far, and how those ended that have ended."""
+        """Return the number of MB that the attackers have sent, and a count of the ends of their connections."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -213,7 +212,7 @@ class Attack:
         return figures["sent"] / 1e6, figures["ends"]
 
     def end(self) -> None:
-        """End them."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 

@@ -1,4 +1,4 @@
-"""What goes wrong on purpose: small buffers, a server with something changed, stopped processes, cut networks."""
+"""Faults for tests: small buffers, a server whose code is changed, paused processes, cut networks."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import typing
 import pywebsock
 from tests.tools import support
 
-# What follows the program's path are its arguments.
+# The arguments of the program follow its path.
 _CHANGED = "import sys\nsys.path.insert(0, {root!r})\nimport pywebsock\n{code}\nsys.exit(pywebsock.main(sys.argv[2:]))"
 
 
 def small_buffers(server: pywebsock.BroadcastServer) -> None:
-    """Give the sockets that the server accepts from now on a small send buffer, so that it soon keeps a backlog.
+    """Give the sockets that the server accepts from now on a small send buffer, so that it soon has a backlog.
 
-    `Client(small=True)` and `Load.join(small=True)` are the other side: a small receive buffer.
+    `Client(small=True)` and `Load.join(small=True)` have a small receive buffer.
     """
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
 
 def changed(code: str) -> list[str]:
-    """For `Process(python=...)`: run this code, which may change `pywebsock`, before the server starts."""
+    """Return arguments for `Process(python=...)` that run code, which may change `pywebsock`, before the server."""
     return ["-c", _CHANGED.format(root=str(support.ROOT), code=code)]
 
 
 def few_files(number: int) -> str:
-    """Code for `changed`: the server may have no more than so many file descriptors."""
+    """Return code for `changed` that limits the number of file descriptors."""
     return f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({number}, {number}))"
 
 
 @contextlib.contextmanager
 def paused(pid: int) -> typing.Iterator[None]:
-    """Stop a child process with all its threads, and let it go on at the end."""
+    """Pause a child process with all its threads, and continue it at the end of the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        # Some of its threads run on until one has seen the signal. (PyPy has no waitid.)
+        # Its threads run until one of them has handled the signal. (PyPy has no waitid.)
         how = os.WUNTRACED | os.WNOHANG
         support.eventually(lambda: os.WIFSTOPPED(os.waitpid(pid, how)[1]), f"process {pid} has not stopped")
         yield
@@ -49,7 +49,7 @@ def paused(pid: int) -> typing.Iterator[None]:
 
 
 class Cable(contextlib.AbstractContextManager["Cable"]):
-    """Two networks of their own, and the only link between them, which can be cut: no FIN, no reset, nothing."""
+    """Two network namespaces and the only link between them. When it is cut, no packet arrives, not even a reset."""
 
     address = "10.0.0.1"  # of the near end; the far one is 10.0.0.2
 
@@ -73,17 +73,17 @@ class Cable(contextlib.AbstractContextManager["Cable"]):
 
     @property
     def near(self) -> str:
-        """Code for `changed`, with which the server is at the near end."""
+        """Code for `changed` that moves the server to the near end."""
         folder = f"/run/netns/{self._near}"
         return f"import ctypes, os; assert not ctypes.CDLL(None).setns(os.open({folder!r}, os.O_RDONLY), 0)"
 
     @property
     def far(self) -> list[str]:
-        """What a command begins with that is to run at the far end."""
+        """The beginning of a command that runs at the far end."""
         return [self._ip, "netns", "exec", self._far]
 
     def cut(self) -> None:
-        """From now on, nothing arrives."""
+        """Cut the link: from now on, no packet arrives."""
         self._run(f"-n {self._far} link set vb down")
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""Many clients in one thread, and what the kernel says about a server: tools of the tests that try to break it.
+"""Many clients in one thread, and figures of a process from /proc, for the stress tests.
 
-`python -m tests.tools.load HOST PORT` is one client in a process of its own, to be stopped or cut off: it says `open`,
-then answers pings until the end.
+`python -m tests.tools.load HOST PORT` is one client in its own process, which a test can pause or cut off. It prints
+`open`, then answers Pings until the connection ends.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import typing
 
 from tests.tools import support
 
-HEAD = struct.Struct("!dII")  # what a message of a load begins with: when it was sent, by whom, its number
+HEAD = struct.Struct("!dII")  # the beginning of each message: time of sending, sender, number
 GOING_AWAY = b"\x88\x02\x03\xe9"  # Close 1001
 PIECE = 1 << 18  # bytes asked of a socket at once
 
 
 class LoadError(AssertionError):
-    """A client did not see what it should have."""
+    """A client received other data than it should."""
 
 
 def frame(payload: bytes, opcode: int = 2) -> bytes:
-    """A frame from a client, masked with zeros: cheap to make, and the server cannot know."""
+    """Return a frame from a client, masked with zeros, which costs no time."""
     return support.masked_frame(opcode, b"", length=len(payload), key=bytes(4)) + payload
 
 
 def numbered(sender: int, number: int, size: int) -> bytes:
-    """The frame of a numbered binary message of `size` bytes, which carries the time."""
+    """Return the frame of a numbered binary message of `size` bytes with the time of sending."""
     return frame(HEAD.pack(time.monotonic(), sender, number) + bytes(size - HEAD.size))
 
 
 class Stream:
-    """Checks what one client gets of numbered messages, all of one size: each sender's without a gap, and how late."""
+    """Checks the numbered messages that one client gets, all of one size: no gaps, and the delay of each."""
 
     def __init__(self, size: int) -> None:
         head = 2 if size < 126 else 4 if size < 1 << 16 else 10
@@ -52,13 +52,13 @@ class Stream:
         self.next: dict[int, int] = {}  # the next number of each sender
         self.close = b""  # their Close frame
         self.messages = 0
-        self.digest = 0  # of the order in which they came
-        self.worst = 0.0  # seconds from sending to getting
+        self.digest = 0  # of the order of messages
+        self.worst = 0.0  # seconds from sending to receiving
         self.watched = -1  # a sender whose delays are kept
         self.delays: list[float] = []
 
     def take(self, data: bytes) -> None:
-        """Check the next bytes from the server."""
+        """Check the next bytes of the server."""
         now, data = time.monotonic(), self._rest + data if self._rest else data
         whole = len(data) - len(data) % self.length
         self._rest = data[whole:]
@@ -76,7 +76,7 @@ class Stream:
 
 
 class Peer:
-    """One client of a Load, from connecting to its end; nothing that it does waits."""
+    """One client of a Load, from connecting to its end. It never blocks."""
 
     def __init__(self, load: Load, port: int, tls: ssl.SSLContext | None, small: bool) -> None:
         self.socket: socket.socket = socket.socket()
@@ -85,18 +85,18 @@ class Peer:
         self.socket.setblocking(False)
         self._load = load
         self._tls = tls
-        self._shaking = False  # hands, of TLS
+        self._shaking = False  # of TLS
         self._out: collections.deque[bytes] = collections.deque()
-        self._sent = 0  # bytes of the first of them
-        self._events = 0  # that the selector waits for
+        self._sent = 0  # bytes of the first one that are sent
+        self._events = 0  # events for which the selector waits
         self._connected = False
         self.open = False  # after the 101
-        self.ended = ""  # how it ended
-        self.reading = True  # or not: a stuck client
-        self.pace = 0.0  # bytes a second that it reads, 0 for any number
+        self.ended = ""  # the reason, after the end
+        self.reading = True  # False for a stuck client
+        self.pace = 0.0  # bytes a second to read, 0 for no limit
         self.since = time.monotonic()
         self.received = 0  # bytes after the 101
-        self.head = b""  # the response; all of it where it is not 101
+        self.head = b""  # the response, complete if the status is not 101
         self.take: typing.Callable[[bytes], None] = self._forget
         error = self.socket.connect_ex(("127.0.0.1", port))
         if error not in (0, errno.EINPROGRESS):
@@ -109,38 +109,38 @@ class Peer:
 
     @property
     def status(self) -> int:
-        """Of the response; 0 where there is none."""
+        """Status of the response, or 0 before it."""
         return int(self.head[9:12] or 0)
 
     @property
     def unsent(self) -> int:
-        """Pieces that wait to be sent."""
+        """Number of pieces that wait to be sent."""
         return len(self._out)
 
     def send(self, data: bytes) -> None:
-        """Send bytes as they are, when the socket takes them."""
+        """Send bytes as they are, when the socket accepts them."""
         self._out.append(data)
         if len(self._out) == 1 and self._connected and not self.ended:
             self._write()
 
     def stop_reading(self) -> None:
-        """Be stuck from now on."""
+        """Stop reading."""
         self.reading = False
         self.choose_events()
 
     def read_at(self, pace: float) -> None:
-        """Read so many bytes a second from now on, 0 for any number."""
+        """Limit reading to this number of bytes a second; 0 for no limit."""
         self.pace, self.received, self.since = pace, 0, time.monotonic()
         self.choose_events()
 
     def read_on(self) -> None:
-        """Be stuck no more, but quick."""
+        """Start to read again, without a limit."""
         self.reading = True
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
         self.choose_events()
 
     def reset(self) -> None:
-        """End with a reset."""
+        """Close the connection with a reset."""
         if not self.ended:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -165,7 +165,7 @@ class Peer:
             self._events = events
 
     def choose_events(self) -> None:
-        """What to wait for now."""
+        """Set the events for which the selector waits."""
         if not self.ended:
             reading = selectors.EVENT_READ if self.reading and self._may_read() else 0
             self._wait_for(reading | (selectors.EVENT_WRITE if self._out else 0))
@@ -174,10 +174,10 @@ class Peer:
         return not self.pace or self.received < self.pace * (time.monotonic() - self.since)
 
     def ready(self, events: int) -> None:
-        """The selector has news."""
+        """Read and send as far as the socket is ready."""
         try:
             if self._tls:
-                self._wait_for(0)  # a wrapped socket is another one
+                self._wait_for(0)  # wrapping creates another socket
                 error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if error:
                     return self.end(errno.errorcode[error])
@@ -250,7 +250,7 @@ class Load:
         self.selector = selectors.DefaultSelector()
         self.port = port
         self.tls = tls
-        self.peers: set[Peer] = set()  # those that have not ended
+        self.peers: set[Peer] = set()  # clients that have not ended
 
     def __enter__(self) -> Load:
         return self
@@ -261,7 +261,7 @@ class Load:
         self.selector.close()
 
     def start(self, *, tls: bool = False, small: bool = False, raw: bytes | None = None, **fields: typing.Any) -> Peer:
-        """A client that begins to connect; `raw` is sent instead of a handshake."""
+        """Start to connect a client; `raw` is sent in place of a handshake."""
         peer = Peer(self, self.port, self.tls if tls else None, small)
         first = support.request(**fields) if raw is None else raw
         if first:
@@ -271,7 +271,7 @@ class Load:
         return peer
 
     def join(self, number: int, **how: typing.Any) -> list[Peer]:
-        """Clients that are in the room."""
+        """Connect clients and wait until they are in the room."""
         peers = [self.start(**how) for _ in range(number)]
         self.run(lambda: all(peer.open or peer.ended for peer in peers))
         refused = [peer.ended + repr(peer.head) for peer in peers if not peer.open]
@@ -285,7 +285,7 @@ class Load:
         deadline: float = support.DEADLINE,
         meanwhile: typing.Callable[[], object] = lambda: None,
     ) -> None:
-        """Let them all go on until a condition holds; `meanwhile` is called all the time."""
+        """Run all clients until a condition holds; call `meanwhile` in each round."""
         end = time.monotonic() + deadline
         while not until():
             if time.monotonic() > end:
@@ -294,7 +294,7 @@ class Load:
             meanwhile()
 
     def step(self) -> None:
-        """Let each go on that can."""
+        """Run one round of all clients."""
         for key, events in self.selector.select(0.005):
             if not key.data.ended:
                 key.data.ready(events)
@@ -303,13 +303,13 @@ class Load:
                 peer.choose_events()
 
     def run_for(self, seconds: float, meanwhile: typing.Callable[[], object] = lambda: None) -> None:
-        """Let them all go on for a while."""
+        """Run all clients for this time."""
         end = time.monotonic() + seconds
         self.run(lambda: time.monotonic() > end, seconds + support.DEADLINE, meanwhile)
 
 
 class Sender:
-    """A client that sends numbered messages: at a pace, or so many at a time, the next when one has come back."""
+    """A client that sends numbered messages: at a rate, or a number at once and the next when one has come back."""
 
     def __init__(self, peer: Peer, number: int, size: int, *, pace: float = 0.0, at_once: int = 0) -> None:
         self.peer = peer
@@ -324,13 +324,13 @@ class Sender:
         peer.take = self.take
 
     def take(self, data: bytes) -> None:
-        """What has come back."""
+        """Handle data from the server."""
         self.stream.take(data)
         if self._at_once:
             self.go_on()
 
     def go_on(self) -> None:
-        """Send what is due."""
+        """Send the messages that are due."""
         if self._at_once:
             due = len(self.stream.delays) + self._at_once
         else:
@@ -340,12 +340,12 @@ class Sender:
             self.peer.send(b"".join([numbered(self.number, number, self.size) for number in numbers]))
 
     def stop(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._at_once, self._pace = 0, 0.0
 
     @property
     def answered(self) -> bool:
-        """Whether all has come back."""
+        """Whether all messages have come back."""
         return len(self.stream.delays) == self.count
 
 
@@ -353,12 +353,12 @@ class Sender:
 
 
 def memory(pid: int) -> float:
-    """MB that a process has in memory."""
+    """Return the resident memory of a process (MB)."""
     return int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def peak(pid: int) -> float:
-    """MB that a process had in memory at most."""
+    """Return the peak resident memory of a process (MB)."""
     return int(pathlib.Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 
@@ -383,22 +383,22 @@ def windows_cpu(pid: int) -> float:
 
 
 def threads(pid: int) -> int:
-    """Threads of a process."""
+    """Return the number of threads of a process."""
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def files(pid: int) -> int:
-    """Open file descriptors of a process."""
+    """Return the number of open file descriptors of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def main(argv: typing.Sequence[str]) -> int:
-    """One client that only listens and answers pings."""
+    """Run one client, which only receives and answers Pings."""
     with socket.create_connection((argv[0], int(argv[1]))) as connection:
         connection.sendall(support.request(Host=argv[0]))
         data = connection.recv(65536)
         print("open", flush=True)
-        with contextlib.suppress(ConnectionError):  # it was stopped, and dropped meanwhile
+        with contextlib.suppress(ConnectionError):  # the process was paused, and the client dropped
             while data:
                 if data.endswith(b"\x89\0"):
                     connection.sendall(support.masked_frame(10))

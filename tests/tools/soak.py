@@ -1,7 +1,7 @@
 """Mixed traffic for a long time: `python -m tests.tools.soak SECONDS`.
 
-Clients join, leave and are reset, large and small messages flow, compressed and not, with TLS and without. In the end
-memory, threads and file descriptors must be back where they were.
+Clients join, leave and are reset; they send large and small messages, with and without compression and TLS. At the end,
+memory, threads and file descriptors must be as before.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import zlib
 
 from tests.tools import load, support
 
-# Where these are not fixed, glibc keeps much of what has been freed, and what is lost cannot be told from what is kept.
+# Without fixed thresholds, glibc keeps much of the freed memory, which looks like a leak.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def plain_memory() -> contextlib.AbstractContextManager[typing.Any]:
-    """For starting servers whose memory is to be measured."""
+    """Make glibc return freed memory to the system in the servers that are started in the block."""
     return unittest.mock.patch.dict(os.environ, ALLOCATOR)
 
 
 class Visitor:
-    """A client that sends all sorts of messages for a while, then leaves in one of many ways."""
+    """A client that sends messages of many kinds for a while, then leaves in one of many ways."""
 
     def __init__(self, clients: load.Load, chance: random.Random, *, tls: bool) -> None:
         self._chance = chance
@@ -79,7 +79,7 @@ class Visitor:
 
 
 def mix(clients: typing.Sequence[load.Load], seconds: float, chance: random.Random) -> int:
-    """Traffic for a while, after which all leave; the number of visitors."""
+    """Run visitors for this time, then reset the rest; return the number of visitors."""
     visitors: list[Visitor] = []
     count, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
@@ -98,14 +98,14 @@ def mix(clients: typing.Sequence[load.Load], seconds: float, chance: random.Rand
 
 
 def soak(plain: support.Process, secure: support.Process, context: ssl.SSLContext, seconds: float) -> str:
-    """Mixed traffic with two servers, then compare; what was seen, for people. Raises AssertionError."""
+    """Run mixed traffic with two servers, and compare their figures; return a line with them. Raises AssertionError."""
     chance = random.Random(int(seconds))
     servers = plain, secure
-    for server, tls in ((plain, None), (secure, context)):  # then all their threads have begun
+    for server, tls in ((plain, None), (secure, context)):  # now all their threads have started
         with support.Client(server.port, tls=tls) as client:
             client.close()
             client.read_all()
-    support.eventually(lambda: all(load.threads(server.pid) <= 2 for server in servers))  # those of hooks have ended
+    support.eventually(lambda: all(load.threads(server.pid) <= 2 for server in servers))  # hook threads have ended
     before = [(load.threads(server.pid), load.files(server.pid)) for server in servers]
     with load.Load(plain.port) as first, load.Load(secure.port, context) as second:
 
@@ -132,7 +132,7 @@ def soak(plain: support.Process, secure: support.Process, context: ssl.SSLContex
 
 
 def main(argv: typing.Sequence[str]) -> int:
-    """Soak for so many seconds."""
+    """Run for the number of seconds in the first argument."""
     seconds = float(argv[0]) if argv else 600.0
     with tempfile.TemporaryDirectory() as folder:
         cert, context = support.certificate(folder)

@@ -1,6 +1,6 @@
-"""What the tests share: servers in this process and in others, and a client that can do wrong.
+"""Shared by the tests: servers in this process and in others, and a client that can break the rules.
 
-Every wait has a deadline, every port is free, everything that is started is ended.
+Every wait has a deadline, servers use free ports, and each process and thread that is started is ended.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ DEFLATE = "permessage-deflate"
 
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup; what is started would ignore it, too
+    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup; child processes would ignore it, too
 
 
-_skipped: collections.Counter[str] = collections.Counter()  # why, and how often
+_skipped: collections.Counter[str] = collections.Counter()  # number of skipped tests by reason
 
 
 def _add_skip(
@@ -59,7 +59,7 @@ def _add_skip(
 
 
 def _say_what_was_skipped() -> None:
-    """One line at the end; without it, a run that skips half of the tests looks like one that passes them."""
+    """Print one line at the end; without it, a run that skips half of the tests looks like a complete one."""
     if _skipped:
         whats = (reason.replace("the package ", "").partition(MISSING) for reason in _skipped)
         missing = sorted(what for what, is_missing, _ in whats if is_missing)
@@ -74,7 +74,7 @@ atexit.register(_say_what_was_skipped)
 
 
 def require(present: object, what: str) -> None:
-    """Skip the test where something is missing, or fail it where everything has been asked for."""
+    """Skip the test if something is missing; fail it if PYWEBSOCK_TESTS=everything."""
     if not present:
         if EVERYTHING:
             raise AssertionError(what + MISSING)
@@ -82,7 +82,7 @@ def require(present: object, what: str) -> None:
 
 
 def package(name: str) -> typing.Any:
-    """A module that does not come with Python; see `require`."""
+    """Return a module that does not come with Python; see `require`."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -91,7 +91,7 @@ def package(name: str) -> typing.Any:
 
 @contextlib.contextmanager
 def scratch() -> typing.Iterator[str]:
-    """A folder that is gone afterwards, although a browser may still write into it."""
+    """Yield a temporary folder. It is removed even if a browser still writes into it."""
     folder = tempfile.mkdtemp(prefix="pywebsock-")
     try:
         yield folder
@@ -100,14 +100,14 @@ def scratch() -> typing.Iterator[str]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """Return a port of 127.0.0.1 on which no program listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
-    """Wait until a condition holds that nothing announces, such as a counter of another thread."""
+    """Poll until a condition holds; for conditions without an event, such as a counter of another thread."""
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:
@@ -117,7 +117,7 @@ def eventually(condition: typing.Callable[[], object], what: str = "", deadline:
 
 @contextlib.contextmanager
 def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.Iterator[threading.Thread]:
-    """Another thread that calls something; it must have ended when the block is left, or soon after."""
+    """Call a function in another thread, which must end with the block or soon after."""
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     thread.start()
     yield thread
@@ -126,7 +126,7 @@ def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.
 
 
 def growth(act: typing.Callable[[int], object], size: int) -> float:
-    """How many times the CPU time of `act(size)` goes to `act(4 * size)`: 4 where it is linear, 16 where quadratic.
+    """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
     The least of each, since all else that takes time, such as PyPy's compiler and garbage collector, only adds to it:
     of three times where these leave no doubt, and else of all within two seconds.
@@ -146,7 +146,7 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
 
 
 def peak_memory(act: typing.Callable[[], object]) -> int:
-    """The most bytes that `act` holds at any time."""
+    """Return the peak memory of a call (bytes)."""
     tracemalloc = package("tracemalloc")  # not in PyPy
     tracemalloc.start()
     try:
@@ -157,7 +157,7 @@ def peak_memory(act: typing.Callable[[], object]) -> int:
 
 
 class Pipe:
-    """A socket that takes `room` bytes, `most` in one send; what it took is in `taken`."""
+    """A socket that accepts `room` bytes, at most `most` in one send, and keeps them in `taken`."""
 
     family = pywebsock.AF_UNIX
 
@@ -168,7 +168,7 @@ class Pipe:
         self.error: OSError | None = None
 
     def send(self, data: typing.Any) -> int:
-        """What socket.send does."""
+        """Do the same as socket.send."""
         if self.error:
             raise self.error
         size = min(len(data), self.room, self.most)
@@ -179,17 +179,17 @@ class Pipe:
         return size
 
     def shutdown(self, how: int) -> None:
-        """What socket.shutdown does."""
+        """Record the call."""
         self.ends.append(how)
 
     @property
     def stream(self) -> bytes:
-        """All that it took."""
+        """All accepted bytes."""
         return b"".join(self.taken)
 
 
 class Recorder(pywebsock.BroadcastServer):
-    """A server that writes down what its hooks are told."""
+    """A server that records the calls of its hooks."""
 
     def __init__(self, *args: typing.Any, **settings: typing.Any) -> None:
         self.heard: list[tuple[typing.Any, ...]] = []
@@ -202,7 +202,7 @@ class Recorder(pywebsock.BroadcastServer):
             self._news.notify_all()
 
     def wait_for(self, *what: typing.Any) -> None:
-        """Wait until a hook has been told exactly this."""
+        """Wait for a call of a hook with these arguments."""
         with self._news:
             if not self._news.wait_for(lambda: what in self.heard, DEADLINE):
                 raise AssertionError(f"{what} not in {self.heard}")
@@ -230,7 +230,7 @@ def running(kind: type[S], **settings: typing.Any) -> contextlib.AbstractContext
 def running(
     kind: typing.Any = Recorder, address: tuple[str, int] = ("127.0.0.1", 0), **settings: typing.Any
 ) -> typing.Iterator[typing.Any]:
-    """A server in this process, on a free port: `with running(rate=5) as server`."""
+    """Run a server in this process, on a free port: `with running(rate=5) as server`."""
     server = kind(address, **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.005,))
     thread.start()
@@ -250,7 +250,7 @@ class Process:
         *arguments: str,
         stdin: typing.Any = subprocess.DEVNULL,
         python: typing.Sequence[str] = (),
-        program: typing.Sequence[str] = (),  # another than `python pywebsock.py`
+        program: typing.Sequence[str] = (),  # in place of `python pywebsock.py`
     ) -> None:
         program = program or [sys.executable, *python, str(ROOT / "pywebsock.py")]
         command = [*program, "--port", "0", *arguments]
@@ -259,7 +259,7 @@ class Process:
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Ctrl-Break is for a whole group
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Ctrl-Break goes to a whole group
         )
         self._log: list[bytes] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -279,11 +279,11 @@ class Process:
             self._log.append(line)
 
     def log(self) -> str:
-        """What it has written to standard error so far."""
+        """Return the text that the process has written to standard error."""
         return b"".join(self._log).decode()
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, such as SIGTERM; on Windows, where that would kill it, Ctrl-Break."""
+        """Send a signal, such as SIGTERM; on Windows, where SIGTERM would kill the process, send Ctrl-Break."""
         if IS_WINE:
             raise unittest.SkipTest(NO_BREAK)
         if IS_WINDOWS and number != signal.SIGTERM:
@@ -291,7 +291,7 @@ class Process:
         self._process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", number))
 
     def wait(self, deadline: float = DEADLINE) -> int:
-        """Its exit status; killed, with an error, where it does not end in time."""
+        """Wait for the end and return the exit status; kill the process and raise AssertionError after the deadline."""
         try:
             return self._process.wait(deadline)
         except subprocess.TimeoutExpired:
@@ -306,12 +306,12 @@ class Process:
                         stream.close()
 
     def kill(self) -> None:
-        """End it in any case."""
+        """Kill the process."""
         self._process.kill()
         self.wait()
 
     def stop(self) -> int:
-        """End it as a user does, or kill it under Wine; its exit status."""
+        """Stop the process with SIGTERM, or kill it under Wine; return the exit status."""
         if self._process.poll() is None:
             if IS_WINE:
                 self._process.kill()
@@ -327,10 +327,10 @@ class Process:
 
 
 def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
-    """A new certificate for localhost, with its key in the same file, and a context for clients that trust it."""
+    """Return a file with a new certificate for localhost and its key, and a context for clients that trust it."""
     path = os.path.join(directory, "localhost.pem")
     made_before = os.environ.get("PYWEBSOCK_CERTIFICATE")
-    if made_before:  # by a system that has openssl
+    if made_before:  # on a system that has openssl
         shutil.copyfile(made_before, path)
         return path, ssl.create_default_context(cafile=path)
     require(shutil.which("openssl"), "the openssl command")
@@ -361,7 +361,7 @@ def masked_frame(
     key: bytes = b"\x37\xfa\x21\x3d",
     length: int = -1,
 ) -> bytes:
-    """A frame from a client (RFC 6455 5.2); `rsv` is 4 for RSV1; `length` claims another length."""
+    """Return a frame from a client (RFC 6455 5.2); `rsv` is 4 for RSV1; `length` announces another length."""
     size = len(payload) if length < 0 else length
     first = fin << 7 | rsv << 4 | opcode
     if size < 126:
@@ -370,24 +370,24 @@ def masked_frame(
         head = struct.pack("!BBH", first, 0x80 | 126, size)
     else:
         head = struct.pack("!BBQ", first, 0x80 | 127, size)
-    # An implementation of its own, slow and plain, to compare with.
+    # An independent implementation, to compare with.
     return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
 
 
 def pieces(opcode: int, *payloads: bytes) -> bytes:
-    """A message in as many frames as there are payloads (RFC 6455 5.4)."""
+    """Return a message in fragments, one for each payload (RFC 6455 5.4)."""
     last = len(payloads) - 1
     return b"".join(masked_frame(CONT if i else opcode, payload, fin=i == last) for i, payload in enumerate(payloads))
 
 
 def compress(payload: bytes) -> bytes:
-    """A compressed message, as any client would have it (RFC 7692 7.2.1)."""
+    """Return a compressed message, as any client sends it (RFC 7692 7.2.1)."""
     compressor = zlib.compressobj(wbits=-15)
     return (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **changes: str | None) -> bytes:
-    """An opening handshake; fields by their name with _ for -, None to leave one out."""
+    """Return an opening handshake; header fields are keyword arguments, with _ for -, and None for no such field."""
     fields: dict[str, str | None] = {
         "Host": "localhost:4545",
         "Upgrade": "websocket",
@@ -402,12 +402,12 @@ def request(*, method: str = "GET", target: str = "/", version: str = "1.1", **c
 
 
 def brought(feed: typing.Callable[[bytes], typing.Iterable[T]], *pieces: bytes) -> list[list[T]]:
-    """What a reader gives for each of the pieces that it is fed with."""
+    """Return the messages that a reader gives for each piece of its input."""
     return [list(feed(piece)) for piece in pieces]
 
 
 def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
-    """What the pure parts make of the head of a request that comes in these pieces."""
+    """Return the response of the pure parts to a request whose head comes in these pieces."""
     arriving = iter(pieces)
     request = None
     try:
@@ -431,7 +431,7 @@ def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
 
 
 class Client:
-    """A WebSocket client for tests: it hides nothing and can break every rule."""
+    """A WebSocket client for tests, which shows every frame and can break every rule."""
 
     def __init__(
         self,
@@ -444,7 +444,7 @@ class Client:
     ) -> None:
         local = isinstance(port, str)
         self.socket: socket.socket = socket.socket(socket.AF_UNIX if local else socket.AF_INET)
-        if small:  # a receive buffer that is soon full
+        if small:  # a small receive buffer
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.socket.settimeout(DEADLINE)
         self._buffer = b""
@@ -505,24 +505,24 @@ class Client:
         return taken
 
     def read_some(self, size: int) -> None:
-        """Take so many bytes from the system, at most."""
+        """Read at most this number of bytes into the buffer, with one system call."""
         self._buffer += self.socket.recv(size)
 
     def read_head(self) -> bytes:
-        """The head of an HTTP response."""
+        """Read the head of an HTTP response."""
         while b"\r\n\r\n" not in self._buffer:
             self._need(len(self._buffer) + 1)
         return self._take(self._buffer.index(b"\r\n\r\n") + 4)
 
     def read_all(self) -> bytes:
-        """Everything up to the end of the connection."""
+        """Read up to the end of the connection."""
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 self._need(len(self._buffer) + 1)
         return self._take(len(self._buffer))
 
     def read_frame(self) -> Frame:
-        """The next frame, which the server must not have masked."""
+        """Read the next frame, which must not be masked."""
         first, second = self._take(2)
         length = second
         if second == 126:
@@ -536,7 +536,7 @@ class Client:
         return Frame(first >= 128, bool(first & 0x40), first & 0x0F, self._take(length))
 
     def read(self) -> str | bytes:
-        """The next message, which must be in one frame; pings and pongs are passed over."""
+        """Read the next message, which must be in one frame; skip Pings and Pongs."""
         frame = self.read_frame()
         while frame.opcode in (9, 10):
             frame = self.read_frame()
@@ -547,7 +547,7 @@ class Client:
         return payload.decode() if frame.opcode == 1 else payload
 
     def read_close(self) -> tuple[int, str]:
-        """The code (1005 for none) and reason of the Close frame that must come next, and the end after it."""
+        """Read a Close frame and the end of the connection; return its code (1005 for none) and reason."""
         frame = self.read_frame()
         assert frame.fin and frame.opcode == 8, f"not a Close: {frame}"
         rest = self.read_all()
@@ -558,7 +558,7 @@ class Client:
 
 
 def exchange(port: int | str, data: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes and read the HTTP response to its end: (status, fields, body)."""
+    """Send bytes and read the HTTP response; return its status, header fields and body."""
     with Client(port, handshake=False, tls=tls) as client:
         client.send_raw(data)
         response = client.read_all()
@@ -569,13 +569,13 @@ def exchange(port: int | str, data: bytes, *, tls: ssl.SSLContext | None = None)
 
 
 class ServerTestCase(unittest.TestCase):
-    """Tests of running servers: what they start is ended after each of them, clients first."""
+    """Tests of running servers. After each test, its clients are closed, then its servers."""
 
     @contextlib.contextmanager
     def assertLogs(  # type: ignore[override]  # noqa: N802
         self, *arguments: typing.Any, **options: typing.Any
     ) -> typing.Iterator[typing.Any]:
-        """As unittest's; the servers write their logs in a thread, so it waits until that is done."""
+        """Do the same as unittest's method, and wait for the threads that write the logs of the servers."""
         with super().assertLogs(*arguments, **options) as logged:
             yield logged
             for server in vars(self).get("servers", ()):
@@ -587,7 +587,7 @@ class ServerTestCase(unittest.TestCase):
     def serve(self, kind: type[S], **settings: typing.Any) -> S: ...
 
     def serve(self, kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Any:
-        """A server in this process; see `running`."""
+        """Start a server in this process; see `running`."""
         context = running(kind, **settings)
         self.addCleanup(context.__exit__, None, None, None)
         server = context.__enter__()
@@ -595,7 +595,7 @@ class ServerTestCase(unittest.TestCase):
         return server
 
     def connect(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> Client:
-        """A client of it; see `Client`."""
+        """Connect a client to a server; see `Client`."""
         client = Client(server.server_address[1], **how)
         self.addCleanup(client.__exit__)
         return client

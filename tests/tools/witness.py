@@ -1,6 +1,7 @@
-"""Clients in processes of their own: what others do in theirs must not look like a delay of the server.
+"""Clients in their own processes, so that work of the test does not look like a delay of the server.
 
-`python -m tests.tools.witness PORT [CERTIFICATE]` is the witness, an honest client that sends a message every 50 ms.
+`python -m tests.tools.witness PORT [CERTIFICATE]` is the witness, a well-behaved client that sends a message every
+50 ms and measures the time until it comes back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.tools import load, support
 
 INTERVAL = 0.05  # seconds between two messages of a witness
 
-# Server and witness must not wait for a processor: what is measured is not how busy the machine is. Only root may.
+# Real-time scheduling for server and witness, so that a busy machine does not change the figures. It needs root.
 URGENT = """import contextlib, os
 with contextlib.suppress(OSError, AttributeError):
     os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -29,18 +30,18 @@ with contextlib.suppress(OSError, AttributeError):
 
 
 class Echoes:
-    """The witness's connection: what it sends, when that comes back, and how it ends."""
+    """The witness's connection: sends messages, measures the delay of each, and keeps the close code."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._tag = os.urandom(8)
-        self._pending: collections.deque[float] = collections.deque()  # when what is not back yet was sent
+        self._pending: collections.deque[float] = collections.deque()  # when messages were sent that have not come back
         self._buffer, self._out = bytearray(), bytearray()
-        self._skip = 0  # bytes of somebody's long message that are still to come
-        self._worst = 0.0  # seconds
+        self._skip = 0  # bytes of another client's long message that are still to come
+        self._worst = 0.0  # seconds of the slowest echo
         self.count = 0  # of echoes
-        self.late = 0.0  # seconds that this process itself was late, at worst
-        self.end = ""  # the code of the server's Close, or what ended the connection without one
+        self.late = 0.0  # longest delay of this process itself (seconds)
+        self.end = ""  # the code of the server's Close, or the error that ended the connection
         self.over = False  # the connection has ended
 
     def send(self) -> None:
@@ -51,14 +52,14 @@ class Echoes:
     def _write(self, data: bytes) -> None:
         self._out += data
         try:
-            del self._out[: self._socket.send(self._out)]  # the rest goes with the next one
+            del self._out[: self._socket.send(self._out)]  # the rest is sent with the next message
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
             pass
         except OSError as error:
             self.end = self.end or type(error).__name__
 
     def receive(self) -> None:
-        """Take what has come."""
+        """Read and handle the available data."""
         try:
             data = self._socket.recv(1 << 20)
         except (ssl.SSLWantReadError, BlockingIOError):
@@ -75,7 +76,7 @@ class Echoes:
             pass
 
     def _take_frame(self) -> bool:
-        """Take one frame out of the buffer, or the beginning of a long one; whether that was possible."""
+        """Take one frame out of the buffer, or the beginning of a long one; return False if there is none."""
         if len(self._buffer) < 10 and (len(self._buffer) < 2 or len(self._buffer) < 2 + self._buffer[1]):
             return False
         opcode, length, start = self._buffer[0] & 15, self._buffer[1], 2
@@ -101,7 +102,7 @@ class Echoes:
             self._write(support.masked_frame(8, payload))
 
     def report(self) -> dict[str, typing.Any]:
-        """The figures since the last report; what is not back yet counts as well."""
+        """Return the figures since the last report; a message that has not come back counts, too."""
         waiting = time.monotonic() - self._pending[0] if self._pending and not self.end else 0.0
         figures = {"worst": max(self._worst, waiting), "late": self.late, "echoes": self.count, "end": self.end}
         self._worst, self.late, self.count = 0.0, 0.0, 0
@@ -109,7 +110,7 @@ class Echoes:
 
 
 def main(argv: typing.Sequence[str]) -> int:
-    """The witness: for each line on standard input it writes one line with its figures."""
+    """Run the witness: for each line of standard input, print one line with the figures."""
     if argv[0] == "listen":
         return listen(int(argv[1]), int(argv[2]))
     if argv[0] == "push":
@@ -141,32 +142,32 @@ def main(argv: typing.Sequence[str]) -> int:
 
 
 class Figures(typing.NamedTuple):
-    """What a witness saw."""
+    """The figures of a witness."""
 
-    worst: float  # seconds from sending to getting, at worst
-    late: float  # seconds that it was late itself
-    echoes: int  # how many
+    worst: float  # seconds of the slowest echo
+    late: float  # longest delay of the witness itself (seconds)
+    echoes: int  # number of echoes
     end: str  # code of the Close, if there was one
 
 
 class Witness:
-    """An honest client in a process of its own, which sends a message every 50 ms and keeps the worst echo."""
+    """A client in its own process, which sends a message every 50 ms and keeps the slowest echo."""
 
     def __init__(self, port: int, certificate: str = "") -> None:
         command = [sys.executable, "-m", "tests.tools.witness", str(port), *([certificate] if certificate else [])]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=support.ROOT, stdin=pipe, stdout=pipe, text=True)
         if self._line() != "open\n":
-            raise AssertionError("the witness did not get in")
+            raise AssertionError("the witness was refused")
 
     def _line(self) -> str:
         assert self._process.stdout
         if not select.select([self._process.stdout], [], [], 2 * support.DEADLINE)[0]:
-            raise AssertionError("the witness says nothing")
+            raise AssertionError("the witness does not answer")
         return self._process.stdout.readline()
 
     def figures(self) -> Figures:
-        """What it saw since this was asked last."""
+        """Return the figures since the last call."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -179,7 +180,7 @@ class Witness:
 
 
 class Pusher:
-    """A client in a process of its own that sends messages at a pace, in bytes a second, and reads all that comes."""
+    """A client in its own process that sends messages at a rate (bytes a second) and reads all data."""
 
     def __init__(self, port: int, size: int, pace: float) -> None:
         command = [sys.executable, "-m", "tests.tools.witness", "push", str(port), str(size), str(pace)]
@@ -190,7 +191,7 @@ class Pusher:
         self._process.stdout.readline()
 
     def rate(self) -> float:
-        """MB a second that it has sent since this was asked last."""
+        """Return the rate of sending since the last call (MB a second)."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write("\n")
@@ -204,7 +205,7 @@ class Pusher:
 
 
 def push(port: int, size: int, pace: float) -> int:
-    """The pusher, in its own process: for each line on standard input it writes one line with its rate."""
+    """Run the pusher: for each line of standard input, print one line with the rate."""
     connection = support.Client(port, Origin=None).socket
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
     connection.setblocking(False)
@@ -228,7 +229,7 @@ def push(port: int, size: int, pace: float) -> int:
 
 
 class Listeners:
-    """Honest clients in a process of its own: they read all that comes and answer the Close."""
+    """Clients in their own process, which read all data and answer the Close."""
 
     def __init__(self, port: int, number: int) -> None:
         command = [sys.executable, "-m", "tests.tools.witness", "listen", str(port), str(number)]
@@ -237,17 +238,17 @@ class Listeners:
         self._process.stdout.readline()
 
     def ends(self) -> collections.Counter[str]:
-        """How each one's connection ended: the codes of the Close frames, or what else."""
+        """Count how the connections ended: by the code of the Close frame, or the error."""
         return collections.Counter(json.loads(self._process.communicate(timeout=2 * support.DEADLINE)[0]))
 
     def kill(self) -> None:
-        """End them."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
 
 def listen(port: int, number: int) -> int:
-    """The listeners, in their own process: when all have ended they write one line that says how."""
+    """Run the listeners: when all have ended, print one line with their ends."""
     clients = load.Load(port)
     ends = dict.fromkeys(clients.join(number), "nothing")
     last = dict.fromkeys(ends, b"")
