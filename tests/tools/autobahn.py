@@ -1,8 +1,8 @@
-"""The Autobahn test suite, which everybody measures WebSocket servers by: `python -m tests.tools.autobahn [CASE ...]`.
+"""The Autobahn test suite for WebSocket servers: `python -m tests.tools.autobahn [CASE ...]`.
 
-It runs the cases given, such as `6.*` or `12.1.5`, or all 517 (12 minutes), against a server as it starts by
-default, and exits with 0 where every one of them ran and is OK or INFORMATIONAL. The suite itself, Python 2.7,
-is installed by `.ci/autobahn.sh FOLDER`; $PYWEBSOCK_WSTEST names the program, FOLDER/wst/bin/wstest.
+It runs the given cases, such as `6.*` or `12.1.5`, or all 517 (12 minutes), against a server with default settings.
+The exit status is 0 if every case has run and is OK or INFORMATIONAL. `.ci/autobahn.sh FOLDER` installs the suite,
+which needs Python 2.7; $PYWEBSOCK_WSTEST is the path of the program, FOLDER/wst/bin/wstest.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ GOOD = ("OK", "INFORMATIONAL")
 
 
 def find() -> str | None:
-    """The program `wstest`."""
+    """Return the path of wstest."""
     path = os.environ.get("PYWEBSOCK_WSTEST", "")
     return path if os.access(path, os.X_OK) and not os.path.isdir(path) else None
 
 
 class Results:
-    """What a run of the suite has found."""
+    """The results of a run of the suite."""
 
     def __init__(self, selected: typing.Sequence[str], index: dict[str, typing.Any], folder: pathlib.Path) -> None:
         self.selected = selected
-        self._index = index  # of each case: how the server behaved, in all and in closing
+        self._index = index  # behaviour of the server by case, in general and in closing
         self._folder = folder
         self.missing = [case for case in selected if case not in index]
 
     def details(self, case: str) -> dict[str, typing.Any]:
-        """Everything about one case."""
+        """Return the report of one case."""
         details: dict[str, typing.Any] = json.loads((self._folder / self._index[case]["reportfile"]).read_text())
         return details
 
     def bad(self) -> list[str]:
-        """A line for each case that is not as it should be; a case that did not run is none of the good ones."""
+        """Return a line for each case that did not run or is not OK."""
         lines = [f"{case}: did not run" for case in self.missing]
         for case, result in self._index.items():
             if result["behavior"] not in GOOD or result["behaviorClose"] not in GOOD:
@@ -63,7 +63,7 @@ class Results:
 
 
 def run(wstest: str, port: int, cases: typing.Sequence[str], folder: pathlib.Path, deadline: float) -> Results:
-    """Run cases against a server; the reports go to a folder. Raises AssertionError where the suite fails itself."""
+    """Run cases against a server; write the reports to a folder. Raises AssertionError if the suite itself fails."""
     specification = {
         "outdir": str(folder),
         "servers": [{"agent": "pywebsock", "url": f"ws://127.0.0.1:{port}"}],
@@ -97,7 +97,7 @@ def run(wstest: str, port: int, cases: typing.Sequence[str], folder: pathlib.Pat
 
 
 def wait(process: subprocess.Popen[bytes], log: pathlib.Path, deadline: float) -> bool:
-    """Whether it ended by itself. It has no limit of its own, and where no case is selected it waits for ever."""
+    """Return whether the suite has ended within the deadline; if no case is selected, it never ends by itself."""
     end = time.monotonic() + deadline
     try:
         while process.poll() is None:
@@ -114,7 +114,7 @@ def wait(process: subprocess.Popen[bytes], log: pathlib.Path, deadline: float) -
 
 
 def main(cases: typing.Sequence[str]) -> int:
-    """Run cases and print what is not as it should be; the exit status."""
+    """Run cases, print those that fail, and return the exit status."""
     wstest = find()
     if not wstest:
         print("PYWEBSOCK_WSTEST does not name the program wstest", file=sys.stderr)

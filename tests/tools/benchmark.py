@@ -1,21 +1,20 @@
-"""How fast this server is beside others, on your machine: `python -m tests.tools.benchmark`.
+"""The speed of this server and of others, on your machine: `python -m tests.tools.benchmark`.
 
-It starts this server and whichever others it finds (packages of this Python: websockets, picows, aiohttp,
-websocket-server; node with ws, which $NODE_PATH or $PYWEBSOCK_NODE_MODULES leads to; bun), one after the other, in
-rounds, so that a drift of the machine hits all alike. Each broadcasts what a client sends to all clients, the sender
-among them. Senders have so many messages in flight and send the next when they get one of theirs back. Figures are
-medians of the rounds; ratios are taken within each round.
+It starts this server and the other servers that it finds (packages of this Python: websockets, picows, aiohttp,
+websocket-server; node with ws, in $NODE_PATH or $PYWEBSOCK_NODE_MODULES; bun), one after the other, in rounds, so
+that a change of the machine's speed affects all. Each server broadcasts messages to all clients, including the sender.
+A sender has a fixed number of messages in flight, and sends the next when one has come back. Figures are medians of
+the rounds; ratios are taken within each round.
 
-Without arguments it is quick. `--scenarios` takes names and groups: more clients, large messages, TLS, compression, and
-what it costs to join and to stay; servers that cannot do what is measured are left out. All messages are text. TLS is
-1.3, with a new certificate of the openssl command; compression is offered as browsers do.
+Without arguments, it is quick. `--scenarios` takes names and groups: more clients, large messages, TLS, compression,
+handshakes, idle clients. Servers that do not support a scenario are left out. All messages are text. TLS is version
+1.3, with a new certificate of the openssl command. Clients offer compression as browsers do.
 
-The load (tests/tools/benchmark_load.py) runs in processes of its own, on other processors than the server where the
-system allows it. How one sees whether it was the limit instead of the server: `server` and `load` are the parts of
-their processors that they used; where the load used 90 % or more and the server did not, its figure has a `>=`, at
-least. `its code` is the part that was the load's own Python instead of the kernel's: no load could save more.
-`(bare loop)`, where there is a C compiler, is recv(2) and send(2) and nothing more: where one sends at a time, none can
-be faster.
+The load (tests/tools/benchmark_load.py) runs in its own processes, on other processors than the server if the system
+allows it. The columns `server` and `load` show whether the load was the limit: they are the parts of their processors
+that server and load used. If the load used 90 % or more and the server did not, the figure has a `>=`. `its code` is
+the part that the load's Python code used, without the kernel: a faster load could save no more. `(bare loop)`, if there
+is a C compiler, is a loop of recv(2) and send(2): if one client sends at a time, no server can be faster.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ import pywebsock
 from tests.tools import load, support
 from tests.tools.peers import JOINING, OURS, Server, ending, in_c, on_javascript, on_python, pinned, serving
 
-DEADLINE = 60.0  # seconds for a run, besides its measuring
-BUSY = 0.9  # the load is taken for the limit from here on
+DEADLINE = 60.0  # seconds of a run besides the measurement
+BUSY = 0.9  # part of a processor from which the load counts as the limit
 BAR = 8  # characters
-MANY = 50  # clients, for memory to be told from noise
+MANY = 50  # clients; with fewer, memory is not measurable
 
-Round = dict[str, typing.Any]  # the figures of one server in one scenario
+Round = dict[str, typing.Any]  # figures of one server in one scenario
 
 
 class Kind(typing.NamedTuple):
-    """What is measured."""
+    """A kind of measurement."""
 
     heading: str
-    figure: str  # its name in a Round
-    load: str  # the kind of the load
+    figure: str  # name of its figure in a Round
+    load: str  # name of the load
     title: str  # of a scenario
     most_first: bool = True
 
@@ -66,7 +65,7 @@ IDLE = Kind("KiB after", "kib_a_client_busy", "idle", "{clients} clients that ge
 
 
 class Scenario(typing.NamedTuple):
-    """How many send how much."""
+    """Numbers of clients, senders and bytes."""
 
     clients: int
     senders: int
@@ -78,7 +77,7 @@ class Scenario(typing.NamedTuple):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """A line that describes the scenario."""
         units = ((1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
         unit, name = next(unit for unit in units if not self.size % unit[0])
         amount = f"{self.size // unit:,} {name}{' of JSON' if self.deflate else ''}"
@@ -133,7 +132,7 @@ SCENARIOS = {name: scenario for group in GROUPS.values() for name, scenario in g
 
 
 def processor() -> str:
-    """The name of the processor, as far as the system tells it."""
+    """Return the name of the processor, or ""."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -142,13 +141,13 @@ def processor() -> str:
 
 
 def cores() -> tuple[list[int], list[int]]:
-    """Where the server runs, and where the load; empty where they cannot be told to."""
+    """Return the processors of the server and of the load; empty if the system cannot pin processes."""
     usable = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
     return (usable[:1], usable[1:4]) if len(usable) > 1 else ([], [])
 
 
 def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) -> dict[str, typing.Any]:
-    """What the figures depend on."""
+    """Return a line about machine and versions."""
     server, loads = cores()
     apart = f"the server on processor {server[0]}, the load on {', '.join(map(str, loads))}" if server else "not pinned"
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
@@ -169,26 +168,26 @@ def conditions(options: argparse.Namespace, servers: typing.Sequence[Server]) ->
 
 
 def warming(seconds: float) -> float:
-    """How long to run before measuring so long."""
+    """Return the time to run before a measurement of this length (seconds)."""
     return min(1.0, seconds / 2)
 
 
 def resident(pid: int) -> float:
-    """KiB of a process in memory; 0 where the system does not tell."""
+    """Return the resident memory of a process (KiB), or 0 if the system does not tell."""
     with contextlib.suppress(OSError):
         return load.memory(pid) * 1e6 / 1024
     return 0.0
 
 
 def spent(pid: int) -> float:
-    """Seconds of processor time that a process has used; 0 where the system does not tell."""
+    """Return the CPU time of a process (seconds), or 0 if the system does not tell."""
     with contextlib.suppress(OSError):
         return load.cpu(pid)
     return 0.0
 
 
 class Loads:
-    """The processes of the load, to which one speaks in lines."""
+    """The processes of the load, which read and print lines."""
 
     def __init__(self, stack: contextlib.ExitStack, settings: dict[str, typing.Any], deadline: float) -> None:
         where = cores()[1]
@@ -205,13 +204,13 @@ class Loads:
             self._processes.append(process)
 
     def say(self, line: str) -> None:
-        """To all."""
+        """Send a line to all processes."""
         for process in self._processes:
             assert process.stdin
             print(line, file=process.stdin, flush=True)
 
     def hear(self) -> list[str]:
-        """A line of each."""
+        """Read a line from each process."""
         lines = [process.stdout.readline() for process in self._processes if process.stdout]
         for line in lines:
             if not line or line.startswith("error"):
@@ -220,7 +219,7 @@ class Loads:
 
 
 def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> Round:
-    """One run of a server, with clients that come and go."""
+    """Measure one run of a server."""
     settings = {**scenario._asdict(), "kind": scenario.kind.load, "seconds": options.seconds}
     settings["warm"] = warming(options.seconds)
     deadline = DEADLINE + 2 * options.seconds
@@ -246,7 +245,7 @@ def measure(server: Server, scenario: Scenario, options: argparse.Namespace) -> 
 
 
 def figures(found: list[dict[str, typing.Any]], size: int) -> Round:
-    """What the processes of the load have found, taken together."""
+    """Combine the figures of the processes of the load."""
     delays = sorted(delay for each in found for delay in each["delays"])
     orders = {order for each in found for order in each["orders"]}
     rate = sum(each["deliveries_per_s"] for each in found)
@@ -270,7 +269,7 @@ def figures(found: list[dict[str, typing.Any]], size: int) -> Round:
 def run_rounds(
     servers: typing.Sequence[Server], scenario: Scenario, options: argparse.Namespace, say: typing.Callable[[str], None]
 ) -> dict[str, list[Round]]:
-    """The rounds of one scenario, by server; a server that fails has {"error": ...} there."""
+    """Run the rounds of one scenario; return them by server. A round that fails is {"error": ...}."""
     rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
     for number in range(options.rounds):
         for server in servers:
@@ -283,7 +282,7 @@ def run_rounds(
 
 
 def summary(rounds: list[Round], ours: list[Round], figure: str) -> Round:
-    """Medians of a server's rounds, its worst, and this server's figure divided by its."""
+    """Return the medians of a server's rounds, and the median ratio of this server's figure to its figure."""
     good = [each for each in rounds if "error" not in each]
     if not good:
         return {"error": rounds[0]["error"]}
@@ -312,7 +311,7 @@ def summary(rounds: list[Round], ours: list[Round], figure: str) -> Round:
 
 
 def bar(part: float) -> str:
-    """A bar of up to BAR characters."""
+    """Return a bar of at most BAR characters."""
     eighths = round(part * BAR * 8)
     drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
     try:
@@ -322,9 +321,9 @@ def bar(part: float) -> str:
     return f"{drawn:{BAR}}"
 
 
-WIDTHS = {  # of the columns; with a minus where they begin at the left
+WIDTHS = {  # of the columns; negative if aligned to the left
     "": -16,
-    "figure": 13,  # what is measured
+    "figure": 13,  # the heading of the scenario's kind
     " ": -BAR,
     "ours/this": 9,
     "p50 ms": 7,
@@ -340,17 +339,17 @@ WIDTHS = {  # of the columns; with a minus where they begin at the left
 
 
 def line(cells: typing.Iterable[object]) -> str:
-    """A line of a table."""
+    """Return a line of a table."""
     return " ".join(f"{cell!s:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(cells, WIDTHS.values()))
 
 
 def shown(number: float) -> str:
-    """A figure of any size."""
+    """Return a figure as a short text."""
     return f"{number:,.{0 if number >= 100 else 1}f}"
 
 
 def row(server: str, each: Round, most: float, scenario: Scenario) -> str:
-    """The line of a server."""
+    """Return the line of a server."""
     limited = each["load"] >= BUSY > each["server"]
     figure = each[scenario.kind.figure]
     return line(
@@ -370,7 +369,7 @@ def row(server: str, each: Round, most: float, scenario: Scenario) -> str:
 
 
 def show(name: str, scenario: Scenario, found: dict[str, Round]) -> None:
-    """The table of a scenario, the best first."""
+    """Print the table of a scenario, the best server first."""
     print(f"\n{name}: {scenario.title}")
     print(line(scenario.kind.heading if name == "figure" else name for name in WIDTHS))
     good = {server: each for server, each in found.items() if "error" not in each}
@@ -394,7 +393,7 @@ kernel. With >= the load was the limit: the server does at least this."""
 
 
 def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.benchmark", description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     groups = "; ".join(f"{group} ({', '.join(scenarios)})" for group, scenarios in GROUPS.items())
@@ -413,16 +412,16 @@ def parse(argv: typing.Sequence[str] | None) -> argparse.Namespace:
     if options.compressed:
         changes = {"size": 2 * KIB, "deflate": True}
         options.scenarios = {name: each._replace(**changes) for name, each in options.scenarios.items()}
-    if not 0 < options.seconds <= 10:  # there is no answer to pings, which come after 20 seconds
+    if not 0 < options.seconds <= 10:  # the load does not answer Pings, which come after 20 seconds
         parser.error("--seconds must be up to 10")
     return options
 
 
 def main(argv: typing.Sequence[str] | None = None) -> int:
-    """Measure, and show it."""
+    """Measure, print the tables, and return the exit status."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what has been started is ended
-    pywebsock.raise_file_limit()  # for all that is started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the exception ends all child processes
+    pywebsock.raise_file_limit()  # of all child processes
     with tempfile.TemporaryDirectory() as folder:
         servers = [*on_python(), *on_javascript(), *in_c(folder)]
         servers = [each for each in servers if not options.servers or each.name in options.servers.split(",")]
@@ -439,7 +438,7 @@ def main(argv: typing.Sequence[str] | None = None) -> int:
 
 
 def measure_all(servers: typing.Sequence[Server], options: argparse.Namespace) -> None:
-    """Measure these servers, each in what it can do, and print what was found."""
+    """Measure the servers in the scenarios that they support, and print the tables."""
     titles = {name: scenario.title for name, scenario in options.scenarios.items()}
     result: dict[str, typing.Any] = {"conditions": conditions(options, servers), "titles": titles, "scenarios": {}}
     if not options.json:

@@ -1,15 +1,15 @@
-"""The clients of the benchmark, many in one process: `python -m tests.tools.benchmark_load SETTINGS`, which are JSON.
+"""The clients of the benchmark, many in one process: `python -m tests.tools.benchmark_load SETTINGS` (JSON).
 
-It must not be slower than what it measures. All clients of a broadcast server get the same bytes, so each byte is
-looked at in Python once, where a client gets it first; what the others get is compared with it, which is one memcmp.
-Where a client gets something else, it is looked at on its own, and `order` tells of it. A message's delay is taken at
-one client, another for each message in turn. With TLS, each client's bytes are others, and to decrypt them costs as
-much as to encrypt them: of those that only listen, all but one decrypt the first message, and then count what is in the
+The load must be faster than the server. All clients of a broadcast server get the same bytes, so each byte is parsed
+once, for the client that gets it first; the bytes of the other clients are compared with it, by one memcmp. If a
+client gets other bytes, they are parsed separately, and `order` reports it. The delay of a message is measured at one
+client, which is another one for each message. With TLS, each client gets other bytes, and decrypting costs as much as
+encrypting: of the clients that only receive, all but one decrypt the first message, and then count the bytes in the
 records.
 
-With the process that has started it, it speaks in lines: says `ready` when all are connected, hears `go`, says
-`sent N` at the end, hears `total N`, how many messages all such processes have sent, says what it has found, in JSON,
-and stays connected until its standard input ends.
+It exchanges lines with the parent process: it prints `ready` when all clients are connected, reads `go`, prints
+`sent N` at the end, reads `total N`, the number of messages that all load processes have sent, prints its figures in
+JSON, and stays connected until its standard input ends.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ import time
 import typing
 import zlib
 
-PIECE = 1 << 16  # bytes asked of a socket at once
+PIECE = 1 << 16  # bytes read from a socket at once
 RECORD = 1 << 14  # bytes in a record of TLS (RFC 8446 5.1)
 RECORD_HEAD = 5  # bytes, which are not encrypted
-RECORD_REST = 17  # bytes that a record is longer than what is in it, its head not counted (RFC 8446 5.2)
-ROOM = 1 << 24  # bytes of a stream that are kept at least; large messages would soon fill the memory
-PATIENCE = 3.0  # seconds without news after which a message is lost
-HEAD = struct.Struct("4s8s15s")  # of a message: its sender, number, and when it was sent, in microseconds; digits all
+RECORD_REST = 17  # bytes that encryption adds to a record, besides its head (RFC 8446 5.2)
+ROOM = 1 << 24  # least number of bytes of a stream that are kept; all of them would fill the memory
+PATIENCE = 3.0  # seconds without data after which a message counts as lost
+HEAD = struct.Struct("4s8s15s")  # the digits of sender, number and time of sending (microseconds) in a message
 HEAD_FORMAT = b"%04d%08d%015d"
 REQUEST = (
     "GET / HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n{}\r\n"
 )
 OFFER = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits\r\n"
-KEY = b"\xa5" * 4  # four times the same, so that a table masks quickly; a server cannot know
+KEY = b"\xa5" * 4  # four equal bytes, so that one table masks the message
 MASKED = bytes(byte ^ KEY[0] for byte in range(256))
 CLOSE = b"\x88\x82" + KEY + b"\x03\xe8".translate(MASKED)
 CHANCE = random.Random(7692)
@@ -53,7 +53,7 @@ Cut = typing.Iterator[tuple[int, bytes, bytes, bytes]]  # of frames: length, sen
 
 
 def head(first: int, length: int, key: bytes = b"") -> bytes:
-    """The head of a frame (RFC 6455 5.2), masked where there is a key."""
+    """Return the head of a frame (RFC 6455 5.2); with a key, it is masked."""
     mask = 0x80 if key else 0
     if length < 126:
         return bytes((first, mask | length)) + key
@@ -63,7 +63,7 @@ def head(first: int, length: int, key: bytes = b"") -> bytes:
 
 
 class Plain:
-    """Messages of so many bytes of text."""
+    """Text messages of one size, without compression."""
 
     def __init__(self, size: int) -> None:
         self._start = head(0x81, size)
@@ -74,12 +74,12 @@ class Plain:
         self._length = len(self._start) + size
 
     def frame(self, sender: int, number: int, now: int) -> bytes:
-        """What a client sends."""
+        """Return the frame of a client."""
         masked = (HEAD_FORMAT % (sender, number, now)).translate(MASKED)
         return b"".join((self._masked_start, masked, self._masked_rest))
 
     def cut(self, data: bytearray, at: int, inflate: typing.Callable[[bytes], bytes]) -> Cut:
-        """The frames of a server in `data`, which begin at `at`."""
+        """Return the frames of a server in `data`, from `at` on."""
         length, rest = self._length, self._layout.size
         for here in range(at, len(data) - length + 1, length):
             start, sender, number, sent = self._layout.unpack_from(data, here)
@@ -89,7 +89,7 @@ class Plain:
 
 
 def prices(size: int) -> bytes:
-    """Most of a message of so many bytes: JSON whose figures are new each time."""
+    """Return the end of a JSON message of this size, whose figures differ from call to call."""
     rows = [{"name": f"item {i}", "price": CHANCE.randrange(9999) / 100, "stock": i % 7 > 0} for i in range(size // 50)]
     text = b'", "rows": ' + json.dumps(rows).encode()
     while len(text) >= size:
@@ -98,32 +98,32 @@ def prices(size: int) -> bytes:
 
 
 def deflated(data: bytes) -> bytes:
-    """The end of a compressed message (RFC 7692 7.2.1), which refers to nothing before it."""
+    """Return the end of a compressed message (RFC 7692 7.2.1), which refers to no earlier data."""
     packer = zlib.compressobj(wbits=-12)
     return (packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
 class Compressed:
-    """Messages of JSON, with permessage-deflate: a stored block that is new, and one of several made before."""
+    """JSON messages with permessage-deflate: a new stored block, and one of several blocks compressed before."""
 
     _before = b'{"at": "'
     _stored = len(_before) + HEAD.size
     _first = struct.pack("<BHH", 0, _stored, _stored ^ 0xFFFF) + _before + HEAD_FORMAT  # RFC 1951 3.2.4
 
     def __init__(self, size: int) -> None:
-        number = max(4, (1 << 17) // size)  # 128 KB or more of them, more than any window
+        number = max(4, (1 << 17) // size)  # at least 128 KB of them, more than any window
         self._rests = [prices(size - self._stored) for _ in range(number)]
         self._packed = [deflated(rest).translate(MASKED) for rest in self._rests]
         self._most = 2 * size
 
     def frame(self, sender: int, number: int, now: int) -> bytes:
-        """What a client sends."""
+        """Return the frame of a client."""
         first = (self._first % (sender, number, now)).translate(MASKED)
         packed = self._packed[(sender + number) % len(self._packed)]
         return b"".join((head(0xC1, len(first) + len(packed), KEY), first, packed))
 
     def cut(self, data: bytearray, at: int, inflate: typing.Callable[[bytes], bytes]) -> Cut:
-        """The frames of a server in `data`, which begin at `at`."""
+        """Return the frames of a server in `data`, from `at` on."""
         while len(data) - at >= 2:
             length = data[at + 1]
             start = at + {126: 4, 127: 10}.get(length, 2)
@@ -143,16 +143,16 @@ class Compressed:
 
 
 class Stream:
-    """What clients get, each byte once: where messages end, and whether each sender's are in order."""
+    """The bytes that all clients get: the positions of the ends of messages, and whether each sender's are in order."""
 
     def __init__(self, load: Load, mine: typing.Iterable[int]) -> None:
         self.data = bytearray()
-        self.start = 0  # of `data`, in all that has come
-        self.ends = array.array("Q")  # where each message ends
-        self.digest = 0  # of the order
+        self.start = 0  # position of `data` in the whole stream
+        self.ends = array.array("Q")  # position of each message's end
+        self.digest = 0  # of the order of messages
         self.gaps = 0  # messages that are not the next of their sender
         mine = tuple(mine)
-        # For each client: where those end that it has sent, and those whose delay it tells, with the time of sending.
+        # By client: the ends of its own messages, and of messages whose delay it measures, with the time of sending.
         self.echoes: dict[int, collections.deque[int]] = {each: collections.deque() for each in mine}
         self.probes: dict[int, collections.deque[tuple[int, bytes]]] = {each: collections.deque() for each in mine}
         self._next: collections.defaultdict[int, int] = collections.defaultdict(int)
@@ -161,11 +161,11 @@ class Stream:
 
     @property
     def end(self) -> int:
-        """Bytes that have come."""
+        """Number of bytes in the stream so far."""
         return self.start + len(self.data)
 
     def extend(self, data: bytes) -> None:
-        """Look at the next bytes."""
+        """Parse the next bytes."""
         self.data += data
         end = self.ends[-1] if self.ends else 0
         count = len(self.ends)
@@ -189,7 +189,7 @@ class Stream:
 
 
 class Wire:
-    """A connection, from its opening handshake on; nothing that is sent waits."""
+    """A connection, from its opening handshake on. Sending never blocks."""
 
     def __init__(self, load: Load, read: typing.Callable[[], None]) -> None:
         self.socket = socket.create_connection(("127.0.0.1", load.port), 10)
@@ -204,7 +204,7 @@ class Wire:
         self.send(load.request)
 
     def send(self, data: bytes) -> None:
-        """Send what the socket takes, and the rest with `flush`."""
+        """Send as much as the socket accepts; `flush` sends the rest."""
         sent = 0 if self.unsent else self.socket.send(data)
         if sent < len(data):
             self.unsent.append(memoryview(data)[sent:])
@@ -220,14 +220,14 @@ class Wire:
             self._load.poll.modify(self._file, select.POLLIN)
 
     def is_open(self) -> bool:
-        """Take what has come of the answer to the handshake; whether that was all of it."""
+        """Read the response to the handshake; return whether it is complete."""
         data = self.recv(PIECE)
         self._response += data
         if data and not self._response.endswith(b"\r\n\r\n"):
             return False
         deflates = b"permessage-deflate" in self._response
         if not self._response.startswith(b"HTTP/1.1 101 ") or deflates != self._load.deflate:
-            raise ConnectionError(f"not the answer that was wanted: {self._response!r}")
+            raise ConnectionError(f"not the expected response: {self._response!r}")
         return True
 
     def close(self) -> None:
@@ -237,20 +237,20 @@ class Wire:
 
 
 class SecureWire(Wire):
-    """The same with TLS; recv raises BlockingIOError where no record is whole."""
+    """The same with TLS; recv raises BlockingIOError if there is no complete record."""
 
     def __init__(self, load: Load, read: typing.Callable[[], None]) -> None:
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = load.context.wrap_bio(self._in, self._out)
-        self._plain = memoryview(b"")  # what waits for the handshake of TLS
-        self._at = 0  # where the next record begins in what comes next
-        self._head = b""  # of that record, where it has come in part
-        self.ahead = 0  # bytes in the record that has come in part
+        self._plain = memoryview(b"")  # data that waits for the TLS handshake
+        self._at = 0  # position of the next record in the data that comes next
+        self._head = b""  # head of that record, if a part has come
+        self.ahead = 0  # bytes in a record of which a part has come
         super().__init__(load, read)
         self.recv = self._read
 
     def send(self, data: bytes) -> None:
-        self._plain = self._plain or memoryview(data)  # nothing is sent before the answer to the first
+        self._plain = self._plain or memoryview(data)  # nothing is sent before the first response
         with contextlib.suppress(ssl.SSLWantReadError):
             while self._plain:
                 self._plain = self._plain[self._tls.write(self._plain) :]
@@ -263,12 +263,12 @@ class SecureWire(Wire):
         self._look(data)
         self._in.write(data)
         if self._plain:
-            self.send(b"")  # the handshake goes on
+            self.send(b"")  # the handshake continues
         records = []
         with contextlib.suppress(ssl.SSLWantReadError):
             while self._in.pending:
                 records.append(self._tls.read(RECORD))
-                if not records[-1]:  # a close_notify; who waits for the answer closes then
+                if not records[-1]:  # a close_notify; a server that waits for the answer closes then
                     self._tls.unwrap()
         if self._out.pending:
             super().send(self._out.read())
@@ -277,7 +277,7 @@ class SecureWire(Wire):
         return b"".join(records)
 
     def _look(self, data: bytes) -> int:
-        """How many bytes are in the records that begin here."""
+        """Return the number of bytes in the records that begin here."""
         data, at, count = self._head + data, self._at, 0
         while at + RECORD_HEAD <= len(data):
             size = int.from_bytes(data[at + 3 : at + RECORD_HEAD], "big")
@@ -290,7 +290,7 @@ class SecureWire(Wire):
         return count
 
     def count(self) -> int:
-        """How many bytes come, without decrypting them; a record counts when it begins to come."""
+        """Return the number of bytes in the available data, without decrypting; a record counts from its head on."""
         data = self.socket.recv(PIECE)
         if not data:
             raise ConnectionError("the server has closed a connection")
@@ -298,7 +298,7 @@ class SecureWire(Wire):
 
 
 class Client:
-    """One client: what it gets is the same as the others', or not."""
+    """One client, whose bytes are compared with the stream."""
 
     def __init__(self, load: Load, number: int) -> None:
         self._load = load
@@ -311,11 +311,11 @@ class Client:
         self._wire.socket.setblocking(False)
         self._recv = self._wire.recv
         self._unsent = self._wire.unsent
-        self.position = 0  # in the stream: how much of it has come
+        self.position = 0  # in the stream
         self.sent = 0
         self._follow(load.stream)
         self._counts = load.may_count(number)
-        self._arrivals: collections.deque[tuple[int, float]] = collections.deque()  # positions, and when
+        self._arrivals: collections.deque[tuple[int, float]] = collections.deque()  # positions and times
 
     def _follow(self, stream: Stream) -> None:
         self.stream = stream
@@ -325,11 +325,11 @@ class Client:
 
     @property
     def delivered(self) -> int:
-        """Messages that have come."""
+        """Number of messages that have come."""
         return bisect.bisect_right(self.stream.ends, self.position)
 
     def read(self) -> None:
-        """Take what has come; all but the first lines are for few clients."""
+        """Read the available data. All but the first lines are for few clients."""
         if self._unsent:
             self._wire.flush()
         data = self._recv(PIECE)
@@ -352,7 +352,7 @@ class Client:
             self._load.ready[self._wire.socket.fileno()] = self._count
 
     def _count(self) -> None:
-        """Count what has come; where messages end in it one knows when another client has got them."""
+        """Count the available data; the ends of messages in it are known when another client has decrypted them."""
         assert isinstance(self._wire, SecureWire)
         self.position += self._wire.count()
         self._arrivals.append((self.position, time.monotonic() * 1e6))
@@ -362,16 +362,16 @@ class Client:
                 self._load.delays.append(now - int(self._probes.popleft()[1]))
 
     def _go_beyond(self, data: bytes) -> None:
-        """These bytes are the first to come, or not what the others have got."""
+        """Handle bytes that are new to the stream, or differ from it."""
         if not data:
             raise ConnectionError("the server has closed a connection")
         at, known = self.position - self.stream.start, self.stream.end - self.position
         if known > len(data) or not self._data.startswith(data[:known], at):
             if self.stream.start:
-                raise ValueError("not what the others have got, and too late to be looked at on its own")
+                raise ValueError("the client gets other bytes than the other clients")
             stream = Stream(self._load, [self._number])
             stream.extend(bytes(self._data[: self.position]))
-            self._follow(stream)  # its own, from the start; what has been seen, has been seen
+            self._follow(stream)  # its own, from the start; earlier messages were handled
             while self._echoes and self._echoes[0] <= self.position:
                 self._echoes.popleft()
             while self._probes and self._probes[0][0] <= self.position:
@@ -380,7 +380,7 @@ class Client:
         self.stream.extend(data[known:])
 
     def send(self, count: int) -> None:
-        """Send so many messages, in one piece."""
+        """Send a number of messages at once."""
         now = int(time.monotonic() * 1e6)
         frame = self._load.shape.frame
         numbers = range(self.sent, self.sent + count)
@@ -389,7 +389,7 @@ class Client:
 
 
 class Visitor:
-    """One who comes, goes when the handshake is over, and comes again: what it sends and gets are handshakes."""
+    """A client that connects, closes after the handshake, and connects again; it counts handshakes."""
 
     position = 0
 
@@ -399,7 +399,7 @@ class Visitor:
         self.sent = self.delivered = 0
 
     def send(self, count: int) -> None:
-        """Come."""
+        """Connect again."""
         self.sent += count
         self._since = time.monotonic()
         self._leaving = False
@@ -407,7 +407,7 @@ class Visitor:
         self._wire.socket.setblocking(False)
 
     def read(self) -> None:
-        """Take what has come; the server is the first to close."""
+        """Read the available data; the server is the first to close."""
         if not self._leaving:
             self._leaving = self._wire.is_open()
             if self._leaving:
@@ -421,10 +421,10 @@ class Visitor:
 
 
 class Load:
-    """The clients of this process: every `step`th of all, from `first` on."""
+    """The clients of this process: every `step`th of all clients, from `first` on."""
 
     client: type[Client] | type[Visitor] = Client
-    goes_on = True  # who gets a message back sends the next
+    goes_on = True  # a client that gets its message back sends the next
 
     def __init__(self, settings: dict[str, typing.Any]) -> None:
         self.port: int = settings["port"]
@@ -434,16 +434,16 @@ class Load:
         self.request = REQUEST.format(self.port, OFFER if self.deflate else "").encode()
         self.wire: type[Wire] = SecureWire if settings["tls"] else Wire
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE  # it knows whom it talks to
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE  # a known server
         self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.sending = False
         self.delays: list[float] = []  # in microseconds
         self.poll: typing.Any = select.epoll() if sys.platform == "linux" else select.poll()
-        self.ready: dict[int, typing.Callable[[], None]] = {0: self._hear}  # what to do, by file
+        self.ready: dict[int, typing.Callable[[], None]] = {0: self._hear}  # callbacks by file descriptor
         self.poll.register(0, select.POLLIN)
         self._settings = settings
         self._wait = 0.05 if sys.platform == "linux" else 50
-        self._word: list[str] = []  # that has been heard
+        self._word: list[str] = []  # the last line of standard input
         self._failures: list[str] = []
         mine = range(settings["first"], self.clients, settings["step"])
         self.stream = Stream(self, mine)
@@ -453,25 +453,25 @@ class Load:
         return not number % max(1, self.clients // self._settings["senders"])
 
     def may_count(self, number: int) -> bool:
-        """Whether a client need not decrypt all."""
+        """Return whether a client can count bytes without decrypting them."""
         return bool(self._settings["tls"] and not self._sends(number) and number != self._settings["first"])
 
     def due(self, total: int) -> int:
-        """What the clients of this process must get where all together have sent so much."""
+        """Return the number of messages for the clients of this process, if all clients together have sent `total`."""
         return total * len(self._all)
 
     def seen_by_all(self) -> int:
-        """How much of the stream all have got."""
+        """Return the position in the stream that all clients have reached."""
         return min(client.position for client in self._all.values())
 
     def _hear(self) -> None:
         line = os.read(0, 4096).decode()
         if not line:
-            sys.exit()  # who has started it has ended
+            sys.exit()  # the parent process has ended
         self._word = line.split()
 
     def _step(self) -> None:
-        """Let each go on for whom something has come."""
+        """Handle the clients that are ready."""
         for file, _ in self.poll.poll(self._wait):
             try:
                 self.ready[file]()
@@ -482,7 +482,7 @@ class Load:
                 self.poll.unregister(file)
 
     def _run(self, seconds: float) -> dict[str, float]:
-        """Go on for so long; deliveries and parts of a processor used."""
+        """Run for this time; return deliveries, and the parts of a processor that were used."""
         start, before, delivered = time.monotonic(), os.times(), self._delivered()
         while time.monotonic() < start + seconds:
             self._step()
@@ -503,7 +503,7 @@ class Load:
         return self._word[1:]
 
     def _drain(self, total: int) -> None:
-        """Wait until all have got everything, or nothing more comes."""
+        """Wait until all clients have got all messages, or no more data comes."""
         delivered, end = -1, time.monotonic() + PATIENCE
         last = time.monotonic() + 10 * PATIENCE
         while delivered < self.due(total) and time.monotonic() < min(end, last):
@@ -512,7 +512,7 @@ class Load:
                 delivered, end = self._delivered(), time.monotonic() + PATIENCE
 
     def measure(self) -> None:
-        """All of it, in lines."""
+        """Run the exchange of lines with the parent process."""
         print("ready", flush=True)
         self._listen("go")
         self.sending = self.goes_on
@@ -541,25 +541,25 @@ class Load:
 
 
 class Idle(Load):
-    """All get one message, and no more."""
+    """Each client gets one message, and no more."""
 
     goes_on = False
 
 
 class Visits(Load):
-    """Clients that come and go."""
+    """Clients that connect and close."""
 
     client = Visitor
 
     def due(self, total: int) -> int:
-        """All handshakes that they have begun."""
+        """Return the number of handshakes that were started."""
         return sum(client.sent for client in self._all.values())
 
 
 KINDS = {"room": Load, "idle": Idle, "visits": Visits}
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever has started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends it
     try:
         given = json.loads(sys.argv[1])
         KINDS[given["kind"]](given).measure()

@@ -1,7 +1,7 @@
-"""The three engines for the tests of the page: Chromium, Firefox and WebKitGTK; a tab of any of them.
+"""Browsers for the tests of the page: Chromium, Firefox and WebKitGTK.
 
-Chromium and WebKitGTK are driven by selenium. Debian has no geckodriver, but all that it does is to translate for
-Firefox's own Marionette, which takes the same commands as JSON over TCP: see `Firefox`.
+selenium drives Chromium and WebKitGTK. Debian has no geckodriver, which translates selenium's commands for Firefox's
+Marionette. Marionette takes the same commands as JSON over TCP: see `Firefox`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ PATIENCE = 20.0  # seconds that a test of the page waits for anything
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver 11: the key of a reference to an element
 ARGUMENTS = (
     "--headless=new",
-    "--no-sandbox",  # which root cannot have
+    "--no-sandbox",  # which does not work as root
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--no-first-run",
     "--disable-quic",
     "--disable-sync",
-    "--disable-background-networking",  # the tests talk to nobody else
+    "--disable-background-networking",  # no traffic besides the tests
     "--disable-component-update",
 )
 PREFERENCES = {
-    "marionette.port": 0,  # a free one, which it writes to a file
+    "marionette.port": 0,  # any free one; Firefox writes it to a file
     "browser.shell.checkDefaultBrowser": False,
     "datareporting.policy.dataSubmissionEnabled": False,
     "network.captive-portal-service.enabled": False,
@@ -50,11 +50,11 @@ PREFERENCES = {
     "toolkit.telemetry.server": "",
 }
 
-# An expression for a File in the page: its bytes in base64 and its name are the first two arguments.
+# An expression for a File in the page; the arguments are its bytes in base64 and its name.
 FILE = "new File([Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0))], arguments[1])"
 
-# Marionette's own scripts do not see a page's variables, only its functions, and its Content-Security-Policy forbids
-# further script elements. The debugger may run anything in the page.
+# Scripts of Marionette see a page's functions, but not its variables. The page's Content-Security-Policy forbids
+# further script elements. The debugger can run any code in the page.
 INJECT = """
     const { addDebuggerToGlobal } = ChromeUtils.importESModule('resource://gre/modules/jsdebugger.sys.mjs');
     addDebuggerToGlobal(globalThis);
@@ -69,7 +69,7 @@ INJECT = """
 
 
 def seal(page: str) -> str:
-    """The text of a page whose Content-Security-Policy has the hashes of its style and its script (CSP 3, 6.7.3.3)."""
+    """Return a page with the hashes of its style and its script in its Content-Security-Policy (CSP 3, 6.7.3.3)."""
     for tag in "style", "script":
         content = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         assert content, tag
@@ -80,10 +80,10 @@ def seal(page: str) -> str:
 
 @contextlib.contextmanager
 def chromium(*arguments: str, binary: str | None = None) -> typing.Iterator[typing.Any]:
-    """A selenium driver of a headless Chromium with a profile of its own, which is gone afterwards."""
+    """Yield a selenium driver of a headless Chromium with a temporary profile."""
     webdriver = package("selenium.webdriver")
     binary = binary or shutil.which("chromium")
-    driver = shutil.which("chromedriver")  # named, or selenium looks for one on the network
+    driver = shutil.which("chromedriver")  # without a path, selenium looks for one on the network
     require(binary, "chromium")
     require(driver, "chromedriver")
     with scratch() as profile:
@@ -100,7 +100,7 @@ def chromium(*arguments: str, binary: str | None = None) -> typing.Iterator[typi
 
 @contextlib.contextmanager
 def webkit() -> typing.Iterator[typing.Any]:
-    """A selenium driver of WebKitGTK's MiniBrowser, on a screen that nobody sees."""
+    """Yield a selenium driver of WebKitGTK's MiniBrowser, on a virtual screen."""
     webdriver = package("selenium.webdriver")
     service = package("selenium.webdriver.webkitgtk.service")
     driver, screen = shutil.which("WebKitWebDriver"), shutil.which("Xvfb")
@@ -136,8 +136,8 @@ def _driven(browser: typing.Any) -> typing.Iterator[typing.Any]:
 
 @contextlib.contextmanager
 def firefox() -> typing.Iterator[typing.Any]:
-    """A headless Firefox, with the methods of a selenium driver that are used here."""
-    package("selenium.webdriver")  # not used here, but without it the other two are not tested either
+    """Yield a headless Firefox, with those methods of a selenium driver that the tests use."""
+    package("selenium.webdriver")  # not used here, but the other two need it
     binary = shutil.which("firefox-esr") or shutil.which("firefox")
     require(binary, "firefox")
     with scratch() as profile:
@@ -158,23 +158,23 @@ def firefox() -> typing.Iterator[typing.Any]:
                 browser.quit()
             process.wait(START)
         finally:
-            with contextlib.suppress(OSError):  # all of its processes, where it has not ended by itself
+            with contextlib.suppress(OSError):  # all of its processes, if it has not ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 class Firefox:
-    """A client of Marionette: `[0, id, command, parameters]` goes, `[1, id, error, result]` comes.
+    """A client of Marionette: it sends `[0, id, command, parameters]` and receives `[1, id, error, result]`.
 
-    Before each is its length in digits and a colon.
+    The length in digits and a colon are before each.
     """
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), START)
         self._stream = self._socket.makefile("rb")
         self._ids = itertools.count(1)
-        self.switch_to = self  # as selenium has it
-        self._read()  # its greeting
+        self.switch_to = self  # as in selenium
+        self._read()  # the greeting
         self.call("NewSession", {"pageLoadStrategy": "normal", "unhandledPromptBehavior": "ignore"})
 
     def _read(self) -> typing.Any:
@@ -182,12 +182,12 @@ class Firefox:
         while not length.endswith(b":"):
             byte = self._stream.read(1)
             if not byte:
-                raise EOFError("Firefox has gone")
+                raise EOFError("Firefox has ended")
             length += byte
         return json.loads(self._stream.read(int(length[:-1])))
 
     def call(self, command: str, parameters: dict[str, typing.Any] | None = None) -> typing.Any:
-        """A command of WebDriver. Raises RuntimeError."""
+        """Run a command of WebDriver and return its result. Raises RuntimeError."""
         message = json.dumps([0, next(self._ids), f"WebDriver:{command}", parameters or {}]).encode()
         self._socket.sendall(b"%d:%s" % (len(message), message))
         _, _, error, result = self._read()
@@ -197,7 +197,7 @@ class Firefox:
 
     @property
     def current_window_handle(self) -> str:
-        """The tab that commands go to."""
+        """The current tab."""
         return str(self.call("GetWindowHandle"))
 
     @property
@@ -214,7 +214,7 @@ class Firefox:
         self.call("SwitchToWindow", {"handle": handle, "focus": True})
 
     def get(self, url: str) -> None:
-        """Open a page and wait until it is there."""
+        """Open a page and wait until it is loaded."""
         self.call("Navigate", {"url": url})
 
     def refresh(self) -> None:
@@ -222,7 +222,7 @@ class Firefox:
         self.call("Refresh")
 
     def execute_script(self, script: str, *arguments: typing.Any) -> typing.Any:
-        """Run JavaScript in the page, and return what it returns."""
+        """Run JavaScript in the page, and return its result."""
         given = {"script": INJECT, "args": [script, json.dumps(arguments)], "sandbox": "system"}
         value, error = json.loads(self.call("ExecuteScript", given))
         if error:
@@ -230,19 +230,19 @@ class Firefox:
         return value
 
     def find_element(self, _: str, selector: str) -> FirefoxElement:
-        """An element by its CSS selector."""
+        """Return an element by its CSS selector."""
         return FirefoxElement(self, self.call("FindElement", {"using": "css selector", "value": selector})[ELEMENT])
 
     def get_screenshot_as_png(self) -> bytes:
-        """The visible part of the page."""
+        """Return a picture of the visible part of the page."""
         return base64.b64decode(self.call("TakeScreenshot", {"full": False}))
 
     def set_window_size(self, width: int, height: int) -> None:
-        """The size of the whole window."""
+        """Set the size of the whole window."""
         self.call("SetWindowRect", {"width": width, "height": height})
 
     def perform(self, actions: list[dict[str, typing.Any]]) -> None:
-        """Actions of pointer, wheel and keys, as WebDriver 17 has them."""
+        """Perform actions of pointer, wheel and keys (WebDriver 17)."""
         self.call("PerformActions", {"actions": actions})
 
     def close(self) -> None:
@@ -260,22 +260,22 @@ class Firefox:
 
 
 class FirefoxElement:
-    """An element, with the methods of selenium's that are used here."""
+    """An element, with those methods of selenium that the tests use."""
 
     def __init__(self, browser: Firefox, reference: str) -> None:
         self._browser = browser
         self.id = reference
 
     def send_keys(self, text: str) -> None:
-        """Type."""
+        """Type text."""
         self._browser.call("ElementSendKeys", {"id": self.id, "text": text})
 
     def click(self) -> None:
-        """Click."""
+        """Click the element."""
         self._browser.call("ElementClick", {"id": self.id})
 
     def is_displayed(self) -> bool:
-        """Whether it can be seen."""
+        """Return whether the element is visible."""
         return bool(self._browser.call("IsElementDisplayed", {"id": self.id}))
 
 
@@ -287,7 +287,7 @@ ENGINES: dict[str, typing.Callable[[], contextlib.AbstractContextManager[typing.
 
 
 class Tab:
-    """A tab of such a browser, with pywebsock.html in it."""
+    """A tab of a browser, with pywebsock.html in it."""
 
     def __init__(self, browser: typing.Any, url: str) -> None:
         self.browser = browser
@@ -298,7 +298,7 @@ class Tab:
         browser.get(url)
 
     def front(self) -> typing.Any:
-        """The browser, for a command to this tab."""
+        """Switch to this tab, and return the browser."""
         self.browser.switch_to.window(self._handle)
         return self.browser
 
@@ -307,15 +307,15 @@ class Tab:
         self.front().refresh()
 
     def run(self, script: str, *arguments: typing.Any) -> typing.Any:
-        """Run JavaScript, and return what it returns."""
+        """Run JavaScript, and return its result."""
         return self.front().execute_script(script, *arguments)
 
     def command(self, name: str, **arguments: typing.Any) -> typing.Any:
-        """A command of the DevTools protocol; in Chromium alone."""
+        """Run a command of the DevTools protocol (only in Chromium)."""
         return self.front().execute_cdp_cmd(name, arguments)
 
     def perform(self, actions: list[dict[str, typing.Any]]) -> None:
-        """Actions of pointer, wheel and keys, as WebDriver 17 has them."""
+        """Perform actions of pointer, wheel and keys (WebDriver 17)."""
         browser = self.front()
         if isinstance(browser, Firefox):
             browser.perform(actions)
@@ -323,11 +323,11 @@ class Tab:
             browser.execute("actions", {"actions": actions})
 
     def find(self, selector: str) -> typing.Any:
-        """An element."""
+        """Return an element by its CSS selector."""
         return self.front().find_element("css selector", selector)
 
     def shows(self, selector: str) -> bool:
-        """Whether an element is visible."""
+        """Return whether an element is visible."""
         return bool(self.find(selector).is_displayed())
 
     def click(self, selector: str) -> None:
@@ -336,13 +336,13 @@ class Tab:
 
     def send(self, text: str) -> None:
         """Type a message and send it."""
-        shift, enter = "\ue008", "\ue007"  # WebDriver 17.4.2; held down, and pressed
+        shift, enter = "\ue008", "\ue007"  # WebDriver 17.4.2; held down, then pressed
         draft = self.find("#draft")
         draft.send_keys(text.replace("\n", shift + enter + shift))
         draft.send_keys(enter)
 
     def state(self) -> tuple[str, str]:
-        """Of the connection, as the page is drawn and as it is read."""
+        """The state of the connection, as it is shown and as a screen reader reads it."""
         drawn, read = self.run(
             "return [document.documentElement.dataset.state, document.getElementById('status').textContent]"
         )
@@ -353,23 +353,23 @@ class Tab:
         eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", deadline)
 
     def wait_for_messages(self, count: int, deadline: float = PATIENCE) -> None:
-        """Wait until there are so many messages in the log."""
+        """Wait until there is this number of messages in the log."""
         eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}", deadline)
 
     def messages(self, kind: str = "") -> list[str]:
-        """The texts in the log; with the kind `.mine`, only of the messages that were sent here."""
+        """Return the texts in the log; with the kind `.mine`, only of the messages that this tab has sent."""
         return self._texts(f"#log li.message{kind} .text")
 
     def notes(self) -> list[str]:
-        """What the page itself has to say."""
+        """Return the notes of the page."""
         return self._texts("#log li.system")
 
     def outbox(self) -> list[str]:
-        """The texts that have not come back yet."""
+        """Return the texts that have not come back."""
         return self._texts("#outbox .text")
 
     def outbox_states(self) -> list[str]:
-        """What is said of them."""
+        """Return the states of these texts."""
         return self._texts("#outbox .foot span")
 
     def _texts(self, selector: str) -> list[str]:
@@ -377,18 +377,18 @@ class Tab:
         return list(texts)
 
     def complaints(self, expected: typing.Sequence[str] = ()) -> list[str]:
-        """What stands in Chromium's log, but for what is expected."""
+        """Return the lines of Chromium's log, without the expected ones."""
         lines = [entry["message"] for entry in self.front().get_log("browser")]
         return [line for line in lines if not any(each in line for each in expected)]
 
     def close(self) -> None:
-        """Close the tab; the browser's first one stays."""
+        """Close the tab, unless it is the first one of the browser."""
         self.front().close()
         self.browser.switch_to.window(self.browser.window_handles[0])
 
 
 class Browsers:
-    """Each engine's browser, started when it is first asked for; `close` ends them."""
+    """One browser of each engine, started when it is first used; `close` ends them."""
 
     def __init__(self) -> None:
         self._open: dict[str, typing.Any] = {}
@@ -400,13 +400,13 @@ class Browsers:
         return self._open[name]
 
     def close(self) -> None:
-        """End all that have been started."""
+        """End all browsers that were started."""
         self._open.clear()
         self._stack.close()
 
 
 BROWSERS = Browsers()
-EXPECTED = (  # in Chromium's log, where a server is away or refuses
+EXPECTED = (  # in Chromium's log, if a server is away or refuses
     "net::ERR_CONNECTION_REFUSED",
     "net::ERR_CONNECTION_RESET",
     "net::ERR_EMPTY_RESPONSE",
@@ -422,22 +422,22 @@ EXPECTED = (  # in Chromium's log, where a server is away or refuses
 
 
 class PageTestCase(unittest.TestCase):
-    """Tests of the page in one engine; `in_each_engine` makes one such class for each."""
+    """Tests of the page in one engine; `in_each_engine` makes a class for each engine."""
 
     engine: typing.ClassVar[str] = "Chromium"
 
     @classmethod
     def setUpClass(cls) -> None:
-        BROWSERS[cls.engine]  # or skip them all
+        BROWSERS[cls.engine]  # without it, all tests are skipped
 
     def serve(self, *arguments: str, port: int = 0) -> Process:
-        """A server in a process of its own, which ends with the test."""
+        """Start a server in its own process, which ends with the test."""
         server = Process(*(("--port", str(port)) if port else ()), *arguments)
         self.addCleanup(server.stop)
         return server
 
     def open(self, url: str, engine: str = "", state: str = "connected") -> Tab:
-        """A new tab, which ends with the test, and has by then had nothing to complain of."""
+        """Open a new tab, which is closed after the test; by then, its log must have no errors."""
         tab = Tab(BROWSERS[engine or self.engine], url)
         self.addCleanup(tab.close)
         if (engine or self.engine) == "Chromium":
@@ -447,11 +447,11 @@ class PageTestCase(unittest.TestCase):
         return tab
 
     def from_disk(self, server: typing.Any, page: pathlib.Path = ROOT / "pywebsock.html") -> str:
-        """The address of the page on the disk, for a server."""
+        """Return the address of the page on disk, for a server."""
         return f"{page.as_uri()}?server=ws://localhost:{server.port}"
 
     def hasty(self, **constants: int) -> pathlib.Path:
-        """A copy of the page that has other constants, so that a test need not wait as long as a user would."""
+        """Write a copy of the page with shorter times, so that a test waits less than a user; return its path."""
         text = (ROOT / "pywebsock.html").read_text("utf-8")
         for name, value in constants.items():
             text, found = re.subn(rf"(const {name} = )[0-9_e]+", rf"\g<1>{value}", text)
@@ -468,7 +468,7 @@ class PageTestCase(unittest.TestCase):
 
 
 def only_in(*engines: str) -> typing.Callable[[typing.Any], typing.Any]:
-    """A test that says nothing about the other engines: they do not have it."""
+    """Skip the test in the other engines, which lack the feature."""
 
     def mark(test: typing.Any) -> typing.Any:
         test.engines = engines
@@ -478,7 +478,7 @@ def only_in(*engines: str) -> typing.Callable[[typing.Any], typing.Any]:
 
 
 def in_each_engine(*cases: type[PageTestCase]) -> None:
-    """Put a class for each engine in the place of a class of tests, in its module."""
+    """Replace a class of tests in its module by one class for each engine."""
     for module, case, engine in [(sys.modules[case.__module__], case, each) for case in cases for each in ENGINES]:
         name = f"{case.__name__}In{engine}"
         elsewhere = {each: None for each in dir(case) if engine not in getattr(getattr(case, each), "engines", ENGINES)}

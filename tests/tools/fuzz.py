@@ -1,8 +1,8 @@
-"""A search, guided by coverage, for bytes that the pure parts do not survive: `python -m tests.tools.fuzz SECONDS`.
+"""Fuzzing of the pure parts, guided by coverage: `python -m tests.tools.fuzz SECONDS`.
 
-It needs the package atheris, and is no part of the other tests. It ends with statistics, or at the first exception
-that is neither a message nor an error of the protocol: then it names a file with the bytes that led there, and
-`python -m tests.tools.fuzz FILE` leads there again.
+It needs the package atheris, and does not run with the other tests. It stops at the first exception that is not a
+ProtocolError or HandshakeError, and names a file with the input; `python -m tests.tools.fuzz FILE` runs that input
+again. Otherwise it prints statistics at the end.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Outcome = typing.Tuple[typing.List[typing.Any], typing.Any]  # noqa: UP006 (what
 
 
 def cut(data: bytes, size: int) -> list[bytes]:
-    """The same bytes in pieces of this size, or in one piece."""
+    """Cut bytes into pieces of this size; 0 for one piece."""
     return [data[i : i + size] for i in range(0, len(data), size)] if size else [data]
 
 
 def read_messages(pieces: list[bytes], compressed: bool, takeover: bool) -> Outcome:
-    """What a reader makes of them; without an error also what it keeps."""
+    """Return the messages of a reader, and the code of its error; without an error, also the bytes that it keeps."""
     reader = pywebsock.MessageReader(LIMIT, compressed, takeover)
     messages: list[typing.Any] = []
     try:
@@ -52,18 +52,18 @@ def read_messages(pieces: list[bytes], compressed: bool, takeover: bool) -> Outc
 
 
 def try_messages(data: bytes) -> None:
-    """Any bytes, in one piece and in pieces, with and without compression and context takeover."""
+    """Read any bytes, in one piece and in pieces, with and without compression and context takeover."""
     mode, stream = data[0] if data else 0, data[1:]
     compressed, takeover, size = mode >= 0x80, mode & 0x40 != 0, mode & 0x3F
     whole = read_messages([stream], compressed, takeover)
     pieces = read_messages(cut(stream, size), compressed, takeover)
-    # A frame that is wrong may be recognised in pieces before it would be too long, and so on.
+    # The codes may differ: in pieces, one error may be found before another.
     assert whole[0] == pieces[0], (whole, pieces)
     assert (whole[1] is None) == (pieces[1] is None), (whole, pieces)
 
 
 def try_trace(data: bytes) -> None:
-    """What follows a handshake, in one piece and in pieces."""
+    """Trace any bytes after a handshake, in one piece and in pieces."""
     size, stream = data[0] if data else 0, support.request() + data[1:]
     said: list[list[str]] = []
     for pieces in ([stream], cut(stream, size)):
@@ -78,7 +78,7 @@ def try_trace(data: bytes) -> None:
 
 
 def try_frames(data: bytes) -> None:
-    """Frames of any first byte and any payload, whose lengths and masks are right."""
+    """Read frames with any first byte and any payload, but correct lengths and masks."""
     stream, position = data[:1], 1
     while position + 1 < len(data):
         first, length = data[position], data[position + 1]
@@ -89,24 +89,24 @@ def try_frames(data: bytes) -> None:
 
 
 def try_inflate(data: bytes) -> None:
-    """A compressed message, as zlib alone would take it."""
+    """Inflate any bytes, and compare with zlib."""
     try:
         plain = b"".join(pywebsock.Inflater().inflate(data, True))
     except pywebsock.ProtocolError:
         return
-    other = zlib.decompressobj(-15).decompress(data + b"\x00\x00\xff\xff")  # up to a final block
+    other = zlib.decompressobj(-15).decompress(data + b"\x00\x00\xff\xff")  # may end at a final block
     assert plain.startswith(other)
 
 
 def try_handshake(data: bytes) -> None:
-    """A request, in one piece and in pieces."""
+    """Parse a request, in one piece and in pieces."""
     size, head = data[0] if data else 0, data[1:]
     whole, pieces = support.answer_to_request([head]), support.answer_to_request(cut(head, size))
     assert whole == pieces, (whole, pieces)
 
 
 def try_extensions(data: bytes) -> None:
-    """Offers alone, and within an otherwise good request."""
+    """Negotiate extensions."""
     field = data.decode("latin-1")
     try:
         window, extension = pywebsock.negotiate_deflate(field)
@@ -118,7 +118,7 @@ def try_extensions(data: bytes) -> None:
 
 
 def try_close(data: bytes) -> None:
-    """The payload of a Close frame: what is taken can be sent."""
+    """Parse the payload of a Close frame; if it is valid, it can be sent again."""
     try:
         code, reason = pywebsock.parse_close(data[:125])
     except pywebsock.ProtocolError:
@@ -130,13 +130,13 @@ TARGETS = (try_messages, try_handshake, try_extensions, try_inflate, try_close, 
 
 
 def try_one(data: bytes) -> None:
-    """The first byte says which part gets the rest."""
+    """Run the target that the first byte selects with the other bytes."""
     if data:
         TARGETS[data[0] % len(TARGETS)](data[1:])
 
 
 def seeds() -> typing.Iterator[bytes]:
-    """Something of everything, to begin with."""
+    """Yield inputs to begin with, for each target."""
     text, long = "κόσμε €𝄞".encode(), bytes(range(200)) * 4
     stream = (
         support.masked_frame(1, text),
@@ -172,7 +172,7 @@ def seeds() -> typing.Iterator[bytes]:
 
 
 def main(argument: str) -> None:
-    """Search for so many seconds, or try the bytes of a file."""
+    """Search for a number of seconds, or run the input in a file."""
     if not argument.isdigit():
         try_one(pathlib.Path(argument).read_bytes())
         return

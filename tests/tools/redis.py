@@ -1,4 +1,4 @@
-"""A Redis for tests, servers that share a stream in it, and what stands between them."""
+"""A Redis for tests, servers that share a stream in it, and a proxy between them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Message = typing.Union[str, bytes]
 
 
 class Redis:
-    """A redis-server in a process of its own, on a free port, that keeps what it is told through a crash."""
+    """A redis-server in its own process, on a free port, which keeps its data through a crash."""
 
     def __init__(self, *options: str) -> None:
         program = os.environ.get("REDIS_SERVER", "redis-server" if EVERYTHING else "")  # or valkey-server
@@ -69,7 +69,7 @@ class Redis:
         raise AssertionError(f"{self._command[0]} did not start: {said.decode()}")
 
     def kill(self) -> None:
-        """End it without warning."""
+        """Kill it."""
         self._process.kill()
         self._process.wait(DEADLINE)
         if self._process.stdout:
@@ -78,12 +78,12 @@ class Redis:
             self._process.stdout.close()
 
     def forget(self) -> None:
-        """Lose all that it kept, after its end."""
+        """Delete its data, after its end."""
         self._folder.cleanup()
         os.mkdir(self._folder.name)
 
     def call(self, *words: str | int, database: int = 0) -> typing.Any:
-        """The reply to a command."""
+        """Send a command and return the reply."""
         connection = pywebsock.RedisConnection(pywebsock.parse_redis_url(f"{self.url}/{database}"))
         try:
             return connection.call(*words)
@@ -91,17 +91,17 @@ class Redis:
             connection.close()
 
     def close(self) -> None:
-        """End it and forget all that it kept."""
+        """Kill it and delete its data."""
         self.kill()
         self._folder.cleanup()
 
 
 class Proxy:
-    """Stands between a server and Redis, and cuts the connection that writes, or the one that reads.
+    """A proxy between a server and Redis that cuts the connection that writes, or the one that reads.
 
-    `cuts` has an item for each cut to come: how many bytes are passed on, of what is written
-    (from 0) or, for negative numbers, of what comes for the reader (from -1); or None to pass
-    it on whole and cut where the answer has come, which is not passed on.
+    `cuts` has an item for each cut: a number of bytes to pass on before it, of those that are
+    written (from 0) or, if it is negative, of those for the reader (from -1); or None to pass
+    all bytes on and cut when the reply comes, which is not passed on.
     """
 
     def __init__(self, port: int) -> None:
@@ -119,7 +119,7 @@ class Proxy:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(("127.0.0.1", self._target))
                 self._sockets += [near, far]
-                drop = threading.Event()  # what comes back
+                drop = threading.Event()  # the direction back
                 for work in ((near, far, drop, self._pass_on), (far, near, drop, self._pass_back)):
                     self._threads.append(threading.Thread(target=work[3], args=work[:3], daemon=True))
                     self._threads[-1].start()
@@ -153,7 +153,7 @@ class Proxy:
                 each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End everything."""
+        """Close all connections."""
         self._end(*self._sockets)
         for thread in self._threads:
             thread.join(DEADLINE)
@@ -162,10 +162,10 @@ class Proxy:
 
 
 class RedisTestCase(ServerTestCase):
-    """Tests with a Redis, which those of a class share; each test has a stream of its own."""
+    """Tests with a Redis for each class of tests, and a stream for each test."""
 
     redis: Redis
-    shared = True  # by the tests of the class
+    shared = True  # shared by the tests of a class
     options: tuple[str, ...] = ()
 
     @classmethod
@@ -180,38 +180,38 @@ class RedisTestCase(ServerTestCase):
         self.url = f"{self.redis.url}?stream={self.stream}"
 
     def process(self, *arguments: str, url: str = "") -> Process:
-        """A server in a process of its own, in the room of this test."""
+        """Start a server in its own process, in the room of this test."""
         process = Process("--redis", url or self.url, *arguments)
         self.addCleanup(process.__exit__)
         return process
 
     def stop(self, server: Process) -> str:
-        """End a server as a user does, after its clients have gone: its log."""
+        """Close the clients of a server, stop it with SIGTERM, and return its log."""
         for client in self._clients:
             client.socket.close()
         self.assertEqual(server.stop(), 0)
         return server.log()
 
     def client(self, server: Process | Recorder, **how: typing.Any) -> Client:
-        """A client of a server wherever it is."""
+        """Connect a client to a server."""
         client = Client(server.port if isinstance(server, Process) else server.server_address[1], **how)
         self.addCleanup(client.__exit__)
         self._clients.append(client)
         return client
 
     def names(self) -> list[bytes]:
-        """Of all messages in the stream, in its order."""
+        """Return all messages in the stream, in its order."""
         return [name for _, fields in self.redis.call("XRANGE", self.stream, "-", "+") for name in fields[::2]]
 
     def in_background(self, call: typing.Callable[..., object], *arguments: typing.Any) -> threading.Thread:
-        """A thread that is joined at the latest at the end of the test."""
+        """Call a function in another thread, which is joined at the end of the test."""
         thread = threading.Thread(target=call, args=arguments, daemon=True)
         thread.start()
         self.addCleanup(thread.join, DEADLINE)
         return thread
 
     def assert_order(self, clients: typing.Sequence[Client], sent: typing.Sequence[typing.Sequence[Message]]) -> None:
-        """Each client gets everything in one order, in which nothing is left out, doubled or before what was before."""
+        """Check that all clients get all messages in one order: none missing, doubled, or before an earlier one."""
         count = sum(map(len, sent))
         first, *others = ([client.read() for _ in range(count)] for client in clients)
         for other in others:
@@ -223,7 +223,7 @@ class RedisTestCase(ServerTestCase):
 
 
 def fill(port: int, data: bytes, most: int = 100_000_000) -> int:
-    """Send as much as a server takes: until it has taken nothing for a while. The bytes sent."""
+    """Send until a server has read nothing for a while; return the number of bytes that were sent."""
     with Client(port) as client:
         client.socket.settimeout(0.3)
         sent = 0
@@ -240,18 +240,18 @@ def say(client: Client, messages: typing.Iterable[Message]) -> None:
 
 
 def numbered(who: object, count: int, start: int = 0) -> list[Message]:
-    """Messages that can be told from all others."""
+    """Return distinct messages."""
     return [f"{who}: {number}" for number in range(start, start + count)]
 
 
 def frame_of(message: Message) -> bytes:
-    """A text message as a frame."""
+    """Return a text message as a frame."""
     assert isinstance(message, str)
     return masked_frame(TEXT, message.encode())
 
 
 def run(*arguments: str, **environment: str) -> tuple[int, str]:
-    """A server that is not expected to start: its exit status and what it said."""
+    """Run a server that should not start; return its exit status and its output."""
     command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", "0", *arguments]
     done = subprocess.run(
         command, capture_output=True, timeout=DEADLINE, env={**os.environ, **environment}, text=True, check=False
@@ -260,12 +260,12 @@ def run(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def quiet_lines(log: str) -> list[str]:
-    """What a server has logged, of which "Redis is away" and "Redis is back" as a word."""
+    """Return the lines of a server's log, with "away" for "Redis is away" and "back" for "Redis is back"."""
     return [re.sub(".* Redis is (away|back).*", r"\1", line) for line in log.splitlines()]
 
 
 def trickle(client: Client, messages: typing.Sequence[Message]) -> None:
-    """Send messages over a second or so, that faults may fall in between."""
+    """Send messages over a second, so that faults come between them."""
     for number, message in enumerate(messages):
         client.send(message)
         if number % 10 == 0:
@@ -273,7 +273,7 @@ def trickle(client: Client, messages: typing.Sequence[Message]) -> None:
 
 
 def read_until(client: Client, last: set[str]) -> list[Message]:
-    """What comes up to the last of these."""
+    """Read messages up to the last of these."""
     heard: list[Message] = []
     while last:
         heard.append(client.read())
@@ -282,7 +282,7 @@ def read_until(client: Client, last: set[str]) -> list[Message]:
 
 
 def read_until_close(client: Client) -> list[Message]:
-    """What comes before the Close frame, which is answered."""
+    """Read messages up to the Close frame, which is answered."""
     heard: list[Message] = []
     while (frame := client.read_frame()).opcode != 8:
         heard.append(frame.payload.decode())
@@ -304,7 +304,7 @@ def steady(figure: typing.Callable[[], float]) -> None:
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process holds (Linux)."""
+    """Return the resident memory of a process (bytes, Linux)."""
     status = pathlib.Path(f"/proc/{pid}/status")
     require(status.exists(), "/proc")
     match = re.search(r"VmRSS:\s+([0-9]+) kB", status.read_text())

@@ -1,7 +1,7 @@
 """The picture in the README, two windows side by side: `python -m tests.tools.screenshot [FILE]`.
 
-It needs selenium, Chromium with its driver, and the fonts Inter and Noto Color Emoji. What the windows
-show is what the page has made of a real conversation; only the clock and the port are made up.
+It needs selenium, Chromium with its driver, and the fonts Inter and Noto Color Emoji. The windows show a real
+conversation; only the clock and the port are changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TALK = [  # (who sends, minute, text)
     (0, 5, "Looks good here. Thank you, sleep well 👋"),
 ]
 
-# The clock of the page, which would else say the same minute everywhere.
+# The clock of the page. Without it, all messages would have the same minute.
 CLOCK = """
     window.minute = 0;
     Date = class extends Date {
@@ -56,7 +56,7 @@ WINDOW = """
 
 
 def window(browser: typing.Any, url: str) -> Tab:
-    """A tab that looks as a window of its own does, in the light theme."""
+    """Open a tab of the size of a window, in the light theme."""
     tab = Tab(browser, "about:blank")
     tab.command("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=SCALE, mobile=False)
     tab.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
@@ -70,11 +70,11 @@ def window(browser: typing.Any, url: str) -> Tab:
 
 
 def hold(talk: typing.Sequence[tuple[int, int, str]], windows: typing.Sequence[Tab]) -> None:
-    """Send each message from its window, once the one before it is everywhere."""
+    """Send each message from its window, after both windows show the one before it."""
     for i, (who, minute, text) in enumerate(talk):
         for each in windows:
             each.run("window.minute = arguments[0]", minute)
-        # Not by keys: the driver has none for emoji.
+        # The driver has no keys for emoji.
         windows[who].run("document.getElementById('draft').value = arguments[0]", text)
         windows[who].send("")
         for each in windows:
@@ -82,12 +82,12 @@ def hold(talk: typing.Sequence[tuple[int, int, str]], windows: typing.Sequence[T
 
 
 def picture(tab: Tab, **clip: typing.Any) -> bytes:
-    """What a tab shows, as PNG."""
+    """Return a picture of a tab, as PNG."""
     return base64.b64decode(tab.command("Page.captureScreenshot", format="png", **clip)["data"])
 
 
 def compose(browser: typing.Any, titles: typing.Sequence[str], pictures: typing.Sequence[bytes]) -> bytes:
-    """The windows side by side, on nothing: the README may be light or dark."""
+    """Draw the windows side by side, on a transparent background, since the README may be light or dark."""
     windows = [WINDOW.format(title=title, png=base64.b64encode(png).decode()) for title, png in zip(titles, pictures)]
     with tempfile.TemporaryDirectory() as folder:
         page = pathlib.Path(folder, "frame.html")
@@ -105,7 +105,7 @@ def take(path: pathlib.Path) -> None:
     with Process() as server, chromium(f"--host-resolver-rules=MAP localhost:4545 127.0.0.1:{server.port}") as browser:
         windows = [window(browser, url) for url in ("http://localhost:4545/", (ROOT / "pywebsock.html").as_uri())]
         hold(TALK, windows)
-        windows[1].run("document.activeElement.blur()")  # one window has the focus
+        windows[1].run("document.activeElement.blur()")  # the first window has the focus
         pictures = [picture(each) for each in windows]
         path.write_bytes(compose(browser, ("localhost:4545", "pywebsock.html"), pictures))
 

@@ -1,4 +1,4 @@
-"""For the benchmark: broadcast servers of a few lines each, and how to find and start them and this one."""
+"""Broadcast servers of a few lines each, for the benchmark, and functions that find and start them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ JOINING = 0.2  # seconds; some servers add a client only after its handshake
 
 
 class Server(typing.NamedTuple):
-    """One to be measured."""
+    """A server to measure."""
 
     name: str
     version: str
-    command: typing.Sequence[str]  # {port} is to be replaced
-    deflating: typing.Sequence[str] | None = ("deflate",)  # what to add for it; None where it cannot
+    command: typing.Sequence[str]  # with {port} in place of the port
+    deflating: typing.Sequence[str] | None = ("deflate",)  # arguments for compression; None if it is not supported
     secure: typing.Sequence[str] | None = ("{certificate}",)
 
     def can(self, deflate: bool, tls: bool) -> bool:
-        """Whether it knows how to compress, and TLS, where that is wanted."""
+        """Return whether the server supports compression and TLS, if they are required."""
         return (self.deflating is not None or not deflate) and (self.secure is not None or not tls)
 
 
 def on_python() -> typing.Iterator[Server]:
-    """This server and those on packages of this Python."""
+    """Return this server and the servers that use packages of this Python."""
     script = str(HERE / "servers.py")
     ours = [sys.executable, str(support.ROOT / "pywebsock.py"), "--port", "{port}", "--quiet"]
     yield Server(OURS, pywebsock.__version__, ours, (), ("--cert", "{certificate}"))
@@ -57,7 +57,7 @@ def on_python() -> typing.Iterator[Server]:
 
 
 def on_javascript() -> typing.Iterator[Server]:
-    """Those on runtimes for JavaScript."""
+    """Return the servers in JavaScript."""
     names = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
     folders = [pathlib.Path(name) for name in names if name]
     node = shutil.which("node")
@@ -73,7 +73,7 @@ def on_javascript() -> typing.Iterator[Server]:
 
 
 def in_c(folder: str) -> typing.Iterator[Server]:
-    """A loop of recv(2) and send(2), where there is a compiler; the program goes to this folder."""
+    """Return a loop of recv(2) and send(2), if there is a compiler; the program is written to this folder."""
     compiler = shutil.which("cc")
     if compiler and sys.platform == "linux":
         program = os.path.join(folder, "loop")
@@ -83,7 +83,7 @@ def in_c(folder: str) -> typing.Iterator[Server]:
 
 
 def said_by(program: str) -> str:
-    """The version that a program says it has."""
+    """Return the version that a program prints."""
     output = subprocess.run(
         [program, "--version"], capture_output=True, text=True, timeout=support.DEADLINE, check=True
     )
@@ -92,7 +92,7 @@ def said_by(program: str) -> str:
 
 @contextlib.contextmanager
 def pinned(where: typing.Sequence[int]) -> typing.Iterator[None]:
-    """What is started here runs on these processors alone."""
+    """Run the processes that are started in the block on these processors."""
     if sys.platform != "linux" or not where:
         yield
         return
@@ -106,7 +106,7 @@ def pinned(where: typing.Sequence[int]) -> typing.Iterator[None]:
 
 @contextlib.contextmanager
 def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Iterator[None]:
-    """Whatever happens, the process ends, and after the deadline by force, so that nobody waits for it forever."""
+    """Terminate a process at the end of the block; kill it after the deadline."""
     watchdog = threading.Timer(deadline, process.kill)
     watchdog.start()
     try:
@@ -129,7 +129,7 @@ def ending(process: subprocess.Popen[typing.Any], deadline: float) -> typing.Ite
 def serving(
     server: Server, where: typing.Sequence[int], deadline: float, deflate: bool, certificate: str
 ) -> typing.Iterator[tuple[int, int]]:
-    """A server that accepts connections, with TLS where there is a certificate: its process's number and port."""
+    """Run a server, with TLS if there is a certificate; yield its process id and port when it accepts connections."""
     port = support.free_port()
     command = [*server.command]
     if deflate:

@@ -1,6 +1,6 @@
-"""Broadcast servers on packages of PyPI: `servers.py NAME PORT [deflate] [CERTIFICATE.pem]`.
+"""Broadcast servers with packages of PyPI: `servers.py NAME PORT [deflate] [CERTIFICATE.pem]`.
 
-Each sends in the fastest way that its package documents, without pings and with a long queue for new connections.
+Each sends in the fastest way that its package documents, without Pings, and has a long queue of new connections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TLS = typing.Optional[ssl.SSLContext]
 
 
 def websockets(port: int, deflate: bool, tls: TLS) -> None:
-    """websockets, on asyncio."""
+    """Run websockets, with asyncio."""
     server: typing.Any = importlib.import_module("websockets.asyncio.server")
     clients: set[typing.Any] = set()
 
@@ -36,7 +36,7 @@ def websockets(port: int, deflate: bool, tls: TLS) -> None:
 
 
 def picows(port: int, deflate: bool, tls: TLS) -> None:
-    """picows, on uvloop where that is installed."""
+    """Run picows, with uvloop if it is installed."""
     package: typing.Any = importlib.import_module("picows")
     clients: set[typing.Any] = set()
 
@@ -67,7 +67,7 @@ def picows(port: int, deflate: bool, tls: TLS) -> None:
 
 
 def aiohttp(port: int, deflate: bool, tls: TLS) -> None:
-    """aiohttp, on asyncio."""
+    """Run aiohttp, with asyncio."""
     web: typing.Any = importlib.import_module("aiohttp.web")
     clients: set[typing.Any] = set()
 
@@ -90,7 +90,7 @@ def aiohttp(port: int, deflate: bool, tls: TLS) -> None:
 
 
 def websocket_server(port: int, deflate: bool, tls: TLS) -> None:
-    """websocket-server, a thread a client; it would leave Nagle's algorithm on, which makes small messages late."""
+    """Run websocket-server: a thread for each client; without Nagle's algorithm, which delays small messages."""
     package: typing.Any = importlib.import_module("websocket_server")
     package.websocket_server.WebSocketHandler.disable_nagle_algorithm = True
     package.WebsocketServer.request_queue_size = 4096
