@@ -1,6 +1,6 @@
-"""What a stranger with a few connections can do to a room, and what must not happen to honest clients with bad luck.
+"""Attacks with a few connections, which must not delay or close well-behaved clients.
 
-Beside each attack there is an honest witness in a process of its own. Heavy: PYWEBSOCK_TESTS=everything.
+A witness in its own process measures each attack. Heavy: PYWEBSOCK_TESTS=everything.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ import unittest
 
 from tests.tools import attack, faults, load, stress, support
 
-SECONDS = 4.0  # that an attack goes on
-TIMES = 4  # at most, where the machine has other things to do
+SECONDS = 4.0  # seconds of an attack
+TIMES = 4  # attempts, if the machine is busy
 DEFLATE: dict[str, typing.Any] = {"Sec_WebSocket_Extensions": "permessage-deflate"}
 
 
 def hex_text(size: int) -> bytes:
-    """Text that compresses badly: to half of its size."""
+    """Return text that compresses to half of its size."""
     return random.Random(size).getrandbits(4 * size).to_bytes(size // 2, "big").hex().encode()
 
 
 def window(bits: int) -> dict[str, typing.Any]:
-    """The header field of a client that asks for this window."""
+    """Return the header field of a client that asks for this window."""
     return {"Sec_WebSocket_Extensions": f"permessage-deflate; server_max_window_bits={bits}"}
 
 
 class AttackTestCase(stress.StressTestCase):
-    """Tests of a server that strangers attack."""
+    """Tests of a server under attack."""
 
     def start(
         self, watched: stress.WatchedServer, number: int, piece: bytes, first: bytes = b"", **how: typing.Any
     ) -> attack.Attack:
-        """A crowd of attackers, which is ended in the end."""
+        """Start a crowd of attackers, which is killed after the test."""
         crowd = attack.Attack(watched.port, number, piece, first, **how)
         self.addCleanup(crowd.end)
         watched.witness.figures()  # from now on
         return crowd
 
     def stand(self, watched: stress.WatchedServer, what: str, worst: float, growth: float = 150) -> None:
-        """Let an attack go on, more than once where others use the machine; the result is what the witness sees."""
+        """Let an attack go on, and check the slowest echo of the witness and memory; repeat if the machine is busy."""
         for _ in range(TIMES):
             watched.witness.figures()
             time.sleep(SECONDS)
@@ -56,19 +56,19 @@ class AttackTestCase(stress.StressTestCase):
             f"{what}: worst echo {seen.worst:.3f} s of {seen.echoes} (itself late {seen.late:.3f} s), "
             f"memory +{watched.growth:.0f} MB"
         )
-        self.assertEqual(seen.end, "", "the witness was cut off")
-        self.assertLess(seen.worst, worst, f"{what}: seconds of an honest client's worst echo")
-        self.assertLess(watched.growth, growth, f"{what}: MB more than before")
+        self.assertEqual(seen.end, "", "the witness was disconnected")
+        self.assertLess(seen.worst, worst, f"{what}: seconds of the slowest echo of the witness")
+        self.assertLess(watched.growth, growth, f"{what}: MB above the start")
 
 
 @stress.heavy
 class FloodTest(AttackTestCase):
-    """Frames that cost a stranger little, as many as a connection takes."""
+    """Floods of small frames."""
 
     def flood(
         self, number: int, piece: bytes, worst: float, first: bytes = b"", *, tls: bool = False, **how: typing.Any
     ) -> None:
-        """A crowd sends the same bytes again and again."""
+        """Let a crowd send the same bytes again and again."""
         watched = self.serve_watched(tls=tls)
         crowd = self.start(watched, number, piece, first, **how)
         self.stand(watched, f"{number} clients", worst)
@@ -77,11 +77,11 @@ class FloodTest(AttackTestCase):
     def test_pings(self) -> None:
         self.flood(200, load.frame(b"", 9), 0.1, pace=5e6)
 
-    def test_pings_that_nobody_reads_the_answers_of(self) -> None:
+    def test_pings_without_reading(self) -> None:
         self.flood(200, load.frame(bytes(125), 9), 0.1, pace=5e6, reading=False)
 
     def test_pings_between_messages(self) -> None:
-        """Were the Pongs sent between the messages, none of these would go out with the next one."""
+        """Pongs do not keep messages from being sent together."""
         self.flood(50, load.frame(bytes(125), 9) + load.frame(b"x", 1), 0.2, pace=1e5)
 
     def test_pongs_and_empty_fragments(self) -> None:
@@ -100,16 +100,16 @@ class FloodTest(AttackTestCase):
 
 @stress.heavy
 class UnfinishedTest(AttackTestCase):
-    """The budget for unfinished messages, which strangers and honest clients share."""
+    """The budget for unfinished messages, which attackers share with other clients."""
 
     def hold(self, watched: stress.WatchedServer, piece: bytes, **how: typing.Any) -> attack.Attack:
-        """Eight clients take it whole, and go on with this."""
+        """Let eight clients use up the budget, and then send `piece` again and again."""
         payload = support.compress(bytes(16 * 1024 * 1024 - 1))
         first = support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
         return self.start(watched, 8, piece, first, fields=DEFLATE, **how)
 
     def honest(self, watched: stress.WatchedServer, number: int) -> list[float]:
-        """An honest client sends compressed texts, one after the other; seconds until each is back."""
+        """Send compressed texts, one after the other; return the delay of each (seconds)."""
         client = support.Client(watched.port, **DEFLATE)
         self.addCleanup(client.__exit__)
         delays = []
@@ -131,7 +131,7 @@ class UnfinishedTest(AttackTestCase):
         self.assertLess(max(delays), 5)
 
     def test_eight_clients_hold_it_and_send_pings(self) -> None:
-        """Pings are no progress of a message."""
+        """Pings do not count as progress of a message."""
         watched = self.serve_watched()
         crowd = self.hold(watched, load.frame(b"", 9), pace=400e3)
         uploads = Uploads(watched.port, 8, 5_000_000, 5e6)
@@ -142,7 +142,7 @@ class UnfinishedTest(AttackTestCase):
         self.assertLess(max(delays), 5)
 
     def test_honest_uploads(self) -> None:
-        """They have more to send than the budget lets through at once: they are slowed down, not closed."""
+        """Clients whose uploads exceed the budget together are slowed down, not closed."""
         watched = self.serve_watched()
         uploads = Uploads(watched.port, 40, 5_000_000, 1e6)
         arrived = uploads.wait(40)
@@ -152,7 +152,7 @@ class UnfinishedTest(AttackTestCase):
 
 
 class Uploads:
-    """Honest clients that each send one message at a pace, in bytes a second, and read what comes."""
+    """Clients that each send one long message at a rate (bytes a second), and read all data."""
 
     def __init__(self, port: int, number: int, size: int, pace: float) -> None:
         self.arrived = 0
@@ -192,7 +192,7 @@ class Uploads:
             pass
 
     def wait(self, seconds: float) -> int:
-        """Of how many the messages have come back."""
+        """Return the number of clients whose message has come back."""
         end = time.monotonic() + seconds
         while self.arrived < len(self._clients) and time.monotonic() < end and not self.ends:
             time.sleep(0.05)
@@ -203,10 +203,10 @@ class Uploads:
 
 @stress.heavy
 class CompressionTest(AttackTestCase):
-    """Windows that clients ask for with two hundred bytes, and for which the server compresses."""
+    """Clients that ask for many windows, for each of which the server compresses messages."""
 
     def join_with_windows(self, watched: stress.WatchedServer, times: int) -> float:
-        """Joins that ask for each window; seconds until the slowest is in."""
+        """Join with each window; return the time of the slowest handshake (seconds)."""
         slowest = 0.0
         for _ in range(times):
             for bits in range(9, 15):
@@ -224,8 +224,8 @@ class CompressionTest(AttackTestCase):
         slowest = self.join_with_windows(watched, 1)
         self.stand(watched, f"15 MB and six windows, in within {slowest:.2f} s", 0.1, 800)
 
-    def test_middling_messages_for_all_windows(self) -> None:
-        """Just below the size from which others compress for the loop."""
+    def test_medium_messages_for_all_windows(self) -> None:
+        """Messages a little shorter than those that other threads compress."""
         watched = self.serve_watched()
         self.join_with_windows(watched, 1)
         attacker = Background(watched.port, load.frame(hex_text(64_000), 1), 20e6, DEFLATE)
@@ -244,8 +244,8 @@ class CompressionTest(AttackTestCase):
         self.assertLess(slowest, 2)
         self.stand(watched, "7 MB of history for 102 joins", 0.1, 800)
 
-    def test_history_of_middling_messages(self) -> None:
-        """What has come while a joiner's history was compressed is not compressed in the loop."""
+    def test_history_of_medium_messages(self) -> None:
+        """The loop does not compress the messages that arrive while a history is compressed."""
         watched = self.serve_watched("--history", "1000")
         attacker = Background(watched.port, load.frame(hex_text(64_000), 1), 10e6, DEFLATE)
         self.addCleanup(attacker.end)
@@ -260,14 +260,14 @@ class CompressionTest(AttackTestCase):
         self.assertLess(sorted(worst)[len(worst) // 2], 0.1)
 
     def test_messages_wait_for_compression(self) -> None:
-        """Messages that are whole, but wait to be compressed, count like unfinished ones."""
+        """Complete messages that wait to be compressed count as unfinished ones."""
         watched = self.serve_watched()
         crowd = self.start(watched, 60, load.frame(hex_text(16_000_000), 1), pace=8e6, fields=DEFLATE)
         self.stand(watched, "60 clients send 16 MB of text", 0.3, 700)
         self.report(f"ended: {crowd.figures()[1]}")
 
     def test_bombs_wait_for_compression(self) -> None:
-        """What waits to be compressed counts, too."""
+        """Inflated messages that wait to be compressed count, too."""
         watched = self.serve_watched()
         payload = support.compress(bytes(16_000_000))
         bomb = support.masked_frame(2, rsv=4, length=len(payload), key=bytes(4)) + payload
@@ -276,7 +276,7 @@ class CompressionTest(AttackTestCase):
 
 
 class Background:
-    """A client in a thread that sends the same bytes again and again, at a pace in bytes a second, and reads."""
+    """A client in a thread that sends the same bytes again and again, at a rate (bytes a second), and reads."""
 
     def __init__(self, port: int, piece: bytes, pace: float, fields: dict[str, typing.Any]) -> None:
         self._client = support.Client(port, **fields)
@@ -303,20 +303,20 @@ class Background:
             pass  # it was ended
 
     def end(self) -> None:
-        """End it with a reset."""
+        """Close the connection with a reset."""
         self._client.socket.shutdown(2)
         self._client.socket.close()
 
 
 @stress.heavy
 class MemoryTest(AttackTestCase):
-    """What the process keeps when all have left, or have nothing to do."""
+    """Memory of the process after all clients have left, or while all are idle."""
 
     def test_arenas(self) -> None:
-        """As on a machine with 32 cores, on which malloc makes 256 arenas."""
+        """On a machine with 32 cores, malloc would use 256 arenas."""
         code = "import os, sys\nif 'MALLOC_ARENA_MAX' not in os.environ:\n"
         code += "    os.environ['MALLOC_ARENA_MAX'] = '256'; os.execv(sys.executable, sys.orig_argv)"
-        support.require(hasattr(sys, "orig_argv"), "sys.orig_argv")  # from Python 3.10 on
+        support.require(hasattr(sys, "orig_argv"), "sys.orig_argv")  # Python 3.10 or later
         watched = self.serve_watched(code=code)
         for _ in range(2):
             crowd = self.start(watched, 100, b"", load.frame(bytes(200_000)), reading=True)
@@ -334,13 +334,13 @@ class MemoryTest(AttackTestCase):
         self.assertLess(kept, 150)
 
     def post(self, port: int) -> None:
-        """A POST of 4 MB."""
+        """Send a POST of 4 MB."""
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n"
         with contextlib.suppress(OSError):
             support.exchange(port, head + bytes(4_000_000))
 
     def idle(self, *, tls: bool) -> None:
-        """KB that each of four hundred clients keeps that has sent and got one large message."""
+        """Check the memory of each of four hundred idle clients that have sent and received a large message."""
         code = "pywebsock.Program.on_message = lambda self, client, message: client.send(message)"
         server = self.serve("--no-compression", tls=tls, code=code)
         context = stress.certificate()[1] if tls else None
@@ -350,7 +350,7 @@ class MemoryTest(AttackTestCase):
         for client in clients:
             client.send_raw(message)
             self.assertEqual(len(client.read()), 200_000)
-            before = before or load.memory(server.pid)  # that malloc keeps something is no client's
+            before = before or load.memory(server.pid)  # memory that malloc keeps does not count
         kept = (load.memory(server.pid) - before) * 1000 / len(clients)
         self.report(f"{kept:.0f} KB more for an idle client")
         self.assertLess(kept, 8 + 40 * tls)
@@ -366,10 +366,10 @@ class MemoryTest(AttackTestCase):
 
 @stress.heavy
 class ProgramTest(AttackTestCase):
-    """Programs that do what programs do."""
+    """Servers whose hooks send much."""
 
     def test_recipients(self) -> None:
-        """Each message has a list of its own of those who get it, as with "all but the sender"."""
+        """Each message has its own list of recipients, as with "all but the sender"."""
         code = "def on_message(self, client, message): self.broadcast(message, list(self.clients))\n"
         code += "pywebsock.Program.on_message = on_message"
         watched = self.serve_watched(code=code)
@@ -384,7 +384,7 @@ class ProgramTest(AttackTestCase):
         self.assertLess(watched.growth, 60)
 
     def ping(self, client: support.Client) -> float:
-        """Seconds until the Pong, at worst of twenty."""
+        """Send twenty Pings; return the longest time until a Pong (seconds)."""
         worst = 0.0
         for i in range(20):
             payload, start = b"%d" % i, time.monotonic()
@@ -395,7 +395,7 @@ class ProgramTest(AttackTestCase):
             time.sleep(0.02)
         return worst
 
-    def test_slow_reader_of_a_farewell(self) -> None:
+    def test_slow_reader_before_a_close(self) -> None:
         """A hook sends 8 MB and closes; the client reads 400 KB/s and gets all of it."""
         code = "def on_open(self, client): client.send(bytes(8_000_000)); client.close(4000)\n"
         code += "pywebsock.Program.on_open = on_open"
@@ -412,7 +412,7 @@ class ProgramTest(AttackTestCase):
         self.assertEqual((got > 7_990_000, end), (True, b"\x88\x02\x0f\xa0"))
 
     def test_steady_slow_reader(self) -> None:
-        """What a client still takes from the system is a sign of life, although nothing waits here any more."""
+        """A client is alive while it reads from the kernel's buffer, even if the server's queue is empty."""
         server = self.serve("--ping", "1", code="pywebsock.BroadcastServer.send_timeout = 3")
         reader, sender = support.Client(server.port, small=True), support.Client(server.port)
         self.addCleanup(reader.__exit__)
@@ -426,8 +426,8 @@ class ProgramTest(AttackTestCase):
             time.sleep(max(0.0, start + got / 80e3 - time.monotonic()))
         self.report(f"{got} bytes within {time.monotonic() - start:.1f} s")
 
-    def test_black_hole(self) -> None:
-        """A client that takes nothing is dropped, however much it says."""
+    def test_sender_that_does_not_read(self) -> None:
+        """A client that does not read is dropped, even if it sends much."""
         server = self.serve(code="pywebsock.BroadcastServer.send_timeout = 2")
         stuck, sender = support.Client(server.port, small=True), support.Client(server.port)
         self.addCleanup(sender.__exit__)
@@ -441,8 +441,8 @@ class ProgramTest(AttackTestCase):
         except OSError:
             self.report(f"dropped after {time.monotonic() - start:.1f} s")
 
-    def test_standard_error_that_nobody_reads(self) -> None:
-        """Long lines, too: a pipe that takes the beginning of one blocks at its end."""
+    def test_full_standard_error(self) -> None:
+        """The log may go to a full pipe. Long lines, too: a pipe may accept a part of a line."""
         code = """
 def on_message(self, client, message): raise ValueError("x" * 20000)
 pywebsock.Program.on_message = on_message

@@ -1,4 +1,4 @@
-"""What else strangers do: they all ask, knock, shout, leave half, and read nothing, and somebody honest is in between.
+"""Clients that misbehave in large numbers: silent, stuck, half-closed, flooding. A witness must not notice them.
 
 Heavy: PYWEBSOCK_TESTS=everything.
 """
@@ -17,15 +17,15 @@ DEFLATE = "permessage-deflate"
 
 
 @stress.heavy
-class CrowdedTest(stress.StressTestCase):
-    """More than fit."""
+class FullTest(stress.StressTestCase):
+    """More connections than the server accepts."""
 
-    def test_join_past_the_silent(self) -> None:
-        """All places are taken by connections that say nothing: one of them goes for who comes."""
+    def test_join_a_full_server(self) -> None:
+        """If all places are taken by silent connections, one of them is ended for a new client."""
         watched = self.serve_watched("--max-clients", "100")
         crowd = self.crowd(watched)
         crowd.connect(500)
-        time.sleep(1.5)  # those that had time to say something
+        time.sleep(1.5)  # a pending handshake is ended if it is older than a second
         start = time.monotonic()
         with support.Client(watched.port) as client:
             client.send("hello")
@@ -38,7 +38,7 @@ class CrowdedTest(stress.StressTestCase):
         self.assertLess(took, 5)
 
     def test_as_many_as_there_are_descriptors(self) -> None:
-        """Connections that say nothing, from as many addresses as it takes."""
+        """Silent connections, from several addresses, use up the file descriptors."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         number = min(20_000, stress.descriptors() - 500)
@@ -47,10 +47,10 @@ class CrowdedTest(stress.StressTestCase):
         self.check_health(watched, f"{number} connected", 1.0)
         time.sleep(3)
         crowd.reset()
-        self.check_recovery(watched, f"{number} that said nothing", 1.0, within=90)
+        self.check_recovery(watched, f"{number} silent connections", 1.0, within=90)
 
     def test_coming_and_going(self) -> None:
-        """Thousands join, leave in every way, and are stuck, all at once."""
+        """Thousands of clients join, leave in many ways, and stop reading, at the same time."""
         watched = self.serve_watched()
         clients, chance = self.clients(watched), random.Random(1)
         peers: list[load.Peer] = []
@@ -68,28 +68,28 @@ class CrowdedTest(stress.StressTestCase):
                 peer = peers.pop(chance.randrange(len(peers)))
                 if not peer.ended:
                     count[1] += 1
-                    chance.choice((peer.reset, peer.stop_reading, self.say_goodbye(peer), self.say_nonsense(peer)))()
+                    chance.choice((peer.reset, peer.stop_reading, self.close(peer), self.send_garbage(peer)))()
 
         clients.run_for(6, go_on)
-        self.check_health(watched, f"{count[0]} came, {count[1]} went or got stuck", 1.0)
+        self.check_health(watched, f"{count[0]} joined, {count[1]} left or got stuck", 1.0)
         clients.__exit__()
-        self.check_recovery(watched, "thousands came and went", 1.0, within=60)
+        self.check_recovery(watched, "thousands joined and left", 1.0, within=60)
 
-    def say_goodbye(self, peer: load.Peer) -> typing.Callable[[], None]:
-        """A way to leave."""
+    def close(self, peer: load.Peer) -> typing.Callable[[], None]:
+        """Return a function that sends a Close."""
         return lambda: peer.send(load.frame(b"\x03\xe8", 8))
 
-    def say_nonsense(self, peer: load.Peer) -> typing.Callable[[], None]:
-        """Another one."""
+    def send_garbage(self, peer: load.Peer) -> typing.Callable[[], None]:
+        """Return a function that sends an invalid frame."""
         return lambda: peer.send(b"\xff\xff")
 
 
 @stress.heavy
 class BusyTest(stress.StressTestCase):
-    """What keeps the interpreter busy."""
+    """Data that costs the server much time."""
 
     def test_tiny_fragments_in_a_crowd(self) -> None:
-        """Nobody may have the loop for long."""
+        """No client keeps the loop busy for long."""
         watched = self.serve_watched()
         crowd, clients = self.crowd(watched), self.clients(watched)
         crowd.join(1000)
@@ -98,7 +98,7 @@ class BusyTest(stress.StressTestCase):
             peer.send(support.masked_frame(2, fin=False))
         self.flood(watched, clients, peers, support.masked_frame(0, fin=False) * 40_000)
         crowd.reset()
-        self.check_recovery(watched, "ten who send empty fragments, in a room of a thousand")
+        self.check_recovery(watched, "ten clients that send empty fragments, in a room of a thousand")
 
     def test_pings_in_a_crowd(self) -> None:
         watched = self.serve_watched()
@@ -106,21 +106,21 @@ class BusyTest(stress.StressTestCase):
         crowd.join(1000)
         self.flood(watched, clients, clients.join(10), support.masked_frame(9) * 40_000)
         crowd.reset()
-        self.check_recovery(watched, "ten who ping, in a room of a thousand")
+        self.check_recovery(watched, "ten clients that send Pings, in a room of a thousand")
 
-    def test_pings_of_those_who_do_not_read(self) -> None:
+    def test_pings_without_reading(self) -> None:
         watched = self.serve_watched()
         clients = self.clients(watched)
         peers = clients.join(10, small=True)
         for peer in peers:
             peer.stop_reading()
         self.flood(watched, clients, peers, support.masked_frame(9, b"x" * 125) * 2000)
-        self.check_recovery(watched, "ten who ping and do not read")
+        self.check_recovery(watched, "ten clients that send Pings and do not read")
 
     def flood(
         self, watched: stress.WatchedServer, clients: load.Load, peers: typing.Sequence[load.Peer], data: bytes
     ) -> None:
-        """As much as they can send, for three seconds."""
+        """Let clients send as much as they can for three seconds."""
         watched.witness.figures()
 
         def go_on() -> None:
@@ -133,7 +133,7 @@ class BusyTest(stress.StressTestCase):
         clients.__exit__()
 
     def test_bombs(self) -> None:
-        """Messages of 16 KB that are 16 MB, complete."""
+        """Complete messages of 16 KB that inflate to 16 MB."""
         watched = self.serve_watched()
         clients = self.clients(watched)
         payload = support.compress(bytes(16_000_000))
@@ -144,7 +144,7 @@ class BusyTest(stress.StressTestCase):
             clients.run_for(2)
             for peer in tuple(clients.peers):
                 peer.reset()
-        self.check_recovery(watched, "three times 20 bombs", 1.0, 700)  # of which 300 are what malloc keeps
+        self.check_recovery(watched, "three times 20 bombs", 1.0, 700)  # malloc keeps 300
 
     def test_every_window(self) -> None:
         """Large messages that do not compress, for each window of permessage-deflate."""
@@ -161,11 +161,11 @@ class BusyTest(stress.StressTestCase):
 
 
 @stress.heavy
-class HalfTest(stress.StressTestCase):
-    """Those who do not do their part."""
+class IncompleteTest(stress.StressTestCase):
+    """Clients that do not finish an exchange."""
 
     def test_half_closed(self) -> None:
-        """They end their sides right after the handshake and stay."""
+        """Clients that half-close the connection after the handshake."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.join(1000)
@@ -173,15 +173,15 @@ class HalfTest(stress.StressTestCase):
             one.shutdown(socket.SHUT_WR)
         self.check_recovery(watched, "1,000 half-closed clients", within=stress.CLOSE_TIMEOUT + 3)
 
-    def test_answers_that_nobody_reads(self) -> None:
+    def test_responses_without_reading(self) -> None:
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.connect(1000)
         crowd.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20)
-        self.check_recovery(watched, "1,000 pages that nobody reads", within=stress.CLOSE_TIMEOUT + 3)
+        self.check_recovery(watched, "1,000 responses without reading", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_pipelined(self) -> None:
-        """A handshake, a Close, and 20 handshakes behind it."""
+        """A handshake, a Close, and 20 more handshakes at once."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.connect(500)
@@ -189,7 +189,7 @@ class HalfTest(stress.StressTestCase):
         self.check_recovery(watched, "500 that pipeline handshakes", within=stress.CLOSE_TIMEOUT + 3)
 
     def test_dribbled_bodies(self) -> None:
-        """POSTs that send a byte now and then have their time, and no more."""
+        """Slow POSTs are ended at the timeout."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.connect(300)

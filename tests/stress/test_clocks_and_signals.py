@@ -1,4 +1,4 @@
-"""Time: a process that was stopped, clocks that are set, signals that come twice, and all of it under load.
+"""Paused processes, clocks that are set, and repeated signals, under load.
 
 Light tests, for the basic run, and heavy ones: PYWEBSOCK_TESTS=everything.
 """
@@ -15,7 +15,7 @@ import unittest
 from tests.tools import faults, load, stress, support
 from tests.tools.stress import TROUBLE
 
-# The wall clock, and what a suspended machine does to the monotonic one: SIGUSR1 sets it by so many seconds.
+# SIGUSR1 sets the wall clock, or the monotonic clock as after the suspension of a machine.
 CLOCK = """
 import signal, time
 offset = [0.0]
@@ -28,7 +28,7 @@ signal.signal(signal.SIGUSR1, lambda number, frame: offset.__setitem__(0, {secon
 
 @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "there is no SIGSTOP")
 class PauseTest(stress.StressTestCase):
-    """A pause of the process is nobody's silence: who answers the Ping that comes after it, stays."""
+    """A pause of the process does not count as silence of its clients: a client that answers the next Ping stays."""
 
     def check(self, ping: float, pause: float, number: int, times: int = 1) -> None:
         server = self.serve("--ping", str(ping))
@@ -39,10 +39,10 @@ class PauseTest(stress.StressTestCase):
         for _ in range(times):
             with faults.paused(server.pid):
                 time.sleep(pause)
-            for client in clients:  # each waits for its Ping
+            for client in clients:  # each client waits for its Ping
                 self.assertEqual(client.read_frame().opcode, support.PING)
                 client.frame(support.PONG)
-        with self.assertRaises((EOFError, ConnectionError)):  # nothing but the silent one's own silence
+        with self.assertRaises((EOFError, ConnectionError)):  # only the silent client's own silence counts
             while silent.read_frame().opcode == support.PING:
                 pass
         clients[0].send("all here")
@@ -53,7 +53,7 @@ class PauseTest(stress.StressTestCase):
                 frame = client.read_frame()
             self.assertEqual(frame.payload, b"all here")
         support.eventually(lambda: "it was silent" in server.log(), "a line in the log")
-        for client in clients:  # or the server would wait for their ends
+        for client in clients:  # the server would wait for their ends
             client.socket.close()
         self.assertEqual(server.stop(), 0)
 
@@ -62,12 +62,12 @@ class PauseTest(stress.StressTestCase):
 
     @stress.heavy
     def test_again_and_again(self) -> None:
-        """Also for hundreds."""
+        """Repeated pauses, with hundreds of clients."""
         self.check(0.5, 1.5, 200, times=3)
 
     @stress.heavy
     def test_while_data_flows(self) -> None:
-        """Stopped in the middle of all that it does, again and again: nobody is dropped, nothing is lost."""
+        """Paused again and again in the middle of its work: no client is dropped, no message lost."""
         server = self.serve("--ping", "0.5", "--no-compression")
         clients = load.Load(server.port)
         self.addCleanup(clients.__exit__)
@@ -91,17 +91,17 @@ class PauseTest(stress.StressTestCase):
 
 @stress.heavy
 class ClockTest(stress.StressTestCase):
-    """The wall clock is nobody's timer."""
+    """No timer depends on the wall clock."""
 
     def serve_with_clock(self, seconds: float, *arguments: str, code: str = "") -> support.Process:
-        """A server whose wall clock is set by so many seconds with SIGUSR1."""
+        """Start a server whose wall clock SIGUSR1 sets by a number of seconds."""
         return self.serve(*arguments, code=CLOCK.format(seconds=seconds, more=()) + code)
 
     def check(self, seconds: float) -> None:
-        """Keepalive, the log and the status go on."""
+        """Check that keepalive, log and status go on."""
         server = self.serve_with_clock(seconds, "--ping", "0.2", code="pywebsock.FloodFilter.LINES_TIME = 0.2\n")
         with support.Client(server.port) as silent, support.Client(server.port) as client:
-            for _ in range(25):  # more lines than pass
+            for _ in range(25):  # more lines than the limit
                 support.exchange(server.port, b"nonsense\r\n\r\n")
             os.kill(server.pid, signal.SIGUSR1)
             time.sleep(0.3)
@@ -127,7 +127,7 @@ class ClockTest(stress.StressTestCase):
         self.check(1e6)
 
     def test_rate(self) -> None:
-        """Set back for a day: who may send ten a second still may."""
+        """The clock is set back for a day; a client that may send ten messages a second still may."""
         server = self.serve_with_clock(-86400, "--rate", "50")
         with support.Client(server.port) as client:
             client.send("before")
@@ -141,13 +141,13 @@ class ClockTest(stress.StressTestCase):
         self.assertEqual(server.stop(), 0)
 
     def test_monotonic_clock_forward(self) -> None:
-        """Where it counts a machine's sleep: that is a pause like any other."""
+        """If the monotonic clock counts a suspension, it is a pause as any other."""
         more = (("monotonic", 1),)
         server = self.serve("--ping", "0.5", code=CLOCK.format(seconds=3600, more=more))
         with support.Client(server.port) as idle:
             self.assertEqual(idle.read_frame().opcode, support.PING)
             os.kill(server.pid, signal.SIGUSR1)
-            time.sleep(0.3)  # longer than the server goes without a look, shorter than it must wait for the Pong
+            time.sleep(0.3)  # longer than the interval of deadlines, shorter than the time for a Pong
             for _ in range(2):
                 idle.frame(support.PONG)
                 self.assertEqual(idle.read_frame().opcode, support.PING)
@@ -157,7 +157,7 @@ class ClockTest(stress.StressTestCase):
 
 @stress.heavy
 class SignalTest(stress.StressTestCase):
-    """SIGTERM and SIGHUP, once or many times, find a busy server: everybody gets 1001, and the end is 0."""
+    """SIGTERM and SIGHUP, once or many times, to a busy server: all clients get 1001, and the exit status is 0."""
 
     def check(self, *numbers: int, pause: float = 0.0) -> None:
         server = self.serve("--no-compression")
@@ -208,7 +208,7 @@ class SignalTest(stress.StressTestCase):
         self.check(signal.SIGHUP, signal.SIGTERM, signal.SIGHUP)
 
     def test_second_interrupt(self) -> None:
-        """It stops at once, whoever has not answered."""
+        """The server stops at once, even if clients have not answered the Close."""
         watched = self.serve_watched(failing=True)
         crowd = self.crowd(watched)
         crowd.join(300)

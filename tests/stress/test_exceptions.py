@@ -1,4 +1,4 @@
-"""Hooks that reject, hooks that raise anything at all, and a memory that is out wherever it can be.
+"""Hooks that close a client, hooks that raise exceptions, and a MemoryError in each system call.
 
 Light tests, for the basic run, and the same in a busy room: PYWEBSOCK_TESTS=everything.
 """
@@ -17,11 +17,11 @@ import pywebsock
 from tests.tools import load, stress, support
 
 REJECTED = 100
-LARGE = load.frame(bytes(5_000_000))  # more than a socket takes at once
+LARGE = load.frame(bytes(5_000_000))  # more than a socket accepts at once
 
 
 class Gate(support.Recorder):
-    """Closes those who come to /rejected, and those who say "bad"."""
+    """Closes clients of /rejected, and clients that send "bad"."""
 
     def on_open(self, client: pywebsock.WebSocketHandler) -> None:
         if client.target == "/rejected":
@@ -37,10 +37,10 @@ class Gate(support.Recorder):
 
 
 class ClosedTest(support.ServerTestCase):
-    """After `client.close()` in a hook nothing more of that client reaches a hook."""
+    """After `client.close()` in a hook, no more messages of that client reach a hook."""
 
     def check(self, server: Gate, first: bytes, expected: list[tuple[str, str]]) -> None:
-        """Clients that say all this with their handshakes."""
+        """Connect clients that send all these messages with their handshakes."""
         clients = [self.connect(server, handshake=False) for _ in range(REJECTED)]
         for client in clients:
             client.send_raw(first)
@@ -52,7 +52,7 @@ class ClosedTest(support.ServerTestCase):
         self.assertEqual(heard, collections.Counter(expected * REJECTED))
 
     def talk(self, server: Gate) -> None:
-        """Keep the loop busy: clients that send again and again, as soon as they have heard."""
+        """Keep the loop busy with clients that send a message when the last has come back."""
         listeners = load.Load(server.server_address[1])
         talkers = [load.Sender(peer, i, 4000, at_once=8) for i, peer in enumerate(listeners.join(20, target="/talker"))]
         server.heard.clear()
@@ -86,7 +86,7 @@ class ClosedTest(support.ServerTestCase):
 
 
 class Failing(support.Recorder):
-    """Each hook raises what the class says, for the clients whose target names the hook."""
+    """A server whose hooks raise the exception `error`, for clients whose target is the name of the hook."""
 
     error: BaseException = SystemExit(3)
 
@@ -121,12 +121,12 @@ ERRORS: typing.Sequence[BaseException] = (
     RecursionError(),
     TimeoutError(),
     ConnectionResetError(),
-    pywebsock.ProtocolError(pywebsock.CloseCode.POLICY_VIOLATION, "of the program's own"),
+    pywebsock.ProtocolError(pywebsock.CloseCode.POLICY_VIOLATION, "raised by the program"),
 )
 
 
 class AnythingTest(support.ServerTestCase):
-    """Whatever a hook raises ends that client alone, with on_close, out of the room before its socket is closed."""
+    """An exception in a hook ends only that client, with on_close; it leaves the room before its socket is closed."""
 
     def check(self, error: BaseException, where: str) -> None:
         server = self.serve(Failing, error=error)
@@ -140,13 +140,15 @@ class AnythingTest(support.ServerTestCase):
                 code, _ = client.read_close()
             support.eventually(lambda: [what for what in server.heard if what[0] == "close"])
         told = [what for what in server.heard if what[0] == "close"]
-        self.assertEqual([what[1] for what in told], [code], "on_close is told what the client is told, once")
+        self.assertEqual(
+            [what[1] for what in told], [code], "on_close is called once, with the code that the client gets"
+        )
         self.assertIn(code, (1000,) if where == "on_close" else (1008, 1009, 1011))
         witness.send("still here")
         texts = [witness.read()]
         while texts[-1] != "still here":
             texts.append(witness.read())
-        support.eventually(lambda: len(server.clients) == 1, "it is still in the room")
+        support.eventually(lambda: len(server.clients) == 1, "the client is still in the room")
 
     def test_on_open(self) -> None:
         for error in ERRORS:
@@ -173,7 +175,7 @@ class AnythingTest(support.ServerTestCase):
                 self.assertEqual(server.heard, [])
 
 
-# With SIGUSR1, the server is out of memory a few times in each of these places.
+# With SIGUSR1, each of these calls raises MemoryError a few times.
 SHORTAGE = """
 import selectors, signal, socket, threading
 def failing(owner, name):
@@ -205,17 +207,17 @@ HOOK = "pywebsock.Program.on_message = lambda self, client, message: self.broadc
 
 @stress.heavy
 class ShortageTest(stress.StressTestCase):
-    """A MemoryError must not be the end, wherever it strikes."""
+    """The server survives a MemoryError in each call."""
 
     def check(self, *places: str, times: int = 3, code: str = "") -> None:
         failing = [f"failing({place.rpartition('.')[0]}, {place.rpartition('.')[2]!r})" for place in places]
         code += SHORTAGE.format(places=f"places = [{', '.join(failing)}]", times=times)
         server = self.serve(code=code, failing=True)
-        support.Client(server.port).__exit__()  # it has begun
+        support.Client(server.port).__exit__()  # it has started
         os.kill(server.pid, signal.SIGUSR1)
-        for _ in range(3 * times + 3):  # some of them are lost
+        for _ in range(3 * times + 3):  # some clients are lost
             with contextlib.suppress(EOFError, ConnectionError), support.Client(server.port, small=True) as lost:
-                lost.send_raw(LARGE)  # they do not read all of it at once
+                lost.send_raw(LARGE)  # the clients do not read all data at once
                 lost.read_frame()
         with support.Client(server.port) as client, support.Client(server.port, small=True) as other:
             other.send_raw(LARGE)
@@ -231,7 +233,7 @@ class ShortageTest(stress.StressTestCase):
         self.check("Selector.select")
 
     def test_alarm(self) -> None:
-        """What wakes the loop."""
+        """The socket that wakes the loop."""
         self.check("Alarm.recv")
 
     def test_recv(self) -> None:
@@ -247,7 +249,7 @@ class ShortageTest(stress.StressTestCase):
         self.check("socket.socket.accept")
 
     def test_start_of_a_worker(self) -> None:
-        """It runs hooks, and writes the log."""
+        """A thread that runs hooks and writes the log."""
         self.check("threading.Thread.start", code=HOOK)
 
     def test_close(self) -> None:

@@ -13,10 +13,10 @@ from tests.tools.stress import QUIET, StressTestCase, go_on, heavy, quantiles
 
 @heavy
 class Exhaustion(StressTestCase):
-    """Out of file descriptors, threads, memory: others do not notice, and it passes."""
+    """Without file descriptors, threads or memory, other clients are not affected, and the server recovers."""
 
     def check(self, code: str, line: str) -> None:
-        """200 clients, many more than there can be."""
+        """Connect 200 clients, many more than the limit."""
         server = self.serve(*QUIET, code=code)
         clients = self.clients(server)
         chat = self.chat(clients)
@@ -47,7 +47,7 @@ class Exhaustion(StressTestCase):
         clients.run(lambda: sum(peer.open and not peer.ended for peer in crowd) >= 20)
 
     def check_leaving(self, clients: load.Load, peer: load.Peer) -> None:
-        """One of those inside says goodbye, and is answered."""
+        """Close one of the clients in the room, which gets an answer."""
         stream = bytearray()
         peer.take = stream.extend
         peer.send(load.frame(b"\x03\xe8", 8))
@@ -58,16 +58,16 @@ class Exhaustion(StressTestCase):
         self.check(faults.few_files(64), "cannot accept")
 
     def test_threads(self) -> None:
-        """Connections that say nothing have a thread each, and those behind them must wait for one.
+        """Silent connections have a thread each, and later ones wait for a thread.
 
-        The limit of threads is one of a user, and does not bind root: the server becomes a user with no others.
+        The limit of threads is per user, and does not hold for root: the server runs as another user.
         """
         busy = 0 if os.getuid() == 0 else sum(load.threads(pid) for pid in processes(os.getuid()))
         code = (
             "import os, resource\n"
             "def activate(server, was=pywebsock.BroadcastServer.server_activate):\n"
             "    was(server)\n"
-            f"    os.getuid() or os.setuid({20_000 + os.getpid() % 40_000})\n"  # not that of another copy of this test
+            f"    os.getuid() or os.setuid({20_000 + os.getpid() % 40_000})\n"  # for each run another one
             f"    resource.setrlimit(resource.RLIMIT_NPROC, ({busy + 60},) * 2)\n"
             "pywebsock.BroadcastServer.server_activate = activate"
         )
@@ -94,7 +94,7 @@ class Exhaustion(StressTestCase):
         self.assertLess(max(delays), 0.5)
 
     def test_memory_for_one_message(self) -> None:
-        """So little address space is left that long messages find no memory."""
+        """With a small address space, there is no memory for long messages."""
         code = (
             "import resource, re, threading; size = int(open('/proc/self/statm').read().split()[0]) * 4096;"
             "resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)"
@@ -109,13 +109,13 @@ class Exhaustion(StressTestCase):
             peer.send(long)
             clients.run(lambda peer=peer: peer.ended, 30)  # type: ignore[misc]
             self.assertIn(b"\x03\xf1out of memory", closed)
-        self.check_health(watched, "three messages that find no memory")
+        self.check_health(watched, "three messages without memory")
         self.assertLessEqual(watched.log().count("\n"), 6, watched.log())
         support.eventually(lambda: self.number(watched.server) == 1)
 
 
 def processes(user: int) -> typing.Iterator[int]:
-    """The processes of a user."""
+    """Return the number of processes of a user."""
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if folder.stat().st_uid == user:

@@ -1,4 +1,4 @@
-"""What comes from the open internet: floods, bombs, storms, and no HTTP at all."""
+"""Hostile clients on the open internet: slow requests, floods, compression bombs, bytes that are not HTTP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tools.stress import QUIET, StressTestCase, go_on, heavy, quantiles
 
 @heavy
 class HostileClients(StressTestCase):
-    """What comes from the open internet."""
+    """Hostile clients do not delay the others."""
 
     def attack(
         self,
@@ -28,7 +28,7 @@ class HostileClients(StressTestCase):
         memory: float = 40,
         worst: float = 0.5,
     ) -> support.Process:
-        """Others chat meanwhile; the log must stay short, the memory bounded, and all be as before in the end."""
+        """Run an attack beside a chat: the log stays short, memory bounded, and threads and descriptors are freed."""
         server = self.serve(*arguments, code=code)
         clients = self.clients(server)
         chat = self.chat(clients)
@@ -46,11 +46,11 @@ class HostileClients(StressTestCase):
         self.assertLess(grown, memory)
         for peer in clients.peers - {sender.peer for sender in chat}:
             peer.reset()
-        support.eventually(lambda: load.threads(server.pid) == 2, "threads of strangers are left")
+        support.eventually(lambda: load.threads(server.pid) == 2, "threads of attackers are left")
         return server
 
     def test_dribbled_headers(self) -> None:
-        """A byte now and then: the deadline is one for all of them."""
+        """Requests that come byte by byte: one deadline holds for the whole head."""
         head = b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 90
         strangers: list[load.Peer] = []
         sent: dict[load.Peer, int] = {}
@@ -125,7 +125,7 @@ class HostileClients(StressTestCase):
         self.report(", ".join(f"{count} {kind}" for kind, count in counts.items()))
 
     def flood(self, piece: bytes, first: bytes = b"", *, reading: bool, number: int = 3) -> None:
-        """The same frames without end, as fast as it goes."""
+        """Send the same frames again and again, as fast as possible."""
 
         def attack(clients: load.Load) -> typing.Callable[[], object]:
             flooders = clients.join(number)
@@ -157,7 +157,7 @@ class HostileClients(StressTestCase):
         self.flood(support.masked_frame(0, b"\0", fin=False) * 5000, support.masked_frame(1, fin=False), reading=True)
 
     def test_flood_in_a_crowd(self) -> None:
-        """Three who keep the interpreter busy, where each message goes to three hundred."""
+        """Three clients keep the server busy in a room of three hundred."""
         server = self.serve(*QUIET)
         clients = self.clients(server)
         clients.join(300)
@@ -205,7 +205,7 @@ class HostileClients(StressTestCase):
         self.assertEqual(codes, {b"\x03\xf1"}, "1009")
 
     def test_storm(self) -> None:
-        """2000 connections at once: none is refused."""
+        """Of 2000 connections at once, none is refused."""
         server = self.serve()
         clients = self.clients(server)
         chat = self.chat(clients)
@@ -224,5 +224,5 @@ class HostileClients(StressTestCase):
         delays = [delay for sender in chat for delay in sender.stream.delays]
         self.report(f"2000 connections in {seconds:.2f} s; others: {quantiles(delays)}")
         self.assertLessEqual(server.log().count("\n"), 100)
-        support.eventually(lambda: load.threads(server.pid) == 2, "threads of strangers are left")
-        support.eventually(lambda: self.number(server) == len(chat), "strangers are left")
+        support.eventually(lambda: load.threads(server.pid) == 2, "threads of attackers are left")
+        support.eventually(lambda: self.number(server) == len(chat), "connections of attackers are left")

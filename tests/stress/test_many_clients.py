@@ -1,4 +1,4 @@
-"""Many clients: idle, coming and going, sending all at once."""
+"""Many clients: idle, joining and leaving, all sending at the same time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tools.stress import QUIET, StressTestCase, heavy, quantiles
 
 @heavy
 class Idle(StressTestCase):
-    """Where there is nothing to do, nothing is done."""
+    """Idle clients cost no CPU and little memory."""
 
     def test_idle_clients_and_a_stuck_one(self) -> None:
         server = self.serve()
@@ -33,7 +33,7 @@ class Idle(StressTestCase):
         self.assertLess(max(idle, waiting), 0.03)
 
     def test_many(self) -> None:
-        """15,000 of them."""
+        """15,000 clients."""
         server = self.serve("--max-clients", "20000", "--ping", "0")
         crowd = self.crowd(server)
         self.check_memory(server, 15_000, 4.0, crowd.join)
@@ -53,8 +53,8 @@ class Idle(StressTestCase):
     def check_memory(
         self, server: support.Process, number: int, most: float, join: typing.Callable[[int], object]
     ) -> None:
-        """So many clients join, each of which may take so many KB, and no thread."""
-        join(1000)  # what these took for a while, others use again
+        """Check the memory (KB) of each of many clients; they have no threads."""
+        join(1000)  # freed memory of these is used again
         support.eventually(lambda: load.threads(server.pid) == 2, "threads of handshakes are left")
         before, start = load.memory(server.pid), time.monotonic()
         join(number - 1000)
@@ -66,7 +66,7 @@ class Idle(StressTestCase):
         self.assertLess(each, most, "KB of an idle client")
 
     def measure(self, server: support.Process, clients: load.Load) -> float:
-        """How much of a core it uses."""
+        """Return the part of a processor that the server uses."""
         used = load.cpu(server.pid)
         clients.run_for(3)
         return (load.cpu(server.pid) - used) / 3
@@ -74,11 +74,11 @@ class Idle(StressTestCase):
 
 @heavy
 class Churn(StressTestCase):
-    """Joining, leaving and being reset while messages flow."""
+    """Clients join, leave and are reset while others send."""
 
     SIZE = 40
 
-    def test_everyone_sees_one_unbroken_run(self) -> None:
+    def test_all_clients_get_consecutive_messages(self) -> None:
         server = self.serve(*QUIET)
         clients = self.clients(server)
         senders = self.pace(clients, 3, self.SIZE, 150)
@@ -113,13 +113,13 @@ class Churn(StressTestCase):
         self.assertGreater(len(kept), 1000)
 
     def listen(self, clients: load.Load) -> tuple[load.Peer, bytearray]:
-        """A client that keeps what it gets."""
+        """Connect a client that keeps the received data."""
         peer, stream = clients.start(), bytearray()
         peer.take = stream.extend
         return peer, stream
 
     def check_run(self, everything: bytes, stream: bytes) -> bool:
-        """Whether there was a message to check."""
+        """Check that messages are consecutive; return whether there were any."""
         length = self.SIZE + 2
         if len(stream) < length:
             return False
@@ -131,7 +131,7 @@ class Churn(StressTestCase):
 
 
 def leave(peer: load.Peer, chance: random.Random) -> None:
-    """In one way of many."""
+    """Leave in one of several ways."""
     way = chance.randrange(4)
     if way == 0:
         peer.reset()
@@ -147,7 +147,7 @@ def leave(peer: load.Peer, chance: random.Random) -> None:
 
 @heavy
 class Push(StressTestCase):
-    """One sender as fast as it can."""
+    """One sender, as fast as possible."""
 
     def test_everything_arrives(self) -> None:
         size, megabytes = 65000, int(os.environ.get("PYWEBSOCK_PUSH", "1000"))
@@ -184,10 +184,10 @@ class Push(StressTestCase):
 
 @heavy
 class Fairness(StressTestCase):
-    """No client is starved by serving the others."""
+    """All clients get the same share."""
 
     def check(self, number: int, seconds: float) -> None:
-        """All send flat out, the next message when the last has come back."""
+        """Let all clients send, the next message when the last has come back."""
         server = self.serve(*QUIET)
         clients = self.clients(server)
         senders = [load.Sender(peer, i, 64, at_once=1) for i, peer in enumerate(clients.join(number))]

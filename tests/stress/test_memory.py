@@ -1,4 +1,4 @@
-"""What strangers can make the server remember: unfinished messages and bodies, backlogs, histories; who waits for whom.
+"""Memory that clients can use: unfinished messages and bodies, backlogs, histories; and the delays for others.
 
 Heavy: PYWEBSOCK_TESTS=everything.
 """
@@ -11,9 +11,9 @@ import time
 
 from tests.tools import load, stress, support, witness
 
-BOMB = 16 * 1024 * 1024 - 1  # bytes that one may keep unfinished
+BOMB = 16 * 1024 * 1024 - 1  # bytes of an unfinished message
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 16777216\r\n\r\n"
-# What a network takes at once is less than what the loopback interface does.
+# A network accepts less at once than the loopback interface.
 SHORT_BUFFERS = """
 import socket
 bind = pywebsock.BroadcastServer.server_bind
@@ -26,22 +26,22 @@ pywebsock.BroadcastServer.server_bind = server_bind
 
 @functools.cache
 def fragment() -> bytes:
-    """A compressed fragment, not the last one, of 16 KB on the wire and 16 MB inflated."""
+    """Return a compressed fragment, not the last one, of 16 KB that inflates to 16 MB."""
     payload = support.compress(bytes(BOMB))
     return support.masked_frame(2, fin=False, rsv=4, length=len(payload), key=bytes(4)) + payload
 
 
 @stress.heavy
 class UnfinishedTest(stress.StressTestCase):
-    """What has begun and does not end."""
+    """Messages and bodies that do not end."""
 
     def hold(self, watched: stress.WatchedServer, clients: load.Load, what: str, number: int) -> None:
-        """The attackers have sent all that they will, or were turned away; they stay as long as they may."""
+        """After the attackers have sent all their data, another client can join, and the server recovers."""
         clients.run_for(3)
         held = len(clients.peers)
-        support.Client(watched.port).__exit__()  # others still get in
+        support.Client(watched.port).__exit__()  # another client can join
         clients.__exit__()
-        self.check_recovery(watched, f"{what}: {held} of {number} were still there", 2.0)  # a hundred send all they can
+        self.check_recovery(watched, f"{what}: {held} of {number} were still there", 2.0)  # a hundred clients flood
 
     def test_compressed_fragments(self) -> None:
         watched = self.serve_watched()
@@ -51,7 +51,7 @@ class UnfinishedTest(stress.StressTestCase):
         self.hold(watched, clients, "150 compressed fragments of 16 KB", 150)
 
     def test_compressed_fragments_in_single_bytes(self) -> None:
-        """One byte every now and then: each is a sign of life."""
+        """One byte at a time: each shows that the client is alive."""
         watched = self.serve_watched()
         clients = self.clients(watched)
         peers = clients.join(150, Sec_WebSocket_Extensions="permessage-deflate")
@@ -65,13 +65,13 @@ class UnfinishedTest(stress.StressTestCase):
         self.hold(watched, clients, "150 compressed fragments that go on", 150)
 
     def test_frames(self) -> None:
-        """Without compression it costs the attacker as much as the server."""
+        """Without compression, the attacker sends as many bytes as the server keeps."""
         watched = self.serve_watched()
         clients = self.clients(watched)
         whole = support.masked_frame(2, length=BOMB + 1, key=bytes(4)) + bytes(BOMB)
         for peer in clients.join(100):
             peer.send(whole)
-        clients.run_for(10)  # those above the budget are not read, so they cannot send all
+        clients.run_for(10)  # clients above the budget are not read
         self.hold(watched, clients, "100 frames without their last byte", 100)
 
     def test_posts(self) -> None:
@@ -89,7 +89,7 @@ class StuckTest(stress.StressTestCase):
     """Clients that do not read."""
 
     def test_tls(self) -> None:
-        """What waits for them waits as plain shared bytes."""
+        """Data for clients with TLS waits as plaintext, which all clients share."""
         watched = self.serve_watched(tls=True)
         clients = self.clients(watched)
         for peer in clients.join(100, tls=True, small=True):
@@ -102,7 +102,7 @@ class StuckTest(stress.StressTestCase):
         self.check_recovery(watched, "16 MiB for 100 that do not read, over TLS")
 
     def test_history(self) -> None:
-        """Ten a second join and do not read what they get first."""
+        """Ten clients a second join and do not read the history."""
         watched = self.serve_watched("--history", "1000")
         clients = self.clients(watched)
         sender = clients.join(1)[0]
@@ -114,7 +114,7 @@ class StuckTest(stress.StressTestCase):
             clients.start(small=True).stop_reading()
             clients.run_for(0.1)
         clients.__exit__()
-        self.check_recovery(watched, "80 joiners who do not read 16 MB of history")
+        self.check_recovery(watched, "80 new clients that do not read 16 MB of history")
 
     def test_history_of_short_messages(self) -> None:
         """Three hundred thousand lines, and ten who join at the same time."""
@@ -133,13 +133,13 @@ class StuckTest(stress.StressTestCase):
         self.check_recovery(watched, "300,000 short messages of history for 10 joiners")
 
     def push(self, watched: stress.WatchedServer, size: int, pace: float) -> witness.Pusher:
-        """A client of it that sends so many bytes a second."""
+        """Start a client that sends this number of bytes a second."""
         pusher = witness.Pusher(watched.port, size, pace)
         self.addCleanup(pusher.end)
         return pusher
 
     def test_reconnecting_in_a_fast_room(self) -> None:
-        """They do not read, are dropped, and come back at once."""
+        """Clients that do not read, are dropped, and connect again at once."""
         watched = self.serve_watched("--no-compression")
         pusher, clients = self.push(watched, 256 * 1024, 200e6), self.clients(watched)
         clients.run_for(1)
@@ -151,11 +151,11 @@ class StuckTest(stress.StressTestCase):
         rate = pusher.rate()
         clients.__exit__()
         pusher.end()
-        self.check_recovery(watched, f"{rate:.0f} of 200 MB/s, and those who do not read come again and again")
-        self.assertGreater(rate, 150, "MB a second of who sends 200")
+        self.check_recovery(watched, f"{rate:.0f} of 200 MB/s, and clients that do not read connect again and again")
+        self.assertGreater(rate, 150, "MB a second, of 200")
 
     def test_slow_reader_with_a_short_backlog(self) -> None:
-        """What counts as quick must not follow from --max-backlog."""
+        """Whether a client counts as quick does not depend on --max-backlog."""
         watched = self.serve_watched("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
         pusher, clients = self.push(watched, 4096, 1e6), self.clients(watched)
         clients.run_for(0.5)
@@ -164,12 +164,12 @@ class StuckTest(stress.StressTestCase):
         clients.run_for(3)
         rate = pusher.rate()
         self.check_health(watched, f"{rate:.1f} of 1 MB/s beside a reader of 0.15 MB/s")
-        self.assertGreater(rate, 0.8, "MB a second of who sends 1")
+        self.assertGreater(rate, 0.8, "MB a second, of 1")
         pusher.end()
         self.stop(watched)
 
     def test_joins_and_closes_beside_a_quick_reader(self) -> None:
-        """It holds back those who send, and nobody else."""
+        """A quick reader that is behind delays senders, but not handshakes or closes."""
         watched = self.serve_watched("--no-compression")
         pusher, clients = self.push(watched, 64 * 1024, 1e9), self.clients(watched)
         clients.join(1)[0].read_at(20e6)
@@ -185,6 +185,6 @@ class StuckTest(stress.StressTestCase):
             spent.append(time.monotonic() - start)
         self.report(f"worst join {max(spent[::2]):.3f} s, close {max(spent[1::2]):.3f} s")
         self.assertLess(max(spent), 0.5)
-        self.check_health(watched, "beside a quick reader", worst=1.5, growth=150)  # the witness sends, too: it waits
+        self.check_health(watched, "beside a quick reader", worst=1.5, growth=150)  # the witness waits, too
         pusher.end()
         self.stop(watched)

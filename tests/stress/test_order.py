@@ -1,4 +1,4 @@
-"""Many send at once, all that they can: nothing is lost, and all see one order."""
+"""Many clients send as much as they can: no message is lost, and all clients get one order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tests.tools.stress import QUIET, StressTestCase, heavy
 
 @heavy
 class Order(StressTestCase):
-    """One order for all, whoever sends how much."""
+    """One order for all clients."""
 
     def test_many_senders(self) -> None:
-        """A message each, many each, and such that no socket takes at once."""
+        """One message at a time, many at a time, and messages that no socket accepts at once."""
         seconds = float(os.environ.get("PYWEBSOCK_STRESS", "12"))
         server = self.serve(*QUIET)
         for number, at_once, size in ((100, 1, 64), (30, 32, 64), (10, 8, 30_000)):
@@ -26,5 +26,5 @@ class Order(StressTestCase):
             self.settle(clients, senders)
             total = sum(sender.count for sender in senders)
             self.report(f"{number} clients, {at_once} at once, {size} bytes: {total * number} messages in one order")
-            self.assertGreater(total, number * at_once)  # each has sent more when the first came back
+            self.assertGreater(total, number * at_once)  # each has sent more when its first came back
             clients.__exit__()

@@ -1,4 +1,4 @@
-"""Thousands at once: whoever else is in the room must not notice when they come, leave, are cut off or say nothing.
+"""Thousands of clients do the same at the same moment: join, leave, are reset, are silent. A witness must not notice.
 
 Heavy: PYWEBSOCK_TESTS=everything.
 """
@@ -14,13 +14,13 @@ JOINING = 0.5  # seconds that an echo may take while thousands shake hands
 
 @stress.heavy
 class CrowdTest(stress.StressTestCase):
-    """All clients of a crowd do the same thing at the same moment."""
+    """All clients of a crowd do the same at the same moment."""
 
     def enter(self, number: int, *arguments: str) -> tuple[stress.WatchedServer, stress.Crowd, float]:
-        """A server with so many idle clients, and how long others may wait when all of these do something.
+        """Start a server with many idle clients; also return how long an echo may take when they all do something.
 
-        A tenth of a second. In so large a room each message of the witness itself takes a while, and it meets the one
-        before it; where that is more than a tenth, as on a slow machine, it may be twice as much as without an attack.
+        That is a tenth of a second, or twice the slowest echo among idle clients, if that is more: in a large room, a
+        message of the witness takes a while by itself.
         """
         watched = self.serve_watched(*arguments)
         crowd = self.crowd(watched)
@@ -38,7 +38,7 @@ class CrowdTest(stress.StressTestCase):
         self.check_recovery(watched, "5,000 resets", worst, within=90)
 
     def test_closes(self) -> None:
-        """Everybody says goodbye."""
+        """All clients send a Close."""
         watched, crowd, worst = self.enter(5000)
         crowd.send(support.masked_frame(8, b"\x03\xe9"))
         ends = crowd.ends()
@@ -47,26 +47,26 @@ class CrowdTest(stress.StressTestCase):
         self.check_recovery(watched, "5,000 Close frames", worst, within=90)
 
     def test_pings(self) -> None:
-        """Those who came together are silent together: all are pinged, and all answer."""
+        """All clients are silent at the same time, get a Ping, and answer it."""
         watched, crowd, worst = self.enter(5000, "--ping", "8")
-        crowd.send(support.masked_frame(10, b""))  # now they are silent together
+        crowd.send(support.masked_frame(10, b""))  # now all are silent
         for _ in range(2):
-            time.sleep(9)  # they are pinged
+            time.sleep(9)  # all get a Ping
             crowd.send(support.masked_frame(10, b""))
         self.check_health(watched, "5,000 Pings and Pongs", worst)
         self.assertNotIn(" left: ", watched.log())
         pinged = [b"\x89\0" in stress.arrived(one) for one in crowd.sockets[:50]]
         self.assertEqual(pinged, [True] * 50)
         crowd.reset()
-        self.check_recovery(watched, "their resets", worst, within=90)
+        self.check_recovery(watched, "resets at the end", worst, within=90)
 
     def test_waking_up(self) -> None:
-        """All say something, and are answered."""
+        """All clients send a Ping, and get a Pong."""
         watched, crowd, worst = self.enter(5000)
         crowd.send(support.masked_frame(9, b"awake"))
         self.check_health(watched, "5,000 wake up", worst)
         crowd.reset()
-        self.check_recovery(watched, "their resets", worst, within=90)
+        self.check_recovery(watched, "resets at the end", worst, within=90)
 
     def test_resets_of_a_full_room(self) -> None:
         """Nearly as many as --max-clients allows."""
@@ -75,13 +75,13 @@ class CrowdTest(stress.StressTestCase):
         self.check_recovery(watched, "9,900 resets", 2 * worst, within=90)
 
     def test_silence(self) -> None:
-        """Requests that do not end, whose ten seconds end together."""
+        """Requests that do not end, and reach the timeout at the same time."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.connect(5000)
         crowd.send(b"GET / HTTP/1.1\r\n")
         self.check_health(watched, "5,000 connected")
-        time.sleep(8)  # of the ten that they have
+        time.sleep(8)  # of ten
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
         self.check_recovery(watched, "5,000 that said half a request", 0.5, within=90)

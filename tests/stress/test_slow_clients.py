@@ -1,4 +1,4 @@
-"""Clients that do not read, or slowly, while much is sent."""
+"""Clients that do not read, or read slowly, while others send much."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tests.tools.stress import QUIET, StressTestCase, go_on, heavy
 
 @heavy
 class SlowClients(StressTestCase):
-    """One that does not read holds up nobody."""
+    """A client that does not read delays no other."""
 
     def check_stuck(self, number: int, megabytes: float, seconds: float, *, tls: bool = False, code: str = "") -> None:
-        """So much a second to everybody: the stuck are dropped, the others notice nothing."""
+        """Send at a rate to all clients: stuck clients are dropped, the others are not delayed."""
         server = self.serve(*QUIET, tls=tls, code=code)
         clients = self.clients(server)
         senders = self.pace(clients, 4, 4000, megabytes * 1e6 / 4 / 4000, tls=tls)
@@ -38,7 +38,7 @@ class SlowClients(StressTestCase):
         self.check_stuck(2, 8, 6, tls=True)
 
     def test_stuck_where_sends_are_cut(self) -> None:
-        """As on Windows, where a socket takes any number of bytes at once."""
+        """Partial sends, as on Windows, where a socket accepts any number of bytes at once."""
         self.check_stuck(2, 20, 4, code="pywebsock.IS_WINDOWS = True")
 
     def test_slow_reader_loses_nothing_under_its_limit(self) -> None:
@@ -61,13 +61,13 @@ class SlowClients(StressTestCase):
         self.assertLess(worst, 0.5)
 
     def test_stuck_client_that_wakes_up(self) -> None:
-        """Very many small messages wait for it: sending them on must not stop the room."""
+        """A great number of small messages waits for a client: sending them later must not stop the room."""
         server = self.serve(*QUIET, "--max-backlog", "64M")
         clients = self.clients(server)
         (stuck,) = clients.join(1, small=True)
         (pusher,) = clients.join(1)
         stuck.stop_reading()
-        pusher.send(load.frame(bytes(60000)) * 120)  # fills what the kernel holds for it
+        pusher.send(load.frame(bytes(60000)) * 120)  # fills the kernel's buffer
         clients.run(lambda: pusher.received == 120 * 60004)
         chat = self.chat(clients)
         clients.run_for(8, go_on(chat))

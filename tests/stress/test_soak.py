@@ -1,4 +1,4 @@
-"""Mixed traffic: nothing may be left behind."""
+"""Mixed traffic leaves no memory, thread or file descriptor behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tools.stress import StressTestCase, certificate, go_on, heavy
 
 @heavy
 class Soak(StressTestCase):
-    """Everything at once; the long form is `python -m tests.tools.soak 600`."""
+    """All kinds of traffic at once; for a longer run, `python -m tests.tools.soak 600`."""
 
     def test_soak(self) -> None:
         cert, context = certificate()
@@ -21,7 +21,7 @@ class Soak(StressTestCase):
         self.report(soak.soak(*servers, context, seconds))
 
     def test_sanity(self) -> None:
-        """The same with python -X dev -W error: nothing is left open, no exception gets lost."""
+        """The same with python -X dev -W error: no file stays open, no exception is lost."""
         cert, context = certificate()
         dev = ("-X", "dev", "-W", "error")
         with soak.plain_memory():

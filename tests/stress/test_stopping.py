@@ -1,4 +1,4 @@
-"""Signals at the worst moment."""
+"""SIGTERM and Ctrl-C under load."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.tools.stress import QUIET, TROUBLE, StressTestCase, heavy
 
 @heavy
 class Stopping(StressTestCase):
-    """Stopping at the worst moment."""
+    """Stopping under load."""
 
     def check(self, number: int, *, stuck: int, tls: bool = False) -> None:
-        """Under full load, with stuck clients and some that are just joining."""
+        """Stop the server under full load, with stuck clients and clients that are joining."""
         server = self.serve(*QUIET, "--max-backlog", "1G", tls=tls)
         clients = self.clients(server)
         senders = [load.Sender(peer, i, 2000, at_once=8) for i, peer in enumerate(clients.join(20, tls=tls))]
@@ -27,7 +27,7 @@ class Stopping(StressTestCase):
         joining: list[tuple[load.Peer, load.Stream]] = []
 
         def join() -> None:
-            """Also answer a Close."""
+            """Join, and answer a Close."""
             waiting = sum(not peer.open for peer, _ in joining if not peer.ended)
             for _ in range(0 if len(joining) > 3000 else 10 - waiting):
                 peer, stream = clients.start(tls=tls), load.Stream(2000)
@@ -56,9 +56,9 @@ class Stopping(StressTestCase):
         self.report(f"{len(joining)} joined; the last Close after {everybody:.2f} s, the end after {seconds:.2f} s")
         self.assertEqual(status, 0, server.log())
         self.assertLess(seconds, 6.5 if stuck else 3)
-        self.assertGreater(seconds, 4.5 if stuck else 0)  # it was stuck indeed
+        self.assertGreater(seconds, 4.5 if stuck else 0)  # the client was stuck
         self.assertEqual({sender.stream.close for sender in senders}, {load.GOING_AWAY})
-        self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "not all got all that was queued")
+        self.assertEqual(len({sender.stream.digest for sender in senders}), 1, "some queued messages are lost")
         missed = [
             peer for peer, stream in joining if peer.open and peer.ended != "reset" and stream.close != load.GOING_AWAY
         ]
@@ -76,12 +76,12 @@ class Stopping(StressTestCase):
         self.check(signal.SIGTERM, stuck=1, tls=True)
 
     def test_second_interrupt(self) -> None:
-        """Does not wait for anybody."""
+        """The second Ctrl-C stops the server at once, without waiting for clients."""
         server = support.Process(*QUIET)
         clients = self.clients(server)
         clients.join(20)
         server.send_signal(signal.SIGINT)
-        support.eventually(lambda: "stopping" in server.log(), "it does not say that it stops")
+        support.eventually(lambda: "stopping" in server.log(), "the log does not say that it stops")
         start = time.monotonic()
         server.send_signal(signal.SIGINT)
         status = server.wait()
@@ -91,7 +91,7 @@ class Stopping(StressTestCase):
         self.assertLess(seconds, 1)
 
     def test_at_random_moments(self) -> None:
-        """Ctrl-C and SIGTERM while clients join and talk: whoever is in gets 1001, and the server ends soon."""
+        """Ctrl-C and SIGTERM while clients join and send: clients in the room get 1001, and the server ends soon."""
         chance = random.Random(8)
         number = int(os.environ.get("PYWEBSOCK_SIGNALS", "100"))
         worst = 0.0
@@ -103,7 +103,7 @@ class Stopping(StressTestCase):
         self.assertGreater(counts["1001"], number)
 
     def stop_at(self, number: int, moment: float, counts: collections.Counter[str]) -> float:
-        """A server that gets a signal so many seconds after its first client came; how long it takes to end."""
+        """Send a signal some seconds after the first client has joined; return the time until the end."""
         server = support.Process("--ping", "0")
         self.addCleanup(server.kill)
         clients = self.clients(server)

@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of each attack: 0, and 1001 for everybody who listens, within the close timeout.
+"""SIGTERM during an attack: exit status 0, and 1001 for all clients that read, within the close timeout.
 
 Heavy: PYWEBSOCK_TESTS=everything.
 """
@@ -20,11 +20,11 @@ CLOSE_TIMEOUT = 1.0
 
 @stress.heavy
 class StopTest(stress.StressTestCase):
-    """Each test begins an attack, lets it go on, and stops the server."""
+    """Each test starts an attack, lets it go on, and stops the server."""
 
     def begin(self, *arguments: str, code: str = "") -> None:
-        """A server with its witness, some idle honest clients, and attackers to come."""
-        code += f"pywebsock.BroadcastServer.close_timeout = {CLOSE_TIMEOUT}\n"  # or this would take minutes
+        """Start a server with a witness and idle listeners; prepare the attackers."""
+        code += f"pywebsock.BroadcastServer.close_timeout = {CLOSE_TIMEOUT}\n"  # without it, this takes minutes
         self.watched = self.serve_watched(*arguments, code=code)
         self.honest = witness.Listeners(self.watched.port, HONEST)
         self.addCleanup(self.honest.kill)
@@ -32,7 +32,7 @@ class StopTest(stress.StressTestCase):
         self.attackers = self.clients(self.watched)
 
     def end(self, act: typing.Callable[[], object] = lambda: None, seconds: float = 1.0) -> None:
-        """`act` is called all the time, in a thread of its own, before the signal and after it."""
+        """Stop the server, while another thread calls `act` again and again, before the signal and after it."""
         ended = threading.Event()
 
         def go_on() -> None:
@@ -57,7 +57,7 @@ class StopTest(stress.StressTestCase):
         self.end(seconds=0)
 
     def test_closes(self) -> None:
-        """They do not end their connections."""
+        """Clients that send a Close, and do not end their connections."""
         self.begin()
         self.crowd_of_attackers.join(2000)
         self.crowd_of_attackers.send(support.masked_frame(8, b"\x03\xe8"))
@@ -69,12 +69,12 @@ class StopTest(stress.StressTestCase):
         self.end()
 
     def test_joining(self) -> None:
-        """As many as can be, all the time."""
+        """Clients that join all the time."""
         self.begin()
         self.end(lambda: self.attackers.start() if len(self.attackers.peers) < 500 else self.leave(100))
 
     def leave(self, number: int) -> None:
-        """Some of the attackers end, each in one of the ways to end."""
+        """End some of the attackers, each in one of several ways."""
         for i, peer in enumerate(tuple(self.attackers.peers)[:number]):
             if i % 2:
                 peer.reset()
@@ -96,7 +96,7 @@ class StopTest(stress.StressTestCase):
         self.end()
 
     def test_dribbled_posts(self) -> None:
-        """A byte now and then: after the signal, too."""
+        """POSTs that come byte by byte, after the signal, too."""
         self.begin()
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999999\r\n\r\n"
         for _ in range(200):
@@ -104,7 +104,7 @@ class StopTest(stress.StressTestCase):
         self.end(self.dribble)
 
     def dribble(self) -> None:
-        """A byte from everybody."""
+        """Send a byte on each connection."""
         time.sleep(0.02)
         for peer in tuple(self.attackers.peers):
             peer.send(b"x")
@@ -132,7 +132,7 @@ class StopTest(stress.StressTestCase):
         self.end(lambda: self.flood(peers, support.masked_frame(0, fin=False) * 20_000))
 
     def flood(self, peers: typing.Sequence[load.Peer], data: bytes) -> None:
-        """All that they can send."""
+        """Send as much as the sockets accept."""
         for peer in peers:
             if not peer.ended and not peer.unsent:
                 peer.send(data)
@@ -145,7 +145,7 @@ class StopTest(stress.StressTestCase):
         self.end(lambda: self.flood(peers, support.masked_frame(9, b"x" * 125) * 2000))
 
     def test_flood_after_the_close(self) -> None:
-        """They do not answer the Close but send as much as they can."""
+        """Clients that do not answer the Close, but send as much as they can."""
         self.begin()
         closed: list[load.Peer] = []
 
@@ -159,7 +159,7 @@ class StopTest(stress.StressTestCase):
         self.assertEqual(len(closed), 5)
 
     def test_half_closed(self) -> None:
-        """They end their sides right after the handshake."""
+        """Clients that half-close the connection after the handshake."""
         self.begin()
         for peer in self.attackers.join(200):
             peer.socket.shutdown(1)
@@ -174,7 +174,7 @@ class StopTest(stress.StressTestCase):
         self.end(lambda: self.attackers.start(small=True).stop_reading() if len(self.attackers.peers) < 300 else None)
 
     def test_stuck_hooks(self) -> None:
-        """Hooks that never return, and one that floods the room."""
+        """Hooks that never return, and a hook that floods the room."""
         code = """
 import threading
 class Server(pywebsock.BroadcastServer):
@@ -199,7 +199,7 @@ for owner in list(vars(pywebsock).values()):
         self.end()
 
     def test_flooding_hook(self) -> None:
-        """A hook that says something for ever, while nobody listens."""
+        """A hook that sends forever to clients that do not read."""
         code = """
 def on_message(self, client, message):
     while message == "flood":

@@ -17,7 +17,7 @@ class TLS(StressTestCase):
     """wss://."""
 
     def test_both_directions_at_once(self) -> None:
-        """All read and write at the same time, with each version."""
+        """All clients read and write at the same time, with each version of TLS."""
         _, context = certificate()
         seconds = float(os.environ.get("PYWEBSOCK_STRESS", "12"))
         server = self.serve(*QUIET, tls=True)
@@ -39,7 +39,7 @@ class TLS(StressTestCase):
                 peer.reset()
 
     def test_broken_records(self) -> None:
-        """One whose TLS breaks is lost, and nobody misses a message on its account."""
+        """A client that sends broken records is lost, and no other client misses a message."""
         server = self.serve(*QUIET, tls=True)
         clients = self.clients(server)
         senders = self.pace(clients, 3, 200, 700, tls=True)
@@ -50,7 +50,7 @@ class TLS(StressTestCase):
             for peer in broken:
                 if peer.open and not peer.ended:
                     os.write(peer.socket.fileno(), b"\x17\x03\x03\x00\x40" + random.randbytes(64))
-                    peer.pace = 0.1  # it sees what comes of it later
+                    peer.pace = 0.1  # it sees the result later
                     peer.end("broken")
             if sum(not peer.ended for peer in broken) < 3:
                 broken.append(clients.start(tls=True))
@@ -60,8 +60,8 @@ class TLS(StressTestCase):
         self.report(f"{len(broken)} broken; worst delay of others {max(s.stream.worst for s in senders):.3f} s")
         self.assertGreater(len(broken), 50)
 
-    def test_strangers(self) -> None:
-        """Plain HTTP, garbage and silence where TLS is spoken; old versions are refused."""
+    def test_connections_without_tls(self) -> None:
+        """Plain HTTP, garbage and silence on a port with TLS; old versions are refused."""
         cert, context = certificate()
         code = "pywebsock.BroadcastServer.handshake_timeout = 1"
         server = self.serve(tls=True, code=code)
@@ -75,7 +75,7 @@ class TLS(StressTestCase):
         old = ssl.create_default_context(cafile=cert)
         old.set_ciphers("ALL:@SECLEVEL=0")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of an old version: that is the point
+            warnings.simplefilter("ignore", DeprecationWarning)  # about an old version, which is intended
             old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
         with self.assertRaises(OSError):
             support.Client(server.port, tls=old)

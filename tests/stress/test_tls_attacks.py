@@ -1,4 +1,4 @@
-"""TLS as strangers use it: every way to end it at every moment, and handshakes that do not come to an end.
+"""TLS connections that end in every way at every moment, and TLS handshakes that do not end.
 
 The tests of each ending are quick; the others are heavy: PYWEBSOCK_TESTS=everything.
 """
@@ -27,7 +27,7 @@ POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nthe b
 
 
 def context(version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Of a client that speaks this version alone, and trusts everybody."""
+    """Return the context of a client with only this version, which accepts any certificate."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
     made.minimum_version = made.maximum_version = version
@@ -35,7 +35,7 @@ def context(version: ssl.TLSVersion) -> ssl.SSLContext:
 
 
 class Records:
-    """A TLS peer that has its records in its own hands."""
+    """A TLS peer that can change its records."""
 
     def __init__(self, port: int, version: ssl.TLSVersion) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), support.DEADLINE)
@@ -43,12 +43,12 @@ class Records:
         self._object = context(version).wrap_bio(self._in, self._out)
 
     def shake(self) -> None:
-        """The TLS handshake."""
+        """Do the TLS handshake."""
         self._do(self._object.do_handshake)
         self.socket.sendall(self._out.read())
 
     def hello(self) -> bytes:
-        """The first records, not sent."""
+        """Return the first records, without sending them."""
         with contextlib.suppress(ssl.SSLWantReadError):
             self._object.do_handshake()
         return self._out.read()
@@ -59,7 +59,7 @@ class Records:
         self.socket.sendall(self._out.read())
 
     def read(self) -> bytes:
-        """Some plaintext."""
+        """Read plaintext."""
         return typing.cast(bytes, self._do(functools.partial(self._object.read, 65536)))
 
     def notify(self) -> None:
@@ -80,7 +80,7 @@ class Records:
                 self._in.write(data)
 
 
-# What a peer has done before it ends.
+# Actions of a peer before it ends.
 
 
 def at_the_hello(peer: Records) -> None:
@@ -133,11 +133,11 @@ MOMENTS: typing.Sequence[typing.Callable[[Records], None]] = (
 )
 
 
-# How it ends.
+# Ways to end.
 
 
 def notified(peer: Records) -> None:
-    """TLS ends, the connection does not."""
+    """End TLS, but not the connection."""
     peer.notify()
 
 
@@ -158,12 +158,12 @@ def notified_and_garbled(peer: Records) -> None:
 
 
 def half_closed(peer: Records) -> None:
-    """A truncation: no close_notify."""
+    """End without a close_notify: a truncation."""
     peer.socket.shutdown(socket.SHUT_WR)
 
 
 def garbled(peer: Records) -> None:
-    """A record that is none."""
+    """Send an invalid record."""
     with contextlib.suppress(OSError):
         peer.socket.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
 
@@ -202,16 +202,16 @@ ENDINGS: typing.Sequence[typing.Callable[[Records], None]] = (
 
 
 class TLSTestCase(stress.StressTestCase):
-    """Tests with peers that have their records in their own hands."""
+    """Tests with peers that can change their records."""
 
     def peer(self, port: int, version: ssl.TLSVersion) -> Records:
-        """Such a peer."""
+        """Connect such a peer."""
         peer = Records(port, version)
         self.addCleanup(peer.socket.close)
         return peer
 
     def end_all(self, port: int) -> list[Records]:
-        """Peers that have ended: in each way, with each version, at each moment."""
+        """Connect peers and end them in each way, with each version, after each action."""
         peers = []
         for version, moment, ending in itertools.product(VERSIONS, MOMENTS, ENDINGS):
             peer = self.peer(port, version)
@@ -228,7 +228,7 @@ class EndTest(TLSTestCase):
     @unittest.skipIf(support.IS_WINDOWS, "Windows has no /proc")
     def test_leave(self) -> None:
         server = self.serve("--quiet", tls=True)
-        support.Client(server.port, tls=stress.certificate()[1]).__exit__()  # all its threads have begun
+        support.Client(server.port, tls=stress.certificate()[1]).__exit__()  # all its threads have started
         gauge = stress.Gauge(server.pid)
         for peer in self.end_all(server.port):
             peer.socket.close()
@@ -243,15 +243,15 @@ class EndTest(TLSTestCase):
 
     @stress.heavy
     def test_stay(self) -> None:
-        """They end TLS, but not the connection: the server does."""
+        """If peers end TLS, but not the connection, the server ends it."""
         watched = self.serve_watched(tls=True)
         self.end_all(watched.port)
-        # The handshake timeout, the close timeout, and a bit.
+        # The handshake timeout, the close timeout, and a second.
         self.check_recovery(watched, "every ending, and they stay", within=17)
 
     @stress.heavy
     def test_stop_meanwhile(self) -> None:
-        """SIGTERM finds them all."""
+        """SIGTERM while all these connections end."""
         watched = self.serve_watched(tls=True)
         self.end_all(watched.port)
         self.stop(watched)
@@ -274,7 +274,7 @@ class HandshakeTest(TLSTestCase):
         self.check_recovery(watched, "40 ClientHellos in single bytes", within=5)  # the close timeout
 
     def test_hello_and_no_more(self) -> None:
-        """Silence after each number of bytes of the first flight, and after all of it."""
+        """Silence after each number of bytes of the first flight."""
         watched = self.serve_watched(tls=True)
         peers = [self.peer(watched.port, version) for version in VERSIONS for _ in range(20)]
         for i, peer in enumerate(peers):
@@ -306,15 +306,15 @@ class LightHandshakeTest(support.ServerTestCase):
                 ended = True
             if ended or time.monotonic() - start > 2:
                 break
-        self.assertTrue(ended, "it is still open")
+        self.assertTrue(ended, "the connection is still open")
 
 
 @stress.heavy
 class CommandTest(stress.StressTestCase):
-    """Programs that everybody has."""
+    """Common programs as clients."""
 
     def run_all(self, *commands: typing.Sequence[str], stdin: bytes = b"") -> None:
-        """Run them all at once, to their ends."""
+        """Run a command many times at once, up to the end of each."""
         running = []
         for command in commands:
             support.require(shutil.which(command[0]), command[0])
@@ -339,7 +339,7 @@ class CommandTest(stress.StressTestCase):
         self.check_recovery(watched, "10 monitors that are killed")
 
     def test_curl_in_a_post(self) -> None:
-        """It gives up after a second, in the middle of its body."""
+        """curl gives up after a second, in the middle of its body."""
         watched = self.serve_watched(tls=True)
         url = f"https://127.0.0.1:{watched.port}/"
         command = ["curl", "-sk", "-m", "1", "--limit-rate", "1k", "-d", "x" * 100_000, url]
@@ -348,7 +348,7 @@ class CommandTest(stress.StressTestCase):
 
 
 class Library:
-    """OpenSSL itself: what Python's module does not offer."""
+    """OpenSSL through ctypes, for functions that Python's module lacks."""
 
     def __init__(self, port: int, version: int) -> None:
         path = ctypes.util.find_library("ssl")
@@ -357,8 +357,8 @@ class Library:
         for name in ("TLS_client_method", "SSL_CTX_new", "SSL_new"):
             getattr(self._lib, name).restype = ctypes.c_void_p
         self._context = ctypes.c_void_p(self._lib.SSL_CTX_new(ctypes.c_void_p(self._lib.TLS_client_method())))
-        self._lib.SSL_CTX_ctrl(self._context, 123, ctypes.c_long(version), None)  # at least
-        self._lib.SSL_CTX_ctrl(self._context, 124, ctypes.c_long(version), None)  # at most
+        self._lib.SSL_CTX_ctrl(self._context, 123, ctypes.c_long(version), None)  # lowest version
+        self._lib.SSL_CTX_ctrl(self._context, 124, ctypes.c_long(version), None)  # highest version
         self._lib.SSL_CTX_ctrl(self._context, 33, ctypes.c_long(1), None)  # partial writes
         self.socket = socket.create_connection(("127.0.0.1", port), support.DEADLINE)
         self.socket.setblocking(True)
@@ -368,29 +368,29 @@ class Library:
             raise ConnectionError("no TLS handshake")
 
     def write(self, data: bytes) -> bool:
-        """Send plaintext; whether that worked."""
+        """Send plaintext; return whether it was sent."""
         return bool(self._lib.SSL_write(self._ssl, data, len(data)) > 0)
 
     def read(self) -> bytes:
-        """Some plaintext."""
+        """Read plaintext."""
         buffer = ctypes.create_string_buffer(65536)
         return buffer.raw[: max(0, self._lib.SSL_read(self._ssl, buffer, 65536))]
 
     def update_keys(self) -> bool:
-        """Send a KeyUpdate that asks for one; whether that worked."""
+        """Send a KeyUpdate that asks for one; return whether it was sent."""
         return bool(self._lib.SSL_key_update(self._ssl, 1) == 1 and self._lib.SSL_do_handshake(self._ssl) == 1)
 
     def renegotiate(self) -> bool:
-        """Ask for another handshake; whether that worked."""
+        """Ask for another handshake; return whether the request was sent."""
         return bool(self._lib.SSL_renegotiate(self._ssl) == 1 and self._lib.SSL_do_handshake(self._ssl) == 1)
 
 
 @stress.heavy
 class LibraryTest(stress.StressTestCase):
-    """KeyUpdates and renegotiations, as quickly as they can be made."""
+    """KeyUpdates and renegotiations, as fast as possible."""
 
     def flood(self, watched: stress.WatchedServer, version: int, what: str, *, before: bytes = b"") -> None:
-        """For three seconds, from a process of its own."""
+        """Flood the server for three seconds, from another process."""
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException):
