@@ -1,4 +1,4 @@
-"""What a client must not send, and the code with which it is closed (RFC 6455 5, 7.4.1, 8.1; RFC 7692 6)."""
+"""Invalid frames and messages, and the close code for each (RFC 6455 5, 7.4.1, 8.1; RFC 7692 6)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ BAD_FRAMES = (
     (1007, "found before the last fragment", masked_frame(TEXT, b"\xff", fin=False)),
     (1007, "found across fragments", masked_frame(TEXT, b"\xe2", fin=False) + masked_frame(CONT, b"A", fin=False)),
     (1007, "found across, incomplete", masked_frame(TEXT, b"\xf4", fin=False) + masked_frame(CONT, b"\x90", length=9)),
-    # 7.4.1: too big, said by the header, before the payload is sent
+    # 7.4.1: too big by its header, before the payload is sent
     (1009, "one more than the limit", masked_frame(BINARY, length=LIMIT + 1)),
     (1009, "text", masked_frame(TEXT, length=LIMIT + 1)),
     (1009, "65536", masked_frame(BINARY, length=65536)),
@@ -89,7 +89,7 @@ BAD_FRAMES = (
 
 
 def halves(first: bytes, second: bytes) -> bytes:
-    """A compressed message in two fragments."""
+    """Return a compressed message in two fragments."""
     return masked_frame(BINARY, first, rsv=4, fin=False) + masked_frame(CONT, second)
 
 
@@ -107,10 +107,10 @@ BAD_DEFLATE = (
 
 
 class BadFrames(ServerTestCase):
-    """RFC 6455 7.1.7: the connection fails with the right code, and nobody else notices."""
+    """RFC 6455 7.1.7: the connection fails with the right code, and no other client is affected."""
 
     def check(self, server: Recorder, code: int, data: bytes, *, slowly: bool = False, **fields: str) -> None:
-        """A good message, then what is bad; a Close with this code must come, and others hear the good alone."""
+        """Send a valid message, then invalid data: the client gets a Close with this code, others the valid message."""
         with self.connect(server) as witness, self.connect(server, **fields) as client:
             data = masked_frame(TEXT, b"good") + data
             for part in [data[i : i + 1] for i in range(len(data))] if slowly else [data]:
@@ -152,8 +152,8 @@ class BadFrames(ServerTestCase):
         self.assertEqual(code, 1002)
         self.assertIn("mask", reason)
 
-    def test_close_survives_what_was_still_coming(self) -> None:
-        """A reset would destroy the Close on its way: the server reads what it does not want."""
+    def test_close_arrives_before_unread_data(self) -> None:
+        """The server reads the rest of the data, since a reset would destroy the Close on its way."""
         client = self.connect(self.serve(max_message=LIMIT))
         client.send_raw(masked_frame(BINARY, length=4_000_000) + bytes(4_000_000))
         self.assertEqual(client.read_close()[0], 1009)

@@ -1,4 +1,4 @@
-"""The closing handshake, begun by a client or by the server (RFC 6455 5.5.1, 7), and the end of the server."""
+"""The closing handshake, started by a client or by the server (RFC 6455 5.5.1, 7), and the end of the server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ClosingHandshake(ServerTestCase):
 
     CODES = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 1012, 1013, 1014, 3000, 3999, 4000, 4999)
 
-    def test_begun_by_the_client(self) -> None:
+    def test_started_by_the_client(self) -> None:
         """The same code comes back, and the server ends the TCP connection first (7.1.1)."""
         server = self.serve()
         for code in (*self.CODES, None):
@@ -76,12 +76,12 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(client.read_close(), (4001, ""))
         server.wait_for("close", 4002, "")
 
-    def test_a_log_that_takes_nothing(self) -> None:
-        """Its lines wait (a pager does not read on, say), but nobody waits for its Close."""
+    def test_a_log_that_blocks(self) -> None:
+        """Log lines may wait (for a pager, say), but no client waits for its Close."""
         server, go_on = self.serve(), threading.Event()
 
         class Stuck(logging.Handler):
-            """Waits in the first line that it gets."""
+            """A log handler that blocks in its first line."""
 
             def emit(self, record: logging.LogRecord) -> None:
                 go_on.wait(3 * DEADLINE)
@@ -109,7 +109,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(other.read(), "next")
 
     def test_nothing_after_the_servers_close(self) -> None:
-        """It sends nothing after its Close (5.5.1), and what the client sends is nobody's message any more."""
+        """The server sends nothing after its Close (5.5.1), and does not broadcast later messages of the client."""
         server = self.serve()
         client = self.connect(server)
         (handler,) = server.clients
@@ -127,7 +127,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(other.read(), "next")
 
     def test_unanswered(self) -> None:
-        """The client does not answer: the server waits for the close timeout."""
+        """If the client does not answer, the server waits for the close timeout."""
         server = self.serve(close_timeout=0.2)
         client = self.connect(server)
         (handler,) = server.clients
@@ -137,7 +137,7 @@ class ClosingHandshake(ServerTestCase):
         eventually(lambda: [heard[:2] for heard in server.heard] == [("open", "/"), ("close", 1006)])
 
     def test_client_that_does_not_end_the_connection(self) -> None:
-        """The Close is answered, but the client keeps its side open: it is not waited for very long."""
+        """If the client keeps its side open after the Close, the server waits for the close timeout."""
         server = self.serve(close_timeout=0.2)
         client = self.connect(server)
         client.close()
@@ -153,7 +153,7 @@ class ClosingHandshake(ServerTestCase):
         eventually(refused)
 
     def closing(self, size: int, close_timeout: float) -> tuple[Recorder, Client]:
-        """A server, and a client that it closes before the message of that size is sent."""
+        """Return a server, and a client that it closes before a message of this size is sent."""
         server = self.serve(close_timeout=close_timeout)
         faults.small_buffers(server)
         client = self.connect(server, small=True)
@@ -163,11 +163,11 @@ class ClosingHandshake(ServerTestCase):
         return server, client
 
     def test_a_slow_line(self) -> None:
-        """The timeout is for who takes nothing: who takes it slowly gets what was sent before, and the Close."""
+        """The timeout ends a client without progress; a slow client gets all earlier data, and the Close."""
         _, client = self.closing(150_000, close_timeout=0.5)
         for _ in range(30):
             client.read_some(4096)
-            time.sleep(0.05)  # that is how slow the line is: three times the timeout
+            time.sleep(0.05)  # three times the timeout in all
         self.assertEqual(client.read(), "x" * 150_000)
         client.close(4000)
         self.assertEqual(client.read_close(), (4000, ""))
@@ -175,10 +175,10 @@ class ClosingHandshake(ServerTestCase):
     def test_a_stuck_line(self) -> None:
         server, client = self.closing(1_000_000, close_timeout=0.2)
         eventually(lambda: server.status()["connections"] == 0)
-        self.assertLess(len(client.read_all()), 1_000_000)  # it was reset
+        self.assertLess(len(client.read_all()), 1_000_000)  # the connection was reset
 
-    def test_what_the_system_has(self) -> None:
-        """The server does not wait for who takes all of it later; the system goes on sending."""
+    def test_data_in_the_kernel(self) -> None:
+        """The server does not wait for data that the kernel has accepted; the kernel goes on sending."""
         server = self.serve(close_timeout=0.2)
         client = self.connect(server, handshake=False, small=True)
         client.send_raw(request(Upgrade=None, Sec_WebSocket_Key=None))
@@ -187,7 +187,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertIn(f"Content-Length: {len(body)}\r\n", head)
 
     def test_no_close_frame(self) -> None:
-        """1006: the connection just ended (7.1.5)."""
+        """Without a Close frame, the code is 1006 (7.1.5)."""
         for what in ("end", "half of a frame", "half-closed", "reset"):
             with self.subTest(what):
                 server = self.serve()
@@ -214,9 +214,9 @@ class ClosingHandshake(ServerTestCase):
 
 
 class TheEnd(ServerTestCase):
-    """server_close() sends what is queued, then 1001 to everybody, and waits, but not for ever."""
+    """server_close() sends the queued messages, then 1001 to all clients, and waits up to the close timeout."""
 
-    def test_what_is_queued_then_1001(self) -> None:
+    def test_queued_messages_then_1001(self) -> None:
         server = self.serve()
         clients = [self.connect(server), self.connect(server, Sec_WebSocket_Extensions=DEFLATE)]
         for i in range(200):
@@ -242,8 +242,8 @@ class TheEnd(ServerTestCase):
             slow.close(1001)
             slow.socket.close()
 
-    def test_who_joins_meanwhile(self) -> None:
-        """Its handshake is complete only when the others have had their 1001 already: it gets its own."""
+    def test_join_during_the_end(self) -> None:
+        """A client whose handshake ends after the 1001 of the others gets a 1001, too."""
         server = self.serve()
         early, late = self.connect(server), self.connect(server, handshake=False)
         here, go_on = threading.Event(), threading.Event()
@@ -314,7 +314,7 @@ class TheEnd(ServerTestCase):
         """A hook, which does not run in the thread of serve_forever, may call shutdown."""
 
         class Server(Recorder):
-            """Stops at the first message."""
+            """A server that stops at the first message."""
 
             def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
                 self.broadcast(message)
@@ -328,9 +328,9 @@ class TheEnd(ServerTestCase):
         server.wait_for("stopped")
 
     def test_a_port_that_is_taken(self) -> None:
-        """The constructor raises OSError, and leaves no thread and no socket behind."""
+        """The constructor raises OSError, and leaves no thread or socket behind."""
         server = self.serve()
-        eventually(lambda: server._loop._thread)  # its thread counts, too
+        eventually(lambda: server._loop._thread)  # the thread of the other server counts, too
         before = threading.active_count()
         with self.assertRaises(OSError):
             pywebsock.BroadcastServer(("127.0.0.1", server.server_address[1]))

@@ -77,7 +77,7 @@ class Compression(ServerTestCase):
     def test_each_window(self) -> None:
         """A client that limits the window can inflate with it."""
         server = self.serve()
-        text = "".join(random.Random(2).choices("abcdef", k=2000)) * 20  # repeats beyond a small window
+        text = "".join(random.Random(2).choices("abcdef", k=2000)) * 20  # repeats at a distance beyond a small window
         clients = {}
         for bits in range(9, 16):
             offer = f"permessage-deflate; server_max_window_bits={bits}"
@@ -103,7 +103,7 @@ class Compression(ServerTestCase):
                     sender.frame(CONT, data[cut:])
                     self.assertEqual(plain.read(), message)
                     self.assertEqual([sender.read_frame().opcode, sender.read()], [PONG, message])
-            sender.frame(TEXT, message.encode()[:100_000])  # and it need not compress
+            sender.frame(TEXT, message.encode()[:100_000])  # the client need not compress
             self.assertEqual([plain.read(), sender.read()], [message[:100_000]] * 2)
 
     def test_takeover_by_the_client(self) -> None:
@@ -121,7 +121,7 @@ class Compression(ServerTestCase):
         eventually(lambda: server.status()["contexts"] == 0)
 
     def test_no_takeover(self) -> None:
-        """A client that offered to do without is kept to it: nothing of it is kept."""
+        """For a client that offered client_no_context_takeover, the server keeps no earlier messages."""
         server = self.serve()
         offer = f"{DEFLATE}; client_no_context_takeover"
         sender = self.connect(server, Sec_WebSocket_Extensions=offer)

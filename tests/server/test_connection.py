@@ -1,4 +1,4 @@
-"""The states of a connection, step by step: the server is not started, the test does what its loop does."""
+"""The states of a connection, step by step. The server is not started; the test does the work of the loop."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class Handler(pywebsock.WebSocketHandler):
     """A client without a handshake."""
 
     def handle(self) -> None:
-        """Called by the constructor."""
+        """The constructor calls this."""
 
 
 def make_connection(server: pywebsock.BroadcastServer, request: typing.Any, window: int = 0) -> pywebsock.Connection:
-    """A connection that has not joined."""
+    """Return a connection that has not joined."""
     handler = Handler(request, ("192.0.2.1", 5000), server)
     return pywebsock.Connection(handler, pywebsock.MessageReader(server.max_message), window, server._loop.now)
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """Two sockets that are connected, with small buffers; the first one does not block."""
+    """Return two connected sockets with small buffers; the first one does not block."""
     far = socket.socket()
     far.settimeout(DEADLINE)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -63,7 +63,7 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class ConnectionTestCase(ServerTestCase):
-    """A server that has not begun, and a connection whose socket is a pipe."""
+    """A server that is not started, and a connection whose socket is a pipe."""
 
     server: Recorder
 
@@ -73,20 +73,20 @@ class ConnectionTestCase(ServerTestCase):
         self.renew()
 
     def make_server(self, **settings: typing.Any) -> Recorder:
-        """A server that is not started."""
+        """Make a server that is not started."""
         server = Recorder(("127.0.0.1", 0), **settings)
         self.addCleanup(server.server_close)
         return server
 
     def renew(self) -> None:
-        """Another pipe, and a connection that has been there for a while."""
+        """Make another pipe, and a connection that is not new."""
         self.pipe: typing.Any = Pipe()
         self.connection = make_connection(self.server, self.pipe)
         self.connection.joined = self.now - 100
 
 
 class Slices(ConnectionTestCase):
-    """TLS, Windows and the trace take slices: never more than one step of the loop allows."""
+    """With TLS, on Windows and with the trace, data is sent in slices; the sum is limited, too."""
 
     def test_much(self) -> None:
         sent = self.connection._send_slices(bytes(10_000_000))
@@ -101,7 +101,7 @@ class Slices(ConnectionTestCase):
             self.connection._send_slices(b"Hello")
 
     def test_trace(self) -> None:
-        """It gets what the socket has taken, and not what it has not."""
+        """The trace gets only the bytes that the socket has accepted."""
         traced: list[bytes] = []
 
         def follow() -> typing.Generator[None, bytes, None]:
@@ -119,7 +119,7 @@ class Slices(ConnectionTestCase):
 
 
 class Receive(ServerTestCase):
-    """What a socket brings, and how much is asked of it."""
+    """Reading from a socket, and the number of bytes to read at once."""
 
     def setUp(self) -> None:
         self.server = Recorder(("127.0.0.1", 0))
@@ -130,7 +130,7 @@ class Receive(ServerTestCase):
         self.connection = make_connection(self.server, near)
 
     def receive(self) -> bytes | None:
-        """What comes next; it must come soon."""
+        """Return the next bytes from the socket, within the deadline."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.connection.socket, selectors.EVENT_READ)
             self.assertTrue(selector.select(DEADLINE))
@@ -153,7 +153,7 @@ class Receive(ServerTestCase):
             self.receive()
 
     def test_how_much(self) -> None:
-        """Little at first; four times as much whenever so much has come; little again."""
+        """Few bytes at first; four times as many if all of them have come; then few again."""
         for size, following in (
             (SMALL_READ_SIZE - 1, SMALL_READ_SIZE),
             (SMALL_READ_SIZE, 4 * SMALL_READ_SIZE),
@@ -188,7 +188,7 @@ class Receive(ServerTestCase):
         self.assertTrue(self.connection.is_shut)
 
     def test_end_of_tls(self) -> None:
-        """Its own alert must go out; that of the peer need not come."""
+        """The server's alert must be sent; that of the peer need not come."""
         for error, shut in ((ssl.SSLWantWriteError, False), (ssl.SSLWantReadError, True), (ValueError, True)):
             with self.subTest(error=error):
                 tls = unittest.mock.Mock(spec=ssl.SSLSocket)
@@ -200,7 +200,7 @@ class Receive(ServerTestCase):
 
 
 class SenderTestCase(ServerTestCase):
-    """A server that has not begun: the test carries out what is queued, and sets the clock."""
+    """A server that is not started: the test carries out the queue, and sets the clock."""
 
     server: Recorder
 
@@ -208,14 +208,14 @@ class SenderTestCase(ServerTestCase):
         self.begin()
 
     def begin(self, **settings: typing.Any) -> None:
-        """A server with settings, and its first client."""
+        """Start with a new server with these settings, and its first client."""
         self.doCleanups()
         self.use(Recorder(("127.0.0.1", 0), max_backlog=LIMIT, **settings))
 
     def use(self, server: typing.Any) -> None:
-        """A server that is not started, and its first client."""
+        """Use a server that is not started, and join its first client."""
         self.server, self.sender, self.room = server, server._loop.sender, server._room
-        self.servers = [server]  # of whose logs assertLogs waits
+        self.servers = [server]  # assertLogs waits for its log
         self.addCleanup(server.server_close)
         self.sender.selector = selectors.DefaultSelector()
         self.addCleanup(self.sender.selector.close)
@@ -223,7 +223,7 @@ class SenderTestCase(ServerTestCase):
         self.join()
 
     def join(self) -> None:
-        """A client joins; `far` is its end."""
+        """Join a client; `far` is its end of the connection."""
         near, self.far = tcp_pair()
         for end in (near, self.far):
             self.addCleanup(end.close)
@@ -236,12 +236,12 @@ class SenderTestCase(ServerTestCase):
         self.addCleanup(self.sender.drop, self.connection, "the end of the test")
 
     def fill(self) -> None:
-        """The socket takes nothing more, as the peer reads nothing."""
+        """Fill the socket, since the peer does not read."""
         self.sender.write(self.connection, bytes(LIMIT // 4))
         self.assertGreater(self.connection.size, LIMIT // 8)
 
     def drain(self) -> bytes:
-        """Send on until all is sent and has arrived: what the peer gets up to then. It may end with a reset."""
+        """Send until all data has arrived, and return it. The connection may end with a reset."""
         received, end = bytearray(), time.monotonic() + DEADLINE
         while time.monotonic() < end:
             self.sender.flush(self.connection)
@@ -274,7 +274,7 @@ class SenderTestCase(ServerTestCase):
         return False
 
     def heard(self) -> list[tuple[typing.Any, ...]]:
-        """What on_close was told."""
+        """Return the arguments of on_close."""
         self.server._hooks.wait(0, time.monotonic() + DEADLINE)
         return [what[1:] for what in self.server.heard if what[0] == "close"]
 
@@ -283,10 +283,10 @@ FIRST, SECOND = pywebsock.serialize_close(1000, "first"), pywebsock.serialize_cl
 
 
 class Transitions(SenderTestCase):
-    """The table of State: from each state, by each event."""
+    """The table of State: each event in each state."""
 
     def reach(self, state: State) -> None:
-        """A new connection in this state; what it took to get there is read."""
+        """Make a new connection in this state; the peer has read all earlier data."""
         self.begin()
         if state is State.CLOSING:
             self.sender.close(self.connection, FIRST)
@@ -330,15 +330,15 @@ class Transitions(SenderTestCase):
         self.assertEqual(self.heard(), [(1011, "internal error")])
 
     def test_an_error_while_it_fails(self) -> None:
-        """The Close cannot be sent: the connection has ended all the same."""
+        """A connection ends even if its Close cannot be sent."""
         self.connection.send = unittest.mock.Mock(side_effect=BrokenPipeError("gone"))
         self.sender.fail(self.connection, MemoryError())
         self.assertIs(self.connection.state, State.CLOSED)
         self.assertEqual([heard[0] for heard in self.heard()], [1009])
         self.assertEqual(self.room.size, 0)
 
-    def test_end_behind_what_waits(self) -> None:
-        """The own side ends behind the last byte, and the socket is closed when the peer has ended, too."""
+    def test_end_after_queued_data(self) -> None:
+        """The server's side ends after the last byte, and the socket is closed when the peer has ended, too."""
         for peer_first in (False, True):
             with self.subTest(peer_first=peer_first):
                 self.begin()
@@ -355,7 +355,7 @@ class Transitions(SenderTestCase):
                 self.assertIs(self.connection.state, State.CLOSED)
 
     def test_reset(self) -> None:
-        """A client that is dropped is reset; not where the system has its last word already."""
+        """A dropped client is reset, unless the kernel has accepted its last data."""
         for state, waits, reset in (
             (State.OPEN, True, True),
             (State.CLOSING, False, False),
@@ -375,13 +375,13 @@ class Transitions(SenderTestCase):
                 self.assertEqual(self.server.status()["dropped"], int(state is State.OPEN))
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere the system does not tell what it has")
-    def test_the_last_word(self) -> None:
-        """A closing client that the system has the Close for is not reset: its peer may still read."""
+    def test_close_in_the_kernel(self) -> None:
+        """If the kernel has accepted the Close, the client is not reset: its peer may still read."""
         pieces = 0
         while not self.connection.size:
             self.sender.write(self.connection, bytes(200))
             pieces += 1
-        self.join()  # another one, for which the system takes as much
+        self.join()  # another one, whose socket accepts as much
         for _ in range(pieces - 5):
             self.sender.write(self.connection, bytes(200))
         self.sender.close(self.connection, FIRST)
@@ -396,10 +396,10 @@ class Transitions(SenderTestCase):
 
 
 class Selector(SenderTestCase):
-    """What the selector waits for, by the state of a connection."""
+    """The events for which the selector waits, by the state of a connection."""
 
     def check(self, reads: bool, writes: bool) -> None:
-        """What it waits for now."""
+        """Check the events for which the selector waits."""
         self.sender.watch(self.connection)
         events = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * writes
         self.assertEqual(self.connection.interest, events)
@@ -416,7 +416,7 @@ class Selector(SenderTestCase):
         self.drain()
         self.check(reads=False, writes=False)
         self.connection.paused = False
-        self.connection.is_blocked = True  # TLS has something to say first
+        self.connection.is_blocked = True  # TLS must send first
         self.check(reads=False, writes=True)
         self.sender.flush(self.connection)
         self.check(reads=True, writes=False)
@@ -433,7 +433,7 @@ class Selector(SenderTestCase):
         self.check(reads=True, writes=False)
 
     def test_ending_while_paused(self) -> None:
-        """The peer's end is waited for all the same."""
+        """The loop waits for the peer's end, even if reading is paused."""
         self.connection.paused = True
         self.sender.end(self.connection, 1000, "", FIRST)
         self.check(reads=True, writes=False)
@@ -445,10 +445,10 @@ class Selector(SenderTestCase):
 
 
 class Backlog(SenderTestCase):
-    """A client that is too far behind is dropped; for one that was quick until just now, senders wait."""
+    """A client that is too far behind is dropped; for a client that was quick until now, senders wait."""
 
     def fall_behind(self, size: int) -> None:
-        """So many bytes wait for it, and it is not quick."""
+        """Queue this number of bytes for a client that is not quick."""
         self.fill()
         self.connection.keep(bytes(size - self.connection.size), 0, self.sender.now)
         self.sender.now += QUICK_TIME
@@ -465,7 +465,7 @@ class Backlog(SenderTestCase):
         self.assertEqual((self.sender.slow, self.connection.size), (set(), 0))
 
     def test_one_long_message(self) -> None:
-        """What is longer than the limit goes out to a client that had nothing waiting."""
+        """A message longer than the limit goes to a client with an empty queue."""
         self.sender.now += 1
         self.sender.keep(self.connection, bytes(10 * LIMIT), 100)
         self.assertIs(self.connection.state, State.OPEN)
@@ -488,21 +488,21 @@ class Backlog(SenderTestCase):
         self.assertIs(self.connection.state, State.CLOSED)
 
     def test_far_behind(self) -> None:
-        """Senders wait from half of the limit on."""
+        """Above half of the limit, senders wait."""
         self.sender.keep(self.connection, bytes(LIMIT // 2), 0)
         self.assertFalse(self.is_held())
         self.sender.keep(self.connection, b"x", 0)
         self.assertTrue(self.is_held())
 
     def test_a_closing_one(self) -> None:
-        """Its Close finds room behind whatever waits."""
+        """The Close is queued even above the limit."""
         self.fall_behind(LIMIT)
         self.sender.close(self.connection, FIRST)
         self.assertIs(self.connection.state, State.CLOSING)
         self.assertTrue(self.drain().endswith(FIRST))
 
-    def test_messages_pass_it_by(self) -> None:
-        """While others wait, a message waits behind them; a closing client gets none."""
+    def test_messages_while_others_wait(self) -> None:
+        """A message is queued after the waiting ones; a closing client gets no more messages."""
         sends = self.room._sends[0]
         client = self.connection.client
         self.assertEqual(sends[client], self.connection.send)
@@ -519,7 +519,7 @@ class Backlog(SenderTestCase):
 
 
 class Pongs(SenderTestCase):
-    """Pings are answered; if the answers must wait, the newest is enough (RFC 6455 5.5.3)."""
+    """Pings are answered; if the Pongs must wait, only the newest is sent (RFC 6455 5.5.3)."""
 
     def test_at_once(self) -> None:
         self.sender.pong(self.connection, [b"1", b"2"])
@@ -537,7 +537,7 @@ class Pongs(SenderTestCase):
         self.assertEqual(self.drain(), b"next")
 
     def test_none_after_a_close(self) -> None:
-        """Nothing follows a Close (5.5.1)."""
+        """No frame follows a Close (5.5.1)."""
         for ends in (False, True):
             self.begin()
             self.fill()
@@ -554,26 +554,26 @@ PING_FRAME = pywebsock.serialize_frame(PING, b"")
 
 
 class Deadlines(SenderTestCase):
-    """What ends a connection in which nothing moves. Seconds are those of the loop's clock."""
+    """The deadlines of a connection without progress, in seconds of the loop's clock."""
 
     def fill(self) -> None:
-        """The socket takes nothing more, and nothing is on its way."""
+        """Fill the socket, and wait until no data is on its way."""
         super().fill()
 
         def is_still() -> bool:
             acked = pywebsock.bytes_in_kernel(self.connection.socket)[1]
-            time.sleep(0.05)  # an acknowledgement may be late by 40 ms
+            time.sleep(0.05)  # an acknowledgement may come 40 ms late
             return acked == pywebsock.bytes_in_kernel(self.connection.socket)[1]
 
         eventually(is_still)
 
     def look(self, later: float) -> None:
-        """The next look at the connection."""
+        """Check the deadlines of the connection, and return the next time to check."""
         self.sender.now += later
         self.server._loop.deadlines._look_at(self.connection)
 
     def check_end(self, after: float, reason: str) -> None:
-        """It is there until then, and is dropped with this reason after it."""
+        """Check that the client stays until a time, and is dropped with this reason after it."""
         self.look(after - 0.1)
         self.assertIsNot(self.connection.state, State.CLOSED)
         self.look(0.2)
@@ -597,7 +597,7 @@ class Deadlines(SenderTestCase):
         self.assertIs(self.connection.state, State.OPEN)
 
     def moves(self) -> bool:
-        """Whether the socket takes something more."""
+        """Return whether the socket accepts more data."""
         size = self.connection.size
         self.sender.flush(self.connection)
         return self.connection.size < size
@@ -608,7 +608,7 @@ class Deadlines(SenderTestCase):
             self.look(6.0)
         self.assertIs(self.connection.state, State.OPEN)
         self.fill()
-        self.look(6.9)  # counted from when it began to wait
+        self.look(6.9)  # from the time at which the data began to wait
         self.assertIs(self.connection.state, State.OPEN)
 
     def test_ping_and_silence(self) -> None:
@@ -632,12 +632,12 @@ class Deadlines(SenderTestCase):
         self.assertIs(self.connection.state, State.OPEN)
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere the system does not tell what it has")
-    def test_a_ping_on_its_way(self) -> None:
-        """The time for its answer begins when the peer has taken what was sent before it."""
+    def test_a_ping_in_the_kernel(self) -> None:
+        """The time for the Pong starts when the peer has received all data before the Ping."""
         self.begin(ping_interval=1.0, ping_timeout=1.0)
         self.fill()
         self.far.settimeout(0)
-        while self.connection.pieces:  # the system has all of it, more than the peer has room for
+        while self.connection.pieces:  # in the kernel
             with contextlib.suppress(BlockingIOError):
                 self.far.recv(10_000)
             self.sender.flush(self.connection)
@@ -657,8 +657,8 @@ class Deadlines(SenderTestCase):
         self.look(0.9)
         self.assertIs(self.connection.state, State.CLOSED)
 
-    def test_no_ping_behind_what_waits(self) -> None:
-        """And no deadline for its answer: only a Ping that was sent can be answered."""
+    def test_no_ping_after_queued_data(self) -> None:
+        """While data is queued, there is no Ping, and no deadline for a Pong."""
         self.begin(ping_interval=1.0, ping_timeout=1.0, send_timeout=30.0)
         self.fill()
         size = self.connection.size
@@ -683,8 +683,8 @@ class Deadlines(SenderTestCase):
         self.look(0)
         self.check_end(3.0, "it did not end the connection in time")
 
-    def test_closing_one_that_is_stuck(self) -> None:
-        """It gets the whole close timeout, however long it had taken nothing before."""
+    def test_closing_a_stuck_client(self) -> None:
+        """A stuck client gets the whole close timeout."""
         self.begin(close_timeout=3.0, send_timeout=30.0)
         self.fill()
         self.look(0)
@@ -701,7 +701,7 @@ class Deadlines(SenderTestCase):
         self.check_end(3.0, "bye")
 
     def test_ending(self) -> None:
-        """on_close has been told already why it ended."""
+        """on_close has got the reason before."""
         self.begin(close_timeout=3.0)
         self.look(2.0)
         self.sender.end(self.connection, 1000, "bye", FIRST)
@@ -711,7 +711,7 @@ class Deadlines(SenderTestCase):
         self.assertEqual(self.heard(), [(1000, "bye")])
 
     def test_old_bytes(self) -> None:
-        """A closing client keeps what nobody else waits for: no more of the stream than others may."""
+        """A closing client keeps queued data alive: at most as much as any other client."""
         self.begin(close_timeout=60.0)
         self.fill()
         self.sender.close(self.connection, FIRST)
@@ -722,7 +722,7 @@ class Deadlines(SenderTestCase):
         self.look(0)
         self.assertIs(self.connection.state, State.CLOSED)
 
-    def test_old_bytes_that_the_system_has(self) -> None:
+    def test_old_bytes_in_the_kernel(self) -> None:
         self.begin(close_timeout=60.0)
         self.sender.close(self.connection, FIRST)
         self.room.bytes += 2 * LIMIT
@@ -731,10 +731,10 @@ class Deadlines(SenderTestCase):
 
 
 class LoopSteps(SenderTestCase):
-    """What the loop does with what was read, one step at a time."""
+    """The loop handles messages, one step at a time."""
 
     def test_messages_then_close(self) -> None:
-        """The answer to a Close comes behind all that was sent before it; nothing after it is heard."""
+        """The answer to a Close comes after all earlier messages; later messages are ignored."""
         self.doCleanups()
         self.use(pywebsock.BroadcastServer(("127.0.0.1", 0)))
         self.far.sendall(masked_frame(TEXT, b"1") + masked_frame(PING, b"?") + masked_frame(TEXT, b"2"))
@@ -745,7 +745,7 @@ class LoopSteps(SenderTestCase):
         self.assertEqual(received, b"".join(pywebsock.serialize_frame(*frame) for frame in frames))
 
     def step(self) -> State:
-        """One round of the loop for this connection."""
+        """Run one round of the loop for this connection."""
         self.server._loop.receiver.read(self.connection)
         self.server._loop._carry_out()
         self.server._loop.receiver.endings.carry_out()

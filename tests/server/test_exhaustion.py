@@ -1,4 +1,4 @@
-"""Where the process has no more file descriptors or threads, and where many connect at once."""
+"""A process without free file descriptors or threads, and many connections at once."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.tools.support import (
 
 
 class Exhaustion(ServerTestCase):
-    """Where the process has no more file descriptors or threads, others are not disturbed."""
+    """If the process has no free file descriptors or threads, other clients are not affected."""
 
     @unittest.skipIf(IS_WINDOWS, "Windows has no limit of descriptors")
     def test_file_descriptors(self) -> None:
-        """New connections wait, with no busy loop and few lines in the log; they are served when others have gone."""
+        """New connections wait, without a busy loop and with few log lines; they are served when others have left."""
         require(pathlib.Path("/proc/self/stat").exists(), "/proc")
         with Process(python=faults.changed(faults.few_files(60))) as process:
             clients = [Client(process.port)]
@@ -48,7 +48,7 @@ class Exhaustion(ServerTestCase):
             eventually(lambda: "cannot accept" in process.log())
             before = load.cpu(process.pid)
             start = time.monotonic()
-            while time.monotonic() - start < 1.2:  # those who are in do not notice
+            while time.monotonic() - start < 1.2:  # the clients in the room are not affected
                 clients[0].send("still here")
                 self.assertEqual(clients[0].read(), "still here")
                 time.sleep(0.05)
@@ -78,7 +78,7 @@ class Exhaustion(ServerTestCase):
         self.assertTrue(waiting.read_head().startswith(b"HTTP/1.1 101 "))
 
 
-# What a server might change of the process that it is a part of.
+# Settings of the process that a server might change.
 HOST = r"""
 import logging, socket, sys, threading
 import pywebsock
@@ -136,7 +136,7 @@ class FileLimit(unittest.TestCase):
 
 
 class Host(ServerTestCase):
-    """A server changes nothing of the program that it is a part of."""
+    """A server changes no setting of its process."""
 
     def test_settings_of_the_process(self) -> None:
         ended = subprocess.run(
@@ -145,7 +145,7 @@ class Host(ServerTestCase):
         self.assertEqual((ended.stdout, ended.stderr), ("3.0\n", ""))
 
 
-# A server is made, then children serve its socket, as prefork servers do; the parent's own copy is closed.
+# As prefork servers do: children serve the socket of a server, and the parent closes its copy.
 FORKS = r"""
 import os, signal, sys, pywebsock
 server = pywebsock.BroadcastServer(("127.0.0.1", 0))
@@ -169,7 +169,7 @@ server.server_close()
 
 
 class Fork(ServerTestCase):
-    """What serves starts with serve_forever(), not with the constructor: so a program may fork in between."""
+    """Threads start with serve_forever(), not with the constructor, so a program can fork in between."""
 
     def test_children_that_serve(self) -> None:
         require(getattr(os, "fork", None), "os.fork")
@@ -181,7 +181,7 @@ class Fork(ServerTestCase):
             clients = [Client(port) for _ in range(20)]
             for number, client in enumerate(clients):
                 client.send(f"from {number}")
-                while client.read() != f"from {number}":  # others of the same child come first
+                while client.read() != f"from {number}":  # other clients of the same child join first
                     pass
             for client in clients:
                 client.socket.close()
@@ -192,12 +192,12 @@ class Fork(ServerTestCase):
 
 
 class Storm(ServerTestCase):
-    """By default socketserver lets five connections wait for accept; here a storm of them is let in."""
+    """Hundreds of connections can wait for accept() (by default of socketserver, five)."""
 
     def test_many_at_once(self) -> None:
         server = pywebsock.BroadcastServer(("127.0.0.1", 0))
         self.addCleanup(server.server_close)
-        clients = [self.connect(server, handshake=False) for _ in range(200)]  # nobody accepts yet
+        clients = [self.connect(server, handshake=False) for _ in range(200)]  # no thread accepts yet
         for client in clients:
             client.send_raw(request())
         with in_thread(server.serve_forever, 0.02):

@@ -25,7 +25,7 @@ from tests.tools.support import (
 
 
 class OpeningHandshake(ServerTestCase):
-    """RFC 6455 4.2: which request gets which status."""
+    """RFC 6455 4.2: the status for each request."""
 
     ACCEPTED = (
         request(),
@@ -142,11 +142,11 @@ class OpeningHandshake(ServerTestCase):
         self.assertEqual(client.read_frame(), Frame(True, False, PONG, b""))
 
     def test_408_too_slow(self) -> None:
-        """The time is for the whole head, not for each read."""
+        """The timeout is for the whole head, not for each read."""
         server = self.serve(handshake_timeout=0.5)
         stopped, dripping = self.connect(server, handshake=False), self.connect(server, handshake=False)
         stopped.send_raw(b"GET")
-        with contextlib.suppress(ConnectionError):  # it is closed in the midst
+        with contextlib.suppress(ConnectionError):  # the server closes the connection
             dripping.socket.settimeout(0.05)
             for byte in request(X_Long="x" * 1000):
                 dripping.send_raw(bytes([byte]))
@@ -163,7 +163,7 @@ class OpeningHandshake(ServerTestCase):
         self.assertEqual(exchange(server.server_address[1], request())[0], 503)
 
     def test_no_request_at_all(self) -> None:
-        """A port scan: nothing worth a warning, and nobody is disturbed."""
+        """A port scan gives no warning."""
         server = self.serve()
         with self.assertLogs("pywebsock", "DEBUG") as logged:
             for data in (b"", b"G", request()[:-2]):
@@ -177,7 +177,7 @@ class OpeningHandshake(ServerTestCase):
         self.assertEqual(server.status()["refused"], 0)
 
     def test_a_spare_connection(self) -> None:
-        """Browsers and health checks connect and send nothing: nothing is answered, nothing was refused."""
+        """Browsers and health checks connect and send nothing: no response, and no log line."""
         server = self.serve(handshake_timeout=0.2)
         with self.assertLogs("pywebsock", "DEBUG") as logged:
             self.assertEqual(self.connect(server, handshake=False).read_all(), b"")
@@ -195,11 +195,11 @@ class OpeningHandshake(ServerTestCase):
 
 
 class Subprotocols(ServerTestCase):
-    """Which subprotocol a client gets (RFC 6455 4.2.2, item 5), or that there is none."""
+    """The choice of a subprotocol (RFC 6455 4.2.2, item 5)."""
 
     @staticmethod
     def answer(server: pywebsock.BroadcastServer, offered: str | None) -> tuple[int, str | None]:
-        """The status, and what the answer says."""
+        """Return the status and the chosen subprotocol."""
         with Client(server.server_address[1], handshake=False) as client:
             client.send_raw(request(Sec_WebSocket_Protocol=offered))
             start, *lines = client.read_head().decode().split("\r\n")
@@ -207,7 +207,7 @@ class Subprotocols(ServerTestCase):
         return int(start.split()[1]), fields.get("Sec-WebSocket-Protocol")
 
     def test_served(self) -> None:
-        """With a list, a client that offers others only is refused: it would speak what nobody here understands."""
+        """With a list, a client that offers only other subprotocols is refused."""
         server = self.serve(subprotocols=("chat", "json"))
         for offered, expected in (
             (None, (101, None)),
@@ -222,7 +222,7 @@ class Subprotocols(ServerTestCase):
         self.assertEqual([self.answer(empty, offered) for offered in (None, "mqtt")], [(101, None), (400, None)])
 
     def test_none_chosen(self) -> None:
-        """Without a list the client may go on, as the RFC has it; browsers do not, so the log says why they left."""
+        """Without a list, the client may go on (RFC 6455); browsers do not, so the log says why they left."""
         server = self.serve()
         with self.assertLogs("pywebsock", "WARNING") as logged:
             self.assertEqual(self.answer(server, "chat,\xe9"), (101, None))
@@ -230,7 +230,7 @@ class Subprotocols(ServerTestCase):
         self.assertIn(r"offers the subprotocol chat, \xe9", logged.output[0])
 
     def test_admit(self) -> None:
-        """It sees what was chosen and may choose itself: among others, where a token stands in the field."""
+        """admit sees the chosen subprotocol, and may choose another, for example if the field has a token."""
 
         class Token(Recorder):
             def admit(self, client: pywebsock.WebSocketHandler) -> None:

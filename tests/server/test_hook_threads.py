@@ -1,4 +1,4 @@
-"""The threads that run hooks: one order for each client, one thread while none of them waits. No server."""
+"""The threads that run hooks: one order for each client, one thread while no hook blocks. There is no server."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tests.tools.support import DEADLINE, IS_WINE, eventually, in_thread
 
 
 class HooksTestCase(unittest.TestCase):
-    """The threads; the test is the loop, which relieves those that are stuck."""
+    """The test does the work of the loop, which starts a thread in place of a blocked one."""
 
     def setUp(self) -> None:
         self.hooks = pywebsock.Hooks()
-        self.go_on = threading.Event()  # ends every call that blocks
+        self.go_on = threading.Event()  # ends all calls that block
         self.addCleanup(self.stop)
 
     def stop(self) -> None:
-        """All threads end."""
+        """End all threads."""
         self.go_on.set()
         self.wait()
         self.hooks.stop()
         eventually(lambda: not self.workers())
 
     def workers(self) -> list[threading.Thread]:
-        """The threads of hooks that there are."""
+        """Return the hook threads."""
         return [thread for thread in threading.enumerate() if thread.name == "pywebsock hooks"]
 
     def wait(self, number: int = 0) -> None:
-        """Relieve workers, as the loop does, until at most so many inboxes are busy."""
+        """Relieve workers, as the loop does, until at most this number of inboxes is busy."""
 
         def done() -> bool:
             self.hooks.relieve()
@@ -45,7 +45,7 @@ class HooksTestCase(unittest.TestCase):
         eventually(done)
 
     def relieve_until(self, condition: typing.Callable[[], object]) -> None:
-        """Relieve workers until something holds."""
+        """Relieve workers until a condition holds."""
 
         def holds() -> object:
             self.hooks.relieve()
@@ -54,7 +54,7 @@ class HooksTestCase(unittest.TestCase):
         eventually(holds)
 
     def block(self) -> pywebsock.Inbox:
-        """An inbox with a call that blocks until go_on, and has begun."""
+        """Return an inbox whose call has started, and blocks until `go_on`."""
         begun, inbox = threading.Event(), pywebsock.Inbox()
 
         def call() -> None:
@@ -67,10 +67,10 @@ class HooksTestCase(unittest.TestCase):
 
 
 class Order(HooksTestCase):
-    """The calls of one inbox run one at a time, in the order in which they came."""
+    """The calls of one inbox run one at a time, in the order of submission."""
 
     def test_many_inboxes(self) -> None:
-        """From several threads, with workers that are stuck at times."""
+        """Several threads submit, and some calls block."""
         inboxes = [pywebsock.Inbox() for _ in range(20)]
         ran: dict[int, list[int]] = collections.defaultdict(list)
         running: set[int] = set()
@@ -96,8 +96,8 @@ class Order(HooksTestCase):
         self.assertEqual(ran, {which: list(range(200)) for which in range(20)})
         self.assertEqual(together, [])
 
-    def test_behind_one_that_blocks(self) -> None:
-        """The next call of the same inbox waits for it, whatever workers there are."""
+    def test_after_a_call_that_blocks(self) -> None:
+        """The next call of an inbox waits for a blocked one, even if there are free workers."""
         ran: list[str] = []
         inbox = self.block()
         self.hooks.submit(inbox, lambda: ran.append("next"))
@@ -110,7 +110,7 @@ class Order(HooksTestCase):
         self.assertEqual(ran, ["another", "next"])
 
     def test_a_call_submits(self) -> None:
-        """What it submits to its own inbox runs after those that wait already."""
+        """A call that a call submits to its own inbox runs after those that wait already."""
         ran: list[int] = []
         inbox = self.block()
         self.hooks.submit(inbox, lambda: self.hooks.submit(inbox, lambda: ran.append(2)))
@@ -120,7 +120,7 @@ class Order(HooksTestCase):
         self.assertEqual(ran, [1, 2])
 
     def test_any_exception(self) -> None:
-        """One that a call raises costs neither its worker nor the calls behind it."""
+        """An exception in a call ends neither the worker nor the calls after it."""
         ran: list[int] = []
         inbox = pywebsock.Inbox()
 
@@ -136,10 +136,10 @@ class Order(HooksTestCase):
 
 
 class Workers(HooksTestCase):
-    """How many threads there are, and when."""
+    """The number of threads."""
 
-    def test_one_while_none_is_stuck(self) -> None:
-        """From the first call on, and again after each pause: a thread that is on its way counts."""
+    def test_one_while_no_call_blocks(self) -> None:
+        """One thread runs all calls, also after a pause; a thread that is starting counts."""
         for _ in range(50):
             self.hooks = pywebsock.Hooks()
             threads: set[int] = set()
@@ -159,8 +159,8 @@ class Workers(HooksTestCase):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
             eventually(lambda: ran)
 
-    def test_woken_when_it_gives_up(self) -> None:
-        """A worker that is woken in the moment in which it has waited for long enough does the work."""
+    def test_woken_at_its_timeout(self) -> None:
+        """A worker that is woken at the moment of its timeout does the work."""
         chance = random.Random(1)
         ran: list[int] = []
         with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.0005):
@@ -169,11 +169,11 @@ class Workers(HooksTestCase):
                 end = time.monotonic() + chance.uniform(0, 0.001)
                 while time.monotonic() < end:
                     pass
-            eventually(lambda: len(ran) == 1000)  # and nobody relieves anybody
+            eventually(lambda: len(ran) == 1000)  # without relief
         self.assertEqual((self.hooks._coming, self.hooks._busy), (0, 0))
 
     def test_relief(self) -> None:
-        """A worker that is stuck is replaced, when the loop looks on; not one that has just begun."""
+        """The loop replaces a blocked worker, but not one that has just started its call."""
         ran: list[int] = []
         with unittest.mock.patch.object(pywebsock, "STUCK_TIME", DEADLINE):
             self.block()
@@ -186,8 +186,8 @@ class Workers(HooksTestCase):
         eventually(lambda: not self.hooks.is_waiting)
         self.assertEqual(len(self.workers()), 2)
 
-    def test_one_that_was_stuck(self) -> None:
-        """It counts again when it goes on: then nobody else is needed."""
+    def test_blocked_worker_goes_on(self) -> None:
+        """A worker counts again after its call has blocked; then no other is needed."""
         self.block()
         self.relieve_until(lambda: self.hooks._stuck)
         self.go_on.set()
@@ -208,7 +208,7 @@ class Workers(HooksTestCase):
         held.set()
         self.relieve_until(lambda: begun.is_set() and self.hooks._stuck)
         self.go_on.set()
-        eventually(lambda: stuck)  # and nobody looks on
+        eventually(lambda: stuck)  # without relief
         self.assertEqual(stuck, [0])
 
     def test_many_that_block(self) -> None:
@@ -236,7 +236,7 @@ class Workers(HooksTestCase):
         eventually(lambda: not self.workers())
 
     def test_no_more_threads(self) -> None:
-        """Where none can be started, the calls wait until one can."""
+        """If no thread can be started, the calls wait until one can."""
         ran: list[int] = []
         with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
@@ -255,7 +255,7 @@ class Workers(HooksTestCase):
         self.assertEqual(self.hooks._busy, 2)
 
     def test_stop(self) -> None:
-        """Workers end, those that wait at once, those that run something when that is done."""
+        """Workers end: idle ones at once, busy ones after their call."""
         inbox = self.block()
         ran: list[int] = []
         self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
@@ -271,7 +271,7 @@ class Workers(HooksTestCase):
 
 
 class Journal(HooksTestCase):
-    """Lines of the log are written in order, by a worker; of too many that wait, the newest are left out."""
+    """A worker writes log lines in order; if too many wait, the newest are dropped."""
 
     def test_order(self) -> None:
         log = logging.getLogger("pywebsock")

@@ -1,4 +1,4 @@
-"""Hooks, and what they and any other thread may call."""
+"""Hooks, and the methods for any thread."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.tools.support import (
 
 
 class Hooks(ServerTestCase):
-    """An exception in a hook is logged with its traceback and closes that client with 1011; nobody else notices."""
+    """An exception in a hook is logged with its traceback and closes only that client, with 1011."""
 
     class Server(Recorder):
-        """Fails where a client's path or message says so."""
+        """Raises an exception in the hook that a client's path or message names."""
 
         def on_open(self, client: pywebsock.WebSocketHandler) -> None:
             if client.target == "/open":
@@ -41,7 +41,7 @@ class Hooks(ServerTestCase):
                 raise LookupError("in on_close")
 
     def check(self, data: bytes, code: int, what: str) -> None:
-        """What a client sends gets it this code and the log a traceback; another client gets the good message alone."""
+        """Send messages: the client gets this code, the log a traceback, another client only the valid message."""
         server = self.serve(self.Server)
         witness, client = self.connect(server), self.connect(server, handshake=False)
         with self.assertLogs("pywebsock", "ERROR") as logged:
@@ -68,12 +68,12 @@ class Hooks(ServerTestCase):
         close = masked_frame(CLOSE, b"\x03\xe8")
         self.check(request(target="/close") + masked_frame(TEXT, b"good") + close, 1000, "in on_close")
 
-    def test_each_in_its_own_thread(self) -> None:
-        """A hook may take its time: only its client waits."""
+    def test_a_hook_may_block(self) -> None:
+        """A hook may block: only its client waits."""
         go_on = threading.Event()
 
         class Server(Recorder):
-            """Waits where a message says so."""
+            """A server whose hook blocks for one message."""
 
             def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
                 if message == "wait":
@@ -105,7 +105,7 @@ class Hooks(ServerTestCase):
 
     def test_a_hook_may_call_everything(self) -> None:
         class Server(Recorder):
-            """Answers, tells all, and ends it."""
+            """A server whose hook sends, broadcasts and closes."""
 
             def on_open(self, client: pywebsock.WebSocketHandler) -> None:
                 client.send("welcome")
@@ -135,7 +135,7 @@ class Hooks(ServerTestCase):
 
 
 class AnyThread(ServerTestCase):
-    """broadcast, send and close check what they are given where they are called."""
+    """broadcast, send and close check their arguments in the thread of the caller."""
 
     def setUp(self) -> None:
         self.server = self.serve()
@@ -143,7 +143,7 @@ class AnyThread(ServerTestCase):
         (self.handler,) = self.server.clients
 
     def tearDown(self) -> None:
-        """Whatever was refused, nothing of it was sent, and all goes on."""
+        """After each refusal, no message was sent, and the server goes on."""
         self.server.broadcast("end")
         self.assertEqual(self.client.read(), "end")
 
@@ -175,7 +175,7 @@ class AnyThread(ServerTestCase):
         for code in (-1, 0, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65536):
             with self.subTest(code=code), self.assertRaises(ValueError):
                 self.handler.close(code)
-        lone = "\ud800"  # half of a surrogate pair: no UTF-8 for it
+        lone = "\ud800"  # half of a surrogate pair, which has no UTF-8
         with self.assertRaises(ValueError):
             self.server.broadcast(lone)
         with self.assertRaises(ValueError):
@@ -210,7 +210,7 @@ class AnyThread(ServerTestCase):
         handler.close()
 
     def test_large_broadcast(self) -> None:
-        """The limit is for what clients send; a large message does not wait for ever in the queue."""
+        """max_message is for messages of clients; a larger broadcast passes through the queue."""
         message = bytes(range(256)) * 4 * 1024 * 6  # 6 MiB
         with in_thread(self.server.broadcast, message):
             self.assertEqual(self.client.read(), message)

@@ -1,4 +1,4 @@
-"""HTTP on the same port, who may connect, and what reaches the log (RFC 9110, 9112; RFC 6455 10.2)."""
+"""HTTP on the same port, origins, and the log (RFC 9110, 9112; RFC 6455 10.2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = "pywebsock.html"
 
 
 def http(method: str, target: str = "/", body: bytes = b"", **fields: str | None) -> bytes:
-    """An ordinary request; fields by their name with _ for -, None to leave one out."""
+    """Return a request; header fields are keyword arguments, with _ for -, and None for no such field."""
     lines = {"Host": "localhost:4545", "Content_Length": str(len(body)) if body else None, **fields}
     head = [f"{method} {target} HTTP/1.1"]
     head += [f"{name.replace('_', '-')}: {value}" for name, value in lines.items() if value is not None]
@@ -24,7 +24,7 @@ def http(method: str, target: str = "/", body: bytes = b"", **fields: str | None
 
 
 class Page(ServerTestCase):
-    """GET / is the page that lies beside the module."""
+    """GET / returns the page."""
 
     def test_get(self) -> None:
         port = self.serve().server_address[1]
@@ -43,13 +43,13 @@ class Page(ServerTestCase):
         self.assertEqual(exchange(port, http("HEAD"))[2], b"")
 
     def test_policy(self) -> None:
-        """That of the page itself, as a header (whose value is here in lower case)."""
+        """The header field is the policy of the page itself (the value here is in lower case)."""
         policy = exchange(self.serve().server_address[1], http("GET"))[1]["content-security-policy"]
         self.assertRegex(policy, "^default-src 'none'; [ -~]*; frame-ancestors 'none'$")
         self.assertIn(policy.rpartition(";")[0], " ".join((ROOT / PAGE).read_text("utf-8").lower().split()))
 
     def test_http_1_0(self) -> None:
-        """Without a Host, which HTTP/1.0 does not require."""
+        """HTTP/1.0 requires no Host."""
         port = self.serve().server_address[1]
         self.assertEqual(exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 
@@ -62,7 +62,7 @@ class Page(ServerTestCase):
 
 
 class Status(ServerTestCase):
-    """GET /status is JSON for monitoring."""
+    """GET /status returns JSON for monitoring."""
 
     def test_figures(self) -> None:
         server = self.serve()
@@ -70,7 +70,7 @@ class Status(ServerTestCase):
         for message in ("12345", b"678"):
             client.send(message)
             client.read()
-        eventually(lambda: server.status()["messages"] == 2)  # they are counted after they have been sent
+        eventually(lambda: server.status()["messages"] == 2)  # messages are counted after they were sent
         status, fields, body = exchange(server.server_address[1], http("GET", "/status"))
         self.assertEqual((status, fields["content-type"]), (200, "application/json"))
         figures = json.loads(body)
@@ -84,7 +84,7 @@ class Status(ServerTestCase):
         self.assertEqual((status, fields["content-type"], body), (200, "application/json", b""))
 
     def test_names(self) -> None:
-        """DNS rebinding: a page from a name that was made to point here has no Origin with GET."""
+        """DNS rebinding: a page from a name that points to this machine sends no Origin with GET."""
         listed = ["https://chat.example.com", "http://*.intern:8080"]
         for origins, host, expected in (
             *(((), host, 200) for host in ("localhost", "a.localhost:1", "127.0.0.1:4545", "[::1]", "LOCALHOST:4545")),
@@ -107,13 +107,13 @@ class Status(ServerTestCase):
                     hint = body.decode().partition("--origin ")[2].partition(" ")[0]
                     port = self.serve(origins=[hint]).server_address[1]
                     self.assertEqual(exchange(port, http("GET", "/status", Host=host))[0], 200)
-        self.assertEqual(exchange(port, http("GET", Host="evil.example"))[0], 200)  # the page is no secret
+        self.assertEqual(exchange(port, http("GET", Host="evil.example"))[0], 200)  # the page is public
 
 
 class Post(ServerTestCase):
     """POST / broadcasts its body: curl -d 'deploy done' localhost:4545."""
 
-    FORM = "application/x-www-form-urlencoded"  # what curl -d says
+    FORM = "application/x-www-form-urlencoded"  # the type that curl -d sends
 
     BODIES = (
         (b"deploy done", FORM, "deploy done"),
@@ -194,7 +194,7 @@ class Post(ServerTestCase):
         self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 202 "))
 
     def test_chunked(self) -> None:
-        """RFC 9112 7.1, as programs send what they do not know the length of; what comes behind it is nothing."""
+        """RFC 9112 7.1: chunks, as programs send data of unknown length; later data is ignored."""
         server = self.serve(max_message=100_000)
         client, poster = self.connect(server), self.connect(server, handshake=False)
         poster.send_raw(http("POST", Transfer_Encoding="chunked", Expect="100-continue"))
@@ -209,7 +209,7 @@ class Post(ServerTestCase):
         self.assertEqual([client.read(), client.read()], ["chunks!!!", "end"])
 
     def test_100_continue(self) -> None:
-        """curl asks for it before a body of some size."""
+        """curl expects it before a large body."""
         server = self.serve()
         client, poster = self.connect(server), self.connect(server, handshake=False)
         poster.send_raw(http("POST", Content_Length="5", Expect="100-continue"))
@@ -218,10 +218,10 @@ class Post(ServerTestCase):
         self.assertEqual(client.read(), "Hello")
         self.assertTrue(poster.read_all().startswith(b"HTTP/1.1 202 "))
         refused = exchange(server.server_address[1], http("POST", Content_Length="9" * 18, Expect="100-continue"))
-        self.assertEqual(refused[0], 413)  # and no 100 before
+        self.assertEqual(refused[0], 413)  # without a 100 before
 
-    def test_100_continue_is_not_for_everybody(self) -> None:
-        """RFC 9110 10.1.1: not for HTTP/1.0, where nobody knows what 100 means; nor for what else is expected."""
+    def test_no_100_continue(self) -> None:
+        """RFC 9110 10.1.1: no 100 for HTTP/1.0, which does not know it, or for other expectations."""
         port = self.serve().server_address[1]
         asked = http("POST", body=b"Hello", Expect="100-Continue")
         for data, status in (
@@ -275,7 +275,7 @@ class Elsewhere(ServerTestCase):
                 self.assertEqual(set(fields["allow"].split(", ")) if "allow" in fields else None, allowed)
 
     def test_log(self) -> None:
-        """It names what was asked for; clients of frameworks do not speak plain WebSocket."""
+        """The log has the path of the request, and a hint for clients of other protocols."""
         port = self.serve().server_address[1]
         for target, named, hint in (
             ("/nothing?token=secret", "/nothing is not here", False),
@@ -291,7 +291,7 @@ class Elsewhere(ServerTestCase):
 
 
 class Options(ServerTestCase):
-    """What a browser asks before it sends what a form could not (Fetch 3.3, 4.8), and health checkers ask."""
+    """OPTIONS: preflight requests of browsers (Fetch 3.3, 4.8) and health checks."""
 
     ASKED: typing.ClassVar[dict[str, typing.Any]] = {
         "Access_Control_Request_Method": "POST",
@@ -326,10 +326,10 @@ class Options(ServerTestCase):
             with self.subTest(target):
                 status, fields, body = exchange(port, http("OPTIONS", target))
                 self.assertEqual((status, fields, body), (204, {"allow": allowed, "connection": "close"}, b""))
-        self.assertEqual(exchange(port, b"OPTIONS / HTTP/1.0\r\n\r\n")[0], 204)  # as HAProxy asks
+        self.assertEqual(exchange(port, b"OPTIONS / HTTP/1.0\r\n\r\n")[0], 204)  # from HAProxy
 
     def test_the_page_may_read_the_response(self) -> None:
-        """With credentials, for which * does not do, and of a refusal, too."""
+        """Also with credentials, for which * is not enough, and after a refusal."""
 
         class Server(Recorder):
             refusal = HandshakeError(401, "no token", ("WWW-Authenticate", "Bearer"))
@@ -372,13 +372,13 @@ class Host(ServerTestCase):
 
 LISTED = ("https://example.com", "http://[2001:db8::1]:80")
 
-# --origin, Host, Origin, whether it may connect
+# --origin, Host, Origin, whether the client may connect
 ORIGINS = (
     # programs
     ((), "localhost:4545", None, True),
     ((), "example.com", None, True),
     (LISTED, "localhost:4545", None, True),
-    # the page from disk: as the browser has it
+    # the page from disk, in browsers
     ((), "localhost:4545", "null", True),
     ((), "localhost:4545", "file://", True),
     ((), "192.168.1.2:4545", "null", True),
@@ -395,7 +395,7 @@ ORIGINS = (
     ((), "192.168.1.2:4545", "http://192.168.1.2:4545", True),
     ((), "192.168.1.2:80", "http://192.168.1.2", True),
     ((), "chat.localhost:4545", "http://chat.localhost:4545", True),
-    # the page from this server, as libraries have it
+    # the page from this server, in libraries
     ((), "localhost:4545", "http://localhost:4545/", True),
     ((), "localhost:4545", "ws://localhost:4545", True),
     ((), "[::1]:4545", "http://[::1]:4545", True),
@@ -415,7 +415,7 @@ ORIGINS = (
     ((), "localhost:4545", "chrome-extension://abc", False),
     ((), "localhost:4545", "", False),
     ((), "localhost:4545", "http://localhost:4545, http://localhost:4545", False),
-    # DNS rebinding: a name that was made to point here
+    # DNS rebinding: a name that points to this machine
     ((), "evil.example:4545", "http://evil.example:4545", False),
     ((), "localhost.evil.example:4545", "http://localhost.evil.example:4545", False),
     ((), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", False),
@@ -440,10 +440,10 @@ ORIGINS = (
 
 
 class Origin(ServerTestCase):
-    """Who may connect: other people's web pages must not reach a server on the user's own machine."""
+    """Web pages of other sites must not reach a server on the user's own machine."""
 
     def test_origins(self) -> None:
-        """The same rule for upgrades and POST; whoever may not, changes nothing."""
+        """The same rule holds for WebSockets and POST; a refused POST is not broadcast."""
         for origins in dict.fromkeys(case[0] for case in ORIGINS):
             server = self.serve(origins=origins)
             port = server.server_address[1]
@@ -459,8 +459,8 @@ class Origin(ServerTestCase):
                     server.broadcast("next")
                     self.assertEqual([witness.read() for _ in range(1 + may)], ["posted", "next"][1 - may :])
 
-    def test_a_page_may_ask_why(self) -> None:
-        """A browser tells no page why its WebSocket was refused; GET does, and lets those read who may connect."""
+    def test_reason_by_get(self) -> None:
+        """A browser does not tell a page why its WebSocket was refused; a GET does, and any origin may read that."""
         port = self.serve().server_address[1]
         for target in ("/", "/status"):
             status, fields, body = exchange(port, http("GET", target, Origin="https://example.com"))
@@ -470,8 +470,8 @@ class Origin(ServerTestCase):
             self.assertEqual((status, fields["access-control-allow-origin"]), (200, "null"))
             self.assertEqual(exchange(port, http("GET", target))[0], 200)
 
-    def test_a_page_may_say_its_origin(self) -> None:
-        """In the query, where its browser sends none; it counts no more than that, and never gets into the answer."""
+    def test_origin_in_the_query(self) -> None:
+        """If the browser sends no Origin, a GET may have it in the query; it never appears in the response."""
         for origins in ((), ("*",)):
             port = self.serve(origins=origins).server_address[1]
             for said, status in (
@@ -501,7 +501,7 @@ class Origin(ServerTestCase):
 
 
 class Log(ServerTestCase):
-    """Bytes from the network are escaped before they reach a log."""
+    """Data from the network is escaped before it is logged."""
 
     HOSTILE = (
         request(Origin="http://a\x1b[2Jb"),
@@ -533,7 +533,7 @@ class Log(ServerTestCase):
         self.check(logged.output)
 
     def check(self, lines: list[str]) -> None:
-        """One line, of printable ASCII, not too long."""
+        """Check that the log has one short line of printable ASCII."""
         self.assertEqual(len(lines), 1)
         self.assertTrue(lines[0].isascii() and lines[0].isprintable(), ascii(lines[0]))
         self.assertLess(len(lines[0]), 1000)

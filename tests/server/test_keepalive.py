@@ -1,4 +1,4 @@
-"""Ping, Pong, and what the server learns from them (RFC 6455 5.5.2, 5.5.3)."""
+"""Ping, Pong and keepalive (RFC 6455 5.5.2, 5.5.3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tools.support import (
 
 
 class Ping(ServerTestCase):
-    """RFC 6455 5.5.2: a Ping is answered, and nobody else's business."""
+    """RFC 6455 5.5.2: a Ping is answered, and not broadcast."""
 
     def test_payload_comes_back(self) -> None:
         client = self.connect(self.serve())
@@ -33,7 +33,7 @@ class Ping(ServerTestCase):
                 self.assertEqual(client.read_frame(), Frame(True, False, PONG, payload))
 
     def test_in_order_with_messages(self) -> None:
-        """A Pong comes behind the messages that came before its Ping."""
+        """A Pong comes after the messages that came before its Ping."""
         client = self.connect(self.serve(pywebsock.BroadcastServer))
         client.send_raw(masked_frame(TEXT, b"1") + masked_frame(PING, b"2"))
         frames = [client.read_frame() for _ in range(2)]
@@ -56,13 +56,13 @@ class Pong(ServerTestCase):
         client.send("still here")
         self.assertEqual(client.read_frame(), Frame(True, False, TEXT, b"still here"))
 
-    def test_newest_is_enough_for_a_client_that_does_not_read(self) -> None:
-        """Where pongs would have to wait, the newest is kept: pings cannot fill the memory."""
+    def test_newest_pong_for_a_stuck_client(self) -> None:
+        """If Pongs must wait, only the newest is kept, so Pings cannot fill the memory."""
         server = self.serve()
         faults.small_buffers(server)
         reader, sleeper = self.connect(server), self.connect(server, small=True)
         for _ in range(4):
-            server.broadcast(bytes(250_000))  # far more than both buffers: it has a backlog
+            server.broadcast(bytes(250_000))  # far more than both buffers, so the client has a backlog
         pings = 5000
         sleeper.send_raw(b"".join(masked_frame(PING, b"%d" % i) for i in range(pings)))
         sleeper.send("awake")
@@ -77,7 +77,7 @@ class Pong(ServerTestCase):
 
 
 class Keepalive(ServerTestCase):
-    """RFC 6455 5.5.2: a Ping finds out who is still there."""
+    """RFC 6455 5.5.2: a Ping finds clients that have vanished."""
 
     def test_ping_and_pong(self) -> None:
         server = self.serve(ping_interval=0.05, ping_timeout=60)
@@ -96,8 +96,8 @@ class Keepalive(ServerTestCase):
         eventually(lambda: [heard[:2] for heard in server.heard] == [("open", "/"), ("close", 1006)])
         self.assertEqual(len(server.clients), 0)
 
-    def test_many_who_leave_hide_no_drop(self) -> None:
-        """The log's limit has a number for each of the two."""
+    def test_many_leaving_clients_hide_no_drop(self) -> None:
+        """The limit of log lines counts leaving and dropped clients separately."""
         limit = pywebsock.FloodFilter()
         pywebsock.log.addFilter(limit)
         self.addCleanup(pywebsock.log.removeFilter, limit)
@@ -116,7 +116,7 @@ class Keepalive(ServerTestCase):
         self.assertEqual(client.read_all(), b"\x89\x00")
 
     def test_a_client_that_only_listens_is_pinged(self) -> None:
-        """Broadcasts that go out are no sign of life."""
+        """Broadcasts to a client do not show that it is alive."""
         server = self.serve(ping_interval=0.2, ping_timeout=60)
         client = self.connect(server)
         enough = threading.Event()
@@ -133,7 +133,7 @@ class Keepalive(ServerTestCase):
                 enough.set()
 
     def test_a_stuck_client_is_removed(self) -> None:
-        """No Ping can reach it, but nothing that waits for it moves."""
+        """No Ping can reach a stuck client, but its queue makes no progress."""
         server = self.serve(ping_interval=3600, send_timeout=0.2)
         faults.small_buffers(server)
         self.connect(server, small=True)

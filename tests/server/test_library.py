@@ -1,4 +1,4 @@
-"""BroadcastServer as a library, as the README has it."""
+"""BroadcastServer as a library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, event
 
 
 class Chat(BroadcastServer):
-    """The example of the README."""
+    """A chat that names the sender."""
 
     def on_open(self, client: WebSocketHandler) -> None:
         client.send(f"welcome, {client.address}")
@@ -27,13 +27,13 @@ class Chat(BroadcastServer):
 
 
 def address(client: Client) -> str:
-    """What the server must call this client."""
+    """Return the server's name for this client."""
     host, port = client.socket.getsockname()
     return f"{host}:{port}"
 
 
 class Example(ServerTestCase):
-    """What one does with it first."""
+    """The first steps."""
 
     def test_chat(self) -> None:
         server = self.serve(Chat)
@@ -57,7 +57,7 @@ class Example(ServerTestCase):
         self.assertEqual([b.read() for _ in range(3)], [*lines, f"welcome, {address(b)}"])
 
     def test_context_manager(self) -> None:
-        """serve_forever in one thread, shutdown in another; the with statement ends with server_close."""
+        """serve_forever runs in one thread, shutdown in another; the with statement ends with server_close."""
         with Chat(("127.0.0.1", 0)) as server:
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
             thread.start()
@@ -73,12 +73,12 @@ class Example(ServerTestCase):
             self.connect(server)
 
     def test_never_served(self) -> None:
-        """A server that was only made is closed without ado."""
+        """A server that never served can be closed."""
         with BroadcastServer(("127.0.0.1", 0)) as server:
             server.broadcast("nobody hears this")
 
     def test_names(self) -> None:
-        """It is what it says: a socketserver, and these names are public."""
+        """The server is a socketserver, and these names are public."""
         self.assertTrue(issubclass(BroadcastServer, socketserver.ThreadingTCPServer))
         self.assertTrue(issubclass(WebSocketHandler, socketserver.BaseRequestHandler))
         for name in pywebsock.__all__:
@@ -87,10 +87,10 @@ class Example(ServerTestCase):
 
 
 class Settings(ServerTestCase):
-    """Commented class attributes, which keyword arguments set for one server."""
+    """Class attributes, which keyword arguments set for one server."""
 
     def make(self, **settings: typing.Any) -> BroadcastServer:
-        """A server that does not listen."""
+        """Make a server that does not listen."""
         server = BroadcastServer(("127.0.0.1", 0), bind_and_activate=False, **settings)
         self.addCleanup(server.server_close)
         return server
@@ -107,7 +107,7 @@ class Settings(ServerTestCase):
 
     def test_class_attribute(self) -> None:
         class Small(BroadcastServer):
-            """Short messages only."""
+            """A server for short messages."""
 
             max_message = 5
 
@@ -120,7 +120,7 @@ class Settings(ServerTestCase):
 
     def test_setting_of_a_subclass(self) -> None:
         class Greeter(BroadcastServer):
-            """Has a setting of its own."""
+            """A server with its own setting."""
 
             greeting = "hello"
 
@@ -137,7 +137,7 @@ class Settings(ServerTestCase):
 
 
 class Subclass(ServerTestCase):
-    """A program's own names do not break the engine: what is not for callers has an underscore."""
+    """Names in a subclass do not break the server, whose internal names have an underscore."""
 
     NAMES = (
         *("join", "leave", "accept", "close", "drop", "forget", "flush", "write", "pong", "deliver", "compress", "run"),
@@ -149,11 +149,11 @@ class Subclass(ServerTestCase):
     )
 
     def test_attributes(self) -> None:
-        """Each is nonsense in the server and in its handlers, and all goes on."""
+        """Attributes with common names, in the server and in its handlers."""
         nonsense = dict.fromkeys(self.NAMES, "nonsense")
 
         class Server(type("Base", (BroadcastServer,), nonsense)):  # type: ignore[misc]
-            """Makes its handlers of the other type."""
+            """A server with another handler class."""
 
             def __init__(self, address: tuple[str, int], **settings: typing.Any) -> None:
                 super().__init__(address, handler_type, **settings)
@@ -172,10 +172,10 @@ class Subclass(ServerTestCase):
         self.assertEqual(b.read_close()[0], 1000)
 
     def test_methods(self) -> None:
-        """So are methods, which would be called; nobody calls them."""
+        """Methods with common names, which are never called."""
 
         class Server(BroadcastServer):
-            """Has methods with names that the engine likes, too."""
+            """A server with methods of these names."""
 
             def join(self, *_: object) -> None:
                 raise AssertionError("not yours")
@@ -208,10 +208,10 @@ class Subclass(ServerTestCase):
         self.assertEqual(traced, ["on_open", "on_message", "on_close"])
 
     def test_before_the_constructor(self) -> None:
-        """A hook may use what the program sets after super().__init__(): nobody is served before serve_forever()."""
+        """No client is served before serve_forever(), so hooks see attributes that are set after super().__init__()."""
 
         class Late(BroadcastServer):
-            """Sets its attributes late."""
+            """A server that sets an attribute after the constructor of its base class."""
 
             def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
                 super().__init__(*arguments, **settings)
@@ -224,7 +224,7 @@ class Subclass(ServerTestCase):
 
 
 class To(ServerTestCase):
-    """broadcast(message, to=clients): to some, as one operation in the one order."""
+    """broadcast(message, to=clients) sends to some clients, in the one order."""
 
     def setUp(self) -> None:
         self.server = self.serve(history=10)
@@ -236,7 +236,7 @@ class To(ServerTestCase):
             self.handlers += self.server.clients - before
 
     def check(self, *expected: list[str]) -> None:
-        """What each of them has got, up to an end that all get."""
+        """Check the messages of each client, up to a message that all get."""
         self.server.broadcast("end")
         for client, messages in zip(self.clients, expected):
             self.assertEqual([client.read() for _ in range(len(messages) + 1)], [*messages, "end"])
@@ -258,7 +258,7 @@ class To(ServerTestCase):
         self.assertEqual(self.server.status()["messages"], 1)
 
     def test_long_and_compressed(self) -> None:
-        """Each in the form that it has negotiated."""
+        """Each client gets the form that it has negotiated."""
         squeezed = self.connect(self.server, Sec_WebSocket_Extensions=DEFLATE)
         text = "compressible " * 1000
         self.server.broadcast(text, to=self.server.clients)
@@ -267,7 +267,7 @@ class To(ServerTestCase):
         self.assertTrue(frame.rsv1 and len(frame.payload) < 1000)
 
     def test_gone(self) -> None:
-        """Who has gone gets nothing, and nobody else notices."""
+        """A client that has left gets no message; others are not affected."""
         gone = self.handlers.pop()
         client = self.clients.pop()
         client.close()
@@ -277,7 +277,7 @@ class To(ServerTestCase):
         self.check(["x"], ["x"])
 
     def test_of_another_server(self) -> None:
-        """A client of another server is not here."""
+        """A client of another server gets no message."""
         other = self.serve()
         client = self.connect(other)
         self.server.broadcast("x", to=other.clients | {self.handlers[0]})
@@ -286,14 +286,14 @@ class To(ServerTestCase):
         self.check(["x"], [], [])
 
     def test_no_clients(self) -> None:
-        """What is no client is an error where it is said, and nothing was sent."""
+        """A recipient that is not a client raises TypeError in the caller, and no message is sent."""
         for to in (1, "abc", [None], ["x"], self.server, [self.server], [self.handlers[0], "x"], object()):
             with self.subTest(to=to), self.assertRaises(TypeError):
                 self.server.broadcast("never", to=to)  # type: ignore[arg-type]
         self.check([], [], [])
 
     def test_one_client_in_the_place_of_a_list(self) -> None:
-        """The commonest mistake."""
+        """A common mistake."""
         with self.assertRaises(TypeError):
             self.server.broadcast("never", to=self.handlers[0])  # type: ignore[arg-type]
 
@@ -307,7 +307,7 @@ class To(ServerTestCase):
         self.check([], [], [])
 
     def test_one_order(self) -> None:
-        """Whoever gets two messages gets them in the order of everybody else, from whatever threads they come."""
+        """Two messages have the same order for all clients that get both, from any threads."""
         rounds, threads = 300, 3
 
         def say(number: int) -> None:
@@ -330,13 +330,13 @@ class To(ServerTestCase):
 
 
 class Clients(ServerTestCase):
-    """What a hook may know about a client, and do with it."""
+    """The attributes and methods of a client."""
 
     def test_path_headers_address(self) -> None:
         known: list[WebSocketHandler] = []
 
         class Server(BroadcastServer):
-            """Remembers its clients."""
+            """A server that keeps a list of its clients."""
 
             def on_open(self, client: WebSocketHandler) -> None:
                 known.append(client)
@@ -350,10 +350,10 @@ class Clients(ServerTestCase):
         self.assertEqual(known[0].headers["host"], "localhost:4545")
 
     def test_address_from_a_field(self) -> None:
-        """Bytes from the network are escaped and cut before they reach a log, also where a hook puts them there."""
+        """Data from the network is escaped and cut before it is logged, even if a hook puts it into client.address."""
 
         class Server(BroadcastServer):
-            """Behind a proxy."""
+            """A server behind a proxy."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 client.address = client.headers["x-forwarded-for"]
@@ -377,10 +377,10 @@ class Clients(ServerTestCase):
                 self.assertEqual(logged.records[0].getMessage().split(" ")[0], known)
 
     def test_rooms_by_path(self) -> None:
-        """A use of path: who has the same one hears each other."""
+        """Rooms by path: clients with the same path get each other's messages."""
 
         class Rooms(BroadcastServer):
-            """Sends to those with the same path."""
+            """A server that sends to clients with the same path."""
 
             def on_message(self, client: WebSocketHandler, message: pywebsock.Message) -> None:
                 for other in tuple(self.clients):
@@ -395,7 +395,7 @@ class Clients(ServerTestCase):
 
     def test_send_and_close_in_on_open(self) -> None:
         class Doorman(BroadcastServer):
-            """Lets in who knows the word."""
+            """A server that admits clients with a password."""
 
             def on_open(self, client: WebSocketHandler) -> None:
                 if client.headers.get("authorization") != "Bearer open sesame":
@@ -412,16 +412,16 @@ class Clients(ServerTestCase):
         good.send("hello")
         self.assertEqual(good.read(), "hello")
 
-    def test_a_handler_of_ones_own(self) -> None:
-        """RequestHandlerClass, as everywhere in socketserver."""
+    def test_another_handler_class(self) -> None:
+        """RequestHandlerClass, as in socketserver."""
 
         class Handler(WebSocketHandler):
-            """Counts."""
+            """A handler with a counter."""
 
             count = 0
 
         class Counter(BroadcastServer):
-            """Answers with the number of the message."""
+            """A server that sends the number of each message."""
 
             def on_message(self, client: WebSocketHandler, message: pywebsock.Message) -> None:
                 assert isinstance(client, Handler)

@@ -1,4 +1,4 @@
-"""The hooks of a library program: who gets in, what may be posted, what a hook may raise and call."""
+"""The hooks of a library program: admission, POSTs, exceptions in hooks, and calls of methods in hooks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ GOODBYE = (1001, "")
 
 
 def post(body: bytes = b"posted", **fields: typing.Any) -> bytes:
-    """A POST with this body."""
+    """Return a POST with this body."""
     changes = {"Upgrade": None, "Connection": None, "Sec_WebSocket_Key": None, "Sec_WebSocket_Version": None}
     return request(**{"method": "POST", "Content_Length": str(len(body)), **changes, **fields}) + body
 
 
 class Tokens(Recorder):
-    """Lets in who knows the word."""
+    """A server that admits clients with a token."""
 
     def admit(self, client: WebSocketHandler) -> None:
         self._tell("admit", client.target)
@@ -56,10 +56,10 @@ class Tokens(Recorder):
 
 
 class Admit(ServerTestCase):
-    """It runs before the 101 and before the body of a POST is read, and its HandshakeError is the response."""
+    """admit runs before the 101, and before the body of a POST is read; its HandshakeError is the response."""
 
     def refusal(self, data: bytes, **settings: typing.Any) -> tuple[int, dict[str, str], bytes]:
-        """What a stranger gets who sends this."""
+        """Return the response to a refused request, and check the log."""
         server = self.serve(Tokens, **settings)
         with self.assertLogs("pywebsock", "WARNING") as logged:
             answer = exchange(server.server_address[1], data)
@@ -78,11 +78,11 @@ class Admit(ServerTestCase):
         self.assertEqual(self.refusal(post())[0], 401)
 
     def test_post_before_its_body(self) -> None:
-        """Who is not admitted need not send 16 MB first; without the answer, this would wait for them."""
+        """A refused client gets the response before it sends its body."""
         self.assertEqual(self.refusal(post(b"", Content_Length="16000000"))[0], 401)
 
     def test_post_that_expects_continue(self) -> None:
-        """A 401 comes in the place of the 100."""
+        """A 401 comes in place of the 100."""
         self.assertEqual(self.refusal(post(b"", Content_Length="6", Expect="100-continue"))[0], 401)
 
     def test_no_history_before_it(self) -> None:
@@ -94,7 +94,7 @@ class Admit(ServerTestCase):
         self.assertEqual(self.connect(server, Authorization="Bearer sesame").read(), "secret")
 
     def test_admitted(self) -> None:
-        """What it writes into client.data is there in the hooks that follow."""
+        """Later hooks see client.data as admit has set it."""
         server = self.serve(Tokens)
         client = self.connect(server, Authorization="Bearer sesame")
         self.assertEqual(exchange(server.server_address[1], post(Authorization="Bearer sesame"))[0], 202)
@@ -102,8 +102,8 @@ class Admit(ServerTestCase):
         server.wait_for("post", "admitted", "posted")
         server.wait_for("open", "admitted")
 
-    def test_nobody_else_is_asked(self) -> None:
-        """The page, the status and what is wrong anyway are not its business."""
+    def test_requests_without_admit(self) -> None:
+        """admit is not called for the page, the status and invalid requests."""
         server = self.serve(Tokens)
         get: dict[str, typing.Any] = {"Upgrade": None, "Sec_WebSocket_Key": None}
         for status, data in (
@@ -118,10 +118,10 @@ class Admit(ServerTestCase):
         self.assertEqual(server.heard, [])
 
     def test_status_cannot_be_a_success(self) -> None:
-        """A hook that makes a wrong refusal is an error of the program: 500, and nobody gets in."""
+        """A HandshakeError with a status of success is an error of the program: the client gets a 500."""
 
         class Wrong(BroadcastServer):
-            """Wants a 200."""
+            """A server that refuses with a 200."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 raise HandshakeError(200, "come in")
@@ -132,10 +132,10 @@ class Admit(ServerTestCase):
         self.assertEqual(server.clients, set())
 
     def test_message_from_the_network(self) -> None:
-        """What a hook says about a stranger may contain what the stranger said: escaped in the log."""
+        """The reason of a refusal may have data from the network, which is escaped in the log."""
 
         class Echo(BroadcastServer):
-            """Says what it was asked for."""
+            """A server whose refusal has the target of the request."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 raise HandshakeError(403, f"not {client.headers['x-name']}")
@@ -147,11 +147,11 @@ class Admit(ServerTestCase):
         self.assertTrue(logged.output[0].isprintable() and logged.output[0].isascii(), logged.output)
 
     def test_method(self) -> None:
-        """What is asked for, whatever else the header says that a stranger would like to be taken for."""
+        """client.method depends on the request line, and not on header fields such as Upgrade."""
         methods: list[str] = []
 
         class Ears(BroadcastServer):
-            """Lets in who listens with one token, and who posts with another."""
+            """A server with one token for WebSockets and another one for POSTs."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 methods.append(client.method)
@@ -168,10 +168,10 @@ class Admit(ServerTestCase):
         self.assertEqual(methods, [*["GET"] * 4, "POST", "POST"])
 
     def test_close_of_a_post(self) -> None:
-        """In on_post, client.close() refuses: on_post may be the same function as on_message."""
+        """In on_post, client.close() refuses, so that on_post may be the same function as on_message."""
 
         class Refuses(BroadcastServer):
-            """Takes nothing."""
+            """A server that refuses POSTs."""
 
             def on_post(self, client: WebSocketHandler, message: pywebsock.Message) -> None:
                 client.close(1008, "you may not")
@@ -179,10 +179,10 @@ class Admit(ServerTestCase):
         self.assertEqual(exchange(self.serve(Refuses).server_address[1], post())[0], 403)
 
     def test_close(self) -> None:
-        """client.close() in it refuses, too."""
+        """client.close() in admit refuses, too."""
 
         class Closer(BroadcastServer):
-            """Closes the door."""
+            """A server that refuses by client.close()."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 client.close(1008, "no")
@@ -191,11 +191,11 @@ class Admit(ServerTestCase):
         self.assertEqual(exchange(server.server_address[1], request())[0], 403)
 
     def test_slow(self) -> None:
-        """Who takes longer than the handshake timeout to decide is waited for: that is not the stranger's fault."""
+        """admit may take longer than the handshake timeout."""
         asked, go_on = threading.Event(), threading.Event()
 
         class Slow(BroadcastServer):
-            """Asks a database."""
+            """A server with a slow admit."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 asked.set()
@@ -216,7 +216,7 @@ class Admit(ServerTestCase):
 
 
 class Post(ServerTestCase):
-    """on_post: what programs send goes through the hooks."""
+    """on_post is called for each POST."""
 
     def test_default(self) -> None:
         server = self.serve()
@@ -227,7 +227,7 @@ class Post(ServerTestCase):
 
     def test_refused(self) -> None:
         class Picky(BroadcastServer):
-            """Takes JSON only."""
+            """A server that accepts only JSON."""
 
             def on_post(self, client: WebSocketHandler, message: Message) -> None:
                 raise HandshakeError(415, "JSON, please", ("Accept-Post", "application/json"))
@@ -241,7 +241,7 @@ class Post(ServerTestCase):
 
     def test_an_error_in_it(self) -> None:
         class Broken(BroadcastServer):
-            """Fails."""
+            """A server whose hook raises an exception."""
 
             def on_post(self, client: WebSocketHandler, message: Message) -> None:
                 raise LookupError("in on_post")
@@ -251,11 +251,11 @@ class Post(ServerTestCase):
             self.assertEqual(exchange(server.server_address[1], post())[0], 500)
         self.assertIn("LookupError: in on_post", logged.output[0])
 
-    def test_who(self) -> None:
-        """Its client knows what was asked, and send() to it is lost: it is no WebSocket."""
+    def test_attributes_of_the_client(self) -> None:
+        """The client of a POST has the attributes of the request; send() to it has no effect."""
 
         class Curious(Recorder):
-            """Looks."""
+            """A server that keeps the attributes of the client."""
 
             def on_post(self, client: WebSocketHandler, message: Message) -> None:
                 client.send("nobody hears this")
@@ -266,14 +266,14 @@ class Post(ServerTestCase):
         self.assertEqual(server.heard, [("/?room=1", "me", False)])
 
     def test_rate(self) -> None:
-        """A POST counts; one that would have to wait for too long gets 429."""
+        """POSTs count; a POST that would wait for too long gets 429."""
         server = self.serve(rate=0.1, handshake_timeout=1.0)
         self.assertEqual(exchange(server.server_address[1], post())[0], 202)
         status, fields, _ = exchange(server.server_address[1], post())
         self.assertEqual((status, fields["retry-after"]), (429, "1"))
 
     def test_read_only(self) -> None:
-        """Nothing of it reaches a hook."""
+        """With read_only, no hook is called for a POST."""
         server = self.serve(Tokens, read_only=True)
         self.assertEqual(exchange(server.server_address[1], post(Authorization="Bearer sesame"))[0], 403)
         client = self.connect(server, Authorization="Bearer sesame")
@@ -285,14 +285,14 @@ class Post(ServerTestCase):
 
 
 class Wicked(BaseException):
-    """What no program should raise."""
+    """An exception that is not an Exception."""
 
     def __str__(self) -> str:
         raise ValueError("not even a name")
 
 
 def refusal() -> HandshakeError:
-    """What a hook for a request may raise, and no other."""
+    """Return an exception that is allowed only in hooks for requests."""
     return HandshakeError(401, "too late")
 
 
@@ -305,10 +305,10 @@ EVERYTHING = (
 
 
 class Raising(ServerTestCase):
-    """Whatever a hook raises ends that client alone: the server goes on, and nothing is left behind."""
+    """An exception in a hook ends only that client: the server goes on, and no thread or descriptor is left."""
 
     class Server(Recorder):
-        """Raises what is asked for."""
+        """A server that raises a given exception in a given hook."""
 
         def admit(self, client: WebSocketHandler) -> None:
             self._raise(client, "admit")
@@ -332,7 +332,7 @@ class Raising(ServerTestCase):
                 raise EVERYTHING[int(client.target.rpartition("=")[2])]()
 
     def check(self, where: str, end: typing.Callable[[Client, typing.Any], object]) -> None:
-        """Each of them in this hook; `end` is what a client sees where this is raised."""
+        """Raise each exception in this hook; `end` checks the result for the client."""
         server = self.serve(self.Server)
         witness = self.connect(server)
         for number, what in enumerate(EVERYTHING):
@@ -347,18 +347,18 @@ class Raising(ServerTestCase):
         self.assertEqual(server._budget.left, pywebsock.Budget(max(64 << 20, 8 * server.max_message)).left)
 
     def check_status(self, client: Client, what: typing.Any) -> None:
-        """The end of a request: a HandshakeError says what the peer gets, anything else is an error of the program."""
+        """Check the response: the status of a HandshakeError, or 500 after another exception."""
         status = 401 if what is refusal else 500
         self.assertEqual(int(client.read_all().split(b" ")[1]), status)
 
     def check_close(self, client: Client, _: object) -> None:
-        """The end of a client: the same for all of them, and nothing is told that the exception says."""
+        """Check the close code: the same for all exceptions, and no text of the exception."""
         client.read_head()
         client.send("hello")
         self.assertEqual(client.read_close(), (1011, "internal error"))
 
     def check_echo(self, client: Client, _: object) -> None:
-        """Nobody sees that on_close has failed."""
+        """Check that an exception in on_close does not affect the client."""
         client.read_head()
         client.send("hello")
         self.assertEqual(client.read(), "hello")
@@ -384,7 +384,7 @@ class Raising(ServerTestCase):
 
 
 class Meanwhile(ServerTestCase):
-    """What happens between two hooks, or while one takes its time."""
+    """Events between two hooks, or while a hook blocks."""
 
     def test_closed_while_it_waits_for_its_rate(self) -> None:
         server = self.serve(rate=2.0)
@@ -401,7 +401,7 @@ class Meanwhile(ServerTestCase):
         self.assertNotIn(("message", "3"), server.heard)
 
     def test_closed_while_its_body_comes(self) -> None:
-        """A post that is answered with 403 has reached nobody."""
+        """A POST that gets a 403 is not broadcast."""
         admitted: list[WebSocketHandler] = []
 
         class Server(Recorder):
@@ -421,7 +421,7 @@ class Meanwhile(ServerTestCase):
         self.assertEqual(server.heard, [])
 
     def test_admitted_slowly(self) -> None:
-        """What a hook takes is not taken off the time for the body."""
+        """The time of a hook does not count for the timeout of the body."""
 
         class Server(BroadcastServer):
             def admit(self, client: WebSocketHandler) -> None:
@@ -437,7 +437,7 @@ class Meanwhile(ServerTestCase):
         self.assertIn(b" 202 ", client.read_head())
 
     def test_out_of_memory_in_a_body(self) -> None:
-        """What was kept for it is free again."""
+        """After a MemoryError in a body, its part of the budget is free again."""
         server = self.serve()
         with unittest.mock.patch("pywebsock.decode_body", side_effect=MemoryError), self.assertLogs("pywebsock"):
             for _ in range(10):
@@ -447,7 +447,7 @@ class Meanwhile(ServerTestCase):
         self.assertEqual(exchange(server.server_address[1], post(bytes(16 * 1024 * 1024)))[0], 202)
 
     def test_out_of_memory_for_one(self) -> None:
-        """It gets a Close, and the others get the message all the same."""
+        """After a MemoryError for one client, it gets a Close, and the others get the message."""
         server = self.serve()
         clients = [self.connect(server) for _ in range(3)]
         eventually(lambda: len(server.clients) == 3)
@@ -488,7 +488,7 @@ class Meanwhile(ServerTestCase):
             self.assertTrue(any("an error in a hook" in line for line in logged.output), logged.output)
 
     def test_the_end_in_a_hook(self) -> None:
-        """Its client does not answer: its thread ends all the same."""
+        """A hook closes a client that does not answer; the connection ends at the timeout."""
 
         class Server(Recorder):
             def on_message(self, client: WebSocketHandler, message: Message) -> None:
@@ -503,17 +503,17 @@ class Meanwhile(ServerTestCase):
 
 
 def exchange_nothing(port: int, data: bytes) -> None:
-    """Send a request that is not answered."""
+    """Send a request without reading the response."""
     with Client(port, handshake=False) as client:
         client.send_raw(data)
         assert client.read_all() == b""
 
 
 class Stopping(ServerTestCase):
-    """server_close() and shutdown() in a hook, or while one is stuck."""
+    """server_close() and shutdown() in a hook, or while a hook blocks."""
 
     class Server(Recorder):
-        """Ends itself where a client asks for it."""
+        """A server that stops in the hook that a client names."""
 
         close_timeout = 2.0
         took = math.inf
@@ -546,7 +546,7 @@ class Stopping(ServerTestCase):
                 self.stopped.set()
 
     def test_in_a_hook(self) -> None:
-        """It waits for all others, and not for the client whose hook it is."""
+        """server_close() in a hook waits for all other clients, but not for the client of the hook."""
         for where in ("admit", "on_open", "on_message", "on_post", "on_close"):
             with self.subTest(where), running(self.Server) as server:
                 witness = self.connect(server)
@@ -564,12 +564,12 @@ class Stopping(ServerTestCase):
                     self.assertEqual(server.socket.fileno(), -1)
             self.assertFalse(server._room.size)
 
-    def test_while_a_hook_is_stuck(self) -> None:
-        """It keeps its promise about the close timeout; the thread ends when the hook does."""
+    def test_while_a_hook_blocks(self) -> None:
+        """server_close() returns at the close timeout; the thread ends when the hook does."""
         go_on, stuck = threading.Event(), threading.Event()
 
         class Stuck(Recorder):
-            """Waits in a hook, and then goes on as if nothing had been."""
+            """A server whose hook blocks, and then goes on."""
 
             close_timeout = 0.2
 
@@ -590,13 +590,13 @@ class Stopping(ServerTestCase):
             self.assertLess(time.monotonic() - start, 2.0)
             self.assertEqual(client.read_frame().payload, b"\x03\xe9")
             with contextlib.suppress(ConnectionResetError):
-                self.assertEqual(client.read_all(), b"")  # its connection has ended, whatever the hook does
+                self.assertEqual(client.read_all(), b"")  # the connection ends before the hook does
             go_on.set()
             eventually(lambda: server.heard[-1][:2] == ("close", 1006))
             eventually(lambda: not server._room.size)
 
     def test_fifty_times(self) -> None:
-        """Nothing is left: no thread, no file descriptor, no memory of clients."""
+        """After fifty servers, no thread, file descriptor or client is left."""
         before: list[int] = []
         for _ in range(50):
             with running(Recorder) as server, Client(server.server_address[1]) as client:
@@ -608,11 +608,11 @@ class Stopping(ServerTestCase):
         self.assertLessEqual(before[-1], before[0])
 
     def test_two_servers(self) -> None:
-        """They know nothing of each other; a hook of one may broadcast in the other."""
+        """Two servers are independent; a hook of one may broadcast in the other."""
         other = self.serve()
 
         class Bridge(BroadcastServer):
-            """Hands on to another server what it hears."""
+            """A server that broadcasts its messages in another server."""
 
             def on_message(self, client: WebSocketHandler, message: Message) -> None:
                 other.broadcast(message)
@@ -628,7 +628,7 @@ class Stopping(ServerTestCase):
 
 
 class Log(logging.Handler):
-    """Broadcasts what is logged."""
+    """A log handler that broadcasts the log."""
 
     def __init__(self, server: BroadcastServer) -> None:
         super().__init__()
@@ -686,13 +686,13 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
 
 
 class FromAnywhere(ServerTestCase):
-    """broadcast() where one does not expect it."""
+    """broadcast() in unexpected places."""
 
     def test_log_handler(self) -> None:
-        """A log that is broadcast, with what the server itself logs of its clients and of errors in hooks."""
+        """A log handler broadcasts the log, including the server's own lines about clients and errors in hooks."""
 
         class Broken(Recorder):
-            """Fails."""
+            """A server whose hook raises an exception."""
 
             def on_message(self, client: WebSocketHandler, message: Message) -> None:
                 raise LookupError("in on_message")
@@ -707,14 +707,14 @@ class FromAnywhere(ServerTestCase):
         witness = self.connect(server)
         with self.connect(server) as client:
             client.send("x")
-            self.assertEqual(client.read_frame().opcode, 1)  # somebody joined
+            self.assertEqual(client.read_frame().opcode, 1)  # a client has joined
             exchange(server.server_address[1], b"nonsense\r\n\r\n")
         heard = str(witness.read())
         while not all(word in heard for word in ("joined", "LookupError", "left: 1011", "refused: 400")):
             heard += str(witness.read())
 
     def test_log_handler_of_an_operation(self) -> None:
-        """An error in the loop is logged outside of it: a log that is broadcast does not wait for itself."""
+        """Errors in the loop are logged in another thread, so a handler that broadcasts does not wait for the loop."""
         server = self.serve()
         client = self.connect(server)
         handler = Log(server)
@@ -724,7 +724,7 @@ class FromAnywhere(ServerTestCase):
         self.assertIn("ZeroDivisionError", str(client.read()))
 
     def test_del(self) -> None:
-        """In a process of its own, which can be ended where it hangs."""
+        """Objects whose __del__ broadcasts; in another process, which can be killed if it hangs."""
         command = [sys.executable, "-c", DEL]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=130, check=False)
         self.assertEqual((ended.stdout, ended.stderr), ("40001 20001\n", ""))

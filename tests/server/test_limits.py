@@ -18,7 +18,7 @@ from tests.tools.support import (
 
 
 class Rate(ServerTestCase):
-    """A client that sends too fast is made to wait."""
+    """A client that sends too fast is slowed down."""
 
     def test_waits_and_loses_nothing(self) -> None:
         server = self.serve(rate=40)
@@ -27,13 +27,13 @@ class Rate(ServerTestCase):
         sender.send_raw(b"".join(masked_frame(TEXT, b"%d" % i) for i in range(80)))
         other.send("not held up")
         messages = [sender.read() for _ in range(81)]
-        self.assertGreater(time.monotonic() - start, 0.7)  # a second's worth may come at once
+        self.assertGreater(time.monotonic() - start, 0.7)  # a burst of one second is allowed
         self.assertLess(messages.index("not held up"), 79)
         messages.remove("not held up")
         self.assertEqual(messages, [str(i) for i in range(80)])
 
     def test_enough(self) -> None:
-        """Who stays below the rate notices nothing."""
+        """A client below the rate is not slowed down."""
         client = self.connect(self.serve(rate=1000))
         start = time.monotonic()
         for i in range(20):
@@ -43,14 +43,14 @@ class Rate(ServerTestCase):
 
 
 def visit(port: int, data: bytes = b"") -> bool:
-    """Open a WebSocket, send something, and leave: whether it was opened."""
+    """Open a WebSocket, send a message, and leave; return whether the server accepted the client."""
     with Client(port, handshake=False) as client:
         client.send_raw(request() + data)
         return client.read_head().startswith(b"HTTP/1.1 101 ")
 
 
 class MaxClients(ServerTestCase):
-    """Seats are limited; a seat is free again when its client has gone."""
+    """The number of clients is limited; a place is free again when its client has left."""
 
     def test_full_and_free_again(self) -> None:
         server = self.serve(max_clients=2)

@@ -18,10 +18,10 @@ from tests.tools.support import (
 
 
 class Messages(ServerTestCase):
-    """RFC 6455 5.6: what one client sends, all clients get, itself included."""
+    """RFC 6455 5.6: all clients get each message, including the sender."""
 
     def test_every_size(self) -> None:
-        """Each length encoding on both sides of its borders, up to the limit."""
+        """Each form of the length, at the ends of its range, up to the limit."""
         limit = 70_000
         server = self.serve(max_message=limit)
         sender, reader = self.connect(server), self.connect(server)
@@ -66,7 +66,7 @@ class Messages(ServerTestCase):
 
 
 class Fragments(ServerTestCase):
-    """RFC 6455 5.4: a message may come in many frames; it leaves in one."""
+    """RFC 6455 5.4: a message may arrive in many frames; it is sent in one."""
 
     CASES = (
         (b"Hello",),
@@ -76,7 +76,7 @@ class Fragments(ServerTestCase):
         (b"Hello", b""),
         (b"", b"", b"Hello", b"", b""),
         (b"", b""),
-        (b"\xce", b"\xba\xe1", b"\xbd\xb9", b"\xcf\x83"),  # within characters
+        (b"\xce", b"\xba\xe1", b"\xbd\xb9", b"\xcf\x83"),  # cuts within characters
         (b"\xf0\x9f", b"", b"\x98\x80"),
         (b"x" * 40_000, b"y" * 40_000),
     )

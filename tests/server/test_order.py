@@ -1,4 +1,4 @@
-"""One order of messages for all, for those who join, and for those who send too much."""
+"""One order of messages for all clients, also for new ones, and while senders wait."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.tools.support import (
 
 
 class OneOrder(ServerTestCase):
-    """Every client sees the same messages in the same order."""
+    """All clients get the same messages in the same order."""
 
     SENDERS, MESSAGES = 4, 250
 
     def check(self, server: pywebsock.BroadcastServer, **how: typing.Any) -> None:
-        """Several clients send at once, some threads of the program too; all clients must see one sequence."""
+        """Let several clients and threads of the program send at once; all clients must get one sequence."""
         clients = [self.connect(server, **how) for _ in range(self.SENDERS + 3)]
         with contextlib.ExitStack() as stack:
             for name, client in enumerate(clients[: self.SENDERS]):
                 frames = [masked_frame(TEXT, b"%d %d" % (name, i)) for i in range(self.MESSAGES)]
-                for start in range(0, self.MESSAGES, 50):  # a few segments each
+                for start in range(0, self.MESSAGES, 50):  # several TCP segments each
                     stack.enter_context(in_thread(client.send_raw, b"".join(frames[start : start + 50]))).join()
             stack.enter_context(in_thread(self._broadcast, server))
         seen = [[client.read() for _ in range((self.SENDERS + 1) * self.MESSAGES)] for client in clients]
@@ -80,7 +80,7 @@ class OneOrder(ServerTestCase):
 
 
 class Joining(ServerTestCase):
-    """A client has every message after its 101, and none twice."""
+    """A client gets each message after its 101, once."""
 
     def test_everything_after_the_101(self) -> None:
         server = self.serve()
@@ -90,7 +90,7 @@ class Joining(ServerTestCase):
             self.assertEqual(client.read(), str(i))
 
     def check_under_load(self, history: int, **how: typing.Any) -> None:
-        """Clients that join while numbers are broadcast see all numbers from one on."""
+        """Join clients while numbers are broadcast: each gets all numbers from its first one on."""
         server = self.serve(history=history)
         begun, last = [0], [1 << 60]
 
@@ -122,7 +122,7 @@ class Joining(ServerTestCase):
         self.check_under_load(history=20, Sec_WebSocket_Extensions=DEFLATE)
 
     def test_history(self) -> None:
-        """The last messages, oldest first, then what follows."""
+        """A new client gets the last messages, oldest first, then the later ones."""
         server = self.serve(history=3)
         first = self.connect(server)
         for message in ("1", b"2", "3" * 5000, "4"):
@@ -135,7 +135,7 @@ class Joining(ServerTestCase):
         self.assertEqual(late.read(), "5")
 
     def test_mark(self) -> None:
-        """A page that asks for it in its query gets a mark behind the history; no hook sees that, no other client."""
+        """A page that has a mark in its query gets it after the history; hooks and other clients do not see it."""
         for history, query, target in ((2, "?mark=1f", "/"), (0, "?mark=1f", "/"), (2, "?a=b&mark=0", "/?a=b")):
             with self.subTest(history=history, query=query):
                 server = self.serve(history=history)
@@ -151,12 +151,12 @@ class Joining(ServerTestCase):
             self.assertEqual([client.read(), client.read()], ["3", "4"], query)
             server.wait_for("open", "/" + query)
 
-    def test_history_is_compressed_by_the_client_that_joins(self) -> None:
-        """In its own thread, not in the loop, where all others would wait."""
+    def test_history_is_not_compressed_in_the_loop(self) -> None:
+        """The history is compressed in a thread of the new client, since all others would wait for the loop."""
         server = self.serve(history=1)
         server.broadcast("x" * 5000)
         eventually(lambda: server._room._history)
-        with contextlib.ExitStack() as stack, server._queue._lock:  # the loop can carry out nothing
+        with contextlib.ExitStack() as stack, server._queue._lock:  # the loop waits
             stack.enter_context(in_thread(lambda: self.connect(server, Sec_WebSocket_Extensions=DEFLATE)))
             server._queue._lock.release()
             eventually(lambda: 15 in (server._room._history[0]._frames or {}))
@@ -179,11 +179,11 @@ class Joining(ServerTestCase):
 
 
 class HeldBack(ServerTestCase):
-    """Senders wait where too much is queued; the memory stays bounded and nothing is lost."""
+    """Senders wait while too much is queued: memory stays bounded, and no message is lost."""
 
     def test_senders(self) -> None:
-        """What clients send is delivered before more of it is read."""
-        server = self.serve(pywebsock.BroadcastServer, max_backlog=64 * 1024 * 1024)  # nobody is dropped
+        """Messages of clients are delivered before more are read."""
+        server = self.serve(pywebsock.BroadcastServer, max_backlog=64 * 1024 * 1024)  # no client is dropped
         senders = [self.connect(server) for _ in range(3)]
         message = bytes(40_000)
         flood = masked_frame(BINARY, message) * 250  # 10 MB each
@@ -205,7 +205,7 @@ class HeldBack(ServerTestCase):
 
     @contextlib.contextmanager
     def watch_queue(self, server: pywebsock.BroadcastServer) -> typing.Iterator[list[int]]:
-        """Notes how much the loop takes from the queue at once, in bytes."""
+        """Record the number of bytes that the loop takes from the queue at once."""
         take, sizes = server._queue.take, [0]
 
         def watched() -> list[typing.Any]:
@@ -217,8 +217,8 @@ class HeldBack(ServerTestCase):
         with unittest.mock.patch.object(server._queue, "take", watched):
             yield sizes
 
-    def test_nobody_else(self) -> None:
-        """While senders wait for somebody who is behind, others come, ping and go."""
+    def test_other_clients_meanwhile(self) -> None:
+        """While senders wait for a client that is behind, others join, send Pings and leave."""
         server = self.serve()
         sender = self.connect(server)
         with unittest.mock.patch.object(server._loop.sender.gate, "look", lambda *_: server._queue.hold(True)):
@@ -236,7 +236,7 @@ class HeldBack(ServerTestCase):
         self.assertEqual(sender.read(), "not yet")
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:
-        """Read so many times this message."""
+        """Read this message a number of times."""
         frame = pywebsock.serialize_frame(BINARY, message)
         received = bytearray()
         while len(received) < len(frame) * count:
@@ -256,7 +256,7 @@ class HeldBack(ServerTestCase):
                 done.append(i)
 
         with contextlib.ExitStack() as stack:
-            with unittest.mock.patch.object(server._queue, "take", list):  # nothing is carried out meanwhile
+            with unittest.mock.patch.object(server._queue, "take", list):  # the loop waits meanwhile
                 stack.enter_context(in_thread(broadcast))
                 eventually(lambda: server._queue._size > pywebsock.QUEUE_SIZE)
                 self.assertLess(len(done), 200)

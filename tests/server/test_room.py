@@ -1,6 +1,6 @@
-"""The room, step by step: who joins where, the queue that wakes the loop, the senders that wait, the budget.
+"""The room, step by step: joining, the queue that wakes the loop, senders that wait, the budget.
 
-The server is not started: the test carries out what is queued.
+The server is not started: the test carries out the queue.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from tests.tools.support import (
 
 
 def text(*messages: str) -> bytes:
-    """The frames of messages."""
+    """Return the frames of text messages."""
     return b"".join(pywebsock.serialize_frame(TEXT, message.encode()) for message in messages)
 
 
 class QuietPipe(Pipe):
-    """A pipe that the selector need not know: nothing is ever waited for."""
+    """A pipe for which the selector never waits."""
 
     closed = False
 
     def close(self) -> None:
-        """What socket.close does."""
+        """Do nothing; socket.close() of the loop."""
         self.closed = True
 
     def setsockopt(self, *_: object) -> None:
-        """What socket.setsockopt does."""
+        """Do nothing; socket.setsockopt() of the loop."""
 
 
 class RoomTestCase(ServerTestCase):
@@ -56,32 +56,32 @@ class RoomTestCase(ServerTestCase):
         self.begin()
 
     def begin(self, **settings: typing.Any) -> None:
-        """A server with settings."""
+        """Make a server with these settings."""
         self.server = Recorder(("127.0.0.1", 0), close_timeout=0.01, **settings)
         self.addCleanup(self.server.server_close)
         self.room, self.queue, self.loop = self.server._room, self.server._queue, self.server._loop
         self.loop.sender.selector = unittest.mock.Mock()
 
     def prepare(self, window: int = 0) -> tuple[pywebsock.Connection, QuietPipe]:
-        """A connection that is about to join."""
+        """Return a connection that is about to join."""
         pipe = QuietPipe()
         connection = make_connection(self.server, pipe, window)
         self.room.add_pending(connection.client, 0.0)
         return connection, pipe
 
     def join(self, window: int = 0, mark: str = "") -> tuple[pywebsock.Connection, QuietPipe]:
-        """A connection joins; what that means for the loop is queued."""
+        """Join a connection; the operation is queued."""
         connection, pipe = self.prepare(window)
         self.room.join(connection, RESPONSE, mark)
         return connection, pipe
 
     def put(self, message: str, *to: pywebsock.Connection) -> None:
-        """Queue a message, for all or for some."""
+        """Queue a message, for all clients or some."""
         handlers = [connection.client for connection in to] or None
         self.queue.put_message(pywebsock.outgoing_message(message, handlers))
 
     def carry_out(self) -> None:
-        """What the loop does with the queue."""
+        """Carry out the queue, as the loop does."""
         self.loop._carry_out()
 
 
@@ -96,8 +96,8 @@ class Joining(RoomTestCase):
         self.carry_out()
         self.assertEqual(pipe.stream, RESPONSE + text("after"))
 
-    def test_history_and_its_place(self) -> None:
-        """Whatever is broadcast between its preparation and its place: each message once, in the order."""
+    def test_history_while_joining(self) -> None:
+        """A client gets each message once and in order, also those that are broadcast while it joins."""
         for history in (1, 2, 3, 5):
             for early, queued in ((0, 0), (0, 2), (2, 0), (2, 1), (4, 4), (9, 9)):
                 with self.subTest(history=history, early=early, queued=queued):
@@ -161,7 +161,7 @@ class Joining(RoomTestCase):
         self.assertEqual(self.server.clients, set())
 
     def test_closed_before(self) -> None:
-        """By a hook, or by the end of the server: the Close comes right after the 101, and only the first one."""
+        """A client that is closed before it joins (by a hook or the end of the server) gets one Close after its 101."""
         for frames in ([], [pywebsock.serialize_close(4000, "bye"), pywebsock.serialize_close(4001)]):
             self.begin()
             connection, pipe = self.prepare()
@@ -177,7 +177,7 @@ class Joining(RoomTestCase):
             self.assertIs(connection.state, pywebsock.State.CLOSING)
 
     def test_close_all(self) -> None:
-        """1001 comes behind what is queued; one that closes already gets no second Close."""
+        """1001 comes after the queued messages; a closing client gets no second Close."""
         first, one = self.join()
         _, two = self.join()
         self.put("last")
@@ -190,7 +190,7 @@ class Joining(RoomTestCase):
 
 
 class Recipients(RoomTestCase):
-    """Whom a message reaches."""
+    """The clients that get a message."""
 
     def test_some(self) -> None:
         clients = [self.join(window) for window in (0, 15, 0, 9)]
@@ -206,7 +206,7 @@ class Recipients(RoomTestCase):
         )
 
     def test_no_recipient(self) -> None:
-        """One that has left, that has not joined, that is of another server, or none at all."""
+        """Clients that have left, have not joined, or belong to another server; and no client."""
         gone, gone_pipe = self.join()
         _, other = self.join()
         self.carry_out()
@@ -218,7 +218,7 @@ class Recipients(RoomTestCase):
         self.assertEqual([pipe.stream for pipe in (gone_pipe, stranger_pipe, other)], [RESPONSE, b"", RESPONSE])
 
     def test_counts(self) -> None:
-        """Of the status: broadcasts alone, as bytes of their payload."""
+        """The status counts broadcasts, and the bytes of their payload."""
         connection, _ = self.join()
         self.put("four")
         self.put("one alone", connection)
@@ -252,7 +252,7 @@ class Recipients(RoomTestCase):
         self.assertEqual(pipe.stream, text(*messages))
 
     def test_an_operation_that_fails(self) -> None:
-        """Those before and behind it are not to blame."""
+        """An exception in an operation does not affect those before and after it."""
         _, pipe = self.join()
         self.servers = [self.server]
         with self.assertLogs("pywebsock", "ERROR") as logged:
@@ -265,7 +265,7 @@ class Recipients(RoomTestCase):
 
 
 class QueueTestCase(unittest.TestCase):
-    """A queue and a loop of the test's own."""
+    """A queue, and a loop of the test."""
 
     def setUp(self) -> None:
         self.queue = pywebsock.Queue()
@@ -276,10 +276,10 @@ class QueueTestCase(unittest.TestCase):
 
 
 class WakeUp(QueueTestCase):
-    """What is queued wakes the loop, always, and once."""
+    """Each operation wakes the loop, once."""
 
     def woken(self, timeout: float = 0) -> bool:
-        """Whether the loop would wake up now."""
+        """Return whether the loop would wake up now."""
         return bool(self.selector.select(timeout))
 
     def test_asleep(self) -> None:
@@ -289,13 +289,13 @@ class WakeUp(QueueTestCase):
         self.assertTrue(self.woken())
         self.queue._hear_alarm()
         self.assertFalse(self.woken())
-        self.assertFalse(self.queue.fall_asleep())  # there is something to do
+        self.assertFalse(self.queue.fall_asleep())  # the queue is not empty
         self.queue.put("another")
-        self.assertFalse(self.woken())  # it looks without being told
+        self.assertFalse(self.woken())  # the loop checks the queue without a wake-up
         self.assertEqual((self.queue.take(), self.queue.take()), (["operation", "another"], []))
 
     def test_awake(self) -> None:
-        """Nothing is written for each of many."""
+        """While the loop is awake, operations write nothing."""
         for _ in range(1000):
             self.queue.put("operation")
         self.assertFalse(self.woken())
@@ -308,7 +308,7 @@ class WakeUp(QueueTestCase):
         self.assertFalse(self.woken())
 
     def test_never_lost(self) -> None:
-        """Threads that wait each time until their operation is carried out: one that is lost stops them."""
+        """Threads wait for each of their operations, so a lost wake-up would stop them."""
         count, ended = 700, threading.Event()
         overslept: list[int] = []
 
@@ -343,11 +343,11 @@ class HeldSenders(QueueTestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.queue.loop_thread = -1  # of nobody here
+        self.queue.loop_thread = -1  # of no client here
         self.sent: list[int] = []
 
     def send(self) -> contextlib.AbstractContextManager[threading.Thread]:
-        """A thread that sends twenty messages, which are more than fits into the queue."""
+        """Start a thread that sends twenty messages, more than the queue holds."""
 
         def send() -> None:
             for number in range(20):
@@ -374,13 +374,13 @@ class HeldSenders(QueueTestCase):
             eventually(lambda: len(self.queue) == 1)
             self.assertFalse(self.queue.wait_for_space(0.01))
             self.assertEqual((self.sent, len(self.queue.take())), ([], 1))
-            self.assertFalse(self.queue.wait_for_space(0.01))  # an empty queue is no reason to go on
+            self.assertFalse(self.queue.wait_for_space(0.01))  # they still wait, although the queue is empty
             self.queue.hold(False)
             self.assertTrue(self.queue.wait_for_space(DEADLINE))
             eventually(lambda: self.queue.take() is not None and len(self.sent) == 20)
 
     def test_the_end(self) -> None:
-        """Nobody waits for a loop that has ended."""
+        """No thread waits for a loop that has ended."""
         with self.send():
             eventually(lambda: self.queue._size > pywebsock.QUEUE_SIZE)
             self.queue.end()
@@ -394,20 +394,20 @@ class HeldSenders(QueueTestCase):
         self.assertTrue(self.queue.wait_for_space(0))
 
     def test_before_it_begins(self) -> None:
-        """A program may send before the server is started: nobody would take anything out."""
+        """A program may send before the server is started, without waiting for the loop."""
         self.queue.loop_thread = 0
         with self.send():
             pass
         self.assertEqual(len(self.sent), 20)
 
     def test_many_recipients_count(self) -> None:
-        """A message to ten thousand is more than its bytes."""
+        """A message to ten thousand clients counts more than its bytes."""
         self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (None,) * 10_000)))
         self.assertGreaterEqual(self.queue._size, 10_000 * pywebsock.RECIPIENT_COST)
 
 
 class Count(unittest.TestCase):
-    """How many connections there are, which the end of the server waits for."""
+    """The number of connections, for which the end of the server waits."""
 
     def setUp(self) -> None:
         self.room = pywebsock.Room(pywebsock.Queue(), 10, 0, 0)
@@ -424,7 +424,7 @@ class Count(unittest.TestCase):
 
 
 class Unfinished(RoomTestCase):
-    """Connections with unfinished messages share the budget; where it is used up, they go on one at a time."""
+    """Connections with unfinished messages share the budget; if it is used up, they go on one at a time."""
 
     SIZE = 1000
 
@@ -434,7 +434,7 @@ class Unfinished(RoomTestCase):
         self.unfinished = pywebsock.Unfinished(self.budget)
 
     def grow(self, connection: pywebsock.Connection, size: int, now: float = 0.0) -> bool:
-        """The message of a connection grows by so many bytes; returns whether it may go on."""
+        """Let the message of a connection grow; return whether the connection may go on."""
         opcode = 0 if connection.reader.size else BINARY
         list(connection.reader.feed(masked_frame(opcode, bytes(size), fin=False)))
         grown = self.unfinished.grow(connection, now)
@@ -442,21 +442,21 @@ class Unfinished(RoomTestCase):
         return grown
 
     def connections(self, number: int) -> list[pywebsock.Connection]:
-        """Connections that have joined."""
+        """Return connections that have joined."""
         return [self.join()[0] for _ in range(number)]
 
     def test_the_first_may_exceed(self) -> None:
         a, b, c = self.connections(3)
         self.assertTrue(self.grow(a, 600))
-        self.assertTrue(self.grow(b, 600))  # the first that exceeds
-        self.assertTrue(self.grow(b, 5000))  # as much as it needs
+        self.assertTrue(self.grow(b, 600))  # the first one above the budget
+        self.assertTrue(self.grow(b, 5000))  # as many bytes as it needs
         self.assertFalse(self.grow(a, 1))
         self.assertFalse(self.grow(c, 1))
         self.assertEqual((self.unfinished.waiting, self.unfinished.take_ready()), ({a, c}, []))
         self.assertEqual((a.kept, b.kept, c.kept), (600, 5600, 0))
 
     def test_one_after_another(self) -> None:
-        """When the first has finished, the one that needs least goes on, and may exceed in its turn."""
+        """After the first one, the connection that needs the fewest bytes goes on, also above the budget."""
         a, b, c = self.connections(3)
         self.grow(a, 5000)
         self.grow(b, 3000)
@@ -468,8 +468,8 @@ class Unfinished(RoomTestCase):
         self.unfinished.release(c)
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([b], set()))
 
-    def test_all_for_whom_there_is_room(self) -> None:
-        """Exactly so many, the shortest first."""
+    def test_all_that_fit(self) -> None:
+        """All connections go on that fit into the budget, the shortest first."""
         a, b, c, d = self.connections(4)
         self.grow(a, 5000)
         self.grow(b, 601)
@@ -488,7 +488,7 @@ class Unfinished(RoomTestCase):
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, b], set()))
 
     def test_closed_while_it_waits(self) -> None:
-        """Its place goes to the next one that can use it."""
+        """If a waiting connection is closed, the next one gets its place."""
         a, b, c, d = self.connections(4)
         self.loop.sender.gate.unfinished = self.unfinished
         self.carry_out()
@@ -502,7 +502,7 @@ class Unfinished(RoomTestCase):
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([d], set()))
 
     def test_dropped(self) -> None:
-        """What an unfinished message has taken is free again when its connection ends."""
+        """The part of an unfinished message is free again when its connection ends."""
         (a,) = self.connections(1)
         self.loop.sender.gate.unfinished = self.unfinished
         self.carry_out()
@@ -527,7 +527,7 @@ class Unfinished(RoomTestCase):
         self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
 
     def test_slow_ones(self) -> None:
-        """Only those that keep others waiting, and bring a byte too little in the time of grace."""
+        """A connection is slow if others wait for it, and it has sent too few bytes in the time of grace."""
         grace = pywebsock.Unfinished.GRACE
         enough = int(grace * pywebsock.SLOWEST_POST)
         slow, quick, paused, first, waiting = self.connections(5)
@@ -535,7 +535,7 @@ class Unfinished(RoomTestCase):
             self.assertTrue(self.grow(connection, 300, now=100.0))
         slow.received, quick.received, first.received = enough - 1, enough, enough
         paused.received, paused.paused = 0, True
-        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [])  # nobody waits
+        self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [])  # no connection waits
         self.assertFalse(self.grow(waiting, 1, now=100.0))
         self.assertEqual(self.unfinished.slow_ones(100.0 + grace - 0.01), [])
         self.assertEqual(self.unfinished.slow_ones(100.0 + grace), [slow])

@@ -18,7 +18,7 @@ from tests.tools.support import (
 
 
 def read_to_the_end(client: Client) -> list[str | bytes]:
-    """All messages that still come, however the connection ends."""
+    """Read all messages up to the end of the connection, which may be a reset."""
     messages: list[str | bytes] = []
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -27,7 +27,7 @@ def read_to_the_end(client: Client) -> list[str | bytes]:
 
 
 class SlowClients(ServerTestCase):
-    """One client that stops reading never holds up another."""
+    """A client that stops reading delays no other."""
 
     def test_gets_everything_later(self) -> None:
         server = self.serve()
@@ -38,14 +38,14 @@ class SlowClients(ServerTestCase):
             server.broadcast(message)
             self.assertEqual(quick.read(), message)
         self.assertEqual([slow.read() for _ in messages], messages)
-        server.broadcast("next")  # and it is quick again
+        server.broadcast("next")  # the client is quick again
         self.assertEqual([quick.read(), slow.read()], ["next"] * 2)
 
     def test_dropped_alone_beyond_the_backlog(self) -> None:
         server = self.serve(max_backlog=100_000)
         faults.small_buffers(server)
         quick, stuck = self.connect(server), self.connect(server, small=True)
-        quick.frame(PING)  # see that both are there
+        quick.frame(PING)  # both are in the room
         self.assertEqual(quick.read_frame().opcode, PONG)
         for i in range(40):
             server.broadcast(b"%5d" % i * 2000)
@@ -67,7 +67,7 @@ class SlowClients(ServerTestCase):
         self.assertLess(len(read_to_the_end(stuck)), 10)
 
     def test_not_dropped_while_it_moves(self) -> None:
-        """Neither the send timeout nor keepalive ends a client that is slow but takes what it gets; but a stuck one."""
+        """Send timeout and keepalive drop a stuck client, but not a slow one that makes progress."""
         server = self.serve(send_timeout=0.6, ping_interval=0.3, ping_timeout=0.3)
         faults.small_buffers(server)
         slow, stuck = self.connect(server, small=True), self.connect(server, small=True)
@@ -80,13 +80,13 @@ class SlowClients(ServerTestCase):
             slow.read_some(2000)
             received += 2000
             time.sleep(0.02)
-        self.assertLess(received, 200_000)  # it was behind all the time
+        self.assertLess(received, 200_000)  # the client was behind all the time
         eventually(lambda: len(server.clients) == 1)
         self.assertEqual([slow.read() for _ in messages], messages)
         self.assertLess(len(read_to_the_end(stuck)), len(messages))
 
     def test_a_stuck_client_delays_nobody(self) -> None:
-        """With many stuck clients the others still get each message at once, and in the order."""
+        """With many stuck clients, the others still get each message at once, and in order."""
         server = self.serve()
         faults.small_buffers(server)
         for _ in range(10):
@@ -111,7 +111,7 @@ class SlowClients(ServerTestCase):
         self.assertEqual(slow.read_all(), b"")
 
     def test_a_slow_client_closes(self) -> None:
-        """What it has not read comes before the answer to its Close; also where it ends its own side (7.1.1)."""
+        """Queued messages come before the answer to a Close, also if the client half-closes the connection (7.1.1)."""
         for half in (False, True):
             with self.subTest(half_closed=half):
                 server = self.serve()
@@ -122,14 +122,14 @@ class SlowClients(ServerTestCase):
                 slow.close(4000)
                 if half:
                     slow.socket.shutdown(socket.SHUT_WR)
-                    time.sleep(0.1)  # the server has seen that by now, or will: both are right
+                    time.sleep(0.1)  # the server may have seen that or not
                 self.assertEqual([slow.read() for _ in range(20)], [bytes(10_000)] * 20)
                 self.assertEqual(slow.read_close(), (4000, ""))
                 slow.socket.close()
                 eventually(lambda: server.status()["connections"] == 0)  # noqa: B023
 
     def test_old_bytes(self) -> None:
-        """A client that is closing keeps bytes that nobody else waits for: not more of the stream than others may."""
+        """A closing client keeps queued data alive: at most as much as any other client."""
         server = self.serve(max_backlog=100_000, close_timeout=60.0, handshake_timeout=0.4)
         faults.small_buffers(server)
         slow = self.connect(server, small=True)
@@ -139,7 +139,7 @@ class SlowClients(ServerTestCase):
         reader = self.connect(server)
         server.broadcast(bytes(90_000))
         self.assertEqual(len(reader.read()), 90_000)
-        time.sleep(0.5)  # two rounds of the housekeeper, which does nothing yet
+        time.sleep(0.5)  # two checks of deadlines, without effect
         self.assertEqual(server.status()["connections"], 2)
         server.broadcast(bytes(90_000))
         self.assertEqual(len(reader.read()), 90_000)

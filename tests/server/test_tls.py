@@ -51,11 +51,11 @@ class TLS(ServerTestCase):
         cls.server_context.load_cert_chain(path)
 
     def secure(self, **settings: typing.Any) -> Recorder:
-        """A server with the certificate."""
+        """Start a server with the certificate."""
         return self.serve(Recorder, tls_context=self.server_context, **settings)
 
     def client(self, server: Recorder, **how: typing.Any) -> Client:
-        """A client that trusts it."""
+        """Connect a client that trusts the certificate."""
         return self.connect(server, tls=self.context, **how)
 
     def test_both_versions(self) -> None:
@@ -72,10 +72,10 @@ class TLS(ServerTestCase):
                 client.frame(PING, b"?")
                 self.assertEqual(client.read_frame(), Frame(True, False, PONG, b"?"))
                 client.close(4000)
-                self.assertEqual(client.read_close(), (4000, ""))  # and a proper end: read_close() wants one
+                self.assertEqual(client.read_close(), (4000, ""))  # read_close() needs a close_notify
 
     def test_one_order(self) -> None:
-        """Everybody writes to everybody: reading and writing meet on one TLS object."""
+        """All clients send to all: reading and writing use one TLS object."""
         server = self.secure()
         clients = [self.client(server) for _ in range(4)]
         with contextlib.ExitStack() as stack:
@@ -103,16 +103,16 @@ class TLS(ServerTestCase):
         self.assertEqual([slow.read() for _ in messages], messages)
 
     def test_close_notify_is_answered(self) -> None:
-        """RFC 8446 6.1: from a client, and from somebody who has asked for nothing."""
+        """RFC 8446 6.1: a close_notify of a client, and one before a request."""
         server = self.secure()
         for handshake in (True, False):
             with self.subTest(handshake=handshake):
                 client = self.client(server, handshake=handshake)
                 assert isinstance(client.socket, ssl.SSLSocket)
-                client.socket.unwrap().close()  # it raises an error where TCP ends without it
+                client.socket.unwrap().close()  # it raises an error if TCP ends without a close_notify
 
     def test_what_does_not_decrypt(self) -> None:
-        """RFC 8446 5.2: an alert."""
+        """RFC 8446 5.2: an alert answers an invalid record."""
         if IS_WINDOWS:
             self.skipTest("os.dup() takes no sockets on Windows")
         client = self.client(self.secure())
@@ -130,8 +130,8 @@ class TLS(ServerTestCase):
             self.assertEqual(client.read_all(), b"")
             client.socket.close()
 
-    def test_strangers(self) -> None:
-        """No TLS, half of it, or silence: one line in the log, no traceback, nobody disturbed."""
+    def test_other_data(self) -> None:
+        """Data that is not TLS, incomplete handshakes, silence: one log line, no traceback, and others go on."""
         server = self.secure(handshake_timeout=0.3)
         witness = self.client(server)
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
@@ -141,7 +141,8 @@ class TLS(ServerTestCase):
                 client.send_raw(data)
                 start = time.monotonic()
                 client.read_all()
-                self.assertLess(time.monotonic() - start, server.close_timeout)  # which is for those who are answered
+                took = time.monotonic() - start
+                self.assertLess(took, server.close_timeout)  # that is for connections that got a response
                 client.socket.close()
                 eventually(functools.partial(getattr, logged, "records"))
                 self.assertEqual([record.exc_info for record in logged.records], [None])
@@ -149,7 +150,7 @@ class TLS(ServerTestCase):
         self.assertEqual(witness.read(), "all is well")
 
     def test_plain_http(self) -> None:
-        """Somebody who has forgotten the s of https reads why nothing works."""
+        """Plain HTTP on a port with TLS gets a response that says why."""
         status, _, body = exchange(self.secure().server_address[1], request())
         self.assertEqual((status, body[:40]), (400, b"400 Bad Request: this port speaks TLS: t"))
 
@@ -163,12 +164,12 @@ class TLS(ServerTestCase):
 
 
 class TLSEnds(unittest.TestCase):
-    """Every way in which a peer may end TLS, or half of it (RFC 8446 6.1), at every point of a connection."""
+    """All ways to end TLS or one direction of it (RFC 8446 6.1), at each point of a connection."""
 
     FIRST = (b"", request(), request(method="POST", Upgrade=None, Content_Length="9") + b"half")
 
-    def test_nobody_else_notices(self) -> None:
-        """The room is alive after each, and in the end nobody is busy with any of them."""
+    def test_others_go_on(self) -> None:
+        """The room works after each end, and the server is idle at the end."""
         with tempfile.TemporaryDirectory() as directory:
             path, context = certificate(directory)
             server = Process("--cert", path)
@@ -179,7 +180,7 @@ class TLSEnds(unittest.TestCase):
                 for first in self.FIRST:
                     with self.subTest(version=version.name, first=first[:4]):
                         client = stack.enter_context(Client(server.port, tls=context, handshake=False))
-                        # In a thread of its own: on PyPy its errors would be met by the witness, if that had the same.
+                        # In another thread: on PyPy, the witness would see its errors in the same one.
                         with concurrent.futures.ThreadPoolExecutor() as pool:
                             pool.submit(self.end_of_tls, client, first).result()
                         witness.send("Hello")
@@ -189,7 +190,7 @@ class TLSEnds(unittest.TestCase):
             self.assertEqual(server.wait(), 0)
 
     def end_of_tls(self, client: Client, first: bytes) -> None:
-        """Send something, then close_notify, and wait for theirs; TCP stays as it is."""
+        """Send data, then close_notify, and wait for that of the server; do not close the TCP connection."""
         client.send_raw(first)
         if first.startswith(b"GET"):
             client.read_head()
@@ -198,7 +199,7 @@ class TLSEnds(unittest.TestCase):
             client.socket.unwrap()
 
     def check_idle(self, server: Process, witness: Client) -> None:
-        """A loop in one thread would use all of this half second."""
+        """Check that the server uses no CPU: a busy loop would use all of this half second."""
         before, end = load.cpu(server.pid), time.monotonic() + 0.5
         while time.monotonic() < end:
             witness.send("Hello")

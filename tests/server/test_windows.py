@@ -1,4 +1,4 @@
-"""What Windows does not have is not missed: poll(), sends of a part, a shutdown() that wakes readers, SIGTERM."""
+"""Without features that Windows lacks: poll(), partial sends, shutdown() that wakes readers, SIGTERM."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ SELECT = "import selectors; selectors.DefaultSelector = selectors.SelectSelector
 
 
 class DeafSocket(socket.socket):
-    """A socket as on Windows: a shutdown() wakes no thread that waits for it; later reads fail."""
+    """A socket as on Windows: shutdown() wakes no thread that reads it, and later reads fail."""
 
     _is_deaf = False
 
     def shutdown(self, how: int) -> None:
-        """End one side, or both."""
+        """End one direction, or both."""
         if how != socket.SHUT_WR:
             self._is_deaf = True
         if how != socket.SHUT_RD:
             super().shutdown(socket.SHUT_WR)
 
     def recv(self, *arguments: typing.Any) -> bytes:
-        """As that of Windows."""
+        """Read as on Windows."""
         if self._is_deaf:
             raise OSError(errno.ESHUTDOWN, "cannot receive after a shutdown")
         return super().recv(*arguments)
 
 
 def accept(server: socketserver.TCPServer) -> tuple[socket.socket, typing.Any]:
-    """In place of TCPServer.get_request()."""
+    """Replace TCPServer.get_request()."""
     request, address = server.socket.accept()
     return DeafSocket(fileno=request.detach()), address
 
 
 class Windows(ServerTestCase):
-    """With select() alone, sends in slices, and sockets that are deaf to their own shutdown()."""
+    """Only select(), sends in slices, and sockets whose shutdown() wakes no reader."""
 
     def setUp(self) -> None:
         for where, name, value in (
@@ -94,7 +94,7 @@ class Windows(ServerTestCase):
         self.assertEqual([slow.read() for _ in messages], messages)
 
     def fall_behind(self, server: Recorder) -> tuple[Client, list[bytes]]:
-        """A client that reads nothing, and the messages that another one has sent and got."""
+        """Return a client that does not read, and the number of messages that another one has sent and got."""
         faults.small_buffers(server)
         quick, slow = self.connect(server), self.connect(server, small=True)
         messages = [bytes([i]) * 20_000 for i in range(50)]
@@ -116,7 +116,7 @@ class Windows(ServerTestCase):
         self.assertEqual(len(server.clients), 1)
 
     def test_stuck_client_that_closes(self) -> None:
-        """It gets what waits, although it has ended its own side."""
+        """A stuck client that half-closes the connection still gets its queued messages."""
         server = self.serve()
         slow, messages = self.fall_behind(server)
         slow.socket.shutdown(socket.SHUT_WR)
@@ -147,13 +147,13 @@ class Windows(ServerTestCase):
         self.connect(server)
         waiting = [self.connect(server, handshake=False) for _ in range(2)]
         eventually(lambda: server._room.size == 3)
-        time.sleep(1.1)  # they have had the time to ask
+        time.sleep(1.1)  # they are older than the time to send a request
         self.connect(server).send("Hello")
         with contextlib.suppress(ConnectionError):
             self.assertEqual(waiting[0].read_all(), b"")
 
-    def test_the_end_of_those_who_do_not_answer(self) -> None:
-        """A client, and a connection that has asked for nothing."""
+    def test_server_close_without_answers(self) -> None:
+        """The end of the server, with a client that does not answer, and a silent connection."""
         server = self.serve(close_timeout=1.5)
         client, waiting = self.connect(server), self.connect(server, handshake=False)
         eventually(lambda: server._room.size == 2)
@@ -166,14 +166,14 @@ class Windows(ServerTestCase):
         self.assertEqual(server.heard[-1][:2], ("close", 1006))
 
     def test_closed_while_it_accepts(self) -> None:
-        """Windows cannot wait for a socket that is closed: serve_forever() just returns."""
+        """Windows cannot wait for a closed socket: serve_forever() returns."""
         server = pywebsock.BroadcastServer(("127.0.0.1", 0))
 
         class Selector(selectors.SelectSelector):
-            """As that of Windows, when another thread closes the socket."""
+            """A selector as on Windows, when another thread closes the socket."""
 
             def select(self, timeout: float | None = None) -> typing.NoReturn:
-                """Fail."""
+                """Raise OSError."""
                 server.socket.close()
                 raise OSError(errno.ENOTSOCK, "not a socket")
 
@@ -217,10 +217,10 @@ class Port(ServerTestCase):
 
 
 class Crowd(ServerTestCase):
-    """As many clients as select() can take on Windows."""
+    """As many clients as select() accepts on Windows."""
 
     def test_503(self) -> None:
-        """The next one is told why, and has a place when another has left."""
+        """The next client gets a 503 with the reason, and a place when another one has left."""
         pywebsock.raise_file_limit()
         with Process(python=() if IS_WINDOWS else faults.changed(SELECT)) as process:
             clients = []
@@ -240,14 +240,14 @@ class Crowd(ServerTestCase):
                 client.socket.close()
 
     def shake_hands(self, port: int) -> bytes:
-        """The answer to one more client."""
+        """Return the response to one more client."""
         client = Client(port, handshake=False)
         self.addCleanup(client.__exit__)
         client.send_raw(request())
         return client.read_head()
 
 
-# A signal of its own when its standard input ends: Wine cannot send one to another process.
+# A process sends itself the signal when its standard input ends: Wine cannot send it to another process.
 RAISE = """if 1:
     import signal, sys, threading
     def wait():
@@ -258,7 +258,7 @@ RAISE = """if 1:
 
 
 class Break(ServerTestCase):
-    """Ctrl-Break on Windows, and SIGTERM elsewhere: 1001 to everybody."""
+    """Ctrl-Break on Windows, and SIGTERM elsewhere: all clients get 1001."""
 
     def test_break(self) -> None:
         number = int(getattr(signal, "SIGBREAK", signal.SIGTERM))
