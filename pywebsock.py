@@ -950,7 +950,7 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
     """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
 
-    A piece is empty where the next one has yet to arrive. `pieces` must raise an exception where
+    An empty piece means that the next one is still to come. `pieces` must raise an exception where
     the connection ends.
     """
     length = body_length(request, max_message)
@@ -1275,22 +1275,22 @@ def clear_path(path: str) -> None:
 # Hooks: the program's own code, and all that may take its time, in threads of their own
 # ======================================================================================
 
-STUCK_TIME = 0.005  # seconds after which a hook counts as waiting for something: another thread goes on
-IDLE_TIME = 1.0  # seconds that a thread without work is kept
-MAX_JOURNAL = 10_000  # lines of the log that wait to be written
+STUCK_TIME = 0.005  # seconds; a hook that takes longer is taken to be waiting, and another thread goes on
+IDLE_TIME = 1.0  # seconds that a thread waits for work before it ends
+MAX_JOURNAL = 10_000  # lines of the log that may wait to be written
 
 
 class Threads:
-    """Threads that are kept for a while after their call, since starting one takes long. Any thread."""
+    """A pool of threads. A thread waits some time for the next call, since starting one takes long. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # an RLock, since a __del__ may log
-        self._idle = 0  # threads that wait for a call, and that none is queued for
+        self._idle = 0  # waiting threads, less the calls that are queued for them
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._stopped = False  # threads end after their call
+        self._stopped = False  # then each thread ends after its call
 
     def run(self, call: Callable[[], object]) -> None:
-        """Run a call in a thread. Raises RuntimeError where there can be no more threads."""
+        """Run a call in a thread. Raise RuntimeError if no thread can be started."""
         with self._lock:
             if self._idle:
                 self._calls.put(call)
@@ -1299,7 +1299,7 @@ class Threads:
         threading.Thread(target=self._work, args=(call,), name="pywebsock hooks", daemon=True).start()
 
     def stop(self) -> None:
-        """End the threads that wait, and the others after their call."""
+        """End the waiting threads now, and the others after their call."""
         with self._lock:
             self._stopped = True
             for _ in range(self._idle):
@@ -1309,7 +1309,7 @@ class Threads:
     def _work(self, call: Callable[[], object] | None) -> None:
         while call:
             call()
-            call = None  # its connection may be gone
+            call = None  # let go of its connection
             with self._lock:
                 if self._stopped:
                     return
@@ -1317,50 +1317,49 @@ class Threads:
             call = self._next_call()
 
     def _next_call(self) -> Callable[[], object] | None:
-        """Wait for a call; None where none comes in IDLE_TIME."""
+        """Wait for a call. Return None if none comes within IDLE_TIME."""
         with contextlib.suppress(queue.Empty):
             return self._calls.get(timeout=IDLE_TIME)
         with self._lock:
             if self._idle:
                 self._idle -= 1
                 return None
-        return self._calls.get()  # one is queued for this thread
+        return self._calls.get()  # a call is queued for this thread
 
 
 class Inbox:
-    """The calls that wait for one client's hooks: they run one at a time, in order."""
+    """The calls for one client that wait for a hook thread. They run one at a time, in order."""
 
     __slots__ = ("calls", "taken")
 
     def __init__(self) -> None:
         self.calls: deque[Callable[[], object]] = deque()
-        self.taken = False  # a worker has it, or will have
+        self.taken = False  # calls wait or run
 
 
 class Hooks:
-    """Runs the hooks of the program, and whatever else may block, outside the loop.
+    """Runs the program's hooks, and all other code that may block, outside the loop.
 
-    Any thread submits calls; workers, which are calls in threads of their own, run them. One worker
-    runs the calls of all inboxes while none of them blocks, since a second one would compete
-    for the interpreter. The loop looks on: when a call has taken STUCK_TIME, other workers
-    run what else is ready.
+    Any thread submits calls, and workers run them in hook threads. One worker runs the calls of
+    all inboxes as long as none of them blocks: a second worker would compete for the interpreter
+    (the GIL). If a call takes longer than STUCK_TIME, the loop starts other workers.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may log
-        self._done = threading.Condition(self._lock)  # notified when an inbox is empty
-        self._ready: deque[Inbox] = deque()  # inboxes with calls that no worker has
+        self._lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
+        self._done = threading.Condition(self._lock)  # notified when an inbox has become empty
+        self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
         self._busy = 0  # inboxes with calls that wait or run
-        self._running: dict[int, float] = {}  # workers that run a call, by thread, and since when
-        self._stuck: set[int] = set()  # those of them that have taken too long
-        self._coming = 0  # workers that were asked for and have not looked yet
+        self._running: dict[int, float] = {}  # thread of each worker, and when its call began
+        self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
+        self._coming = 0  # workers that were started and have not taken an inbox yet
         self._threads = Threads()
         self._journal = Inbox()
 
     # ---- any thread ----
 
     def submit(self, inbox: Inbox, call: Callable[[], object]) -> None:
-        """Run a call after those that are in this inbox already. Never waits."""
+        """Run a call after those that this inbox already holds. Never wait."""
         with self._lock:
             inbox.calls.append(call)
             if not inbox.taken:
@@ -1369,12 +1368,12 @@ class Hooks:
                 self._make_ready(inbox)
 
     def log(self, level: int, line: str, *arguments: Any, error: BaseException | None = None) -> None:
-        """Log a line outside the caller's thread: its reader may be slow, or broadcast it."""
+        """Log a line in a hook thread: a log handler may block, or broadcast the line."""
         if log.isEnabledFor(level):
             self._write(functools.partial(log.log, level, line, *arguments, exc_info=error))
 
     def trace(self, line: str, *arguments: Any) -> None:
-        """Log a line of the trace in the same way."""
+        """Log a line of the trace in a hook thread."""
         self._write(functools.partial(trace_log.info, line, *arguments))
 
     def _write(self, call: Callable[[], object]) -> None:
@@ -1382,13 +1381,13 @@ class Hooks:
             self.submit(self._journal, call)
 
     def wait(self, number: int, end: float) -> None:
-        """Wait until at most this number of inboxes is busy, or until `end` (time.monotonic())."""
+        """Wait until at most `number` inboxes have calls, or until `end` (time.monotonic())."""
         with self._lock:
             while self._busy > number and time.monotonic() < end:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
-        """Let threads end that have nothing to do."""
+        """Let the threads end when they have no calls."""
         self._threads.stop()
 
     def _make_ready(self, inbox: Inbox) -> None:
@@ -1398,25 +1397,25 @@ class Hooks:
 
     @property
     def _active(self) -> int:
-        """Workers that make progress."""
+        """The number of workers that make progress."""
         return len(self._running) - len(self._stuck) + self._coming
 
     def _add_worker(self) -> None:
         self._coming += 1
         try:
             self._threads.run(self._work)
-        except (RuntimeError, MemoryError):  # there can be no more threads now
+        except (RuntimeError, MemoryError):  # no thread can be started; relieve() tries again
             self._coming -= 1
 
     # ---- the loop ----
 
     @property
     def is_waiting(self) -> bool:
-        """Whether calls wait for a worker: then relieve() is to be called every STUCK_TIME."""
+        """Return whether calls wait for a worker. If so, call relieve() every STUCK_TIME."""
         return bool(self._ready)
 
     def relieve(self) -> None:
-        """Start workers in the place of those that are stuck."""
+        """Start workers if all others are stuck."""
         with self._lock:
             late = time.monotonic() - STUCK_TIME
             self._stuck.update([worker for worker, since in self._running.items() if since < late])
@@ -1427,20 +1426,20 @@ class Hooks:
     # ---- the workers ----
 
     def _work(self) -> None:
-        """Run calls while there are any."""
+        """Run calls until there are none."""
         me = threading.get_ident()
-        inbox = self._next_inbox(me, 1)  # until it has looked, it is counted as coming
+        inbox = self._next_inbox(me, 1)
         while inbox:
             for _ in range(len(inbox.calls)):
                 self._running[me] = time.monotonic()
-                with contextlib.suppress(BaseException):  # of the log; a hook's own are dealt with in its call
+                with contextlib.suppress(BaseException):  # from a log handler; other calls handle their exceptions
                     inbox.calls.popleft()()
                 self._stuck.discard(me)
             self._release(inbox)
             inbox = self._next_inbox(me, 0)
 
     def _release(self, inbox: Inbox) -> None:
-        """Let the calls of an inbox run that have come meanwhile."""
+        """Give an inbox back. If it has new calls, it becomes ready again."""
         with self._lock:
             if inbox.calls:
                 self._make_ready(inbox)
@@ -1450,7 +1449,7 @@ class Hooks:
             self._done.notify_all()
 
     def _next_inbox(self, me: int, coming: int) -> Inbox | None:
-        """An inbox with calls, or None."""
+        """Return an inbox with calls, or None."""
         with self._lock:
             self._coming -= coming
             self._running.pop(me, None)
@@ -1465,16 +1464,16 @@ class Hooks:
 # Connections (RFC 6455 5.5, 7)
 # ======================================================================================
 
-READ_SIZE = 128 * 1024  # bytes asked of a socket at once where much comes
-SMALL_READ_SIZE = 2 * 1024  # bytes asked for where little came
-SEND_SIZE = 64 * 1024  # bytes given to a socket at once
-SENDS_AT_ONCE = 8  # to one slow client in a row
-QUICK_TIME = 0.25  # seconds for which a client counts as quick at most
-QUICK_RATE = 16 * 1024 * 1024  # bytes a second that a quick client takes
-SLOWEST_POST = 256 * 1024  # bytes a second
+READ_SIZE = 128 * 1024  # bytes; the most that is read from a socket at once
+SMALL_READ_SIZE = 2 * 1024  # bytes; the same for a socket that last had little data
+SEND_SIZE = 64 * 1024  # bytes; the most that is sent to a socket at once
+SENDS_AT_ONCE = 8  # sends to one slow client before others go on
+QUICK_TIME = 0.25  # seconds; how long a client counts as quick after it has taken data
+QUICK_RATE = 16 * 1024 * 1024  # bytes a second; a quick client takes at least this
+SLOWEST_POST = 256 * 1024  # bytes a second; slower senders of long messages may be refused
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-Send = Callable[[Union[bytes, bytearray, memoryview]], int]  # of a socket: how many bytes it took
-NOTHING: deque[Octets] = deque(maxlen=0)  # what waits for nearly all clients: a deque takes 0.7 KB
+Send = Callable[[Union[bytes, bytearray, memoryview]], int]  # like socket.send(): return the number of bytes sent
+NOTHING: deque[Octets] = deque(maxlen=0)  # the empty outbox, shared by all clients: a deque takes 0.7 KB
 IS_WINDOWS = os.name == "nt"
 
 
@@ -1505,14 +1504,14 @@ class State(enum.Enum):
     CLOSED = 4
 
 
-READABLE = (State.OPEN, State.CLOSING)  # in other states, what comes is read and counts no more
+READABLE = (State.OPEN, State.CLOSING)  # in the other states, received data is discarded
 
 
 class Connection:
-    """The socket of a client, from the 101 to the end: its state, and what waits to be sent.
+    """The socket of a client, from the 101 to the end: its state, its outbox, and its times.
 
-    It belongs to the loop: no other thread touches it. What waits are plain bytes, which
-    all outboxes share; under TLS they are encrypted when the socket can take them.
+    It belongs to the loop: no other thread touches it. Its outbox holds plain bytes, which all
+    outboxes share; TLS encrypts them when the socket accepts data.
     """
 
     __slots__ = (
@@ -1535,45 +1534,45 @@ class Connection:
         self._begin_receiving()
         self._begin_sending()
 
-        # Times of the loop's clock.
-        self.joined = self.heard = self.moved = now  # heard from; taken something, or had nothing to take
-        self.acked = 0  # bytes that the peer has taken, as last seen
+        # Times on the loop's clock, and byte counts that belong to them.
+        self.joined = self.heard = self.moved = now  # last received data; last took data, or had none to take
+        self.acked = 0  # bytes that the peer had acknowledged at the last look
         self.pong_deadline = math.inf
-        self.ping_end = 0  # bytes that the peer has taken when the Ping comes to it; 0 if nothing is before that
+        self.ping_end = 0  # bytes that the peer must acknowledge before the Ping reaches it; 0 if it has
         self.quick_until = 0.0
-        self.last_seen = 0  # bytes of all broadcasts when it began to close
+        self.last_seen = 0  # bytes of all broadcasts when the connection began to close
 
     def _begin_receiving(self) -> None:
         self.read_size = SMALL_READ_SIZE
-        self.events: Iterator[tuple[int, Octets]] | None = None  # of what was read, while not all is handled
-        self.source: Iterator[tuple[int, Octets]] | None = None  # the same without those that are to come again
-        self.is_waiting = False  # in the loop's line of those whose events go on
-        self.is_ending = False  # in the line of those that end: it is not read
-        self.is_flood = False  # its last bytes took long: it comes after the others
-        self.paused = False  # it is not read, until resumed
-        self.is_blocked = False  # reading must wait until TLS can write
+        self.events: Iterator[tuple[int, Octets]] | None = None  # messages and frames that were read, not yet handled
+        self.source: Iterator[tuple[int, Octets]] | None = None  # the same, without those that will be handled again
+        self.is_waiting = False  # in Receiver.later
+        self.is_ending = False  # in Endings: it is not read
+        self.is_flood = False  # its last data took long: it is read after the others
+        self.paused = False  # not read until it is resumed
+        self.is_blocked = False  # TLS must write before it can read
         self.peer_ended = False  # the peer has ended its side of TCP
-        self.pongs: list[bytes] = []  # for the Pings in what is being read
-        self.pace: Pace | None = None  # with --rate
-        self.submitted = 0  # bytes of messages given to its hooks without a pause
-        self.kept = 0  # bytes of an unfinished message, as the budget counts them
-        self.began = 0.0  # when it began, or went on after a pause
-        self.received = 0  # bytes of it since then: Pings are no progress
+        self.pongs: list[bytes] = []  # answers to the Pings in the data being read
+        self.pace: Pace | None = None  # with the setting rate
+        self.submitted = 0  # bytes of messages given to its hooks since it was resumed
+        self.kept = 0  # bytes of an unfinished message that the budget counts
+        self.began = 0.0  # when this message began, or was resumed
+        self.received = 0  # bytes of this message since then (Pings are no progress)
 
     def _begin_sending(self) -> None:
         self.pieces = NOTHING
         self.sent = 0  # bytes of the first piece that are sent
-        self.size = 0  # bytes that wait
-        self.pong = b""  # the newest, while others wait
-        self.is_shut = False  # the own side of TCP has ended
+        self.size = 0  # bytes in the outbox
+        self.pong = b""  # the newest Pong, to be sent after the outbox
+        self.is_shut = False  # the server has ended its side of TCP
 
     # ---- coming in ----
 
     def receive(self) -> bytes | None:
-        """The next bytes; none at the end of the peer's side; None where there are none yet. Raises OSError."""
+        """Return the next bytes: b"" if the peer has ended its side, None if no data has arrived. Raise OSError."""
         try:
             data = self.socket.recv(self.read_size)
-        except ssl.SSLWantWriteError:  # TLS has something to say itself, which must go first
+        except ssl.SSLWantWriteError:  # TLS must send something first, such as a key update
             self.is_blocked = True
             return None
         except WOULD_BLOCK:
@@ -1587,13 +1586,13 @@ class Connection:
         return data
 
     def has_more(self) -> bool:
-        """Whether TLS has decrypted more than was read: then the socket may have nothing to wait for."""
+        """Return whether TLS holds decrypted data: then the socket may never become readable."""
         return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
     # ---- going out ----
 
     def _send_slices(self, data: Octets | memoryview) -> int:
-        """As socket.send(), for TLS, which takes a record at a time, for Windows, and for the trace."""
+        """Send like socket.send(), but in slices: TLS sends one record at a time, and Windows may accept any size."""
         sent, view = 0, memoryview(data)
         while sent < len(data) and sent < SENDS_AT_ONCE * SEND_SIZE // 4:
             try:
@@ -1607,16 +1606,16 @@ class Connection:
         return sent
 
     def keep(self, data: Octets, sent: int, now: float) -> None:
-        """Let data wait, of which some bytes are sent already."""
+        """Put data into the outbox, of which `sent` bytes were sent."""
         if not self.pieces:
             self.pieces, self.sent, self.size = deque(), sent, -sent
-            if now - self.joined > 4 * QUICK_TIME:  # it had taken all there was
+            if now - self.joined > 4 * QUICK_TIME:  # a client with an empty outbox is quick, unless it is new
                 self.quick_until = now + QUICK_TIME
         self.pieces.append(data)
         self.size += len(data)
 
     def flush(self, now: float) -> None:
-        """Send what the socket takes now; of much only a part, since others wait. Raises OSError."""
+        """Send from the outbox, a limited number of slices, since others wait. Raise OSError."""
         with contextlib.suppress(*WOULD_BLOCK):
             for _ in range(SENDS_AT_ONCE):
                 if not self.pieces:
@@ -1624,7 +1623,7 @@ class Connection:
                 self._count(self.send(self._next_slice()), now)
 
     def _next_slice(self) -> Octets | memoryview:
-        """The next bytes to send: of one long piece, or of many short ones joined."""
+        """Return the next bytes to send: a long piece, or several short ones joined."""
         first = memoryview(self.pieces[0])[self.sent :]
         if len(self.pieces) == 1 or len(first) >= SEND_SIZE:
             return first
@@ -1649,25 +1648,25 @@ class Connection:
         self.quick_until = min(max(self.quick_until, now) + sent / QUICK_RATE, now + QUICK_TIME)
 
     def is_quick(self, now: float) -> bool:
-        """Whether it takes what it gets without delay; one large send does not make it quick."""
+        """Return whether the client takes data without delay. One large send does not make it quick."""
         return self.quick_until > now + QUICK_TIME / 4
 
     def take_pong(self) -> bytes:
-        """The Pong that waited, once."""
+        """Return the waiting Pong, and forget it."""
         pong, self.pong = self.pong, b""
         return pong
 
     def end_sending(self) -> None:
-        """End the own side of TLS (RFC 8446 6.1) and of TCP. Raises BlockingIOError: to be called again."""
+        """End the server's side of TLS (RFC 8446 6.1) and of TCP. Raise BlockingIOError if it must be called again."""
         end_tls(self.socket)
-        with contextlib.suppress(OSError):  # the peer was faster
+        with contextlib.suppress(OSError):  # the peer has reset the connection
             self.socket.shutdown(socket.SHUT_WR)
         self.is_shut = True
 
     # ---- at times ----
 
     def wanted_events(self) -> int:
-        """What the selector is to wait for."""
+        """Return the events that the selector should wait for."""
         if self.state is State.CLOSED:
             return 0
         if self.state is State.ENDING:
@@ -1678,11 +1677,11 @@ class Connection:
         return reads * selectors.EVENT_READ | writes * selectors.EVENT_WRITE
 
     def note_progress(self, now: float) -> None:
-        """Look what the peer has taken since the last look."""
+        """Note whether the peer has taken data since the last look."""
         on_the_way, acked = bytes_in_kernel(self.socket)
         if acked != self.acked:
             self.acked, self.moved = acked, now
-            if self.paused:  # it is not read: that its system has answered will do
+            if self.paused:  # it is not read; the acknowledgement of its system is a sign of life
                 self.heard = now
         elif self.state is State.OPEN and not (self.size or on_the_way):
             self.moved = now
@@ -1691,20 +1690,20 @@ class Connection:
 
 
 def end_tls(connection: socket.socket) -> None:
-    """Send a close_notify, if there is TLS, on a socket that does not block. Raises BlockingIOError: call it again."""
+    """Send a close_notify if there is TLS. Raise BlockingIOError if it must be called again."""
     if isinstance(connection, ssl.SSLSocket):
         try:
             connection.unwrap()
         except ssl.SSLWantWriteError:
             raise BlockingIOError from None
-        except (OSError, ValueError):  # the peer's close_notify has not come; nobody waits for it
+        except (OSError, ValueError):  # the peer's close_notify has not arrived, and is not needed
             pass
 
 
 def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
-    """The bytes that the system has yet to bring to the peer, and those that the peer has acknowledged.
+    """Return the number of bytes that the peer has not acknowledged yet, and of those that it has.
 
-    (0, 0) where the system does not tell; Linux does (struct tcp_info).
+    Linux tells this (struct tcp_info); on other systems, return (0, 0).
     """
     if sys.platform != "linux" or connection.family not in (socket.AF_INET, socket.AF_INET6):
         return 0, 0
@@ -1719,8 +1718,8 @@ def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
 
 
 def reset(connection: socket.socket) -> None:
-    """End a connection without sending what is left. The caller closes the socket soon."""
-    with contextlib.suppress(OSError):  # its peer was faster
+    """End a connection without sending the rest. The caller closes the socket soon."""
+    with contextlib.suppress(OSError):  # the peer has reset the connection
         linger = struct.pack("hh" if IS_WINDOWS else "ii", 1, 0)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         if not IS_WINDOWS:  # there, a socket that was shut down may not send a reset when it is closed
@@ -1732,10 +1731,10 @@ MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
-    """Reads the request of a connection and answers it, in steps, which run in hook threads.
+    """Reads the request of a connection and answers it. Runs in hook threads, in steps.
 
-    A step never waits for the peer: where bytes are missing, the loop waits for them, and then
-    calls for the next step. With the answer, the loop gets the socket.
+    A step never waits for the peer. If bytes are missing, the step ends; the loop waits for them
+    and starts the next step. With the answer, the loop gets the socket.
     """
 
     server: BroadcastServer
@@ -1747,22 +1746,22 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}" if port else host
         self.method = self.target = ""
         self.headers: dict[str, str] = {}
-        self.deadline = self.server._loop.now + self.server.handshake_timeout  # of the request, on the loop's clock
-        self.verdict = ""  # set by the loop: why no more is to be waited for
-        self._is_silent = True  # nothing has come yet
-        self._rest = b""  # what has come behind the head of the request
-        self._kept = 0  # bytes of the body, as the budget counts them
-        self._is_closing = False  # close() was called: nothing more reaches a hook
-        self._inbox: Inbox | None = Inbox()  # of its steps and hooks, while they have something to do
-        self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # of what comes and what goes, with --trace
+        self.deadline = self.server._loop.now + self.server.handshake_timeout  # on the loop's clock
+        self.verdict = ""  # set by the loop: the reason why the handler must not wait any more
+        self._is_silent = True  # no data has arrived
+        self._rest = b""  # data after the head of the request
+        self._kept = 0  # bytes of the body that the budget counts
+        self._is_closing = False  # close() was called: no more hooks except on_close
+        self._inbox: Inbox | None = Inbox()  # its steps and hooks
+        self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # with trace: of received and of sent data
         if self.server.trace:
             names = f"{self.address} in ", f"{self.address} out"
             self._tracers = tuple(follow(name, self.server._hooks.trace) for name in names)
             for tracer in self._tracers:
-                next(tracer)  # up to where it waits for bytes
+                next(tracer)  # run it until it waits for data
 
     def handle(self) -> None:
-        """Called by socketserver: begin."""
+        """Called by socketserver: start the first step."""
         self._steps = self._serve()
         self.request.setblocking(False)
         self.server._room.add_pending(self, time.monotonic())
@@ -1774,7 +1773,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     @property
     def address(self) -> str:
-        """The peer's address, for people and the log; `admit` may set it, say to what a proxy says."""
+        """The peer's address, for people and the log. `admit` may set it, for example to what a proxy says."""
         return self._address
 
     @address.setter
@@ -1784,7 +1783,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
     # ---- steps, in hook threads ----
 
     def go_on(self) -> None:
-        """Let a hook thread do what can be done without waiting. Any thread, for the connection's own step."""
+        """Let a hook thread run the next step."""
         if self._inbox:
             self.server._hooks.submit(self._inbox, self._step)
 
@@ -1794,7 +1793,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             events = next(self._steps, 0)
             if events and not server._queue.put(functools.partial(server._loop.lobby.wait, self, events)):
-                self._end()  # there is no loop any more
+                self._end()  # the loop has ended
         except BaseException:
             server.handle_error(self.request, self.address)
             self._end()
@@ -1802,7 +1801,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             server._local.client = None
 
     def _serve(self) -> Steps[None]:
-        """Read the request and answer it."""
+        """Read the request and answer it: all steps."""
         is_head = False
         try:
             if self.request.family != AF_UNIX:
@@ -1814,7 +1813,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             yield from self._answer(request)
         except HandshakeError as error:
             self._refuse(error, is_head)
-        except (OSError, ValueError) as error:  # of an SSLSocket without a handshake, ValueError
+        except (OSError, ValueError) as error:  # ValueError: from an SSLSocket before its handshake
             level = logging.DEBUG if self._is_silent else logging.INFO
             line = "%s gone before its handshake: %s"
             self.server._hooks.log(level, line, self.address, printable(str(error)))
@@ -1825,7 +1824,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _end(self) -> None:
         """Close the connection without an answer."""
         if self.server._room.remove(self):
-            with contextlib.suppress(OSError):  # it need not come to the peer
+            with contextlib.suppress(OSError):  # it need not reach the peer
                 end_tls(self.request)
             self.server.shutdown_request(self.request)
 
@@ -1838,9 +1837,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
     # ---- receiving ----
 
     def _wait(self, error: OSError) -> Steps[None]:
-        """Wait for what the socket lacked. Raises HandshakeError at the deadline, OSError where nothing is to come."""
+        """Wait until the socket is ready again. Raise HandshakeError at the deadline, OSError to give up."""
         yield selectors.EVENT_WRITE if isinstance(error, ssl.SSLWantWriteError) else selectors.EVENT_READ
-        if self.verdict == TOO_LATE and self._is_silent:  # a browser's spare connection, say: nothing was asked
+        if self.verdict == TOO_LATE and self._is_silent:  # for example a spare connection of a browser
             raise ConnectionAbortedError("it was silent")
         if self.verdict == TOO_LATE:
             raise HandshakeError(408, TOO_LATE)
@@ -1848,7 +1847,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             raise ConnectionAbortedError(self.verdict)
 
     def _shake_tls_hands(self, connection: ssl.SSLSocket) -> Steps[None]:
-        """TLS (RFC 8446 2), or an answer in plain HTTP to a client that does not speak it. Raises HandshakeError."""
+        """Do the handshake of TLS (RFC 8446 2). Raise HandshakeError if the client speaks plain HTTP."""
         while True:
             try:
                 if self._is_silent:
@@ -1862,11 +1861,11 @@ class RequestHandler(socketserver.BaseRequestHandler):
             except WOULD_BLOCK as error:
                 try:
                     yield from self._wait(error)
-                except HandshakeError:  # which cannot be answered without TLS
+                except HandshakeError:  # the answer would need TLS
                     raise TimeoutError(TOO_LATE) from None
 
     def _read_request(self) -> Steps[Request]:
-        """The request, up to its body."""
+        """Return the request, without its body."""
         data = bytearray()
         while True:
             piece = self._receive()
@@ -1876,11 +1875,11 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 break
         request, self._rest = parse_request([bytes(data)])
         self.method, self.headers = request.method, request.headers
-        self.target = MARK.sub("", request.target)  # which is between the page and join()
+        self.target = MARK.sub("", request.target)  # only the page and join() use the mark
         return request
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:
-        """What has come; nothing where that has yet to come. Raises OSError at the end."""
+        """Return the data that has arrived, or b"" if none has. Raise OSError at the end of the connection."""
         self._blocked: OSError | None = None
         try:
             data = self.request.recv(size)
@@ -1895,7 +1894,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         return data
 
     def _read_body(self, request: Request, length: int) -> Steps[bytes]:
-        """The body of a POST, when it may be passed on. Raises HandshakeError, OSError."""
+        """Return the body of a POST when its message may be broadcast. Raise HandshakeError, OSError."""
         server, later = self.server, ("Retry-After", "1")
         require(not server._link or not server._link.away, 503, "Redis is away", later)
         self.deadline = max(self.deadline, server._loop.now + server.handshake_timeout) + length / SLOWEST_POST
@@ -1917,11 +1916,13 @@ class RequestHandler(socketserver.BaseRequestHandler):
     # ---- answering ----
 
     def _refuse(self, error: HandshakeError, is_head: bool) -> None:
-        """Answer a request that cannot be served."""
+        """Answer a request with an error."""
         server = self.server
         server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
         server._refused += 1
-        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(errors="replace")  # of a hook
+        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(
+            errors="replace"
+        )  # a hook may have written it
         kind, origin = "text/plain; charset=utf-8", self.headers.get("origin")
         self._respond(http_response(error.status, kind, body, *error.fields, head=is_head, origin=origin))
 
@@ -1929,14 +1930,14 @@ class RequestHandler(socketserver.BaseRequestHandler):
 class WebSocketHandler(RequestHandler):
     """One connection. After its opening handshake it is a client.
 
-    For hooks and every other thread:
+    For hooks and other threads:
 
     - send(message), close(code, reason)
     - method, target: of the request: GET for a WebSocket, or POST; the target with its query
     - headers: the request's header fields, names in lower case, repeated ones joined by commas
-    - address: the peer's address and port, for people; `admit` may set it, say to what a proxy says
+    - address: the peer's address and port, for people; `admit` may set it, for example from a proxy's header
     - subprotocol: the one chosen from those that the client offers, or ""; `admit` may set it
-    - data: whatever the program likes to keep here; None at first
+    - data: for the program's own use; None at first
     """
 
     def setup(self) -> None:
@@ -1944,24 +1945,24 @@ class WebSocketHandler(RequestHandler):
         super().setup()
         self.subprotocol = ""
         self.data: Any = None
-        self._early = b""  # a Close from before it joined; the room's lock guards this and the next one
-        self._connection: Connection | None = None  # from joining on
+        self._early = b""  # a Close that was queued before it joined; the room's lock guards this and _connection
+        self._connection: Connection | None = None  # after it has joined
 
     # ---- for hooks and other threads ----
 
     def send(self, message: Message) -> None:
         """Send text (str) or binary (bytes) to this client alone, in order with all else. Any thread.
 
-        Never fails: where the client is gone or closing, the message is gone too.
-        Raises TypeError for anything but str and bytes.
+        If the client has gone or is closing, the message is discarded. Raise TypeError unless the
+        message is str or bytes.
         """
         self.server.broadcast(message, (self,))
 
     def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Begin the closing handshake, after all that was sent before (7.1.2). Any thread.
+        """Begin the closing handshake, after all data that was sent before (7.1.2). Any thread.
 
-        From now on nothing of this client reaches a hook but on_close. A reason is cut to 123
-        bytes. Raises ValueError for a code that may not be sent (7.4).
+        After that, on_close is the only hook that is called for this client. The reason is cut to
+        123 bytes. Raise ValueError for a code that must not be sent (7.4).
         """
         if code not in CODES_ON_THE_WIRE:
             raise ValueError(f"{code} is not a close code that may be sent")
@@ -1972,7 +1973,7 @@ class WebSocketHandler(RequestHandler):
     # ---- in its steps ----
 
     def _answer(self, request: Request) -> Steps[None]:
-        """Open a WebSocket, or answer as HTTP. Raises HandshakeError, OSError."""
+        """Open a WebSocket, or answer in HTTP. Raise HandshakeError, OSError."""
         if request.upgrades:
             self._open(request)
         else:
@@ -1980,23 +1981,23 @@ class WebSocketHandler(RequestHandler):
             self._respond(response)
 
     def _respond(self, response: bytes) -> None:
-        """Let the loop send a response, and end the connection."""
+        """Let the loop send a response and end the connection."""
         connection = Connection(self, MessageReader(0), 0, self.server._loop.now)
         connection.state = State.ENDING
-        if not self.server._room.dismiss(connection, response):  # a hook has stopped the server, say
+        if not self.server._room.dismiss(connection, response):  # for example, a hook has stopped the server
             with contextlib.suppress(OSError):
                 self.request.settimeout(self.server.close_timeout or None)
                 self.request.sendall(response)
             self._end()
 
     def _send(self, data: bytes) -> None:
-        """Send a few bytes before the answer. Raises OSError."""
+        """Send a few bytes before the response. Raise OSError."""
         self.request.send(data)
         if self._tracers:
             self._tracers[1].send(data)
 
     def _call(self, hook: Callable[..., Any], *arguments: Any) -> Any:
-        """What a hook for a request returns. Raises HandshakeError: that of the hook, 403 after a close(), or 500."""
+        """Return the result of a hook for a request. Raise HandshakeError: the hook's, 403 after close(), or 500."""
         require(not self._is_closing, 403, "not admitted")
         try:
             result = hook(self, *arguments)
@@ -2009,16 +2010,16 @@ class WebSocketHandler(RequestHandler):
         return result
 
     def _open(self, request: Request) -> None:
-        """Shake hands and join the room; then the loop has the socket. Raises HandshakeError, OSError."""
+        """Complete the opening handshake and join the room. Raise HandshakeError, OSError."""
         server, room = self.server, self.server._room
         response, window, takeover = self._check(request)
         mark = MARK.search(request.target)
         reader = MessageReader(server.max_message, bool(window), takeover)
         connection = Connection(self, reader, window, server._loop.now)
-        if self._rest:  # what came behind the head
+        if self._rest:  # the client did not wait for the 101
             connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
-        if not server._overrides("on_open"):  # or what the client sends waits for that, in its inbox
+        if not server._overrides("on_open"):  # otherwise its messages wait in the inbox until on_open returns
             self._inbox = None
         room.join(connection, response, mark[1] if mark else "")
         if log.isEnabledFor(logging.DEBUG):
@@ -2028,9 +2029,9 @@ class WebSocketHandler(RequestHandler):
             self._run_hook(server.on_open)
 
     def _check(self, request: Request) -> tuple[bytes, int, bool]:
-        """The response to an opening handshake (4.2), and what it says of compression: window, context takeover.
+        """Return the response to an opening handshake (4.2), the window, and whether the client takes over its context.
 
-        Raises HandshakeError.
+        Raise HandshakeError.
         """
         accept = check_upgrade(request)
         check_host(request)
@@ -2047,9 +2048,11 @@ class WebSocketHandler(RequestHandler):
         return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
 
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
-        """The header field that names the chosen subprotocol. Raises HandshakeError."""
+        """Return the header field that names the chosen subprotocol, if any. Raise HandshakeError."""
         if self.subprotocol:
-            require(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")  # of a hook
+            require(
+                re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol"
+            )  # set by a hook
             return [("Sec-WebSocket-Protocol", self.subprotocol)]
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
         require(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
@@ -2059,7 +2062,7 @@ class WebSocketHandler(RequestHandler):
         return []
 
     def _run_hook(self, hook: Callable[..., object], *arguments: Any) -> None:
-        """Call a hook, in a hook thread; whatever it raises ends this client alone."""
+        """Call a hook in a hook thread. An exception ends this client only."""
         server = self.server
         server._local.client = self
         try:
@@ -2073,7 +2076,7 @@ class WebSocketHandler(RequestHandler):
             server._local.client = None
 
     def _take_messages(self, messages: list[tuple[int, Octets]]) -> None:
-        """Call on_message for each, in a hook thread."""
+        """Call on_message for each message, in a hook thread."""
         for opcode, payload in messages:
             if not self._is_closing:
                 message = payload.decode() if opcode == TEXT else bytes(payload)
@@ -2082,14 +2085,14 @@ class WebSocketHandler(RequestHandler):
     # ---- in the loop ----
 
     def _submit(self, call: Callable[[], object]) -> None:
-        """Let a hook thread call this, after what was submitted before."""
+        """Let a hook thread run a call, after those that were submitted before."""
         self._inbox = self._inbox or Inbox()
         self.server._hooks.submit(self._inbox, call)
 
     def _has_left(self, code: int, reason: str) -> None:
-        """This is no client any more: on_close is the last hook."""
+        """Log that the client has left, and call on_close."""
         hooks = self.server._hooks
-        if reason:  # other words than without one: the log limits the lines of each kind
+        if reason:  # the log limits lines with the same text, so let the text differ
             hooks.log(logging.INFO, f"%s left: {code:d} %s", self.address, printable(reason))
         else:
             hooks.log(logging.INFO, f"%s left: {code:d}", self.address)
@@ -2101,37 +2104,37 @@ class WebSocketHandler(RequestHandler):
 # Room: the clients, and what all threads may do with them
 # ======================================================================================
 
-QUEUE_SIZE = 4 * 1024 * 1024  # bytes queued, above which senders wait
-RUN_SIZE = 1024 * 1024  # bytes of messages that go out as one
-RUN_LENGTH = 4000  # operations, after which those go out that were read
-MESSAGE_COST = 250  # bytes that the objects of a queued message take
-RECIPIENT_COST = 128  # bytes for each client that it is for: sending to it takes as long as copying these
-GIVEN_UP = -1.0  # in place of the time of a pending connection
-MOST_SELECTED = 500  # clients where there is only select(), which takes 512 sockets on Windows
-SPARE_SELECTED = 10  # of the sockets that select() takes, for connections that are no clients
+QUEUE_SIZE = 4 * 1024 * 1024  # bytes; if more is queued, senders wait
+RUN_SIZE = 1024 * 1024  # bytes of messages that are sent together
+RUN_LENGTH = 4000  # operations; if more are queued, they are carried out before the loop reads on
+MESSAGE_COST = 250  # bytes that the objects of a message take
+RECIPIENT_COST = 128  # bytes that each recipient in `to` counts: sending takes as long as copying these
+GIVEN_UP = -1.0  # instead of the time of a pending connection
+MOST_SELECTED = 500  # clients if the system has only select(), which takes 512 sockets on Windows
+SPARE_SELECTED = 10  # further sockets of select(), for pending connections
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
-Sends = dict[WebSocketHandler, Send]  # what sends to each client
+Sends = dict[WebSocketHandler, Send]  # each client, and the function that sends to it
 
 
 def uses_select() -> bool:
-    """Whether the loop has nothing better than select(), which takes few sockets."""
+    """Return whether the system has only select(), which takes few sockets."""
     return issubclass(selectors.DefaultSelector, selectors.SelectSelector)
 
 
 class Queue:
-    """Operations on their way to the loop: messages, and what is to be called. One queue is one order.
+    """Operations for the loop, in one order: messages, Pongs and calls.
 
-    Any thread puts operations in. The loop takes them out, and never waits for anybody.
+    Any thread puts operations in. The loop takes them out, and never waits.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards what follows; an RLock, since a __del__ may broadcast in any place
+        self._lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may broadcast anywhere
         self._space = threading.Condition(self._lock)  # notified when senders may go on
         self._operations: list[Any] = []
-        self._size = 0  # bytes of these
-        self._held = False  # senders wait for a client that is behind
-        self._is_asleep = False  # the loop waits: a byte wakes it
-        self._has_ended = False  # there is no loop any more
+        self._size = 0  # bytes of the operations
+        self._held = False  # senders wait for a quick client that is behind
+        self._is_asleep = False  # the loop waits in select() until a byte wakes it
+        self._has_ended = False  # the loop has ended
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0
@@ -2139,7 +2142,7 @@ class Queue:
     # ---- any thread ----
 
     def put(self, operation: Any, size: int = MESSAGE_COST) -> bool:
-        """Queue an operation for the loop. Never waits. Returns False where there is no loop any more."""
+        """Queue an operation, without waiting. Return False if the loop has ended."""
         with self._lock:
             if self._has_ended:
                 return False
@@ -2151,14 +2154,14 @@ class Queue:
         return True
 
     def put_message(self, message: Outgoing) -> None:
-        """Queue a message, and wait while too much is queued."""
+        """Queue a message. Wait while the queue is full."""
         recipients = RECIPIENT_COST * len(message.to) if message.to else 0
         self.put(message, message.size + MESSAGE_COST + recipients)
         if self.is_full:
             self.wait_for_space()
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is queued, or a quick client is behind. Returns whether that has an end."""
+        """Wait while senders must wait. Return False after `timeout` (seconds)."""
         if threading.get_ident() == self.loop_thread:
             return True
         with self._lock:
@@ -2166,49 +2169,49 @@ class Queue:
 
     @property
     def is_full(self) -> bool:
-        """Whether senders wait."""
+        """Return whether senders must wait: too much is queued, or a quick client is behind."""
         return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
 
     def wake(self) -> None:
         """Wake the loop."""
-        with contextlib.suppress(OSError):  # it has been told often enough, or has ended
+        with contextlib.suppress(OSError):  # the alarm is full of bytes, or closed
             if self._ring:
                 self._ring.send(b"!")
 
     # ---- the loop ----
 
     def open(self, selector: selectors.BaseSelector) -> None:
-        """Let the selector wait for what wakes the loop."""
+        """Create the alarm, and let the selector wait for it."""
         self._alarm, self._ring = socket.socketpair()
         self._alarm.setblocking(False)
         self._ring.setblocking(False)
         selector.register(self._alarm, selectors.EVENT_READ, self._hear_alarm)
 
     def start(self) -> None:
-        """From now on operations are carried out, in this thread."""
+        """Remember this thread as the loop: it never waits in wait_for_space()."""
         self.loop_thread = threading.get_ident()
 
     def put_own(self, operation: Any) -> None:
-        """Queue an operation of the loop itself: it is carried out in this round."""
+        """Queue an operation of the loop itself for this round."""
         self._operations.append(operation)
 
     def __len__(self) -> int:
         return len(self._operations)
 
     def fall_asleep(self) -> bool:
-        """Whether nothing is queued; then what is queued next wakes the loop."""
+        """Return whether nothing is queued. If so, the next operation wakes the loop."""
         with self._lock:
             self._is_asleep = not self._operations
             return self._is_asleep
 
     def _hear_alarm(self) -> None:
-        """Take the bytes that woke the loop."""
+        """Read the bytes that woke the loop."""
         with contextlib.suppress(BlockingIOError):
             if self._alarm:
                 self._alarm.recv(4096)
 
     def take(self) -> list[Any]:
-        """All that is queued."""
+        """Return all operations, and empty the queue."""
         if not self._operations:
             return []
         with self._lock:
@@ -2220,18 +2223,18 @@ class Queue:
 
     @property
     def held(self) -> bool:
-        """Whether senders wait for a client that is behind."""
+        """Return whether senders wait for a quick client that is behind."""
         return self._held
 
     def hold(self, held: bool) -> None:
-        """Let senders wait, or go on."""
+        """Let senders wait for a quick client, or let them go on."""
         if held != self._held:
             with self._lock:
                 self._held = held
                 self._space.notify_all()
 
     def end(self) -> None:
-        """Nothing is carried out any more."""
+        """Refuse further operations, and let senders go on."""
         with self._lock:
             self._has_ended = True
             self._operations.clear()
@@ -2242,34 +2245,34 @@ class Queue:
 
 
 class Joiner:
-    """A client that joins: its response, and the frames of the history that were prepared for it."""
+    """A joining client: its response, its mark, and its history as prepared outside the loop."""
 
     def __init__(self, connection: Connection, response: bytes, mark: str) -> None:
         self.connection = connection
         self.response = response
         self.mark = mark
         self.frames: list[bytes] = []
-        self.number = 0  # messages broadcast before these were prepared
+        self.number = 0  # messages that were broadcast before `frames` was prepared
 
 
 class Room:
-    """The shared set of clients, and the last messages. Any thread.
+    """The shared set of clients, and the history. Any thread.
 
-    One lock guards all of it. It is held for short pieces of code that never wait.
+    One lock guards all of it. Code that holds it is short and never waits.
     """
 
     def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
         self._queue = queue
-        self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast in any place
+        self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast anywhere
         self._max_clients = max_clients
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
-        self.pending: dict[RequestHandler, float] = {}  # those before their answer, oldest first, and since when
-        self.connections: set[Connection] = set()  # those of the loop
-        self._sends: dict[int, Sends] = {}  # the clients: by window, each with what sends to it
+        self.pending: dict[RequestHandler, float] = {}  # before their answer, oldest first; when each was accepted
+        self.connections: set[Connection] = set()  # after their answer: those that the loop owns
+        self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
-        self._is_closing = False  # a client that joins now gets 1001
-        self._has_ended = False  # there is no loop any more
-        self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these three are operations of the loop
+        self._is_closing = False  # clients that join now get 1001
+        self._has_ended = False  # the loop has ended
+        self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these three are set by the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
         self.give_up: Callable[[RequestHandler, str], None]
 
@@ -2278,7 +2281,7 @@ class Room:
         self._history_limit = history_size  # bytes of payload
         self._history_size = 0
         self.messages = self.bytes = 0  # broadcast so far; bytes of payload
-        self._preparing = threading.Lock()  # one joiner at a time compresses the history
+        self._preparing = threading.Lock()  # so that only one thread compresses the history
 
     # ---- the set of clients ----
 
@@ -2292,10 +2295,11 @@ class Room:
         return sum(map(len, self._sends.values()))
 
     def join(self, connection: Connection, response: bytes, mark: str) -> None:
-        """CONNECTING to OPEN: the client is in the set, and gets messages from its place in the queue on.
+        """CONNECTING to OPEN: put the client into the set. Raise HandshakeError.
 
-        There the loop sends it the response, the history and the mark, with which the page finds
-        the end of the history; so it misses nothing after its 101. Raises HandshakeError.
+        The queue determines the client's first message: at the place of this operation, the loop
+        sends the response, the history, and the mark with which the page finds the end of the
+        history.
         """
         client, joiner = connection.client, Joiner(connection, response, mark)
         if self._history_length:
@@ -2317,7 +2321,7 @@ class Room:
                 self._queue.put(functools.partial(self.close_connections, [connection], early))
 
     def dismiss(self, connection: Connection, response: bytes) -> bool:
-        """CONNECTING to ENDING: let the loop send a response. Returns False where there is no loop any more."""
+        """CONNECTING to ENDING: let the loop send a response. Return False if the loop has ended."""
         with self.lock:
             if not self._queue.put(functools.partial(self.adopt, connection, lambda: [response])):
                 return False
@@ -2326,7 +2330,7 @@ class Room:
             return True
 
     def _first_frames(self, joiner: Joiner) -> list[bytes]:
-        """What a client gets first; in the loop."""
+        """Return the first data for a client. Runs in the loop."""
         with self.lock:
             length = len(self._history)
             newer = min(self.messages - joiner.number, length)
@@ -2337,14 +2341,14 @@ class Room:
         return [joiner.response, *frames, *mark]
 
     def set_send(self, connection: Connection, send: Send) -> None:
-        """Change what sends to a client, if it is still in the set."""
+        """Set the function that sends to a client, if the client is still in the set."""
         with self.lock:
             sends = self._sends.get(connection.window, {})
             if connection.client in sends:
                 sends[connection.client] = send
 
     def leave(self, connection: Connection) -> bool:
-        """Take a client out of the set. Returns whether it was there."""
+        """Remove a client from the set. Return whether it was there."""
         with self.lock:
             sends = self._sends.get(connection.window, {})
             found = sends.pop(connection.client, None) is not None
@@ -2353,7 +2357,7 @@ class Room:
             return found
 
     def close(self, client: WebSocketHandler, frame: bytes) -> None:
-        """Queue a Close for a client; where it has not joined, it gets the Close when it does."""
+        """Queue a Close for a client. If it has not joined yet, it gets the Close when it does."""
         with self.lock:
             if not client._connection:
                 client._early = client._early or frame
@@ -2361,7 +2365,7 @@ class Room:
             self._queue.put(functools.partial(self.close_connections, [client._connection], frame))
 
     def close_all(self) -> None:
-        """Queue 1001 for all clients, also for those that are about to join. Nobody else is heard."""
+        """Queue a Close with 1001 for all clients, including those that join later, and end pending connections."""
         with self.lock:
             self._is_closing = True
             frame = serialize_close(CloseCode.GOING_AWAY)
@@ -2372,7 +2376,7 @@ class Room:
     # ---- messages ----
 
     def recipients(self, messages: list[Outgoing], to: Sequence[WebSocketHandler] | None) -> list[tuple[int, Sends]]:
-        """Remember messages, and copy the set of clients that get them: by window, what sends to each."""
+        """Return a copy of the set of clients that get these messages, by window. Add the messages to the history."""
         with self.lock:
             if to is None:
                 self.messages += len(messages)
@@ -2389,7 +2393,7 @@ class Room:
             return list(some.items())
 
     def _remember(self, messages: list[Outgoing]) -> None:
-        """Keep the last messages for those who join, but no more bytes than they can be given."""
+        """Add messages to the history, and drop the oldest above its limits."""
         self._history.extend(messages)
         self._history_size += sum([message.size + MESSAGE_COST for message in messages])
         while len(self._history) > self._history_length or self._history_size > self._history_limit:
@@ -2397,11 +2401,11 @@ class Room:
 
     @property
     def compresses(self) -> bool:
-        """Whether some client has compression."""
+        """Return whether any client has compression."""
         return any(self._sends.copy())
 
     def compress(self, message: Outgoing) -> None:
-        """Compress a message for all who are here, outside the loop."""
+        """Compress a message for all present clients, outside the loop."""
         if message.size >= DEFLATE_THRESHOLD:
             for window in list(self._sends):
                 message.frame(window)
@@ -2410,22 +2414,22 @@ class Room:
 
     @property
     def size(self) -> int:
-        """The number of connections, clients or not."""
+        """The number of connections, including pending ones."""
         return len(self.pending) + len(self.connections)
 
     def add_pending(self, handler: RequestHandler, now: float) -> None:
-        """A connection was accepted."""
+        """Add a connection that was accepted."""
         with self.lock:
             self.pending[handler] = now
 
     def remove(self, handler: RequestHandler) -> bool:
-        """A pending connection ends. Returns whether it was still pending."""
+        """Remove a pending connection. Return whether it was still pending."""
         with self.lock:
             self._fewer.notify_all()
             return self.pending.pop(handler, None) is not None
 
     def give_up_oldest(self) -> None:
-        """End the oldest pending connection, if it had time to become a client."""
+        """End the oldest pending connection, if it is older than a second."""
         with self.lock:
             late = time.monotonic() - 1
             oldest = next((handler for handler, since in self.pending.items() if since != GIVEN_UP), None)
@@ -2434,31 +2438,31 @@ class Room:
                 self._queue.put(functools.partial(self.give_up, oldest, "given up"))
 
     def forget(self, connection: Connection) -> None:
-        """A connection of the loop has ended."""
+        """Remove a connection that has ended."""
         with self.lock:
             self._fewer.notify_all()
             self.connections.discard(connection)
 
     def wait_for(self, number: int, end: float) -> bool:
-        """Wait until there are at most this many connections, or until `end` (time.monotonic())."""
+        """Wait until there are at most `number` connections. Return False at `end` (time.monotonic())."""
         with self.lock:
             while self.size > number and time.monotonic() < end:
                 self._fewer.wait(0.1)  # in slices: a signal may come
             return self.size <= number
 
     def end(self) -> None:
-        """Nobody joins any more."""
+        """Refuse clients that join later."""
         with self.lock:
             self._has_ended = True
 
 
 def send_nothing(data: Octets | memoryview) -> int:
-    """In the place of a client's send() while others wait in its outbox."""
+    """Stand in for send() of a client with data in its outbox."""
     return 0
 
 
 def discard(data: Octets | memoryview) -> int:
-    """In the place of the send() of a client that is closing: it gets no more messages."""
+    """Stand in for send() of a client that is closing: it gets no more messages."""
     return len(data)
 
 
@@ -2467,19 +2471,19 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-HOLD_TIME = 0.05  # seconds between looks at clients that hold senders back
+HOLD_TIME = 0.05  # seconds between two checks of all at clients that senders wait for
 
 
 class Budget:
-    """Bytes that unfinished messages and the bodies of POSTs may take together. Any thread."""
+    """The number of bytes that unfinished messages and bodies of POSTs may take together. Any thread."""
 
     def __init__(self, size: int) -> None:
         self.left = size
-        self.reserve = size // 8  # for short messages: others have to spare it
+        self.reserve = size // 8  # bytes that only short messages may take
         self._lock = threading.Lock()
 
     def take(self, size: int, spare: int = 0, force: bool = False) -> bool:
-        """Take bytes from the budget. Returns False, and takes none, if there are not enough left."""
+        """Take bytes from the budget. Return False, and take none, if fewer than `spare` would be left."""
         with self._lock:
             if size > self.left - spare and not force:
                 return False
@@ -2493,23 +2497,23 @@ class Budget:
 
 
 class Unfinished:
-    """Shares the budget out to connections with unfinished messages. Runs in the loop.
+    """Divides the budget among connections with unfinished messages. Runs in the loop.
 
-    When the budget is used up, those that need more are not read, and go on one at a time: the
-    *first* of them may exceed the budget, so that there is always progress. While others
-    wait, the connections that bring less than SLOWEST_POST end.
+    If the budget is used up, connections that need more are paused, and resumed one at a time.
+    The *first* of them may exceed the budget, so that there is always progress. While others
+    wait, connections end that send less than SLOWEST_POST.
     """
 
-    GRACE = 2.0  # seconds
+    GRACE = 2.0  # seconds over which the rate of a sender is measured
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._first: Connection | None = None  # may exceed the budget
-        self._holders: set[Connection] = set()  # connections with something kept
-        self.waiting: set[Connection] = set()  # paused until there is room
+        self._holders: set[Connection] = set()  # connections that have taken from the budget
+        self.waiting: set[Connection] = set()  # paused until the budget has room
 
     def grow(self, connection: Connection, now: float) -> bool:
-        """A message has grown. Returns False where its connection must wait, which is then in `waiting`."""
+        """Take the growth of a message from the budget. Return False if the connection must wait."""
         size = connection.reader.size - connection.kept
         is_first = self._first in (None, connection)
         if not self._budget.take(size, spare=self._spare(connection)):
@@ -2526,11 +2530,11 @@ class Unfinished:
         return True
 
     def _spare(self, connection: Connection) -> int:
-        """Bytes of the budget that this connection may not use: some are for short messages alone."""
+        """Return the number of bytes that this connection must leave: the reserve, unless its message is short."""
         return 0 if connection.reader.size <= INFLATER_SIZE + INFLATE_SIZE else self._budget.reserve
 
     def release(self, connection: Connection) -> None:
-        """A message is finished, or its connection."""
+        """Give back to the budget: the message is complete, or its connection ends."""
         self._budget.give_back(connection.kept)
         self.waiting.discard(connection)
         connection.kept = 0
@@ -2539,7 +2543,7 @@ class Unfinished:
             self._first = None
 
     def take_ready(self) -> list[Connection]:
-        """Those of the waiting that may go on, short messages first: as many as there is room for, or one."""
+        """Return waiting connections that may go on, short messages first: all that have room, or one."""
         left = self._budget.left
         ready: list[Connection] = []
         for connection in sorted(self.waiting, key=lambda each: each.reader.size):
@@ -2553,7 +2557,7 @@ class Unfinished:
         return ready
 
     def slow_ones(self, now: float) -> list[Connection]:
-        """Those that keep others waiting."""
+        """Return connections that send too slowly while others wait."""
         if not self.waiting:
             return []
         slow = []
@@ -2570,19 +2574,19 @@ class Unfinished:
 class Gate:
     """Decides whether a client may send a message now. Runs in the loop.
 
-    Connections that may not are paused, until they are among those `to_resume`.
+    A connection that may not is paused until to_resume() returns it.
     """
 
     def __init__(self, server: BroadcastServer) -> None:
         self._server, self._queue = server, server._queue
         self.has_limits = bool(server.read_only or server.rate or server._link)
         self.unfinished = Unfinished(server._budget)
-        self._held_back: list[Connection] = []  # until nobody quick is behind, and Redis has taken what there is
-        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: until the rate allows one more message
+        self._held_back: list[Connection] = []  # paused until senders may go on, and the link to Redis has room
+        self._alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by the rate, until when
         self._count = itertools.count()
 
     def lets_through(self, connection: Connection, now: float) -> bool:
-        """Whether a client may send a message now. Raises ProtocolError."""
+        """Return whether a client may send a message now. Raise ProtocolError if it never may."""
         if self._queue.held:
             self._held_back.append(connection)
             return False
@@ -2605,23 +2609,23 @@ class Gate:
         return True
 
     def look(self, slow: Iterable[Connection], now: float) -> None:
-        """Let nobody send for a moment, where a quick client is far behind."""
+        """Let senders wait if a quick client is far behind."""
         limit = self._server.max_backlog // 2
         behind = [connection for connection in slow if connection.size > limit]
         self._queue.hold(any(connection.is_quick(now) for connection in behind))
 
     @property
     def is_waiting(self) -> bool:
-        """Whether somebody is paused here."""
+        """Return whether a connection is paused here."""
         return bool(self._held_back or self._alarms or self.unfinished.waiting)
 
     def wait_time(self, now: float) -> float:
-        """Seconds until somebody may have to be resumed."""
+        """Return the number of seconds until a connection may have to be resumed."""
         wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
         return min(wait, self._alarms[0][0] - now) if self._alarms else wait
 
     def to_resume(self, now: float) -> list[Connection]:
-        """Those that may go on."""
+        """Return the connections that may go on."""
         connections = self.unfinished.take_ready()
         while self._alarms and self._alarms[0][0] <= now:
             connections.append(heapq.heappop(self._alarms)[2])
@@ -2633,18 +2637,18 @@ class Gate:
 
 
 class Sender:
-    """Sends to connections, and ends them: every change of their State. Runs in the loop."""
+    """Sends to connections and ends them; it makes every change of their State. Runs in the loop."""
 
     def __init__(self, server: BroadcastServer) -> None:
         self._server, self._room, self._hooks = server, server._room, server._hooks
         self.now = 0.0  # seconds on the loop's clock
         self.selector: selectors.BaseSelector  # of all clients
-        self.slow: set[Connection] = set()  # those with something in their outbox
-        self.dropped = 0  # for the status
+        self.slow: set[Connection] = set()  # connections with data in their outbox
+        self.dropped = 0  # clients dropped so far, for the status
         self.gate = Gate(server)
 
     def guard(self, act: Callable[..., object], connection: Connection | None, *arguments: Any) -> None:
-        """Do something for one connection: what is raised ends that one alone."""
+        """Call `act` for a connection. An exception ends this connection only."""
         if connection and connection.state is not State.CLOSED:
             try:
                 act(connection, *arguments)
@@ -2654,7 +2658,7 @@ class Sender:
     # ---- sending ----
 
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
-        """A handler has given its connection: send what comes first."""
+        """Take a connection over from its handler, and send the first data."""
         frames = first()
         connection.keep(frames[0], 0, self.now)
         connection.pieces.extend(frames[1:])  # not one by one: there may be thousands
@@ -2664,7 +2668,7 @@ class Sender:
         self.flush(connection)
 
     def write(self, connection: Connection, data: bytes) -> None:
-        """Send to one client, behind what waits."""
+        """Send to one client, after its outbox."""
         sent = 0
         if not connection.pieces:
             with contextlib.suppress(*WOULD_BLOCK):
@@ -2673,7 +2677,7 @@ class Sender:
             self.keep(connection, data, sent)
 
     def keep(self, connection: Connection, data: Octets, sent: int) -> None:
-        """Let data wait, which the socket has not taken; a client that is too far behind is dropped."""
+        """Put data that the socket did not accept into the outbox. Drop a client that is too far behind."""
         if connection.pieces:
             behind = connection.size + len(data) > self._server.max_backlog and not connection.is_quick(self.now)
             if behind and connection.state is State.OPEN:
@@ -2689,7 +2693,7 @@ class Sender:
             self.watch(connection)
 
     def pong(self, connection: Connection, frames: list[bytes]) -> None:
-        """Answer Pings; if that must wait, the newest one is enough (5.5.3)."""
+        """Answer Pings. If the outbox has data, only the newest one is answered (5.5.3)."""
         if connection.pongs is frames:
             connection.pongs = []
         if connection.state is not State.OPEN:
@@ -2700,7 +2704,7 @@ class Sender:
             self.write(connection, b"".join(frames))
 
     def flush(self, connection: Connection) -> None:
-        """Send what waits, since the socket takes more."""
+        """Send from the outbox: the socket accepts data again."""
         if connection.state is State.CLOSED:
             return
         connection.is_blocked = False
@@ -2716,7 +2720,7 @@ class Sender:
         self.watch(connection)
 
     def watch(self, connection: Connection) -> None:
-        """Tell the selector what this connection waits for."""
+        """Tell the selector which events this connection waits for."""
         events = connection.wanted_events()
         if events == connection.interest:
             return
@@ -2730,7 +2734,7 @@ class Sender:
     # ---- ending ----
 
     def close(self, connection: Connection, frame: bytes) -> None:
-        """OPEN to CLOSING: send a Close, and wait for that of the peer."""
+        """OPEN to CLOSING: send a Close, and wait for the peer's."""
         if connection.state is not State.OPEN:
             return
         self._enter(connection, State.CLOSING)
@@ -2739,7 +2743,7 @@ class Sender:
         self.write(connection, frame)
 
     def end(self, connection: Connection, code: int, reason: str, frame: bytes = b"") -> None:
-        """OPEN or CLOSING to ENDING: send a last frame, unless a Close was sent, and end the connection."""
+        """OPEN or CLOSING to ENDING: send the Close `frame` unless one was sent, and end the connection."""
         if connection.state not in READABLE:
             return
         was_open = connection.state is State.OPEN
@@ -2755,7 +2759,7 @@ class Sender:
         connection.pong, connection.last_seen = b"", self._room.bytes
 
     def _finish(self, connection: Connection) -> None:
-        """When all is sent, end the own side; CLOSED when the peer has ended its own, too."""
+        """If all is sent, end the server's side of TCP. If the peer has ended its side too: CLOSED."""
         if not connection.is_shut and not connection.pieces:
             with contextlib.suppress(BlockingIOError):
                 connection.end_sending()
@@ -2764,7 +2768,7 @@ class Sender:
             self._forget(connection)
 
     def peer_has_ended(self, connection: Connection) -> None:
-        """The peer has ended its side of TCP, perhaps without a Close. It may still read."""
+        """The peer has ended its side of TCP (half-closed), perhaps without a Close. It may still read."""
         connection.peer_ended = True
         if connection.state is State.ENDING:
             self._finish(connection)
@@ -2773,26 +2777,27 @@ class Sender:
             self.end(connection, CloseCode.ABNORMAL_CLOSURE, "")
 
     def drop(self, connection: Connection, why: str) -> None:
-        """To CLOSED, by a limit: reset it.
+        """To CLOSED, because of a limit. Reset the connection.
 
-        Not where it is closing and the system has its last word, which a slow peer may still read.
+        Do not reset it if it is closing and the system has all its data: a slow peer may still
+        read that.
         """
         if connection.state is State.OPEN:
             self.dropped += 1
         if connection.state is State.OPEN or connection.size:
             reset(connection.socket)
-        connection.client._is_closing = True  # what waits for its hooks counts no more
+        connection.client._is_closing = True  # its hooks get no more messages
         self._leave(connection, CloseCode.ABNORMAL_CLOSURE, why)
         self._forget(connection)
 
     def fail(self, connection: Connection, error: BaseException) -> None:
-        """Something was raised for a connection, which ends: the whole policy of what the peer is told."""
+        """End a connection because of an exception. This is the whole policy of close codes for errors."""
         try:
             if isinstance(error, ProtocolError):
                 self.refuse(connection, error.code, str(error))
             elif isinstance(error, MemoryError):
                 self.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "out of memory")
-            elif isinstance(error, OSError):  # of its socket
+            elif isinstance(error, OSError):  # the socket failed
                 raise error
             else:
                 self._hooks.log(logging.ERROR, "%s: an error", connection.client.address, error=error)
@@ -2802,27 +2807,27 @@ class Sender:
             self._forget(connection)
 
     def refuse(self, connection: Connection, code: int, reason: str) -> None:
-        """Send a Close that says what is wrong, and end the connection."""
+        """Send a Close with the reason, and end the connection."""
         self.end(connection, code, reason, serialize_close(code, reason))
 
     def _stop_reading(self, connection: Connection) -> None:
-        """Let go of what was read, and of an unfinished message."""
+        """Discard received data and an unfinished message."""
         connection.events = connection.source = None
         connection.reader = MessageReader(0)
         self.gate.unfinished.release(connection)
 
     def _leave(self, connection: Connection, code: int, reason: str) -> None:
-        """A client is none any more: the set, on_close and the log get to know, once."""
+        """Remove the client from the set, and tell its handler, once."""
         if self._room.leave(connection):
             connection.client._has_left(code, reason)
 
     def _forget(self, connection: Connection) -> None:
-        """To CLOSED: close the socket, and let go of all that the connection has."""
+        """To CLOSED: close the socket, and release everything."""
         if connection.state is State.CLOSED:
             return
         connection.state = State.CLOSED
         self._stop_reading(connection)
-        with contextlib.suppress(Exception):  # for want of memory, say: the socket is closed all the same
+        with contextlib.suppress(Exception):  # for example out of memory: close the socket anyway
             self.watch(connection)
         self.slow.discard(connection)
         connection.pieces, connection.size = NOTHING, 0
@@ -2830,16 +2835,16 @@ class Sender:
         self._room.forget(connection)
 
 
-SLICE_TIME = 0.002  # seconds for what one connection sends
-LEAST_SLICE_TIME = 0.0001  # seconds for the same where many have sent something
-ROUND_TIME = 0.01  # seconds after which what was read goes out
+SLICE_TIME = 0.002  # seconds for the data of one connection in a round
+LEAST_SLICE_TIME = 0.0001  # seconds; the same if many connections have data
+ROUND_TIME = 0.01  # seconds of reading before the messages are sent
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
-MAX_PONGS = 32  # Pongs sent at once: of more, the newest is enough (5.5.3)
+MAX_PONGS = 32  # Pongs that are sent together; of more, only the newest (5.5.3)
 Messages = list[tuple[int, Octets]]
 
 
 class Endings:
-    """Connections that are to end: behind what the others send, since thousands may end at once. Runs in the loop."""
+    """Connections that are about to end: a few per round, since thousands may end at once. Runs in the loop."""
 
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
@@ -2849,14 +2854,14 @@ class Endings:
         return len(self._waiting)
 
     def add(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
-        """End a connection soon, by this call; it is not read any more."""
+        """End a connection soon by calling `act`. It is not read any more."""
         if not connection.is_ending:
             connection.is_ending = True
             self._sender.guard(self._sender.watch, connection)
             self._waiting.append((connection, act, arguments))
 
     def carry_out(self) -> None:
-        """End connections, for some time."""
+        """End connections until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
         while self._waiting and time.monotonic() < until:
             connection, act, arguments = self._waiting.popleft()
@@ -2867,8 +2872,8 @@ class Endings:
 class Receiver:
     """Reads connections, and acts on the messages and control frames that they send. Runs in the loop.
 
-    A connection whose message may not be taken now is paused: it is not read, so TCP holds its
-    peer back. It is resumed when the rate, the hooks, the budget, or those that are behind allow it.
+    A connection whose message must wait is paused: it is not read, so TCP slows its peer down. It
+    is resumed when the rate, its hooks, the budget, and the queue allow it.
     """
 
     def __init__(self, server: BroadcastServer, sender: Sender) -> None:
@@ -2877,26 +2882,26 @@ class Receiver:
         self.gate = sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
-        self.slice_time = SLICE_TIME  # seconds for each connection in this round
+        self.slice_time = SLICE_TIME  # seconds per connection in this round
         self.endings = Endings(sender)
-        self.later: deque[Connection] = deque()  # whose events go on, or that come after the others
+        self.later: deque[Connection] = deque()  # connections to continue with at the end of the round
 
     # ---- operations ----
 
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
-        """A handler has given its connection: a client has joined, or is to get a response."""
+        """Take a connection over from its handler: a client has joined, or gets a response."""
         self._sender.guard(self._sender.adopt, connection, first)
-        if connection.events and not connection.paused:  # it was faster than its 101
+        if connection.events and not connection.paused:  # it did not wait for the 101
             self.line_up(connection)
 
     def close(self, connections: list[Connection], frame: bytes) -> None:
-        """Send a Close, and read on until that of the peer; its messages count no more."""
+        """Send a Close, and read on until the peer's Close. Its messages are discarded."""
         for connection in connections:
             self._sender.guard(self._sender.close, connection, frame)
             self.resume(connection)
 
     def resume(self, connection: Connection) -> None:
-        """Read a client again that was paused."""
+        """Read a paused connection again."""
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
             connection.submitted = connection.received = 0
@@ -2907,22 +2912,24 @@ class Receiver:
             self.line_up(connection)
 
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
-        """Do not read a client; some of its events are to come again, before the others."""
+        """Stop reading a connection. Its next events will be `events`, before the others."""
         connection.paused = True
         if events and connection.source:
-            connection.events = itertools.chain(events, connection.source)  # not of chains: each takes stack
+            connection.events = itertools.chain(
+                events, connection.source
+            )  # not a chain of chains, which would take stack
         self._sender.watch(connection)
 
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
-        """Read a client that has something, once, and act on it; a flood comes after the others."""
+        """Read a connection once and act on the data, or later if it is a flood."""
         if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
         elif not (connection.is_waiting or connection.is_ending):
             try:
                 self._read(connection)
-            except Exception as error:  # behind all that came before
+            except Exception as error:  # end it after the messages that came before
                 self._in_order(connection, self._sender.fail, error)
 
     def _read(self, connection: Connection) -> None:
@@ -2940,12 +2947,13 @@ class Receiver:
             self._take(connection)
 
     def line_up(self, connection: Connection) -> None:
+        """Continue with a connection at the end of the round."""
         if not connection.is_waiting:
             connection.is_waiting = True
             self.later.append(connection)
 
     def go_on(self) -> None:
-        """Go on with connections whose events took too long, for some time: floods come last."""
+        """Continue with connections whose data took too long, and with floods, until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
         self.slice_time = SLICE_TIME
         for _ in range(len(self.later)):
@@ -2963,11 +2971,11 @@ class Receiver:
 
     @property
     def has_much(self) -> bool:
-        """Whether so much was read that it goes out before more is read."""
+        """Return whether messages must be sent before the loop reads on."""
         return self.read_size > RUN_SIZE or len(self._queue) > RUN_LENGTH
 
     def _take(self, connection: Connection) -> None:
-        """Act on what was read, for some milliseconds: each message and control frame."""
+        """Act on each message and control frame that was read, until the slice is over."""
         until = time.monotonic() + self.slice_time
         messages: Messages = []  # for its hooks
         client, queue = connection.client, self._queue
@@ -2976,7 +2984,7 @@ class Receiver:
             for opcode, payload in connection.events or ():
                 if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
                     if connection.pongs:
-                        connection.pongs = []  # those for Pings behind this message come behind it, too
+                        connection.pongs = []  # answers to later Pings come after this message
                     queue.put_own(Outgoing(opcode, payload))  # nearly all messages
                 elif not self._take_one(connection, opcode, payload, messages):
                     return
@@ -2992,7 +3000,7 @@ class Receiver:
                 self._submit(connection, messages)
 
     def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
-        """Act on a message or control frame. Returns whether to go on with the next one."""
+        """Act on a message or control frame. Return whether to continue with the next one."""
         if opcode == PING:
             if not connection.pongs:
                 self._queue.put_own((connection, connection.pongs))
@@ -3010,13 +3018,13 @@ class Receiver:
         elif opcode != PONG:
             is_closing = connection.client._is_closing
             if connection.kept and (is_closing or not (self._is_direct and self._is_long(payload))):
-                self.gate.unfinished.release(connection)  # a message that is to be compressed counts until it is
+                self.gate.unfinished.release(connection)  # a message that will be compressed counts until then
             return is_closing or self._take_message(connection, opcode, payload, messages)
         return True
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
-        """Broadcast a message, or collect it for the hooks. Returns whether to go on with the next one."""
-        if connection.pongs:  # those for Pings behind this message come behind it, too
+        """Broadcast a message, or collect it for the hooks. Return whether to continue with the next one."""
+        if connection.pongs:  # answers to later Pings come after this message
             connection.pongs = []
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
@@ -3036,11 +3044,11 @@ class Receiver:
         return True
 
     def _is_long(self, payload: Octets) -> bool:
-        """Whether a message is to be compressed, and that takes long."""
+        """Return whether compressing a message takes too long for the loop."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
 
     def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
-        """The peer's Close: answer it with the same code (5.5.1), behind all that the peer has sent."""
+        """Answer the peer's Close with the same code (5.5.1), after all its messages."""
         code, reason = parse_close(bytes(payload))
         if messages:
             self._submit(connection, messages.copy())
@@ -3048,7 +3056,7 @@ class Receiver:
         self._in_order(connection, self._sender.end, code, reason, serialize_close(code))
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
-        """Let something be done for a connection behind all that it has sent: its hooks may still answer that."""
+        """End a connection by calling `act`, after its hooks have handled all its messages."""
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
@@ -3058,7 +3066,7 @@ class Receiver:
             self.endings.add(connection, act, *arguments)
 
     def _submit(self, connection: Connection, messages: Messages) -> None:
-        """Give messages to the hooks of a client; when too much waits for them, it is read again after that."""
+        """Give messages to a client's hooks. If it was paused, resume it after them."""
         client = connection.client
         client._submit(functools.partial(client._take_messages, messages))
         if connection.submitted > MAX_SUBMITTED:
@@ -3069,25 +3077,25 @@ RECIPIENTS = operator.attrgetter("to")
 
 
 class Lobby:
-    """Waits for what clients send before they have joined, in the place of their handlers. Runs in the loop."""
+    """Waits for the sockets of pending connections, so that their handlers need not. Runs in the loop."""
 
     def __init__(self) -> None:
         self.selector: selectors.BaseSelector
         self._waiting: set[RequestHandler] = set()
 
     def wait(self, handler: RequestHandler, events: int) -> None:
-        """Let a handler take its next step when its socket is ready."""
+        """Start the next step of a handler when its socket is ready."""
         if not handler.verdict:
             try:
                 self.selector.register(handler.request, events, functools.partial(self.go_on, handler))
                 self._waiting.add(handler)
                 return
-            except Exception as error:  # the system watches no more sockets, say
+            except Exception as error:  # for example, the system can watch no more sockets
                 handler.verdict = str(error) or "out of memory"
         handler.go_on()
 
     def go_on(self, handler: RequestHandler, verdict: str = "") -> None:
-        """Let a handler take its next step; with a verdict, it waits no more."""
+        """Start the next step of a waiting handler. After a verdict, it does not wait again."""
         handler.verdict = handler.verdict or verdict
         if handler in self._waiting:
             self._waiting.remove(handler)
@@ -3095,26 +3103,28 @@ class Lobby:
             handler.go_on()
 
     def late_ones(self, now: float) -> list[RequestHandler]:
-        """Those whose time is up."""
+        """Return the waiting handlers whose deadline has passed."""
         return [handler for handler in self._waiting if now > handler.deadline]
 
 
-LOOKS_AT_ONCE = 100  # connections, and handlers, whose deadlines are looked at before others go on
+LOOKS_AT_ONCE = 100  # connections and handlers that are checked in one round
 
 
 class Deadlines:
-    """Every deadline of connections and of handlers. Runs in the loop."""
+    """Enforces the deadlines of connections and handlers. Runs in the loop."""
 
     def __init__(self, server: BroadcastServer, sender: Sender, lobby: Lobby) -> None:
         self._server, self._sender, self._lobby = server, sender, lobby
         timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         set_to = [float(getattr(server, timeout)) for timeout in timeouts]
-        self.interval = min(1.0, *[timeout / 4 for timeout in set_to if timeout > 0])  # seconds between two looks
+        self.interval = min(
+            1.0, *[timeout / 4 for timeout in set_to if timeout > 0]
+        )  # seconds between two checks of all
         self.next_look = 0.0
-        self._to_look_at: list[Connection] = []  # in this look
+        self._to_look_at: list[Connection] = []  # not checked yet
 
     def look(self) -> None:
-        """Look at some connections and handlers."""
+        """Check some connections and handlers."""
         late = self._lobby.late_ones(self._sender.now)
         for handler in late[:LOOKS_AT_ONCE]:
             self._lobby.go_on(handler, TOO_LATE)
@@ -3126,14 +3136,14 @@ class Deadlines:
             self.postpone()
 
     def postpone(self) -> None:
-        """Look again after the interval."""
+        """Check all again after the interval."""
         self.next_look = self._sender.now + self.interval
 
     def _look_at(self, connection: Connection) -> None:
-        """Every deadline of a connection, by its state."""
+        """Check all deadlines of a connection."""
         settings, now, sender = self._server, self._sender.now, self._sender
         connection.note_progress(now)
-        still = now - connection.moved  # seconds in which nothing moved
+        still = now - connection.moved  # seconds without progress
         if connection.state is State.OPEN:
             if still > settings.send_timeout:
                 sender.drop(connection, f"it took nothing for {settings.send_timeout:g} s")
@@ -3142,10 +3152,12 @@ class Deadlines:
         elif still > settings.close_timeout:
             sender.drop(connection, "it did not end the connection in time")
         elif connection.size and settings._room.bytes - connection.last_seen > settings.max_backlog:
-            sender.drop(connection, f"it was {connection.size} bytes behind")  # which nobody else shares any more
+            sender.drop(
+                connection, f"it was {connection.size} bytes behind"
+            )  # other outboxes share these bytes no more
 
     def _keep_alive(self, connection: Connection) -> None:
-        """Ping a client that has been silent, drop it where it stays so (5.5.2)."""
+        """Ping a silent client, and drop it if it does not answer (5.5.2)."""
         now, timeout = self._sender.now, self._server.ping_timeout
         silence = now - connection.heard
         if silence <= self._server.ping_interval:
@@ -3156,7 +3168,7 @@ class Deadlines:
                 connection.ping_end = acked + on_the_way if on_the_way > 0 else 0
                 self._sender.write(connection, serialize_frame(PING, b""))
                 connection.pong_deadline = now + timeout
-        elif connection.ping_end and connection.moved == now:  # the Ping is on its way, behind other bytes
+        elif connection.ping_end and connection.moved == now:  # the Ping has not reached the peer; other bytes have
             connection.pong_deadline = now + timeout
             if connection.acked >= connection.ping_end:
                 connection.ping_end = 0
@@ -3167,12 +3179,12 @@ class Deadlines:
 class Loop:
     """The thread that owns the sockets of all clients.
 
-    It goes in rounds: wait for what can be read or written; read each ready client once; then
-    send everything that was read or queued, one send for each client; then go on with what
-    took too long, and look after deadlines. Nothing in it waits, and nobody's code is called.
+    It works in rounds. Wait until sockets are ready. Read each ready socket once. Carry out the
+    queue: one send for each client. Continue with connections whose data took too long. Check
+    deadlines. Apart from the selector, nothing in it waits, and it calls no code of the program.
 
-    Its clock advances while it looks on, and stands while the process does (SIGSTOP, a
-    suspended laptop): so nobody is dropped for a silence that nobody could hear.
+    Its clock stops while the process is stopped (SIGSTOP, a suspended laptop), so that clients
+    are not dropped for a silence that the server could not hear.
     """
 
     def __init__(self, server: BroadcastServer) -> None:
@@ -3194,19 +3206,19 @@ class Loop:
         return self.sender.now
 
     def start(self) -> None:
-        """Start the thread. What a fork would share is made here, not in the constructor. Raises OSError."""
+        """Start the thread. Create the selector here, since a program may fork after the constructor. Raise OSError."""
         self.sender.selector = self.lobby.selector = selectors.DefaultSelector()
         self._queue.open(self.sender.selector)
         self._thread = threading.Thread(target=self.run, name="pywebsock loop", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
-        """What the thread does."""
+        """Do rounds until stop(). Runs in the thread of the loop."""
         self._queue.start()
         while not self._ended:
             try:
                 self._do_round()
-            except Exception as error:  # out of memory, say: the next round may go well
+            except Exception as error:  # for example out of memory; the next round may succeed
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self.deadlines.interval / 10)
         self._queue.end()
@@ -3214,7 +3226,7 @@ class Loop:
         self.sender.selector.close()
 
     def stop(self) -> None:
-        """End the thread. Any other thread."""
+        """End the thread. Any thread but the loop's."""
         if self._thread and self._thread.is_alive():
             self._queue.put(self._end)
             self._thread.join()
@@ -3254,13 +3266,13 @@ class Loop:
             self._carry_out()
         if receiver.endings:
             receiver.endings.carry_out()
-        # Somebody waits for something that no socket tells.
+        # Watch over connections that wait for something other than a socket.
         self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
         if self._is_watchful or self.deadlines.next_look <= sender.now:
             self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait for events of sockets, for an operation, or until something is due."""
+        """Wait for events of sockets, for an operation, or for the next deadline. Return the events."""
         timeout = self.deadlines.next_look - self.sender.now
         if self._is_watchful:
             timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
@@ -3278,14 +3290,14 @@ class Loop:
         now = time.monotonic()
         passed, self._before = now - self._before, now
         self.sender.now += min(passed, self.deadlines.interval)
-        if passed > 3 * self.deadlines.interval:  # the process stood: first hear what has come meanwhile
+        if passed > 3 * self.deadlines.interval:  # the process was stopped: first read what has arrived
             self.deadlines.postpone()
 
     def _carry_out(self) -> None:
-        """Send everything that was read or queued."""
+        """Carry out the queue."""
         self.receiver.read_size = 0
         run: list[Outgoing] = []
-        pongs: list[tuple[Connection, list[bytes]]] = []  # behind the run, so that Pings do not part it
+        pongs: list[tuple[Connection, list[bytes]]] = []  # sent after the run, so that Pings do not split it
         size = 0
         for operation in self._queue.take():
             if type(operation) is Outgoing:
@@ -3306,20 +3318,20 @@ class Loop:
     def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         try:
             self._deliver(run)
-        except Exception as error:  # those behind it are not to blame
+        except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "a broadcast failed", error=error)
         for connection, frames in pongs:
             self.sender.guard(self.sender.pong, connection, frames)
 
     def _deliver(self, run: list[Outgoing]) -> None:
-        """Send messages to those whom they are for: one send for each client and window."""
+        """Send messages to their recipients, with one send for each client."""
         for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(each.to, run) for each in run]:
             messages = list(group)
             for window, sends in self._room.recipients(messages, to):
                 self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
 
     def _fan_out(self, data: bytes, sends: Sends) -> None:
-        """Send the same bytes to many: this loop is where the time goes."""
+        """Send the same bytes to many clients. The server spends most of its time in this loop."""
         size, rest = len(data), []
         failed: list[tuple[WebSocketHandler, Exception]] = []
         for client, send in sends.items():
@@ -3342,7 +3354,7 @@ class Loop:
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:
             operation(*arguments)
-        except Exception as error:  # those behind it are not to blame
+        except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "an operation failed", error=error)
 
     # ---- what is due ----
@@ -3364,23 +3376,23 @@ class Loop:
 # Server
 # ======================================================================================
 
-KEPT_SIZE = 32 * 1024 * 1024  # bytes that malloc keeps when they are freed
-SPARE_DESCRIPTORS = 32  # of files, for the program itself
-SPARE_CONNECTIONS = 100  # besides a tenth of max_clients: those that are no clients
-EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # on Windows alone
+KEPT_SIZE = 32 * 1024 * 1024  # bytes of freed memory that malloc keeps
+SPARE_DESCRIPTORS = 32  # file descriptors that are left to the program
+SPARE_CONNECTIONS = 100  # pending connections, in addition to a tenth of max_clients
+EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # only on Windows
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Pace:
-    """A token bucket: a number of messages a second, with a burst of one second."""
+    """A token bucket for messages, with a burst of one second."""
 
     __slots__ = ("_due",)
 
     def __init__(self) -> None:
-        self._due = 0.0  # when the next one would come at an even pace
+        self._due = 0.0  # when the next message would come at an even pace
 
     def wait_time(self, rate: float, now: float) -> float:
-        """Seconds until the next message may come."""
+        """Return the number of seconds until the next message may come."""
         return max(0.0, self._due - now - max(0.0, 1 - 1 / rate))
 
     def take(self, rate: float, now: float) -> None:
@@ -3389,14 +3401,14 @@ class Pace:
 
 
 class PostPace:
-    """The pace of all POSTs together. Any thread."""
+    """The token bucket of all POSTs together. Any thread."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._pace, self._lock = Pace(), threading.Lock()
 
     def wait(self, timeout: float) -> bool:
-        """Wait until the rate allows one more. Returns False where that takes too long (seconds)."""
+        """Wait until the rate allows one more POST. Return False if that takes longer than `timeout` (seconds)."""
         if not self._rate:
             return True
         with self._lock:
@@ -3410,23 +3422,23 @@ class PostPace:
 
 
 class LimitedServer(socketserver.ThreadingTCPServer):
-    """Accepts connections while there are descriptors for them. The thread that runs serve_forever()."""
+    """Accepts connections while descriptors are left. Runs in the thread of serve_forever()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it means something else
     daemon_threads = True
-    request_queue_size = 4096  # connections that wait to be accepted: storms are normal
+    request_queue_size = 4096  # connections that wait to be accepted; after a restart, all clients come at once
     tls_context: ssl.SSLContext | None
 
     _hooks: Hooks
     _room: Room
     _most_connections: int
-    _path = ""  # of its Unix socket
+    _path = ""  # path of the Unix socket
 
     def _begin(self) -> None:
         raise NotImplementedError
 
     def server_bind(self) -> None:
-        """Called by the constructor: bind; with an IPv6 host, for IPv4 too."""
+        """Called by the constructor: bind. With an IPv6 host, bind for IPv4 too."""
         if self.address_family == AF_UNIX:
             path = str(self.server_address[0]).removeprefix(UNIX)
             if not path:
@@ -3437,12 +3449,12 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if EXCLUSIVE_USE:  # or a second program may bind the same port
+        if EXCLUSIVE_USE:  # otherwise a second program may bind the same port
             self.socket.setsockopt(socket.SOL_SOCKET, EXCLUSIVE_USE, 1)
         super().server_bind()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept. Where there are too many connections, an old one that is no client goes, or the next one waits."""
+        """Accept a connection. If there are too many, end the oldest pending one, or let the new one wait."""
         room, most = self._room, self._most_connections
         try:
             if room.size >= most:
@@ -3460,17 +3472,17 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             raise OSError("not now") from None
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
-        """Wait at most half a second until there are fewer connections than `number`."""
+        """Wait until there are fewer than `number` connections, but at most half a second."""
         self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
         self._room.wait_for(number - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's handler, which works in hook threads: the loop waits in its place."""
+        """Start the connection's handler. It runs in hook threads, and the loop waits for its socket."""
         self._begin()
         self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A handler has failed: that is an error of this program."""
+        """Log an exception in a handler, which is an error in this module."""
         error = sys.exc_info()[1]
         if isinstance(error, MemoryError):
             self._hooks.log(logging.WARNING, "%s lost: out of memory", client_address)
@@ -3479,9 +3491,9 @@ class LimitedServer(socketserver.ThreadingTCPServer):
 
 
 class BroadcastServer(Settings, LimitedServer):
-    """Sends each message that a client sends to all clients, in one order for all.
+    """Broadcasts each message of a client to all clients, in one order for all.
 
-    Methods for the caller, besides those of socketserver:
+    Methods for the caller, in addition to those of socketserver:
 
     - broadcast(message, to=None): to all clients, or to some
     - clients: a copy of the set of them
@@ -3489,7 +3501,7 @@ class BroadcastServer(Settings, LimitedServer):
     - serve_forever(), shutdown(), server_close() as in socketserver; server_close() also
       sends what is queued and closes every client with 1001
 
-    Hooks that may be overridden; each may take its time, and holds up its own client alone:
+    Hooks that may be overridden. Each may block, and then delays only its own client:
 
     - admit(client), on_open(client), on_message(client, message), on_post(client, message),
       on_close(client, code, reason)
@@ -3506,8 +3518,8 @@ class BroadcastServer(Settings, LimitedServer):
     ) -> None:
         """Listen on a host (a name or an address) and a port (0 for any free one), or on the host "unix:PATH".
 
-        Raises TypeError and ValueError for wrong settings, OSError where the address cannot be
-        had, or the Redis refuses.
+        Raise TypeError or ValueError for wrong settings, OSError if the address is not available
+        or Redis refuses.
         """
         self._set(settings)
         self._prepare()
@@ -3521,8 +3533,8 @@ class BroadcastServer(Settings, LimitedServer):
         self._started = time.monotonic()
         options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
         self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
-        self._refused = 0  # requests, for the status
-        self._local = threading.local()  # .client: whose handshake or hook this thread runs
+        self._refused = 0  # requests refused so far, for the status
+        self._local = threading.local()  # .client: the one whose step or hook this thread runs
         self._post_pace = PostPace(self.rate)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._hooks = Hooks()
@@ -3538,44 +3550,44 @@ class BroadcastServer(Settings, LimitedServer):
     # ---- hooks ----
 
     def admit(self, client: WebSocketHandler) -> None:
-        """A client wants to open a WebSocket, or to POST. To refuse it, raise HandshakeError(401, "why").
+        """Decide whether a client may open a WebSocket, or POST. To refuse, raise HandshakeError(401, "why").
 
-        In a hook thread; before the 101, and before the body of a POST is read: client.method
-        says which, "GET" or "POST". There are client.target, client.headers and
-        client.address, too. close() refuses as well, with 403.
+        It is called before the 101, and before the body of a POST is read: client.method is "GET"
+        or "POST". See also client.target, client.headers and client.address. close() refuses with
+        403.
         """
 
     def on_open(self, client: WebSocketHandler) -> None:
-        """A client has joined. An exception in this or in on_message closes it with 1011.
+        """Called when a client has joined. Its messages wait until this returns.
 
-        In a hook thread; the client's messages wait until it returns.
+        An exception in this or in on_message closes the client with 1011.
         """
 
     def on_message(self, client: WebSocketHandler, message: Message) -> None:
-        """A client has sent text (str) or binary (bytes). By default, all clients get it.
+        """Called when a client has sent text (str) or binary (bytes). By default, broadcast it.
 
-        In a hook thread, like all hooks: one call at a time for each client, in order.
+        All hooks run in hook threads, for each client one at a time and in order.
         """
         self.broadcast(message)
 
     def on_post(self, client: WebSocketHandler, message: Message) -> None:
-        """A program has sent a message with POST; `client` is its connection, which send() does not reach.
+        """Called when a program has sent a message with POST. By default, broadcast it.
 
-        In a hook thread. By default, all clients get the message. HandshakeError and close()
-        refuse it.
+        `client` is the connection of the POST; send() does not reach it. HandshakeError and
+        close() refuse the message.
         """
         self.broadcast(message)
 
     def on_close(self, client: WebSocketHandler, code: int, reason: str) -> None:
-        """A client has left: 1006 without a Close frame, 1005 without a code in it (RFC 6455 7.1.5)."""
+        """Called when a client has left. 1006: without a Close; 1005: a Close without a code (RFC 6455 7.1.5)."""
 
     # ---- for any thread ----
 
     def broadcast(self, message: Message, to: Iterable[WebSocketHandler] | None = None) -> None:
         """Send text (str) or binary (bytes) to all clients, or to some, in the one order. Any thread.
 
-        Waits while too much is queued, never for one slow client. Raises TypeError for
-        anything but str and bytes.
+        Wait while too much is queued, but never for a slow client. Raise TypeError unless the
+        message is str or bytes.
         """
         outgoing = outgoing_message(message, to)
         if not self._link or to is not None:
@@ -3583,7 +3595,7 @@ class BroadcastServer(Settings, LimitedServer):
             return
         self._link.put(bytes(outgoing.payload), outgoing.opcode)
         client = getattr(self._local, "client", None)
-        if not client or client._connection:  # a POST has waited before
+        if not client or client._connection:  # a POST has already waited
             self._wait_for_space()
 
     @property
@@ -3592,7 +3604,7 @@ class BroadcastServer(Settings, LimitedServer):
         return self._room.clients
 
     def status(self) -> dict[str, Any]:
-        """What GET /status answers. Any thread."""
+        """Return the figures for GET /status. Any thread."""
         sender, clients = self._loop.sender, self.clients
         return {
             "clients": len(clients),
@@ -3602,7 +3614,7 @@ class BroadcastServer(Settings, LimitedServer):
             "connections": self._room.size,
             "refused": self._refused,
             "dropped": sender.dropped,
-            "read_only": self.read_only,  # the page then offers no composer
+            "read_only": self.read_only,  # then the page has no composer
             "slow": len(sender.slow),
             "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
             "contexts": sum([len(client._connection.reader.context) for client in clients if client._connection]),
@@ -3611,14 +3623,14 @@ class BroadcastServer(Settings, LimitedServer):
         }
 
     def _url(self, host: str | None) -> str | None:
-        """Of the page, by a name or an address of this machine."""
+        """Return the URL of the page at a name or an address of this machine."""
         where = f"[{host}]" if host and ":" in host else host
         return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
 
-    # ---- hooks and messages, each in the thread that has them ----
+    # ---- hooks and messages ----
 
     def _overrides(self, name: str) -> bool:
-        """Whether a method is the program's own."""
+        """Return whether the program overrides a method."""
         return getattr(getattr(self, name), "__func__", None) is not getattr(BroadcastServer, name)
 
     def _put(self, message: Outgoing) -> None:
@@ -3627,20 +3639,20 @@ class BroadcastServer(Settings, LimitedServer):
         self._queue.put_message(message)
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
-        """Wait while too much is on its way. Returns whether that has an end."""
+        """Wait while too much is queued, here or for Redis. Return False after `timeout` (seconds)."""
         if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
             return False
         return self._queue.wait_for_space(timeout)
 
     def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
-        """Messages of all servers, in the order of the stream, in a thread of the link."""
+        """Broadcast messages from the stream. Runs in a thread of the link."""
         for opcode, payload in messages:
             self._put(Outgoing(opcode, payload))
 
     # ---- starting and stopping ----
 
     def _begin(self) -> None:
-        """Start the threads, if that has not been done: not in the constructor, as a program may fork after it."""
+        """Start the threads, once. Not in the constructor, since a program may fork after it."""
         with self._start_lock:
             if not self._has_begun:
                 self._has_begun = True
@@ -3649,24 +3661,24 @@ class BroadcastServer(Settings, LimitedServer):
                     self._link.start()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until shutdown(), looking for that every poll_interval seconds."""
+        """Accept connections until shutdown(), which takes up to `poll_interval` (seconds)."""
         self._begin()
         try:
             super().serve_forever(poll_interval)
-        except OSError:  # Windows cannot wait for a socket that is closed already
+        except OSError:  # Windows cannot select a closed socket
             if self.fileno() >= 0:
                 raise
 
     def server_close(self) -> None:
-        """Send what is queued, close every client with 1001, wait for at most the close timeout.
+        """Send all queued data, close every client with 1001, and wait, at most for the close timeout.
 
-        In a hook it does not wait for the client whose hook it is; one that is stuck in a hook
-        is reset after the close timeout, and its thread ends when the hook does. It does not end
-        serve_forever(): as in socketserver, call shutdown() before.
+        In a hook, it does not wait for the client of that hook. A client that is stuck in a hook is
+        reset after the close timeout. This does not end serve_forever(): as in socketserver, call
+        shutdown() first.
         """
         if self._path:
             pathlib.Path(self._path).unlink(missing_ok=True)
-        super().server_close()  # nobody else is accepted
+        super().server_close()  # accept no more connections
         end = time.monotonic() + self.close_timeout
         if self._link:
             self._link.stop(self.close_timeout / 2)
@@ -3684,7 +3696,7 @@ MACOS_FILES = 10_240  # OPEN_MAX: macOS has a hard limit of "unlimited", to whic
 
 
 def raise_file_limit() -> int:
-    """Let the process have as many open files as it may: one for each connection. How many."""
+    """Raise the limit of open files to the hard limit. Return it."""
     try:
         import resource  # not on Windows
     except ImportError:
@@ -3699,22 +3711,22 @@ def raise_file_limit() -> int:
 
 
 def tune_malloc() -> None:
-    """Let malloc keep KEPT_SIZE of what is freed, as it does by itself after a message of 16 MiB (Linux).
+    """Let malloc keep KEPT_SIZE of freed memory (Linux), as it does anyway after a message of 16 MiB.
 
-    Where it gives the memory of each message of 1 MiB back, the next one has a page fault for
-    every 4 KiB of each of its copies, and takes a quarter longer.
+    Otherwise it returns the memory of each message of 1 MiB to the system. Then every copy of the
+    next message has a page fault for each 4 KiB, and takes a quarter longer.
     """
-    with contextlib.suppress(Exception):  # on other systems there is nothing to do
-        import ctypes  # it may not be allowed to load
+    with contextlib.suppress(Exception):  # other systems do not need it
+        import ctypes  # may be missing
 
         libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 2)  # M_ARENA_MAX: otherwise eight for each processor, each of which keeps as much
+        libc.mallopt(-8, 2)  # M_ARENA_MAX; the default is eight per processor, and each arena keeps KEPT_SIZE
         libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
 
 
 def plural(number: int, noun: str) -> str:
-    """A number of things, in words."""
+    """Return a number with its noun."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

@@ -172,6 +172,11 @@ PLAIN_PARTS = (
     "HTTP on the same port",
     "Trace",
     "Settings and the log",
+    "Hooks",
+    "Connections",
+    "Room",
+    "Loop",
+    "Server",
     "Many machines",
     "Command line",
 )
@@ -264,7 +269,7 @@ class Words(unittest.TestCase):
         """The test reads the docstrings, comments and messages of each part."""
         texts = plain_parts()
         for part, text in (
-            ("Errors", "Raise HandshakeError if the condition is false."),
+            ("Errors", "Raise HandshakeError if it is false."),
             ("Base framing", "XOR_WITH[key][byte] == key ^ byte"),
             ("Opening handshake", "a message must not have more than x bytes"),
             ("Many machines", "Redis is back"),
