@@ -3854,7 +3854,8 @@ def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
 #
 # Other servers read an entry only if its id is higher than the ids that they have read. If the
 # id of a new entry is not, Redis has lost the end of the stream, and its clock went back. The
-# server then writes the messages again, with an id that is high enough for all servers.
+# server then writes an empty entry with an id that is high enough for all servers, and the
+# messages again.
 #
 # Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
 # writing, a server removes the oldest quarter of a larger stream.
@@ -4016,7 +4017,9 @@ class RedisStream:
         if parse_id(entry) <= last:
             warn("Redis has lost the end of the stream")
             milliseconds = (last >> 64) + MEND_MILLISECONDS
-            redis.call(*add, f"{milliseconds}-0", *fields)
+            with contextlib.suppress(RedisError):  # another server was faster
+                redis.call("XADD", self._key, f"{milliseconds}-0", self.name + b":0:go", "")
+            redis.call(*add, "*", *fields)
 
     def trim(self, redis: RedisConnection, always: bool = False) -> None:
         """Remove the oldest quarter of the stream, and repeat this while it has too many bytes."""

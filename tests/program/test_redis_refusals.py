@@ -213,6 +213,25 @@ class DeletedTest(RedisTestCase):
             self.assert_order([one, two], [numbered("one", 50), numbered("two", 50)])
             eventually(lambda: "lost the end of the stream" in str(logs.output))
 
+    def test_another_server_has_noticed_it_first(self) -> None:
+        """And has written an entry with the id that this one wanted."""
+        client = self.client(self.serve(redis=self.url))
+        self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
+        self.assertEqual(client.read(), "from the future")
+        self.redis.call("DEL", self.stream)
+        call, taken = pywebsock.RedisConnection.call, []
+
+        def late(connection: pywebsock.RedisConnection, *words: str | bytes | int) -> object:
+            for word in words:
+                if isinstance(word, str) and word.endswith("-0") and not taken:
+                    taken.append(word)
+                    self.redis.call("XADD", self.stream, word, "x", "faster")
+            return call(connection, *words)
+
+        with unittest.mock.patch.object(pywebsock.RedisConnection, "call", late):
+            client.send("after")
+            self.assertEqual(read_until(client, {"after"}), ["faster", "after"])
+
     def test_an_older_state(self) -> None:
         """Of which what was heard before is not heard again."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
