@@ -889,7 +889,7 @@ def body_length(request: Request, max_message: int) -> int:
 
 
 class BodyReader:
-    """Reads a body that arrives in pieces. Where the next piece has yet to arrive, it is empty, and yielded as such."""
+    """Reads a body that arrives in pieces. It yields an empty piece if no more data has arrived."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -950,8 +950,8 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
     """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
 
-    An empty piece means that the next one is still to come. `pieces` must raise an exception where
-    the connection ends.
+    A piece is empty if no more data has arrived. `pieces` must raise an exception at the end of
+    the connection.
     """
     length = body_length(request, max_message)
     body = BodyReader(pieces)
