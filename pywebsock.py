@@ -1906,6 +1906,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
             require(has_room, 503, "too many messages are unfinished", later)
             self._kept = len(body)
+            require(server._loop.now <= self.deadline, 408, TOO_LATE)  # endless trailers leave nothing to wait for
             if self._blocked:
                 yield from self._wait(self._blocked)
         paced = server._post_pace.wait(server.handshake_timeout)
@@ -1983,7 +1984,7 @@ class WebSocketHandler(RequestHandler):
     def _respond(self, response: bytes) -> None:
         """Let the loop send a response and end the connection."""
         connection = Connection(self, MessageReader(0), 0, self.server._loop.now)
-        connection.state = State.ENDING
+        connection.state, connection.last_seen = State.ENDING, self.server._room.bytes
         if not self.server._room.dismiss(connection, response):  # for example, a hook has stopped the server
             with contextlib.suppress(OSError):
                 self.request.settimeout(self.server.close_timeout or None)

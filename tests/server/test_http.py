@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import time
 import typing
 import unittest.mock
 
 import pywebsock
 from pywebsock import HandshakeError, WebSocketHandler
-from tests.tools.support import ROOT, Client, Recorder, ServerTestCase, eventually, exchange, request
+from tests.tools import faults
+from tests.tools.support import DEADLINE, ROOT, Client, Recorder, ServerTestCase, eventually, exchange, request
 
 PAGE = "pywebsock.html"
 
@@ -52,6 +54,22 @@ class Page(ServerTestCase):
         """HTTP/1.0 requires no Host."""
         port = self.serve().server_address[1]
         self.assertEqual(exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
+
+    def test_slow_reader(self) -> None:
+        """What was broadcast before does not count: its backlog is its own response."""
+        server = self.serve(max_backlog=50_000)
+        faults.small_buffers(server)
+        listener = self.connect(server)
+        for _ in range(2):
+            server.broadcast(bytes(50_000))
+            listener.read()
+        client = self.connect(server, handshake=False, small=True)
+        client.send_raw(http("GET"))
+        client.read_some(1)
+        eventually(lambda: server.status()["slow"])
+        now = server._loop.now
+        eventually(lambda: server._loop.now > now + 2 * server._loop._interval)  # it is looked after
+        self.assertTrue(client.read_all().endswith((ROOT / PAGE).read_bytes()))
 
     def test_missing(self) -> None:
         port = self.serve().server_address[1]
@@ -245,6 +263,17 @@ class Post(ServerTestCase):
                 self.assertEqual(exchange(server.server_address[1], data)[0], 408)
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
+
+
+    def test_endless_trailers(self) -> None:
+        """The deadline is there for those too who always have something more to say."""
+        server = self.serve(max_message=1000, handshake_timeout=0.2, close_timeout=0.2)
+        client = self.connect(server, handshake=False)
+        client.send_raw(http("POST", Transfer_Encoding="chunked") + b"0\r\n")
+        end = time.monotonic() + DEADLINE
+        with self.assertRaises(ConnectionError):
+            while time.monotonic() < end:
+                client.send_raw(b"Field: value\r\n" * 10_000)
 
 
 class Elsewhere(ServerTestCase):
