@@ -264,7 +264,6 @@ class Post(ServerTestCase):
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
 
-
     def test_endless_trailers(self) -> None:
         """The deadline is there for those too who always have something more to say."""
         server = self.serve(max_message=1000, handshake_timeout=0.2, close_timeout=0.2)
