@@ -2269,13 +2269,15 @@ class Room:
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[RequestHandler, float] = {}  # before their answer, oldest first; when each was accepted
         self.connections: set[Connection] = set()  # after their answer: those that the loop owns
+        self.answered: dict[Connection, float] = {}  # those that get a response only, oldest first; since when
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
         self._is_closing = False  # clients that join now get 1001
         self._has_ended = False  # the loop has ended
-        self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these three are set by the loop
+        self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these four are set by the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
         self.give_up: Callable[[RequestHandler, str], None]
+        self.drop: Callable[[Connection, str], None]
 
         self._history: deque[Outgoing] = deque()
         self._history_length = history  # messages
@@ -2328,6 +2330,7 @@ class Room:
                 return False
             del self.pending[connection.client]
             self.connections.add(connection)
+            self.answered[connection] = time.monotonic()
             return True
 
     def _first_frames(self, joiner: Joiner) -> list[bytes]:
@@ -2430,9 +2433,14 @@ class Room:
             return self.pending.pop(handler, None) is not None
 
     def give_up_oldest(self) -> None:
-        """End the oldest pending connection, if it is older than a second."""
+        """End the oldest connection that is no client, if it is older than a second: first those with a response."""
         with self.lock:
             late = time.monotonic() - 1
+            connection = next(iter(self.answered), None)
+            if connection and self.answered[connection] < late:
+                del self.answered[connection]
+                self._queue.put(functools.partial(self.drop, connection, "given up"))
+                return
             oldest = next((handler for handler, since in self.pending.items() if since != GIVEN_UP), None)
             if oldest and self.pending[oldest] < late:
                 self.pending[oldest] = GIVEN_UP
@@ -2443,6 +2451,7 @@ class Room:
         with self.lock:
             self._fewer.notify_all()
             self.connections.discard(connection)
+            self.answered.pop(connection, None)
 
     def wait_for(self, number: int, end: float) -> bool:
         """Wait until there are at most `number` connections. Return False at `end` (time.monotonic())."""
@@ -3195,7 +3204,7 @@ class Loop:
         self.receiver = Receiver(server, self.sender)
         self.lobby = Lobby()
         self._room.adopt, self._room.close_connections = self.receiver.adopt, self.receiver.close
-        self._room.give_up = self.lobby.go_on
+        self._room.give_up, self._room.drop = self.lobby.go_on, self.sender.drop
         self.deadlines = Deadlines(server, self.sender, self.lobby)
         self._before = time.monotonic()
         self._is_watchful = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 
+from tests.tools import faults
 from tests.tools.support import (
     CLOSE,
     TEXT,
@@ -70,6 +71,23 @@ class MaxClients(ServerTestCase):
             for _ in range(2):
                 with self.subTest(data=data):
                     eventually(functools.partial(visit, port, data))
+
+    def test_past_those_who_read_a_response_slowly(self) -> None:
+        """No more connections fit: the oldest of them that is no client goes."""
+        server = self.serve(close_timeout=3600.0)
+        server._most_connections = 3
+        faults.small_buffers(server)
+        client = self.connect(server)
+        slow = [self.connect(server, handshake=False, small=True) for _ in range(2)]
+        for each in slow:
+            each.send_raw(request(Upgrade=None, Sec_WebSocket_Key=None))
+            each.read_some(1)
+        time.sleep(1.1)  # they have had the time to read
+        other = self.connect(server)
+        other.send("Hello")
+        self.assertEqual((client.read(), other.read()), ("Hello", "Hello"))
+        self.assertFalse(slow[0].read_all().endswith(b"</html>\n"))
+        self.assertTrue(slow[1].read_all().endswith(b"</html>\n"))
 
     def test_refused_handshakes_take_no_seat(self) -> None:
         server = self.serve(max_clients=1)
