@@ -666,8 +666,8 @@ class Deadlines(SenderTestCase):
             self.look(1.0)
         self.assertEqual((self.connection.state, self.connection.size), (State.OPEN, size))
 
-    def test_one_that_is_not_read(self) -> None:
-        """Its Pongs are not seen: no reason to drop it. That its system has the Pings will do."""
+    def test_paused_reading(self) -> None:
+        """A client from which the server does not read is not dropped for missing Pongs, if its kernel has the Pings."""
         self.begin(ping_interval=1.0, ping_timeout=1.0)
         self.connection.paused = True
         for _ in range(20):

@@ -199,8 +199,8 @@ class Workers(HooksTestCase):
         self.hooks.wait(0, time.monotonic() + DEADLINE)
         self.assertEqual(len(threads), 1)
 
-    def test_one_that_was_stuck_in_its_last_call(self) -> None:
-        """The next call of the same inbox begins anew."""
+    def test_after_a_blocked_call(self) -> None:
+        """A worker whose call has blocked counts again before the next call of the same inbox."""
         begun, held, inbox, stuck = threading.Event(), threading.Event(), pywebsock.Inbox(), []
         self.hooks.submit(inbox, lambda: held.wait(DEADLINE))
         self.hooks.submit(inbox, lambda: begun.set() or self.go_on.wait(DEADLINE))  # type: ignore[func-returns-value]
@@ -212,7 +212,7 @@ class Workers(HooksTestCase):
         self.assertEqual(stuck, [0])
 
     def test_many_that_block(self) -> None:
-        """All of them run at once, and one more after them; then all of their threads end."""
+        """Many calls block at once, and one more runs; then all of their threads end."""
         number = 100 if IS_WINE else 1000  # threads; Wine may need more than a minute for a thousand
         begun: list[int] = []
 
@@ -245,7 +245,7 @@ class Workers(HooksTestCase):
         self.relieve_until(lambda: ran)
 
     def test_wait_has_an_end(self) -> None:
-        """That of all but one, and a deadline."""
+        """Waiting for all inboxes except one ends at the deadline."""
         for _ in range(2):
             self.block()
         start = time.monotonic()

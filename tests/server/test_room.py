@@ -236,7 +236,7 @@ class Recipients(RoomTestCase):
         self.assertEqual((self.server.clients, len(self.room)), (set(), 0))
 
     def test_long_runs(self) -> None:
-        """Many messages go out as one send, as long as they are not too large."""
+        """Many messages are sent at once, if they are not too large."""
         connection, pipe = self.join()
         self.carry_out()
         pipe.taken.clear()

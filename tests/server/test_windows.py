@@ -141,7 +141,7 @@ class Windows(ServerTestCase):
         eventually(lambda: not server._room.size)
 
     def test_too_many_connections(self) -> None:
-        """The oldest that is no client goes, although nothing wakes its thread."""
+        """The oldest pending connection is ended, although its socket wakes no thread."""
         server = self.serve(handshake_timeout=60)
         server._most_connections = 3
         self.connect(server)

@@ -84,10 +84,10 @@ class CrowdTest(stress.StressTestCase):
         time.sleep(8)  # of ten
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
-        self.check_recovery(watched, "5,000 that said half a request", 0.5, within=90)
+        self.check_recovery(watched, "5,000 incomplete requests", 0.5, within=90)
 
     def test_ends_of_half_requests(self) -> None:
-        """Their connections are reset together, long before their time is up."""
+        """Incomplete requests whose connections are reset at the same time, long before the timeout."""
         watched = self.serve_watched()
         crowd = self.crowd(watched)
         crowd.connect(5000)

@@ -363,7 +363,7 @@ def peak(pid: int) -> float:
 
 
 def cpu(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
+    """Return the CPU time of a process (seconds)."""
     if support.IS_WINDOWS:
         return windows_cpu(pid)
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -371,7 +371,7 @@ def cpu(pid: int) -> float:
 
 
 def windows_cpu(pid: int) -> float:
-    """The same on Windows."""
+    """Return the CPU time of a process on Windows (seconds)."""
     kernel = getattr(ctypes, "windll").kernel32  # noqa: B009 (mypy)
     process = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
     times = [ctypes.c_uint64() for _ in range(4)]  # creation, exit, kernel, user; in 100 ns

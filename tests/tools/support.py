@@ -36,8 +36,8 @@ IS_WINE = IS_WINDOWS and hasattr(getattr(ctypes, "windll").ntdll, "wine_get_vers
 DEADLINE = 30.0 if IS_WINE else 10.0  # seconds that a test waits for anything; under Wine, Python starts slowly
 NO_BREAK = "Wine sends no Ctrl-Break to another process"
 NO_RESET = "Wine's recv() returns the end of a connection that is reset"
-MISSING = " is missing"  # what reasons to skip end with
-EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: what is missing fails instead of being skipped
+MISSING = " is missing"  # the end of a reason to skip
+EVERYTHING = os.environ.get("PYWEBSOCK_TESTS") == "everything"  # CI: a missing package fails its tests
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, RFC 6455 11.8
@@ -128,8 +128,8 @@ def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.
 def growth(act: typing.Callable[[int], object], size: int) -> float:
     """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
-    The least of each, since all else that takes time, such as PyPy's compiler and garbage collector, only adds to it:
-    of three times where these leave no doubt, and else of all within two seconds.
+    Each is the minimum of three runs if the ratio is clear, and of all runs within two seconds otherwise, since other
+    work of the process, such as PyPy's compiler and garbage collector, only adds time.
     """
     if IS_WINDOWS:
         raise unittest.SkipTest("Windows counts the CPU time of a thread in steps of 15.6 ms")
