@@ -1,4 +1,4 @@
-"""What waits to be sent to one client: a Connection without a server, whose socket is as full as the test says."""
+"""The outbox of one client: a Connection without a server, whose socket accepts as many bytes as the test sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pywebsock
 from pywebsock import QUICK_RATE, QUICK_TIME, SEND_SIZE, SENDS_AT_ONCE
 from tests.tools.support import Pipe, peak_memory
 
-EVERYTHING = 1 << 40  # bytes: more than there are
+EVERYTHING = 1 << 40  # bytes, more than any test sends
 
 
 class ConnectionTestCase(unittest.TestCase):
@@ -23,31 +23,31 @@ class ConnectionTestCase(unittest.TestCase):
         self.connection = self.connect()
 
     def connect(self) -> pywebsock.Connection:
-        """A client that joins now; all have the same pipe."""
+        """Return a client that has just joined; all clients have the same pipe."""
         client = types.SimpleNamespace(request=self.pipe, _tracers=())
         reader = pywebsock.MessageReader(1000)
         return pywebsock.Connection(typing.cast(pywebsock.WebSocketHandler, client), reader, 0, self.now)
 
     def keep(self, *pieces: bytes, sent: int = 0) -> None:
-        """Let these wait; some bytes of the first are sent already."""
+        """Queue these buffers, of whose first one some bytes were sent."""
         for piece in pieces:
             self.connection.keep(piece, sent, self.now)
             sent = 0
 
     def flush(self, room: int) -> None:
-        """Send what the socket takes when it has this much room."""
+        """Send as much as the socket accepts with this room."""
         self.pipe.room = room
         self.connection.flush(self.now)
 
     def flush_all(self) -> None:
-        """The socket takes everything."""
+        """Send all queued data."""
         for _ in range(1 + self.connection.size):
             if self.connection.size:
                 self.flush(EVERYTHING)
 
 
 class Order(ConnectionTestCase):
-    """Every byte, once, in the order in which it came."""
+    """Each byte is sent once, in order."""
 
     def test_part_by_part(self) -> None:
         self.keep(b"Hello, ", b"world", b"!", sent=3)
@@ -80,19 +80,19 @@ class Order(ConnectionTestCase):
             self.assertEqual(self.pipe.stream, expected)
 
     def test_nothing_waits_any_more(self) -> None:
-        """A client that nothing waits for has no list of its own: most have nothing."""
+        """A client with an empty queue has no list."""
         self.keep(b"Hello")
         self.assertIsNot(self.connection.pieces, pywebsock.NOTHING)
         self.flush_all()
         self.assertIs(self.connection.pieces, pywebsock.NOTHING)
 
     def test_the_pong(self) -> None:
-        """It goes out once."""
+        """The Pong is sent once."""
         self.connection.pong = b"pong"
         self.assertEqual([self.connection.take_pong(), self.connection.take_pong()], [b"pong", b""])
 
     def test_errors(self) -> None:
-        """What the socket raises comes out, but that it is full."""
+        """Exceptions of the socket are raised, except BlockingIOError."""
         for error in (ConnectionResetError(), BrokenPipeError()):
             self.keep(b"Hello")
             self.pipe.error = error
@@ -101,10 +101,10 @@ class Order(ConnectionTestCase):
 
 
 class Cost(ConnectionTestCase):
-    """What waits is shared; sending it on costs little."""
+    """Queued data is shared, and sending it is cheap."""
 
     def test_shared_by_all(self) -> None:
-        """A hundred that are stuck have no bytes of their own."""
+        """A hundred stuck clients share their bytes."""
         message = bytes(4_000_000)
         connections = [self.connect() for _ in range(100)]
 
@@ -116,13 +116,13 @@ class Cost(ConnectionTestCase):
         self.assertEqual({connection.size for connection in connections}, {len(message)})
 
     def test_a_large_piece_is_not_copied(self) -> None:
-        """Not even its rest."""
+        """Neither the buffer nor its rest is copied."""
         self.keep(bytes(1_000_000), sent=1000)
         self.assertLess(peak_memory(self.flush_all), 300_000)
         self.assertEqual(self.connection.size, 0)
 
     def test_a_large_piece_among_others(self) -> None:
-        """Neither where others follow it, nor where a short one comes before it."""
+        """A large buffer is not copied, before or after other buffers."""
         for pieces in ((bytes(1_000_000), b"more"), (b"short", bytes(1_000_000))):
             self.setUp()
             self.keep(*pieces)
@@ -130,20 +130,20 @@ class Cost(ConnectionTestCase):
             self.assertEqual(len(self.pipe.stream), sum(map(len, pieces)))
 
     def test_a_few_sends(self) -> None:
-        """None of which is much longer than SEND_SIZE."""
+        """Few sends, none of which is much longer than SEND_SIZE."""
         self.keep(*[b"x" * 100] * 2000)
         self.flush_all()
         self.assertLess(max(map(len, self.pipe.taken)), 2 * SEND_SIZE)
 
     def test_many_short_pieces(self) -> None:
-        """A thousand messages are a few sends."""
+        """A thousand messages take a few sends."""
         self.keep(*[b"x" * 100] * 1000)
         self.flush_all()
         self.assertEqual(len(self.pipe.stream), 100_000)
         self.assertLess(len(self.pipe.taken), 5)
 
     def test_a_part_at_a_time(self) -> None:
-        """Others wait: of very much, only a part is sent at once, whether it is in long pieces or in short ones."""
+        """Only a part of a long queue is sent at once, since other clients wait."""
         much = 10 * SENDS_AT_ONCE * SEND_SIZE
         for size in (SEND_SIZE, SEND_SIZE // 32):
             with self.subTest(size=size):
@@ -158,22 +158,22 @@ class Cost(ConnectionTestCase):
 
 
 class Quick(ConnectionTestCase):
-    """A client that takes what it gets without delay."""
+    """A client counts as quick if it reads without delay."""
 
     def wait(self, seconds: float) -> bool:
-        """Let time pass; whether the client is quick then."""
+        """Let time pass, and return whether the client is quick."""
         self.now += seconds
         return self.connection.is_quick(self.now)
 
     def test_nothing_waited_before(self) -> None:
-        """It had taken everything: it is quick for a moment."""
+        """A client whose queue was empty is quick for a moment."""
         self.now += 10
         self.keep(bytes(100))
         self.assertTrue(self.wait(QUICK_TIME / 2))
         self.assertFalse(self.wait(QUICK_TIME / 2))
 
     def test_how_long(self) -> None:
-        """For three quarters of QUICK_TIME, and no second time by what it does not take."""
+        """It is quick for three quarters of QUICK_TIME, and not again without reading."""
         self.now += 4.01 * QUICK_TIME
         self.keep(bytes(100))
         self.assertTrue(self.wait(0.7 * QUICK_TIME))
@@ -187,19 +187,19 @@ class Quick(ConnectionTestCase):
         self.assertFalse(self.wait(0))
 
     def test_one_flush(self) -> None:
-        """What the system takes at once may be its own buffer."""
+        """Data that is sent at once may fill only the kernel's buffer."""
         self.keep(*[bytes(SEND_SIZE)] * 2 * SENDS_AT_ONCE)
         self.flush(EVERYTHING)
         self.assertGreater(self.connection.size, 0)
         self.assertFalse(self.wait(0))
 
     def test_just_joined(self) -> None:
-        """It has shown nothing yet."""
+        """A new client is not quick yet."""
         self.keep(bytes(100))
         self.assertFalse(self.wait(0))
 
     def test_rate(self) -> None:
-        """However long it goes on: it is quick while it takes QUICK_RATE or more."""
+        """A client is quick while it reads at QUICK_RATE or faster."""
         self.keep(bytes(6 * QUICK_RATE))
         step = QUICK_TIME / 8
         for rate, is_quick in ((1.2, True), (0.8, False), (1.2, True), (0, False)):
@@ -210,13 +210,13 @@ class Quick(ConnectionTestCase):
                 self.assertEqual(self.wait(0), is_quick)
 
     def test_one_large_send(self) -> None:
-        """It does not make a client quick for longer than a moment."""
+        """One large send makes a client quick only for a moment."""
         self.keep(bytes(2 * QUICK_RATE))
         self.flush(QUICK_RATE)
         self.assertFalse(self.wait(QUICK_TIME))
 
     def test_moved(self) -> None:
-        """When the socket took something at last."""
+        """The time at which the socket accepted data for the last time."""
         self.keep(b"Hello")
         for room, moved in ((0, 1000.0), (2, 1002.0), (0, 1002.0), (1, 1004.0)):
             self.now += 1

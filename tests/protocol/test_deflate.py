@@ -1,4 +1,4 @@
-"""permessage-deflate (RFC 7692): offers, and messages compressed each by itself."""
+"""permessage-deflate (RFC 7692): offers, inflating, deflating."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pywebsock
 from pywebsock import INFLATE_SIZE, HandshakeError, Inflater, MessageReader, ProtocolError
 from tests.tools.support import compress, growth, masked_frame, peak_memory
 
-ANSWER = "permessage-deflate"  # and what is offered
+ANSWER = "permessage-deflate"  # and the offer
 TAIL = b"\x00\x00\xff\xff"
 
 
 def inflate(*pieces: bytes) -> bytes:
-    """The message in these fragments."""
+    """Inflate a message in these fragments."""
     inflater, plain = Inflater(), b""
     for i, piece in enumerate(pieces, 1):
         plain += b"".join(inflater.inflate(piece, i == len(pieces)))
@@ -24,7 +24,7 @@ def inflate(*pieces: bytes) -> bytes:
 
 
 def read(*pieces: bytes, limit: int) -> bytes:
-    """The same by a reader, which has a limit."""
+    """Read the same with a MessageReader, which has a limit."""
     last = len(pieces) - 1
     stream = b"".join(
         masked_frame(0 if i else 2, fin=i == last, rsv=0 if i else 4, key=bytes(4), length=len(piece)) + piece
@@ -36,13 +36,13 @@ def read(*pieces: bytes, limit: int) -> bytes:
 
 
 def inflate_with(window: int, payload: bytes) -> bytes:
-    """What a client with a window of so many bits makes of it; in one piece zlib would not need its window."""
+    """Inflate as a client with a window of this many bits, in pieces, since zlib needs no window for a single piece."""
     inflater, data = zlib.decompressobj(wbits=-window), payload + TAIL
     return b"".join(inflater.decompress(data[i : i + 16]) for i in range(0, len(data), 16))
 
 
 def bomb(size: int) -> bytes:
-    """A thousandth of `size`, which inflates to so many zeros; made quickly."""
+    """Return data that inflates to `size` zeros, a thousand times as much."""
     compressor = zlib.compressobj(wbits=-15)
     mebibyte = compressor.compress(bytes(1 << 20)) + compressor.flush(zlib.Z_FULL_FLUSH)
     return mebibyte * (size >> 20)
@@ -67,7 +67,7 @@ class Extensions(unittest.TestCase):
                 self.assertEqual(pywebsock.parse_extensions(field), offers)
 
     def test_empty_elements(self) -> None:
-        """A list may have them, such as where an empty header field is joined with another (RFC 9110 5.6.1.2)."""
+        """A list may have empty elements, such as when an empty field is joined with another (RFC 9110 5.6.1.2)."""
         for field in ("a,", ",a", ", a", "a ,\t, ", ",,a"):
             with self.subTest(field):
                 self.assertEqual(pywebsock.parse_extensions(field), [("a", [])])
@@ -85,7 +85,7 @@ class Extensions(unittest.TestCase):
                 self.assertEqual(caught.exception.status, 400)
 
     def test_in_linear_time(self) -> None:
-        """Whatever stands there, in 2 and in 8 KiB."""
+        """Many kinds of fields, of 2 and of 8 KiB."""
         units = (
             " ",
             ";",
@@ -142,7 +142,7 @@ class Offers(unittest.TestCase):
                 self.assertEqual(pywebsock.negotiate_deflate(f"permessage-deflate{field}"), (window, answer))
 
     def test_window_of_15_bits(self) -> None:
-        """Accepted, like any other, with the same parameter in the answer (7.1.2.1): there are clients that insist."""
+        """Accepted, with the same parameter in the answer (7.1.2.1), since some clients require that."""
         for field in ("server_max_window_bits=15", 'client_max_window_bits; server_max_window_bits="15"'):
             with self.subTest(field):
                 expected = 15, f"{ANSWER}; server_max_window_bits=15"
@@ -172,7 +172,7 @@ class Offers(unittest.TestCase):
             *("x-webkit-deflate-frame", "permessage-bzip2", "permessage-deflate2", "PERMESSAGE-DEFLATE", "foo; bar=1"),
             *(f"permessage-deflate; client_max_window_bits={value}" for value in values),
             *(f"permessage-deflate; server_max_window_bits={value}" for value in (*values, "8", '"8"')),
-            "permessage-deflate; server_max_window_bits",  # 7.1.2.1: in an offer it has a value
+            "permessage-deflate; server_max_window_bits",  # 7.1.2.1: in an offer, it has a value
             "permessage-deflate; server_no_context_takeover=1",
             'permessage-deflate; server_no_context_takeover="true"',
             "permessage-deflate; client_no_context_takeover=0",
@@ -193,7 +193,7 @@ class Offers(unittest.TestCase):
         self.assertEqual(pywebsock.negotiate_deflate(""), (0, ""))
 
     def test_fallback(self) -> None:
-        """The first offer that is acceptable (5.1), however many header fields they stood in."""
+        """The first acceptable offer is chosen (5.1), also of several header fields."""
         ten = 10, f"{ANSWER}; server_max_window_bits=10"
         for field, expected in (
             ("permessage-deflate, permessage-deflate; server_max_window_bits=10", (15, ANSWER)),
@@ -210,7 +210,7 @@ class Offers(unittest.TestCase):
                 self.assertEqual(pywebsock.negotiate_deflate(request.headers["sec-websocket-extensions"]), expected)
 
     def test_malformed(self) -> None:
-        """It fails the whole, even beside a good offer (RFC 6455 9.1)."""
+        """A malformed element fails the handshake, even beside a valid offer (RFC 6455 9.1)."""
         for field in (
             "permessage-deflate;",
             "permessage-deflate, a=1",
@@ -226,13 +226,13 @@ class Inflating(unittest.TestCase):
     """Inflater (7.2.2)."""
 
     def assert_fails(self, code: int, *pieces: bytes, limit: int | None = None) -> None:
-        """The fragments are refused with this code."""
+        """Check that the fragments fail with this code."""
         with self.assertRaises(ProtocolError) as caught:
             inflate(*pieces) if limit is None else read(*pieces, limit=limit)
         self.assertEqual(caught.exception.code, code)
 
     def test_examples(self) -> None:
-        """RFC 7692 7.2.3, at every split."""
+        """RFC 7692 7.2.3, split at each position."""
         for what, data in (
             ("7.2.3.1: one block", "f2 48 cd c9 c9 07 00"),
             ("7.2.3.3: a block without compression", "00 05 00 fa ff 48 65 6c 6c 6f 00"),
@@ -252,7 +252,7 @@ class Inflating(unittest.TestCase):
         self.assertEqual(b"".join(Inflater(b"Hello").inflate(bytes.fromhex("f2 00 11 00 00"), True)), b"Hello")
 
     def test_context(self) -> None:
-        """It is the last 32 KiB of everything, also where a final block makes zlib begin again."""
+        """The context is the last 32 KiB of all messages, also if a final block makes zlib start again."""
         inflater, plain = Inflater(b"before"), b"before"
         for part in (b"x" * 9, random.Random(3).randbytes(40_000), b"y" * 100_000, b"end"):
             compressor = zlib.compressobj(wbits=-15, zdict=plain[-32768:])
@@ -262,7 +262,7 @@ class Inflating(unittest.TestCase):
         self.assertEqual(len(plain), 6 + 9 + 40_000 + 100_000 + 3)
 
     def test_empty_fragment(self) -> None:
-        """7.2.3.6: one byte that is nothing, as the last fragment or the only one."""
+        """7.2.3.6: one byte for empty data, as the last fragment or the only one."""
         hello = bytes.fromhex("f2 48 cd c9 c9 07 00")
         self.assertEqual(inflate(hello + TAIL, b"\x00"), b"Hello")
         for pieces in ((b"\x00",), (b"\x02\x00",), (b"", b"\x00"), (b"", b"\x00", b"")):
@@ -271,7 +271,7 @@ class Inflating(unittest.TestCase):
                 self.assertEqual(read(*pieces, limit=0), b"")
 
     def test_no_block(self) -> None:
-        """No byte at all is not what an empty message is compressed to."""
+        """An empty payload is not a valid compressed message."""
         for pieces in ((b"",), (b"", b"")):
             self.assert_fails(1007, *pieces)
 
@@ -293,7 +293,7 @@ class Inflating(unittest.TestCase):
                     self.assertEqual(inflate(payload[:-4]), data)
 
     def test_final_block(self) -> None:
-        """Where zlib has finished, an empty block must follow (7.2.3.4)."""
+        """After a final block, an empty block must follow (7.2.3.4)."""
         compressor = zlib.compressobj(wbits=-15)
         final = compressor.compress(b"some text " * 20) + compressor.flush()
         for pieces in ((final + b"\x00",), (final, b"\x00"), (final, b"", b"\x00", b"")):
@@ -304,7 +304,7 @@ class Inflating(unittest.TestCase):
                 self.assert_fails(1007, *pieces)
 
     def test_blocks_after_a_final_block(self) -> None:
-        """7.2.1: blocks with BFINAL may stand anywhere."""
+        """7.2.1: blocks with BFINAL may be anywhere."""
         hello = bytes.fromhex("f3 48 cd c9 c9 07 00")
         for stream in (
             hello + hello + b"\x00",
@@ -330,14 +330,14 @@ class Inflating(unittest.TestCase):
                     self.assert_fails(1007, *pieces)
 
     def test_too_many_final_blocks(self) -> None:
-        """Nobody means a hundred thousand of them."""
+        """A hundred thousand final blocks are refused."""
         empty = b"\x03\x00"
         self.assertEqual(inflate(empty * 100 + b"\x00"), b"")
         self.assert_fails(1007, empty * 100_000 + b"\x00")
         self.assert_fails(1007, *[empty * 100] * 1000, b"\x00")
 
     def test_final_blocks_in_linear_time(self) -> None:
-        """However many of them, in one piece and in many: each makes zlib begin again."""
+        """Many final blocks, each of which makes zlib start again, in one piece and in many."""
 
         def one_piece(size: int) -> None:
             try:
@@ -362,7 +362,7 @@ class Inflating(unittest.TestCase):
                 self.assert_fails(1007, *(bytes((byte,)) for byte in bytes.fromhex(data)))
 
     def test_cut_off(self) -> None:
-        """A message that ends within a block is not taken for a shorter one."""
+        """A message that ends within a block is an error."""
         payload = pywebsock.deflate(b"one, two, three, four, five, six, seven, eight, nine, ten", 15)
         taken = []
         for end in range(1, len(payload) - 1):
@@ -371,12 +371,12 @@ class Inflating(unittest.TestCase):
             except ProtocolError as error:
                 self.assertEqual(error.code, 1007)
         self.assertEqual(taken, [])
-        for block in ("00 ff 00 00 ff 48 65 6c 6c 6f", "f2 48 cd c9 c9 07 00 ff", "ec"):  # which need much more
+        for block in ("00 ff 00 00 ff 48 65 6c 6c 6f", "f2 48 cd c9 c9 07 00 ff", "ec"):  # for which it needs much more
             with self.subTest(block):
                 self.assert_fails(1007, bytes.fromhex(block))
 
     def test_limit(self) -> None:
-        """Exact, in one piece and in many."""
+        """The limit is exact, in one piece and in many."""
         for size in (1, 2, 100, 1000, 70_000):
             payload = pywebsock.deflate(b"a" * size, 15)
             for pieces in ((payload,), tuple(bytes((byte,)) for byte in payload)):
@@ -385,7 +385,7 @@ class Inflating(unittest.TestCase):
                     self.assert_fails(1009, *pieces, limit=size - 1)
 
     def test_bomb(self) -> None:
-        """1 GiB of zeros takes no more memory than a message may have, and a few readings of it."""
+        """1 GiB of zeros takes no more memory than the longest message and a few reads."""
         payload = bomb(1 << 30)
         for limit in (1 << 20, 1 << 22):
             stream = masked_frame(2, rsv=4, key=bytes(4), length=len(payload)) + payload
@@ -399,7 +399,7 @@ class Inflating(unittest.TestCase):
                 self.assertLess(peak_memory(explode), 4 * len(stream) + 1.4 * limit + (1 << 17))
 
     def test_pieces_of_bounded_size(self) -> None:
-        """Whatever comes in one fragment; and nothing is left behind in zlib where a piece is just full."""
+        """Pieces have a maximum size for each fragment, and zlib keeps no data if the last piece is full."""
         for size in (*range(INFLATE_SIZE - 300, INFLATE_SIZE + 301, 7), 3 * INFLATE_SIZE, 10 * INFLATE_SIZE + 1):
             data = random.Random(size).randbytes(3) * size
             for fin in (True, False):
@@ -410,7 +410,7 @@ class Inflating(unittest.TestCase):
                     self.assertEqual(b"".join(plain), data[:size])
 
     def test_pieces_in_linear_time(self) -> None:
-        """Each step gives back the input that zlib has not taken yet, of the piece that has come."""
+        """Each step returns the rest of its input, which takes linear time in all."""
 
         piece = bomb(4 << 20)
 
@@ -423,7 +423,7 @@ class Inflating(unittest.TestCase):
         self.assertLess(growth(inflate_much, 2), 9)
 
     def test_bomb_in_pieces(self) -> None:
-        """The same as a socket brings it."""
+        """The same in pieces, as from a socket."""
         payload = bomb(1 << 30)
         reader = MessageReader(1 << 20, compressed=True)
         head = b"\xc2\xff" + len(payload).to_bytes(8, "big") + bytes(4)
@@ -438,7 +438,7 @@ class Inflating(unittest.TestCase):
         self.assertLess(peak_memory(explode), 4 << 20)
 
     def test_much_of_nothing(self) -> None:
-        """Megabytes of empty blocks inflate to nothing and are not kept."""
+        """Megabytes of empty blocks inflate to no data, and are not kept."""
         inflater, blocks = Inflater(), b"\x00\x00\x00\xff\xff" * 13_000
 
         def feed() -> None:
@@ -449,12 +449,12 @@ class Inflating(unittest.TestCase):
 
 
 class Takeover(unittest.TestCase):
-    """Messages that refer to earlier ones (7.2.3.2), as clients send them that did not offer to do without."""
+    """Messages that refer to earlier ones (7.2.3.2), of clients that did not offer client_no_context_takeover."""
 
     MESSAGES = (b"Hello", b"Hello", b"", b"x" * 100_000, random.Random(4).randbytes(3000), b"Hello" * 999, b"x" * 9)
 
     def stream(self, *, whole: bool = True) -> list[bytes]:
-        """The messages by one compressor, each in one frame or in three with a Ping between."""
+        """Return messages of one compressor, each in one frame, or in three with a Ping between them."""
         compressor, frames = zlib.compressobj(wbits=-15), []
         for message in self.MESSAGES:
             data = (compressor.compress(message) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
@@ -467,7 +467,7 @@ class Takeover(unittest.TestCase):
         return frames
 
     def read(self, *, whole: bool, takeover: bool) -> tuple[list[bytes], bytes]:
-        """The messages that a reader gives, and its context."""
+        """Return the messages of a reader, and its context."""
         reader = MessageReader(1 << 20, compressed=True, takeover=takeover)
         heard = [
             bytes(payload)
@@ -485,7 +485,7 @@ class Takeover(unittest.TestCase):
                 self.assertEqual(context, b"".join(self.MESSAGES)[-32768:])
 
     def test_uncompressed_messages_between(self) -> None:
-        """They are not part of the context (7.2.3.2)."""
+        """Uncompressed messages are not part of the context (7.2.3.2)."""
         reader = MessageReader(1 << 20, compressed=True, takeover=True)
         plain = masked_frame(2, b"plain")
         heard = [payload for opcode, payload in reader.feed(plain.join(self.stream())) if opcode]
@@ -493,7 +493,7 @@ class Takeover(unittest.TestCase):
         self.assertEqual(reader.context, b"".join(self.MESSAGES)[-32768:])
 
     def test_not_agreed_on(self) -> None:
-        """A client that offered to do without has no context here, and must not refer to one."""
+        """A client that offered client_no_context_takeover has no context, and must not refer to one."""
         with self.assertRaises(ProtocolError) as caught:
             self.read(whole=True, takeover=False)
         self.assertEqual(caught.exception.code, 1007)
@@ -502,7 +502,7 @@ class Takeover(unittest.TestCase):
         self.assertEqual(reader.context, b"")
 
     def test_in_linear_time(self) -> None:
-        """However long it has been going on, and however small the pieces."""
+        """Many messages, in small pieces."""
 
         def feed(size: int) -> None:
             reader = MessageReader(1 << 20, compressed=True, takeover=True)
@@ -518,7 +518,7 @@ class Takeover(unittest.TestCase):
 class Deflating(unittest.TestCase):
     """deflate (7.2.1)."""
 
-    # Repeats at distances that the larger windows reach and the smaller do not.
+    # Repeats at distances that only larger windows reach.
     FAR = b"".join(random.Random(3).randbytes(600 << i) * 2 for i in range(6))
 
     def test_example(self) -> None:
@@ -539,12 +539,12 @@ class Deflating(unittest.TestCase):
                     self.assertEqual(inflate(pywebsock.deflate(payload, window)), payload)
 
     def test_every_window(self) -> None:
-        """The client that inflates has the window that was agreed upon, and no larger one."""
+        """The client inflates with the negotiated window, and no larger one."""
         for window in range(9, 16):
             with self.subTest(window=window):
                 self.assertEqual(inflate_with(window, pywebsock.deflate(self.FAR, window)), self.FAR)
         for window in range(9, 15):
-            with self.subTest(window=window), self.assertRaises(zlib.error):  # else the test above would prove nothing
+            with self.subTest(window=window), self.assertRaises(zlib.error):  # else the test is void
                 inflate_with(window, pywebsock.deflate(self.FAR, window + 1))
 
     def test_by_itself(self) -> None:

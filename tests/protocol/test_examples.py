@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the module give what they say."""
+"""The examples in the docstrings of the module are correct."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pywebsock
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
     """Add each docstring with examples as a test; the loader calls this."""
-    if sys.flags.optimize < 2:  # there are docstrings
+    if sys.flags.optimize < 2:  # without -OO
         tests.addTests(doctest.DocTestSuite(pywebsock))
     return tests
 
 
 @unittest.skipIf(sys.flags.optimize > 1, "there are no docstrings")
 class Examples(unittest.TestCase):
-    """The examples themselves."""
+    """The examples of the pure parts."""
 
     def test_each_pure_part_has_some(self) -> None:
-        """A learner sees the bytes of the RFC's own examples go in and come out."""
+        """The docstrings have the examples of the RFCs."""
         finder = doctest.DocTestFinder(exclude_empty=True)
         found = {test.name.partition(".")[2]: test for test in finder.find(pywebsock) if test.examples}
         for name, shown in (

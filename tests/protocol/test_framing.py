@@ -16,19 +16,19 @@ from tests.tools.support import brought, masked_frame, peak_memory
 HELLO = bytes((0x81, 0x05, 0x48, 0x65, 0x6C, 0x6C, 0x6F))
 MASKED_HELLO = bytes((0x81, 0x85, 0x37, 0xFA, 0x21, 0x3D, 0x7F, 0x9F, 0x4D, 0x51, 0x58))
 LENGTHS = (0, 1, 2, 124, 125, 126, 127, 128, 255, 256, 1 << 10, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, 1 << 18)
-BIG = 1 << 62  # more bytes than anybody sends
+BIG = 1 << 62  # more bytes than any message has
 
 Whole = tuple[bool, bool, int, bytes]  # fin, rsv1, opcode, payload
 
 
 class Assembly:
-    """The frames that a FrameReader gives, put together again from the pieces of each."""
+    """The frames of a FrameReader, each joined from its pieces."""
 
     def __init__(self) -> None:
         self.frames: list[Whole] = []
-        self.code: int | None = None  # of the error, where there was one
+        self.code: int | None = None  # of the error, if there was one
         self._pieces: list[bytes] = []
-        self._start = (False, 0)  # rsv1 and opcode of the frame that these pieces belong to
+        self._start = (False, 0)  # rsv1 and opcode of the current frame
         self._promised = 0  # bytes of payload still to come
 
     def read(self, pieces: typing.Iterable[bytes]) -> None:
@@ -56,7 +56,7 @@ class Assembly:
 
 
 def parse(*pieces: bytes) -> tuple[list[Whole], int | None]:
-    """The frames in some bytes that come in these pieces, and the code of the error that ends them."""
+    """Return the frames in these pieces, and the code of the error that ends them."""
     assembly = Assembly()
     assembly.read(pieces)
     return assembly.frames, assembly.code
@@ -89,7 +89,7 @@ class Mask(unittest.TestCase):
                     self.assertEqual(pywebsock.apply_mask(data[:length], key), slow[:length])
 
     def test_key_offsets(self) -> None:
-        """A payload in two pieces, the second with the key turned to where it goes on."""
+        """A payload in two pieces, the second with the key rotated to its offset."""
         data, key = random.Random(2).randbytes(3000), b"\x01\x20\x40\x80"
         whole = pywebsock.apply_mask(data, key)
         for cut in (*range(1, 9), 1022, 1023, 1024, 1025, 2000):
@@ -121,7 +121,7 @@ class FrameOut(unittest.TestCase):
                 self.assertEqual(pywebsock.serialize_frame(opcode, payload), frame)
 
     def test_lengths(self) -> None:
-        """Final, unmasked, in the fewest bytes."""
+        """Frames are final and unmasked, with the shortest form of the length."""
         for length in LENGTHS:
             with self.subTest(length=length):
                 frame = pywebsock.serialize_frame(Opcode.BINARY, b"p" * length)
@@ -146,7 +146,7 @@ class FrameIn(unittest.TestCase):
 
     KEY = b"\x01\x23\x45\x67"
 
-    # Each kind of frame, each kind of length, and neighbours that differ.
+    # Each kind of frame and of length, in changing order.
     FRAMES: tuple[Whole, ...] = (
         (True, False, 1, b"Hello"),
         (False, True, 2, b""),
@@ -161,7 +161,7 @@ class FrameIn(unittest.TestCase):
         masked_frame(op, data, fin=fin, rsv=4 * rsv1, key=b"\x01\x23\x45\x67") for fin, rsv1, op, data in FRAMES
     )
 
-    # What is wrong, after the two bytes that show it.
+    # Invalid frames; the first two bytes show the error.
     WRONG = (
         ("RSV2", b"\xa1\x80"),
         ("RSV3", b"\x91\x80"),
@@ -197,7 +197,7 @@ class FrameIn(unittest.TestCase):
                 self.assertEqual(parse(self.STREAM[:cut], self.STREAM[cut:]), (list(self.FRAMES), None))
 
     def test_pieces_of_every_size(self) -> None:
-        """From one byte at a time."""
+        """From one byte at a time to all at once."""
         for size in range(1, 140):
             pieces = (self.STREAM[i : i + size] for i in range(0, len(self.STREAM), size))
             with self.subTest(size=size):
@@ -217,7 +217,7 @@ class FrameIn(unittest.TestCase):
     def test_lengths(self) -> None:
         for length in LENGTHS:
             payload = random.Random(length).randbytes(length)
-            masked = pywebsock.apply_mask(payload, self.KEY)  # `masked_frame` would take long
+            masked = pywebsock.apply_mask(payload, self.KEY)  # `masked_frame` would be slow
             stream = masked_frame(2, b"", length=length, key=self.KEY) + masked + MASKED_HELLO
             frames = [(True, False, 2, payload), (True, False, 1, b"Hello")]
             for cut in (*range(20), length // 2, *range(length, len(stream))):
@@ -225,7 +225,7 @@ class FrameIn(unittest.TestCase):
                     self.assertEqual(parse(stream[:cut], stream[cut:]), (frames, None))
 
     def test_does_not_wait_for_a_payload(self) -> None:
-        """What has come of a data frame is given at once, and how much is still to come."""
+        """The available part of a data frame is returned at once, with the number of bytes that are missing."""
         frame = masked_frame(2, b"0123456789", key=self.KEY)
         self.assertEqual(
             brought(FrameReader().feed, frame[:5], frame[5:6], frame[6:9], frame[9:]),
@@ -239,7 +239,7 @@ class FrameIn(unittest.TestCase):
         self.assertEqual(last, [(True, False, 9, b"x" * 125, 0)])
 
     def test_wrong(self) -> None:
-        """At every split, as soon as the header is there, and after all that was good."""
+        """Split at each position: the error comes with the header, after all valid frames."""
         for what, start in (*self.WRONG, *self.WRONG_LENGTHS):
             stream = MASKED_HELLO + start + self.KEY
             for cut in range(len(stream)):
@@ -249,13 +249,13 @@ class FrameIn(unittest.TestCase):
                     )
 
     def test_wrong_in_two_bytes(self) -> None:
-        """No more is waited for than the two bytes that show it."""
+        """The error comes with the two bytes that show it."""
         for what, start in self.WRONG:
             with self.subTest(what):
                 self.assertEqual(parse(start[:1], start[1:2]), ([], CloseCode.PROTOCOL_ERROR))
 
     def test_every_first_two_bytes(self) -> None:
-        """All 65,536 of them."""
+        """All 65,536 values."""
         for first in range(256):
             good = not first & 0x30 and first & 0x0F in (0, 1, 2, 8, 9, 10)
             for second in range(256):
@@ -271,8 +271,8 @@ class FrameIn(unittest.TestCase):
                 if code != expected:
                     self.fail(f"{first:#x} {second:#x}")
 
-    def test_promises_take_no_memory(self) -> None:
-        """A header alone, of the longest frame there can be."""
+    def test_lengths_take_no_memory(self) -> None:
+        """Only a header, of the longest possible frame."""
         stream = masked_frame(2, b"abc", length=(1 << 63) - 1)
         self.assertEqual(list(FrameReader().feed(stream)), [(False, False, 2, b"abc", (1 << 63) - 4)])
 
@@ -303,14 +303,14 @@ class CloseOut(unittest.TestCase):
         self.assertEqual(pywebsock.serialize_close(1005, "nowhere to put it"), b"\x88\x00")
 
     def test_long_reasons(self) -> None:
-        """Cut to what fits, and never inside a character."""
+        """Long reasons are cut, but not inside of a character."""
         for character in ("a", "é", "€", "𝄞"):
             for shift in range(5):
                 reason = "x" * shift + character * 130
                 frame = pywebsock.serialize_close(1000, reason)
                 with self.subTest(character=character, shift=shift):
                     self.assertEqual(frame[1], len(frame) - 2)
-                    cut = frame[4:].decode()  # which raises where a character was cut
+                    cut = frame[4:].decode()  # which raises an error if a character was cut
                     self.assertTrue(reason.startswith(cut))
                     self.assertLessEqual(len(frame), 127)
                     self.assertGreater(len(frame) + len(character.encode()), 127)
@@ -325,7 +325,7 @@ class CloseIn(unittest.TestCase):
     """parse_close (5.5.1, 7.4)."""
 
     def assert_fails(self, payload: bytes, code: int) -> None:
-        """It is refused with this code."""
+        """Check that the payload is refused with this code."""
         with self.assertRaises(ProtocolError) as caught:
             pywebsock.parse_close(payload)
         self.assertEqual(caught.exception.code, code)

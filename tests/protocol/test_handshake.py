@@ -21,11 +21,11 @@ START = b"GET / HTTP/1.1\r\n"
 
 
 class MoreIsWaitedForError(Exception):
-    """The pieces are not enough."""
+    """The request is not complete."""
 
 
 def outcome(*pieces: bytes) -> tuple[Request | int | None, bytes]:
-    """What comes of these pieces: (a request, an HTTP status, or None where more is waited for; what follows)."""
+    """Parse pieces; return a request, the status of an error, or None if it is not complete; and the data after it."""
 
     def arriving() -> typing.Iterator[bytes]:
         yield from pieces
@@ -47,17 +47,17 @@ def outcome(*pieces: bytes) -> tuple[Request | int | None, bytes]:
 
 
 def parse(data: bytes) -> Request:
-    """A request that is complete."""
+    """Parse a complete request."""
     return parse_request([data])[0]
 
 
 def in_bytes(data: bytes) -> tuple[Request | int | None, bytes]:
-    """What comes of bytes one by one."""
+    """Parse a request byte by byte."""
     return outcome(*(data[i : i + 1] for i in range(len(data))))
 
 
 def headers(**fields: str) -> Request:
-    """A request with these header fields, by their name with _ for -."""
+    """Return a request with these header fields, whose names have _ for -."""
     return Request("GET", "/", (1, 1), {name.replace("_", "-").lower(): value for name, value in fields.items()})
 
 
@@ -145,7 +145,7 @@ class Requests(unittest.TestCase):
     )
 
     def test_good(self) -> None:
-        """At every split, and one byte at a time."""
+        """Split at each position, and one byte at a time."""
         for what, data, expected, rest in self.GOOD:
             for cut in range(len(data) + 1):
                 with self.subTest(what, cut=cut):
@@ -154,7 +154,7 @@ class Requests(unittest.TestCase):
                 self.assertEqual(in_bytes(data), (expected, rest))
 
     def test_wrong(self) -> None:
-        """At every split, one byte at a time, and whatever else comes with it."""
+        """Split at each position, one byte at a time, and with data after it."""
         for what, start, status in self.WRONG:
             data = start + b"\r\n\r\n"
             for cut in range(len(data) + 1):
@@ -166,14 +166,14 @@ class Requests(unittest.TestCase):
                 self.assertEqual(outcome(start + b"b: c\r\n\r\nrest"), (status, b""))
 
     def test_wrong_ends_of_lines(self) -> None:
-        """They are refused without waiting for the right ones, which `printf ... | nc` will not send."""
+        """They are refused at once, since a client such as `printf ... | nc` sends no other line end."""
         for data in (b"GET / HTTP/1.1\n\n", b"GET / HTTP/1.1\r\n\n", b"GET / HTTP/1.1\n\r\n", START + b"a: b\n\n"):
             for cut in range(len(data) + 1):
                 with self.subTest(data, cut=cut):
                     self.assertEqual(outcome(data[:cut], data[cut:])[0], 400)
 
     def test_incomplete(self) -> None:
-        """Nothing, up to the last byte."""
+        """No result, up to the last byte."""
         data = request()
         for end in range(len(data)):
             self.assertEqual(outcome(data[:end]), (None, b""))
@@ -216,10 +216,10 @@ class Requests(unittest.TestCase):
 
 
 class Limits(unittest.TestCase):
-    """How long a request may be, exactly."""
+    """The maximum length of a request."""
 
     def assert_limit(self, good: bytes, bad: bytes, status: int) -> None:
-        """One is taken, and the other not, however they come."""
+        """Check that one request is accepted and the other refused, in one piece and in many."""
         for data, expected in ((good, None), (bad, status)):
             end = len(data)
             for pieces in ([data[:cut], data[cut:]] for cut in (0, 1, 20, end // 2, *range(end - 5, end))):
@@ -249,7 +249,7 @@ class Limits(unittest.TestCase):
             self.assert_limit(good, START + field * (MAX_FIELDS + 1) + b"\r\n", 431)
 
     def test_head(self) -> None:
-        """All of it, with the empty line."""
+        """The limit counts the whole head, with the empty line."""
 
         def head(size: int) -> bytes:
             fields, rest = divmod(size - len(START) - 2, 1000)
@@ -266,25 +266,25 @@ class Limits(unittest.TestCase):
             self.assertEqual(outcome(START, b"\r\n" + body)[1], body)
 
     def test_errors_come_early(self) -> None:
-        """Before the head that is too long has ended, and however much comes at once."""
+        """A head that is too long is refused before its end, even if it comes at once."""
         self.assertEqual(outcome(b"G" * (1 << 20)), (414, b""))
         self.assertEqual(outcome(START + b"a" * (1 << 20)), (431, b""))
         self.assertEqual(outcome(START + b"a:b\r\n" * (1 << 16)), (431, b""))
         self.assertEqual(outcome(START + b"a:b\r\n" * (1 << 13), b"\r\n"), (431, b""))
 
     def test_memory(self) -> None:
-        """No more than the limits, whatever comes: the head as it came and as text, and then each of its lines."""
+        """Memory is bounded: the head as bytes and as text, and each of its lines."""
 
         def feed() -> None:
             for piece in (b"GET", START, b"\r\n"):
                 with self.assertRaises(HandshakeError):
                     parse_request(itertools.repeat(piece, 1 << 17))
 
-        line = sys.getsizeof(START.decode().rstrip(), 0) + 4 * 8  # in two lists, each of which moves when it grows
+        line = sys.getsizeof(START.decode().rstrip(), 0) + 4 * 8  # in two lists, each of which is copied when it grows
         self.assertLess(peak_memory(feed), 2 * MAX_HEAD + MAX_HEAD // len(START) * line)
 
     def test_in_linear_time(self) -> None:
-        """Lines of all kinds, up to 8 KiB."""
+        """Lines of many kinds, up to 8 KiB."""
         for start, end in (
             (b"", b"\x00\r\n"),
             (b"GET ", b"\x00\r\n"),
@@ -304,7 +304,7 @@ class Limits(unittest.TestCase):
                     self.assertLess(growth(feed, MAX_LINE // 4), 9)
 
     def test_pieces_in_linear_time(self) -> None:
-        """Byte by byte, up to 16 KiB."""
+        """One byte at a time, up to 16 KiB."""
         for unit in (b"a", b"a:b\r\n", b"\r", b"\n", b"\r\n"):
 
             def feed(size: int, unit: bytes = unit) -> None:
@@ -314,7 +314,7 @@ class Limits(unittest.TestCase):
                 self.assertLess(growth(feed, MAX_HEAD // 8), 9)
 
     def test_values_in_linear_time(self) -> None:
-        """The checks that follow, with 2 and with 8 KiB in a field."""
+        """The later checks, with 2 and with 8 KiB in a field."""
         for unit in (" ", ",", "a", "a,", "a, ", ":", "[", "0", ".", "/", "\t", "=", "A", "%"):
 
             def check(size: int, unit: str = unit) -> None:
@@ -343,7 +343,7 @@ class Limits(unittest.TestCase):
 
 
 class RequestValues(unittest.TestCase):
-    """What can be asked of a Request."""
+    """The methods of a Request."""
 
     def test_path(self) -> None:
         for target, path in (
@@ -375,7 +375,7 @@ class RequestValues(unittest.TestCase):
         self.assertEqual(headers(Connection=", a,,B ,").elements("connection"), ["a", "B"])
 
     def test_upgrades(self) -> None:
-        """It asks for a WebSocket even where it does so badly."""
+        """A request asks for a WebSocket even if it does so incorrectly."""
         for asked, upgrades in (
             (headers(Upgrade="websocket"), True),
             (headers(Upgrade="WebSocket"), True),
@@ -389,7 +389,7 @@ class RequestValues(unittest.TestCase):
 
 
 class Upgrade(unittest.TestCase):
-    """check_upgrade (4.2.1), for requests as they come over the wire."""
+    """check_upgrade (4.2.1), for requests from the network."""
 
     UPGRADE_REQUIRED = ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")  # 4.2.2, item 4; RFC 9110 15.5.22
 
@@ -439,7 +439,7 @@ class Subprotocols(unittest.TestCase):
     """choose_subprotocol (4.2.2, item 5)."""
 
     def test_choice(self) -> None:
-        """The client's order counts, and so does case (RFC 6455 11.5)."""
+        """The client's order decides; names are case-sensitive (RFC 6455 11.5)."""
         for offered, served, chosen in (
             ("chat", ("chat",), "chat"),
             ("chat, json", ("json", "chat"), "chat"),
@@ -535,7 +535,7 @@ class Host(unittest.TestCase):
             pywebsock.check_host(Request("GET", "/", (1, 0), {"host": "a b"}))
 
     def test_absolute_form(self) -> None:
-        """The target's host counts (RFC 9112 3.2.2), and the field must be there all the same."""
+        """The host of the target counts (RFC 9112 3.2.2), but the field is required, too."""
         for target, host in (
             ("http://localhost:4545/a?b", "localhost:4545"),
             ("HTTPS://[::1]", "[::1]"),
@@ -559,10 +559,10 @@ class Host(unittest.TestCase):
 
 
 class Origin(unittest.TestCase):
-    """check_origin (10.2): which pages may connect."""
+    """check_origin (10.2): the pages that may connect."""
 
     HERE = "localhost:4545"
-    # Origin, Host, what is listed; the first ones may, the others may not.
+    # Origin, Host, and the list of origins; the first ones may connect, the others may not.
     MAY: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
         (None, HERE, ()),
         (None, HERE, ("https://example.com",)),
@@ -588,13 +588,13 @@ class Origin(unittest.TestCase):
         ("https://anything.example", HERE, ("*",)),
         ("null", HERE, ("*",)),
         ("", HERE, ("*",)),
-        # the default port may be said or not (RFC 6454 4)
+        # the default port may be given or not (RFC 6454 4)
         ("http://192.168.1.5", "192.168.1.5:80", ()),
         ("http://192.168.1.5:80", "192.168.1.5", ()),
         ("https://localhost", "localhost:443", ()),
         ("http://localhost", "localhost:", ()),
         ("https://example.com:443", HERE, ("https://example.com",)),
-        # RFC 6761 6.3: all names that end in localhost are this machine
+        # RFC 6761 6.3: all names below localhost are this machine
         ("http://chat.localhost:4545", "chat.localhost:4545", ()),
         ("http://a.b.localhost:4545", "A.b.localhost:4545", ()),
         # Go's x/net/websocket, ws4py
@@ -618,7 +618,7 @@ class Origin(unittest.TestCase):
         ("null, null", HERE, ()),
         ("null, https://evil.example", HERE, ()),
         ("http://localhost:4545, https://evil.example", HERE, ()),
-        # another port, another scheme, nearly the same
+        # another port, another scheme, a similar name
         ("http://localhost:4546", HERE, ()),
         ("http://localhost", HERE, ()),
         ("ws://localhost:4546", HERE, ()),
@@ -630,7 +630,7 @@ class Origin(unittest.TestCase):
         ("localhost:4545", HERE, ()),
         ("chrome-extension://abc", HERE, ()),
         ("file://evil.example", HERE, ()),
-        # DNS rebinding: a name that points here
+        # DNS rebinding: a name that points to this machine
         ("http://evil.example:4545", "evil.example:4545", ()),
         ("http://localhost.evil.example", "localhost.evil.example", ()),
         ("http://127.0.0.1.evil.example", "127.0.0.1.evil.example", ()),
@@ -638,7 +638,7 @@ class Origin(unittest.TestCase):
         ("http://2130706433", "2130706433", ()),
         ("http://a.localhost:4545", HERE, ()),
         ("http://xlocalhost:4545", "xlocalhost:4545", ()),
-        # nearly what is listed
+        # similar to a listed origin
         ("http://example.com", HERE, ("https://example.com",)),
         ("https://example.com:8443", HERE, ("https://example.com",)),
         ("https://www.example.com", HERE, ("https://example.com",)),
@@ -657,7 +657,7 @@ class Origin(unittest.TestCase):
     )
 
     def test_star(self) -> None:
-        """It stands for one character or more, and what is around it must be there."""
+        """The star is for one or more characters; the text around it must match."""
         for text, good in (("https://a.b", True), ("https://.b", False), ("https://a.c", False), ("http://a.b", False)):
             self.assertEqual(pywebsock.matches(text, "https://*.b"), good, text)
 
@@ -675,7 +675,7 @@ class Origin(unittest.TestCase):
                 self.assertEqual(caught.exception.status, 403)
 
     def test_absolute_form(self) -> None:
-        """What is asked for is the host of the target, not that of the Host field (RFC 9112 3.2.2)."""
+        """The host is that of the target, not that of the Host field (RFC 9112 3.2.2)."""
         here, there = "http://localhost:4545", "http://evil.example"
         for target, host, origin, may in (
             (f"{here}/", "evil.example", here, True),
@@ -693,7 +693,7 @@ class Origin(unittest.TestCase):
                     self.assertEqual(caught.exception.status, 403)
 
     def test_parse(self) -> None:
-        """An origin as somebody writes it becomes what a browser sends."""
+        """An origin is changed to the form that browsers send."""
         for text, origin in (
             ("https://example.com", "https://example.com"),
             ("HTTPS://Example.COM", "https://example.com"),
@@ -717,7 +717,7 @@ class Origin(unittest.TestCase):
                     pywebsock.check_origin(headers(Host=self.HERE, Origin=origin), [origin])
 
     def test_parse_wrong(self) -> None:
-        """What no browser ever sends is an error where it is written, in one line."""
+        """An origin that no browser sends is an error, in one line."""
         for text in (
             *(
                 "",
@@ -740,7 +740,7 @@ class Origin(unittest.TestCase):
                 self.assertRegex(str(caught.exception), r"^[ -~]+$")
 
     def test_the_error_helps(self) -> None:
-        """It says what would let the page in, of the command line and of a program; or that it is no origin."""
+        """The error has the option and the setting that allow the page, or says that the value is not an origin."""
         for said, origin in (
             ("https://example.com", "https://example.com"),
             ("HTTPS://Example.com:443/", "https://example.com"),
@@ -764,7 +764,7 @@ class Origin(unittest.TestCase):
                     self.assertIn("is not an origin (only --origin '*' allows it", hint)
 
     def test_needs_a_host(self) -> None:
-        """A page is not let in where it is not known whose page it is."""
+        """Without a host, a page from this server is refused."""
         for host in ("", "a b", "a, b"):
             with self.assertRaises(HandshakeError):
                 pywebsock.check_origin(headers(Host=host, Origin="http://localhost"), ())
@@ -778,7 +778,7 @@ def arriving(data: bytes, size: int) -> typing.Iterator[bytes]:
 
 
 class Bodies(unittest.TestCase):
-    """body_length, read_body, decode_body (RFC 9112 6): a message by POST."""
+    """body_length, read_body, decode_body (RFC 9112 6): messages by POST."""
 
     def test_length(self) -> None:
         for value, length in (("0", 0), ("1", 1), ("100", 100), ("0000000000000000", 0), ("000000000000000099", 99)):
@@ -824,7 +824,7 @@ class Bodies(unittest.TestCase):
         self.assertEqual(caught.exception.status, 400)
 
     def read(self, data: bytes, size: int, **fields: str) -> bytes:
-        """The body in data that arrives in pieces of some size."""
+        """Read the body in data that arrives in pieces of this size."""
         return b"".join(pywebsock.read_body(headers(**fields), arriving(data, size), 100))
 
     CHUNKS = (
@@ -911,7 +911,7 @@ class Bodies(unittest.TestCase):
 
     @unittest.skipIf(sys.implementation.name != "cpython", "its memory")
     def test_memory_of_what_is_compressed(self) -> None:
-        """A megabyte that inflates to a gigabyte is given up at the limit."""
+        """A megabyte that inflates to a gigabyte is refused at the limit."""
         bomb = gzip.compress(bytes(1 << 27))
         asked = headers(Content_Length=str(len(bomb)), Content_Encoding="gzip")
 
@@ -940,7 +940,7 @@ class Bodies(unittest.TestCase):
                 self.assertLess(growth(read, MAX_LINE), 9)
 
     def test_message(self) -> None:
-        """Text where it is UTF-8 and does not say that it is binary."""
+        """A body is text if it is UTF-8 and its type is not binary."""
         for body, kind, message in (
             (b"", "", ""),
             ("é".encode(), "", "é"),
@@ -966,7 +966,7 @@ class Responses(unittest.TestCase):
         self.assertEqual(response, b"HTTP/1.1 101 Switching Protocols\r\n" + expected.encode())
 
     def test_every_status(self) -> None:
-        """Those that are used have a phrase."""
+        """Each status in use has a phrase."""
         for status in (101, 200, 202, 400, 403, 404, 405, 408, 411, 413, 414, 415, 426, 431, 500, 503):
             response = pywebsock.serialize_response(status, ())
             self.assertRegex(response.decode(), rf"^HTTP/1\.1 {status} [A-Z][A-Za-z -]+\r\n\r\n$")
@@ -987,18 +987,18 @@ class Responses(unittest.TestCase):
             self.assertEqual(fields[name], value)
 
     def test_upgrade_required(self) -> None:
-        """Upgrade stands in Connection, too (RFC 9110 7.8)."""
+        """Connection has Upgrade, too (RFC 9110 7.8)."""
         response = pywebsock.http_response(426, "text/plain", b"", ("Upgrade", "websocket"))
         self.assertIn(b"\r\nConnection: close, Upgrade\r\n", response)
 
     def test_head(self) -> None:
-        """The same without the body."""
+        """The response to HEAD has no body."""
         full = pywebsock.http_response(404, "text/plain", b"body")
         self.assertEqual(pywebsock.http_response(404, "text/plain", b"body", head=True) + b"body", full)
 
 
 class Printable(unittest.TestCase):
-    """printable: text from the network, for a log."""
+    """printable: escape text from the network for the log."""
 
     def test_printable(self) -> None:
         for text, expected in (
@@ -1034,7 +1034,7 @@ class Errors(unittest.TestCase):
         self.assertEqual(HandshakeError(401, "who?", ("WWW-Authenticate", 'Bearer realm="a"')).status, 401)
 
     def test_wrong_values(self) -> None:
-        """They are found where they are written, and never reach a response."""
+        """Wrong values raise an error in the constructor, so that they are never sent."""
         wrong: tuple[tuple[object, tuple[tuple[str, str], ...]], ...] = (
             *((status, ()) for status in (0, 99, 100, 101, 200, 299, 418000, 600, -1, "401", "x", None, b"")),
             *((401, (field,)) for field in (("a b", "c"), ("", "c"), ("a:", "c"), ("a\r\nb", "c"), ("\xe9", "c"))),

@@ -1,4 +1,4 @@
-"""What limits count: messages a second (Pace), and bytes that all connections share (Budget)."""
+"""Limits: messages a second (Pace), and bytes that all connections share (Budget)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TokenBucket(unittest.TestCase):
     """Pace: a number of messages a second, with a burst of one second."""
 
     def take_all(self, pace: Pace, rate: float, now: float) -> int:
-        """Take messages until one has to wait; their number."""
+        """Take messages until one must wait; return their number."""
         number = 0
         while not pace.wait_time(rate, now):
             pace.take(rate, now)
@@ -21,7 +21,7 @@ class TokenBucket(unittest.TestCase):
         return number
 
     def test_burst_and_pause(self) -> None:
-        """How many may come at once, and for how long the next one waits."""
+        """The burst, and the delay of the next message."""
         for rate, burst, pause in (
             (0.25, 1, 4.0),
             (0.5, 1, 2.0),
@@ -38,7 +38,7 @@ class TokenBucket(unittest.TestCase):
                 self.assertAlmostEqual(pace.wait_time(rate, 1000.0 + pause / 2), pause / 2)
 
     def test_even_pace(self) -> None:
-        """After the burst, one for each period."""
+        """After the burst, one message in each period."""
         pace, rate, now = Pace(), 8.0, 1000.0
         self.take_all(pace, rate, now)
         for _ in range(100):
@@ -46,7 +46,7 @@ class TokenBucket(unittest.TestCase):
             self.assertEqual(self.take_all(pace, rate, now), 1)
 
     def test_silence(self) -> None:
-        """It earns no more than one burst, however long it is."""
+        """A long silence allows no more than one burst."""
         pace, now = Pace(), 1000.0
         for silence, number in ((0.0, 8), (0.5, 4), (1.0, 8), (3600.0, 8), (0.25, 2)):
             now += silence
@@ -63,7 +63,7 @@ class SharedBytes(unittest.TestCase):
     """Budget."""
 
     def test_up_to_its_size(self) -> None:
-        """A refusal counts nothing."""
+        """A refused reservation counts nothing."""
         budget = Budget(100)
         for size, fits in ((60, True), (41, False), (40, True), (1, False), (0, True)):
             self.assertEqual(budget.take(size), fits, size)
@@ -72,7 +72,7 @@ class SharedBytes(unittest.TestCase):
             self.assertEqual(budget.take(size), fits, size)
 
     def test_exceeded(self) -> None:
-        """What was forced is given back first."""
+        """Forced reservations are released first."""
         budget = Budget(100)
         self.assertTrue(budget.take(150, force=True))
         for back, size, fits in (
@@ -87,7 +87,7 @@ class SharedBytes(unittest.TestCase):
             self.assertEqual(budget.take(size), fits, (back, size))
 
     def test_many_threads(self) -> None:
-        """All that is given back is there again."""
+        """All released bytes are available again."""
         budget = Budget(10)
 
         def take() -> None:

@@ -1,4 +1,4 @@
-"""Messages (RFC 6455 5.4, 5.6, 8.1): fragments, UTF-8, limits; and what goes out."""
+"""Messages (RFC 6455 5.4, 5.6, 8.1): fragments, UTF-8, limits, and outgoing messages."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.tools.support import brought, compress, growth, masked_frame, package
 
 TEXT, BINARY, CONT, CLOSE, PING, PONG = 1, 2, 0, 8, 9, 10
 LIMIT = 1 << 16
-KEY = bytes(4)  # masks nothing, so that large payloads are quickly made
+KEY = bytes(4)  # changes no byte, so that large payloads take no time
 
 
 def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0) -> bytes:
-    """A large frame, quickly."""
+    """Return a large frame."""
     return masked_frame(opcode, b"", fin=fin, rsv=rsv, key=KEY, length=len(payload)) + payload
 
 
 def fragments(opcode: int, *payloads: bytes, rsv: int = 0) -> list[bytes]:
-    """The frames of a message in fragments."""
+    """Return the frames of a message in fragments."""
     last = len(payloads) - 1
     return [
         masked_frame(CONT if i else opcode, payload, fin=i == last, rsv=0 if i else rsv)
@@ -34,13 +34,13 @@ def fragments(opcode: int, *payloads: bytes, rsv: int = 0) -> list[bytes]:
 def read(
     *pieces: bytes, limit: int = LIMIT, compressed: bool = False
 ) -> tuple[list[tuple[int, str | bytes]], int | None]:
-    """The messages and control frames in these pieces, text as str, and the code of the error that ends them."""
+    """Return the messages and control frames in these pieces, text as str, and the code of the error that ends them."""
     feed = MessageReader(limit, compressed).feed
     heard: list[tuple[int, str | bytes]] = []
     try:
         for opcode, payload in itertools.chain.from_iterable(map(feed, pieces)):
             if opcode == TEXT:
-                heard.append((TEXT, payload.decode()))  # which raises for text that the reader has not checked
+                heard.append((TEXT, payload.decode()))  # raises an error if the reader has not checked the text
             elif opcode != CONT:
                 heard.append((opcode, bytes(payload)))
             else:
@@ -51,10 +51,10 @@ def read(
 
 
 class Kinds(unittest.TestCase):
-    """What the reader gives for each opcode (5.6)."""
+    """The messages of each opcode (5.6)."""
 
     def test_kinds(self) -> None:
-        """Payloads as they are: text is checked, and not decoded."""
+        """Payloads are bytes: text is checked, but not decoded."""
         for opcode, payload in (
             (TEXT, b"Hello"),
             (TEXT, "κόσμε €𝄞".encode()),
@@ -69,7 +69,7 @@ class Kinds(unittest.TestCase):
                 self.assertEqual(list(MessageReader(LIMIT).feed(masked_frame(opcode, payload))), [(opcode, payload)])
 
     def test_unfinished(self) -> None:
-        """(CONT, b"") after each piece of a message but before the message, and for nothing else."""
+        """The reader yields (CONT, b"") after each piece of a message except the last, and never else."""
         first, middle, last = fragments(TEXT, b"abc", b"", b"de")
         ping = masked_frame(PING, b"p")
         more, message = (CONT, b""), (TEXT, b"abcde")
@@ -83,7 +83,7 @@ class Kinds(unittest.TestCase):
                 self.assertEqual(brought(MessageReader(LIMIT).feed, *pieces), events)
 
     def test_nothing_is_shared(self) -> None:
-        """What the caller does with one payload changes no other."""
+        """Changing one payload does not change another."""
         for stream in (
             frame(BINARY, b"x" * 1000),
             b"".join(fragments(BINARY, b"x" * 500, b"x" * 500)),
@@ -115,7 +115,7 @@ class Fragments(unittest.TestCase):
                 self.assertEqual(read(*frames), ([(TEXT, text)], None))
 
     def test_empty(self) -> None:
-        """First, last, between, and nothing else."""
+        """Empty fragments: first, last, between others, and only empty ones."""
         for payloads in ((b"", b"ab"), (b"ab", b""), (b"a", b"", b"b"), (b"", b"", b"a", b"", b"", b"b", b"", b"")):
             with self.subTest(payloads):
                 self.assertEqual(read(*fragments(TEXT, *payloads)), ([(TEXT, "ab")], None))
@@ -123,7 +123,7 @@ class Fragments(unittest.TestCase):
         self.assertEqual(read(*fragments(TEXT, b"", b"")), ([(TEXT, "")], None))
 
     def test_control_frames_between(self) -> None:
-        """They come out at once, before the message that they interrupt."""
+        """Control frames are returned at once, before the message that they interrupt."""
         first, middle, last = fragments(TEXT, "€".encode()[:1], "€".encode()[1:2], "€".encode()[2:])
         ping, pong = masked_frame(PING, b"1"), masked_frame(PONG, b"2")
         heard = [(PING, b"1"), (PONG, b"2"), (PING, b"1"), (TEXT, "€")]
@@ -135,7 +135,7 @@ class Fragments(unittest.TestCase):
         self.assertEqual(read(first + close), ([(CLOSE, b"\x03\xe8")], None))
 
     def test_a_message_after_another(self) -> None:
-        """Nothing of one is left in the next."""
+        """No data of a message is left in the next."""
         stream = [
             *fragments(TEXT, b"a", b"b"),
             *fragments(BINARY, b"\xff", b"\xfe"),
@@ -147,7 +147,7 @@ class Fragments(unittest.TestCase):
         self.assertEqual(read(b"".join(stream)), (heard, None))
 
     def test_wrong(self) -> None:
-        """What was good before the frame that is wrong is still heard, whatever the pieces."""
+        """Valid messages before an invalid frame are returned, in pieces of any size."""
         good, begun = masked_frame(TEXT, b"good"), masked_frame(TEXT, b"begun", fin=False)
         ping = masked_frame(PING, b"p")
         for what, stream, more in (
@@ -172,7 +172,7 @@ class Fragments(unittest.TestCase):
                     self.assertEqual(read(*pieces), ([(TEXT, "good"), *more], 1002))
 
     def test_wrong_before_its_payload(self) -> None:
-        """The header is enough."""
+        """The header is enough for the error."""
         begun = masked_frame(TEXT, b"begun", fin=False)
         for stream in (
             begun + masked_frame(TEXT, length=9),
@@ -182,7 +182,7 @@ class Fragments(unittest.TestCase):
             self.assertEqual(read(stream), ([], 1002))
 
     def test_many_empty(self) -> None:
-        """Ten thousand of them take no memory."""
+        """Ten thousand empty fragments take no memory."""
         piece = masked_frame(CONT, fin=False) * 1000
 
         def arriving(times: int) -> typing.Iterator[bytes]:
@@ -222,9 +222,9 @@ class Fragments(unittest.TestCase):
 
 
 class Utf8(unittest.TestCase):
-    """Text is UTF-8 (8.1), and what is not is found with the first byte that no other byte can repair."""
+    """Text is UTF-8 (8.1), and an error is found with the first byte that makes it invalid."""
 
-    # The bytes of a character by its first (RFC 3629 4): their ranges.
+    # The ranges of the bytes of a character, by its first byte (RFC 3629 4).
     TAIL = range(0x80, 0xC0)
     CHARACTERS: tuple[tuple[range, ...], ...] = (
         (range(0x80),),
@@ -238,7 +238,7 @@ class Utf8(unittest.TestCase):
         (range(0xF4, 0xF5), range(0x80, 0x90), TAIL, TAIL),
     )
     BY_FIRST_BYTE: typing.ClassVar = {byte: ranges for ranges in CHARACTERS for byte in ranges[0]}
-    # What can go wrong, and how many bytes of it are enough to know.
+    # Invalid text, and the number of bytes that are enough to know.
     WRONG = (
         ("a continuation alone", "80", 1),
         ("the last continuation alone", "bf", 1),
@@ -268,7 +268,7 @@ class Utf8(unittest.TestCase):
 
     @classmethod
     def may_be_text(cls, data: bytes) -> bool:
-        """Whether it is text, or some continuation would make it text."""
+        """Return whether these bytes are valid text, or the beginning of one."""
         position = 0
         while position < len(data):
             ranges = cls.BY_FIRST_BYTE.get(data[position])
@@ -278,7 +278,7 @@ class Utf8(unittest.TestCase):
         return True
 
     def ways(self, data: bytes) -> dict[str, list[bytes]]:
-        """The ways in which the bytes of a text can come, one by one."""
+        """Yield frames that have the bytes of a text one by one, in several ways."""
         each = [data[i : i + 1] for i in range(len(data))]
         head = masked_frame(TEXT, length=len(data), key=KEY)
         return {
@@ -320,7 +320,7 @@ class Utf8(unittest.TestCase):
                         self.assertEqual(read(*pieces), ([], 1007))
 
     def test_good(self) -> None:
-        """The first and the last of each length, and beside what is not one."""
+        """The first and the last character of each length, and those beside surrogates."""
         for number in (0, 0x7F, 0x80, 0x7FF, 0x800, 0xFFFF, 0xD7FF, 0xE000, 0xFDD0, 0xFEFF, 0xFFFE, 0x10000, 0x10FFFF):
             for text in (chr(number), f"a{chr(number)}é"):
                 data = text.encode()
@@ -330,16 +330,16 @@ class Utf8(unittest.TestCase):
                     self.assertEqual(read(*self.ways(data)["fragments"], masked_frame(CONT)), ([(TEXT, text)], None))
 
     def test_as_early_as_possible(self) -> None:
-        """Each byte after each beginning of a character that may still be one: what to expect, by brute force."""
+        """Each byte after each valid beginning of a character; the expected result is found by brute force."""
         beginnings = [b""]
-        edges = (0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF)  # of the ranges of a second byte
+        edges = (0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF)  # limits of the ranges of a second byte
         for start in (0x41, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4):
             more = [bytes((start,))]
             while more:
                 beginnings += more
                 longer = [beginning + bytes((edge,)) for beginning in more for edge in edges]
                 more = [each for each in longer if len(each) < 4 and self.may_be_text(each)]
-                # All others of three bytes are like these: those that are complete, and the third bytes between.
+                # All other texts of three bytes are as these: complete characters, and other third bytes.
                 more = [each for each in more if len(each) < 3 or not each.decode(errors="ignore")]
                 more = [each for each in more if len(each) < 3 or each[2] in (0x80, 0xBF)]
         self.assertGreater(len(beginnings), 60)
@@ -359,7 +359,7 @@ class Utf8(unittest.TestCase):
         self.assertEqual(wrong, [])
 
     def test_the_oracle(self) -> None:
-        """It agrees with Python on every character."""
+        """`may_be_text` agrees with Python on every character."""
         for number in (*range(0x900), *range(0x900, 0x110000, 131)):
             if not 0xD800 <= number < 0xE000:
                 data = chr(number).encode()
@@ -381,10 +381,10 @@ class Utf8(unittest.TestCase):
 
 
 class Limit(unittest.TestCase):
-    """The longest message: `max_message` bytes, and no byte more (1009)."""
+    """The longest message has `max_message` bytes; a longer one is closed with 1009."""
 
     def test_exact(self) -> None:
-        """In one frame, in fragments, in pieces, compressed, text and binary."""
+        """The limit is exact: in one frame, in fragments, in pieces, compressed, text and binary."""
         for limit in (0, 1, 125, 126, 1000, 65535, 65536):
             for opcode in (TEXT, BINARY):
                 for size in {limit - 1, limit, limit + 1} - {-1}:
@@ -405,10 +405,10 @@ class Limit(unittest.TestCase):
                         with self.subTest(what, limit=limit, opcode=opcode, size=size):
                             self.assertEqual(read(*pieces, limit=limit, compressed=True), expected)
 
-    def test_what_grows_when_compressed(self) -> None:
-        """It is what was compressed that counts, however poorly a client does it."""
+    def test_compressed_data_may_be_longer(self) -> None:
+        """The inflated size counts, even if the compressed message is longer."""
         payload = random.Random(8).randbytes(40_000)
-        for memory in range(1, 10):  # the less of it, the smaller the blocks; the package websockets uses 5
+        for memory in range(1, 10):  # with less memory, blocks are smaller; the package websockets uses 5
             for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, getattr(zlib, "Z_FIXED", 4)):
                 compressor = zlib.compressobj(wbits=-15, memLevel=memory, strategy=strategy)
                 zipped = (compressor.compress(payload) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
@@ -418,7 +418,7 @@ class Limit(unittest.TestCase):
                     self.assertEqual(read(stream, limit=len(payload), compressed=True)[1], None)
 
     def test_before_the_payload(self) -> None:
-        """The header of the frame that is too long is enough; nothing is gathered for it."""
+        """The header of a frame that is too long is enough; no payload is kept."""
         for size in (101, 1000, 1 << 16, 1 << 40, (1 << 63) - 1):
             head = masked_frame(BINARY, length=size)
             with self.subTest(size=size):
@@ -428,7 +428,7 @@ class Limit(unittest.TestCase):
                 self.assertEqual(read(begun, masked_frame(CONT, length=98), limit=100), ([], None))
 
     def test_bytes_are_counted(self) -> None:
-        """Not characters."""
+        """The limit counts bytes, not characters."""
         self.assertEqual(read(masked_frame(TEXT, "€€".encode()), limit=6), ([(TEXT, "€€")], None))
         self.assertEqual(read(masked_frame(TEXT, "€€".encode()), limit=5), ([], 1009))
 
@@ -447,7 +447,7 @@ class Limit(unittest.TestCase):
         self.assertEqual((len(heard), code), (2, None))
 
     def test_memory(self) -> None:
-        """A message that is too long, in one frame, takes no more than its pieces."""
+        """A message that is too long takes no more memory than its pieces."""
         for fin in (True, False):
 
             def feed(fin: bool = fin) -> None:
@@ -479,7 +479,7 @@ class Compressed(unittest.TestCase):
         self.assertEqual(read(masked_frame(TEXT, self.HELLO, rsv=4)), ([], 1002))
 
     def test_not_every_message(self) -> None:
-        """A message may be plain all the same, and nothing goes from one to the next."""
+        """A message may be uncompressed, and no data goes from one message to the next."""
         zipped, plain = masked_frame(TEXT, self.HELLO, rsv=4), masked_frame(TEXT, b"plain")
         stream = [plain, zipped, zipped, *fragments(TEXT, b"a", b"b"), zipped, plain]
         texts = ["plain", "Hello", "Hello", "ab", "Hello", "plain"]
@@ -521,21 +521,21 @@ class Compressed(unittest.TestCase):
 
 
 class Size(unittest.TestCase):
-    """What a reader keeps of a message that is not finished."""
+    """The bytes that a reader keeps of an unfinished message."""
 
     def kept(self, *pieces: bytes, limit: int = LIMIT) -> list[int]:
-        """`size` after each piece; it grows before an event, and never without one."""
+        """Return `size` after each piece; it may grow only before an event."""
         reader, sizes = MessageReader(limit, compressed=True), []
         for piece in pieces:
             seen = reader.size
             for _ in reader.feed(piece):
                 seen = reader.size
-            self.assertLessEqual(reader.size, seen, "it has grown behind the caller's back")
+            self.assertLessEqual(reader.size, seen, "the size has grown without an event")
             sizes.append(reader.size)
         return sizes
 
     def test_whole_messages(self) -> None:
-        """They are not kept, however many."""
+        """Complete messages are not kept."""
         stream = masked_frame(TEXT, b"abc") * 9 + masked_frame(PING, b"p") + masked_frame(BINARY, b"")
         self.assertEqual(self.kept(stream, stream), [0, 0])
 
@@ -544,7 +544,7 @@ class Size(unittest.TestCase):
         self.assertEqual(self.kept(whole[:3], whole[3:10], whole[10:50], whole[50:], whole), [0, 4, 44, 0, 0])
 
     def test_fragments(self) -> None:
-        """Control frames between them are not counted."""
+        """Fragments are counted; control frames between them are not."""
         first, middle, last = fragments(TEXT, b"abc", b"", b"de")
         self.assertEqual(self.kept(first, masked_frame(PING, b"p"), middle, last[:-1], last[-1:]), [3, 3, 3, 4, 0])
 
@@ -559,7 +559,7 @@ class Size(unittest.TestCase):
         self.assertEqual(self.kept(masked_frame(TEXT, zipped[:1], rsv=4, fin=False)), [window])
 
     def test_in_steps(self) -> None:
-        """The caller may stop at each event; then no more memory has been taken."""
+        """The caller may stop at each event; until then, no more memory is used."""
         wanted, zipped = 1 << 20, compress(bytes(16 << 20))
         reader = MessageReader(16 << 20, compressed=True)
 
@@ -577,7 +577,7 @@ class Size(unittest.TestCase):
         self.assertLess(reader.size, wanted + 2 * pywebsock.INFLATE_SIZE)
 
     def test_goes_on(self) -> None:
-        """A caller that has stopped for a while, between any two events, misses nothing."""
+        """A caller that stops between any two events, and goes on later, misses no message."""
         first, last = fragments(BINARY, b"a" * 9, b"b" * 9)
         stream = first + masked_frame(PING) + last + frame(BINARY, compress(b"c" * 200_000), rsv=4)
         whole = list(MessageReader(1 << 20, compressed=True).feed(stream))
@@ -587,7 +587,7 @@ class Size(unittest.TestCase):
             self.assertEqual([*itertools.islice(events, stop), *events], whole)
 
     def test_while_it_waits(self) -> None:
-        """What was read and what came of it is gone: a thousand silent clients hold no thousand old messages."""
+        """The input and the messages are freed: silent clients keep no old messages."""
         large = b"x" * (1 << 20)
         reader = MessageReader(1 << 21, compressed=True)
         tracemalloc = package("tracemalloc")
@@ -611,10 +611,10 @@ class Size(unittest.TestCase):
 
 
 class Out(unittest.TestCase):
-    """outgoing_message, and Outgoing: the frames of a message to clients."""
+    """outgoing_message and Outgoing: the frames of a message to clients."""
 
     def test_kinds(self) -> None:
-        """Bytes of any kind are binary; what is neither str nor bytes is said by name."""
+        """All kinds of bytes are binary; the error for another type has its name."""
         for message in (b"ab", bytearray(b"ab"), memoryview(b"xaby")[1:3]):
             self.assertEqual(outgoing_message(typing.cast(bytes, message)).frame(0), b"\x82\x02ab")
         for wrong, name in (({"a": 1}, "dict"), (None, "NoneType"), (7, "int"), (["a"], "list")):
@@ -624,14 +624,14 @@ class Out(unittest.TestCase):
             outgoing_message("\ud800")
 
     def test_bytes_are_copied(self) -> None:
-        """Whatever somebody does with a bytearray afterwards."""
+        """A bytearray may change after the call."""
         changing = bytearray(b"ab")
         outgoing = outgoing_message(typing.cast(bytes, changing))
         changing[:] = b"xyz"
         self.assertEqual(outgoing.frame(0), b"\x82\x02ab")
 
     def test_recipients(self) -> None:
-        """Clients, as they are at the time of the call; None for all."""
+        """The recipients are those of the time of the call; None for all clients."""
         self.assertIsNone(outgoing_message("x").to)
         client = WebSocketHandler.__new__(WebSocketHandler)
         some = [client]
@@ -648,7 +648,7 @@ class Out(unittest.TestCase):
                 outgoing_message("x", typing.cast(typing.Any, wrong))
 
     def test_fields(self) -> None:
-        """Its size is that of the payload in bytes."""
+        """The size is that of the payload (bytes)."""
         for message, opcode, payload in (("é", TEXT, b"\xc3\xa9"), ("", TEXT, b""), (b"\xff" * 3, BINARY, b"\xff" * 3)):
             outgoing = outgoing_message(message)
             self.assertEqual((outgoing.opcode, outgoing.payload, outgoing.size), (opcode, payload, len(payload)))
@@ -665,7 +665,7 @@ class Out(unittest.TestCase):
                 self.assertEqual(outgoing_message(message).frame(15), expected)  # short ones are not compressed
 
     def test_as_received(self) -> None:
-        """What a reader gives goes out as it is: bytes or a bytearray, text or binary."""
+        """Payloads of a reader are sent as they are: bytes or a bytearray, text or binary."""
         for opcode in (TEXT, BINARY):
             for payload in (b"x" * 2000, bytearray(b"x" * 2000)):
                 for window in (0, 15):
@@ -685,7 +685,7 @@ class Out(unittest.TestCase):
                 self.assertEqual(Outgoing(opcode, b"x" * length).frame(window)[0], first)
 
     def test_ready_frame(self) -> None:
-        """A long message is not compressed now: of the frames that exist, the client gets the smallest it can read."""
+        """A long message is not compressed in the loop: the client gets the smallest existing frame for it."""
         short, long = b"x" * (pywebsock.LONG_MESSAGE - 1), b"x" * pywebsock.LONG_MESSAGE
         self.assertEqual(Outgoing(BINARY, short).ready_frame(12), Outgoing(BINARY, short).frame(12))
         outgoing = Outgoing(BINARY, long)
@@ -704,7 +704,7 @@ class Out(unittest.TestCase):
                 self.assertIs(outgoing.ready_frame(window), expected)
 
     def test_each_window(self) -> None:
-        """Compressed for each window in use, and once for each."""
+        """A message is compressed once for each window in use."""
         payload = b"some text, again and again; " * 5000
         outgoing = Outgoing(BINARY, payload)
         for window in range(9, 16):
@@ -716,8 +716,8 @@ class Out(unittest.TestCase):
                 )
         self.assertEqual(outgoing.frame(0), pywebsock.serialize_frame(Opcode.BINARY, payload))
 
-    def test_what_does_not_compress(self) -> None:
-        """It is sent plain."""
+    def test_incompressible(self) -> None:
+        """A message that does not become smaller is sent uncompressed."""
         outgoing = Outgoing(BINARY, random.Random(6).randbytes(5000))
         for window in (0, 9, 15):
             self.assertIs(outgoing.frame(window), outgoing.frame(0))

@@ -1,4 +1,4 @@
-"""Each reader gives the same for bytes in one piece, byte by byte, and in random pieces."""
+"""Each reader gives the same results for bytes in one piece, byte by byte, and in random pieces."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Reader = typing.Callable[[list[bytes]], object]
 
 
 def read_frames(data: list[bytes]) -> object:
-    """What a FrameReader gives, each frame put together: (fin, rsv1, opcode, payload)."""
+    """Return the frames of a FrameReader, joined from their pieces: (fin, rsv1, opcode, payload)."""
     return parse(*data)
 
 
 def read_messages(data: list[bytes], *, compressed: bool = False, takeover: bool = False) -> object:
-    """What a MessageReader gives, up to an error, and whether something is unfinished."""
+    """Return the messages of a MessageReader, up to an error, and whether a message is unfinished."""
     reader = pywebsock.MessageReader(1000, compressed, takeover)
     messages: list[object] = []
     try:
@@ -39,12 +39,12 @@ def read_compressed(data: list[bytes]) -> object:
 
 
 def read_with_takeover(data: list[bytes]) -> object:
-    """The same where messages may refer to earlier ones."""
+    """The same with messages that may refer to earlier ones."""
     return read_messages(data, compressed=True, takeover=True)
 
 
 def inflate(data: list[bytes]) -> object:
-    """What an Inflater gives, in all."""
+    """Return the whole output of an Inflater."""
     inflater, last = pywebsock.Inflater(), len(data) - 1
     try:
         return b"".join(plain for i, piece in enumerate(data) for plain in inflater.inflate(piece, i == last))
@@ -53,13 +53,13 @@ def inflate(data: list[bytes]) -> object:
 
 
 def read_request(data: list[bytes]) -> object:
-    """What parse_request and the checks after it give: the accept key and what follows the head, or the status."""
+    """Return the accept key of a request and the data after its head, or the status of the error."""
     answer = answer_to_request(data)
     return answer[0] if len(answer) == 2 else (answer[4], answer[1])
 
 
 def trace(data: list[bytes]) -> object:
-    """The lines of the trace, each without what comes behind the opcode."""
+    """Return the lines of the trace, each up to the opcode."""
     said: list[str] = []
     following = pywebsock.follow("X", lambda line, *arguments: said.append((line % arguments).partition(" MASK")[0]))
     next(following)
@@ -69,16 +69,16 @@ def trace(data: list[bytes]) -> object:
 
 
 def together(*messages: bytes) -> list[bytes]:
-    """Compressed messages, each of which refers to those before it (RFC 7692 7.2.3.2)."""
+    """Return compressed messages that refer to earlier ones (RFC 7692 7.2.3.2)."""
     compressor = zlib.compressobj(wbits=-15)
     return [(compressor.compress(message) + compressor.flush(zlib.Z_SYNC_FLUSH))[:-4] for message in messages]
 
 
 class Pieces(unittest.TestCase):
-    """The readers of the pure parts, fed with good bytes and with wrong ones."""
+    """The readers of the pure parts, with valid and invalid input."""
 
     WORD = "κόσμε €𝄞".encode()
-    LONG = bytes(range(200)) * 4  # its length is in 16 bits
+    LONG = bytes(range(200)) * 4  # a length of 16 bits
     PING = masked_frame(9, b"ping")
     BETWEEN = masked_frame(1, WORD[:4], fin=False) + PING + masked_frame(0, WORD[4:])
     STREAM = masked_frame(1, WORD) + pieces(2, LONG[:300], b"", LONG[300:]) + PING
@@ -168,7 +168,7 @@ class Pieces(unittest.TestCase):
                 self.assertEqual(read([data[i : i + 1] for i in range(len(data))]), expected)
 
     def test_random_pieces(self) -> None:
-        """Some of them empty."""
+        """Random pieces, some of them empty."""
         rng = random.Random(12)
         for what, read, data, expected in self.CASES:
             for _ in range(20):

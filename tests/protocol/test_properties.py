@@ -1,4 +1,4 @@
-"""What holds for any bytes at all, and for any way of cutting them into pieces; with other implementations to compare.
+"""Properties that hold for any bytes in any pieces, compared with other implementations.
 
 It needs the packages hypothesis, websockets and wsproto.
 """
@@ -44,14 +44,14 @@ hypothesis.settings.register_profile(
     max_examples=300 if support.EVERYTHING else 40,
     database=None,
     derandomize=True,
-    deadline=datetime.timedelta(seconds=5),  # what takes that long hangs
+    deadline=datetime.timedelta(seconds=5),  # a longer run counts as a hang
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("pywebsock")
 
 
 class Step(typing.NamedTuple):
-    """A message that a client sends, and how: in which fragments, and with which control frames between them."""
+    """A message of a client: its fragments, and the control frames between them."""
 
     opcode: int
     payload: bytes
@@ -61,7 +61,7 @@ class Step(typing.NamedTuple):
     key: bytes
 
     def frames(self) -> bytes:
-        """As bytes."""
+        """The frames."""
         data = self.payload
         if self.compressed:
             compressor = zlib.compressobj(wbits=-15)
@@ -75,16 +75,22 @@ class Step(typing.NamedTuple):
         return stream
 
     def heard(self) -> Heard:
-        """What must come out."""
+        """The expected result of a reader."""
         number = len(pieces_of(self.payload, self.cuts)) - 1
         message = self.payload.decode() if self.opcode == Opcode.TEXT else self.payload
         return [*self.between * number, (self.opcode, message)]
 
 
 def pieces_of(data: bytes, cuts: typing.Sequence[int]) -> list[bytes]:
-    """Some bytes, cut into so many pieces and one more; pieces may be empty."""
+    """Cut bytes at random positions; pieces may be empty."""
     ends = sorted(cut % (len(data) + 1) for cut in cuts)
     return [data[start:end] for start, end in zip([0, *ends], [*ends, len(data)])]
+
+
+def arriving(data: bytes, cuts: typing.Sequence[int]) -> typing.Iterator[bytes]:
+    """Pieces on a connection, and then its end."""
+    yield from pieces_of(data, cuts)
+    raise HandshakeError(400, "the connection ended")
 
 
 CUTS = st.lists(st.integers(0, 1 << 16), max_size=8).map(tuple)
@@ -95,7 +101,7 @@ DATA = st.one_of(st.binary(max_size=60), st.binary(min_size=1, max_size=5).map(l
 
 
 def steps(compressed: st.SearchStrategy[bool]) -> st.SearchStrategy[list[Step]]:
-    """What a client may send."""
+    """Draw messages that a client may send."""
     text = st.builds(Step, st.just(1), TEXTS, CUTS, compressed, CONTROLS, KEYS)
     binary = st.builds(Step, st.just(2), DATA, CUTS, compressed, CONTROLS, KEYS)
     controls = st.builds(
@@ -106,7 +112,7 @@ def steps(compressed: st.SearchStrategy[bool]) -> st.SearchStrategy[list[Step]]:
 
 @st.composite
 def mutated(draw: st.DrawFn, originals: st.SearchStrategy[bytes]) -> bytes:
-    """Bytes that were good, before some of them were changed, taken out or put in."""
+    """Draw valid data of which some bytes were changed, removed or inserted."""
     data = bytearray(draw(originals))
     for _ in range(draw(st.integers(0, 4))):
         place, length = draw(st.integers(0, len(data))), draw(st.integers(0, 3))
@@ -131,7 +137,7 @@ ANY_STREAM = st.one_of(st.binary(max_size=300), mutated(STREAMS))
 
 
 def read(pieces: typing.Iterable[bytes], compressed: bool = True) -> tuple[Heard, int | None]:
-    """The messages up to a Close, and the code of an error."""
+    """Return the messages up to a Close, and the code of an error."""
     feed = MessageReader(LIMIT, compressed).feed
     heard: Heard = []
     try:
@@ -146,7 +152,7 @@ def read(pieces: typing.Iterable[bytes], compressed: bool = True) -> tuple[Heard
 
 
 def read_with_websockets(stream: bytes, compressed: bool = True) -> tuple[Heard, bool]:
-    """The same, by the package websockets."""
+    """Return the same, with the package websockets."""
     protocol = Protocol(Side.SERVER, state=State.OPEN, max_size=LIMIT)
     if compressed:
         protocol.extensions = [PerMessageDeflate(True, True, 15, 15)]
@@ -172,7 +178,7 @@ def read_with_websockets(stream: bytes, compressed: bool = True) -> tuple[Heard,
 
 
 def read_with_wsproto(stream: bytes) -> Heard:
-    """What the package wsproto hears in a good stream."""
+    """Return the messages in a valid stream, with the package wsproto."""
     extension = WsprotoDeflate(client_no_context_takeover=True, server_no_context_takeover=True)
     extension.accept("permessage-deflate; client_no_context_takeover; server_no_context_takeover")
     connection = wsproto.connection.Connection(wsproto.connection.ConnectionType.SERVER, [extension])
@@ -194,10 +200,10 @@ def read_with_wsproto(stream: bytes) -> Heard:
 
 
 class Pieces(unittest.TestCase):
-    """Bytes in one piece, byte by byte, and cut anywhere give the same."""
+    """The result is the same in one piece, byte by byte, and in any pieces."""
 
     def assert_same(self, read: typing.Callable[[list[bytes]], T], data: bytes, cuts: tuple[int, ...]) -> T:
-        """Whatever the pieces; returns what it is."""
+        """Check that the result is the same in all pieces, and return it."""
         whole = read([data])
         self.assertEqual(read(pieces_of(data, cuts)), whole)
         self.assertEqual(read([data[i : i + 1] for i in range(len(data))]), whole)
@@ -212,7 +218,7 @@ class Pieces(unittest.TestCase):
 
     @given(st.one_of(ANY_STREAM, FRAMES), CUTS, st.booleans())
     def test_messages(self, stream: bytes, cuts: tuple[int, ...], takeover: bool) -> None:
-        """MessageReader: also the context that it keeps, where the stream is good."""
+        """MessageReader, and the context that it keeps, if the stream is valid."""
 
         def read_all(pieces: list[bytes]) -> tuple[Heard, bytes, int]:
             reader = MessageReader(LIMIT, compressed=True, takeover=takeover)
@@ -248,7 +254,7 @@ class Pieces(unittest.TestCase):
 
     @given(st.one_of(ANY_STREAM, FRAMES), st.booleans(), CUTS)
     def test_trace(self, stream: bytes, opened: bool, cuts: tuple[int, ...]) -> None:
-        """follow(), with the handshake in the same pieces, and with rubbish in its place."""
+        """follow(), with a handshake in the same pieces, and with garbage in its place."""
 
         def lines(pieces: list[bytes]) -> list[str]:
             said: list[str] = []
@@ -267,19 +273,19 @@ class Messages(unittest.TestCase):
 
     @given(steps(st.booleans()), CUTS)
     def test_cut_anywhere(self, sent: list[Step], cuts: tuple[int, ...]) -> None:
-        """Good streams give the same messages in whatever pieces they come, and as others read them."""
+        """Valid streams give the same messages in any pieces, and with other implementations."""
         stream = b"".join(step.frames() for step in sent)
         heard = [each for step in sent for each in step.heard()]
         self.assertEqual(read([stream]), (heard, None))
         self.assertEqual(read(pieces_of(stream, cuts)), (heard, None))
         self.assertEqual(read(stream[i : i + 1] for i in range(len(stream))), (heard, None))
         self.assertEqual(read_with_websockets(stream), (heard, False))
-        if not any(step.compressed and step.between for step in sent):  # which wsproto 1.3 does not read
+        if not any(step.compressed and step.between for step in sent):  # wsproto 1.3 does not read these
             self.assertEqual(read_with_wsproto(stream), heard)
 
     @given(ANY_STREAM, CUTS, st.booleans())
     def test_any_bytes(self, stream: bytes, cuts: tuple[int, ...], compressed: bool) -> None:
-        """Messages or a ProtocolError, in bounded memory; the same messages in whatever pieces they come."""
+        """Any bytes give messages or a ProtocolError, in bounded memory; the messages are the same in any pieces."""
         results: list[tuple[Heard, int | None]] = []
         ways = ([stream], pieces_of(stream, cuts), [stream[i : i + 1] for i in range(len(stream))])
         peak = support.peak_memory(lambda: results.extend(read(way, compressed) for way in ways))
@@ -296,8 +302,8 @@ class Messages(unittest.TestCase):
             st.binary(max_size=300), mutated(steps(st.just(False)).map(lambda x: b"".join(s.frames() for s in x)))
         )
     )
-    def test_any_bytes_as_others_read_them(self, stream: bytes) -> None:
-        """What is good for one is good for the other; some errors are found here before the frame is complete."""
+    def test_any_bytes_and_websockets(self, stream: bytes) -> None:
+        """The package websockets agrees on valid data; some errors are found here before the frame is complete."""
         heard, code = read([stream], compressed=False)
         others, failed = read_with_websockets(stream, compressed=False)
         if code is None:
@@ -307,7 +313,7 @@ class Messages(unittest.TestCase):
 
     @given(steps(st.booleans()), st.integers(0, LIMIT))
     def test_limit(self, sent: list[Step], limit: int) -> None:
-        """It is what decides, and nothing else."""
+        """A message is refused only because of the limit."""
         stream = b"".join(step.frames() for step in sent)
         reader, sizes = MessageReader(limit, compressed=True), [len(step.payload) for step in sent if step.opcode < 8]
         try:
@@ -358,7 +364,7 @@ class Frames(unittest.TestCase):
 
     @given(st.sampled_from(sorted(pywebsock.CODES_ON_THE_WIRE)), st.text(max_size=200))
     def test_close(self, code: int, reason: str) -> None:
-        """A reason comes back, or its beginning."""
+        """A parsed reason is the same, or its beginning."""
         frame = pywebsock.serialize_close(code, reason)
         self.assertLessEqual(len(frame), 127)
         got, text = pywebsock.parse_close(frame[2:])
@@ -385,7 +391,7 @@ class Deflate(unittest.TestCase):
 
     @given(st.one_of(st.binary(max_size=200), mutated(DATA.map(lambda data: pywebsock.deflate(data, 15)))))
     def test_any_bytes(self, data: bytes) -> None:
-        """What is taken is what zlib makes of it."""
+        """Any bytes give the same result as zlib, or an error."""
         try:
             plain = b"".join(Inflater().inflate(data, True))
         except ProtocolError as error:
@@ -408,7 +414,7 @@ class Deflate(unittest.TestCase):
 
     @given(st.lists(OFFER, max_size=3))
     def test_offers(self, offers: list[list[tuple[str, str | None]]]) -> None:
-        """An answer that answers one of the offers, as the package websockets checks it; or none."""
+        """The response is valid for one of the offers, as the package websockets checks it; or there is none."""
         field = ", ".join(
             "; ".join(("permessage-deflate", *(name if value is None else f"{name}={value}" for name, value in offer)))
             for offer in offers
@@ -428,7 +434,7 @@ class Deflate(unittest.TestCase):
 
     @staticmethod
     def is_good(offer: list[tuple[str, str | None]]) -> bool:
-        """Whether the offer can be accepted (RFC 7692 7.1); a window of 8 bits cannot."""
+        """Return whether the offer can be accepted (RFC 7692 7.1); a window of 8 bits cannot."""
         asked = {name: value and value.strip('"') for name, value in offer}
         takeovers = (asked.get("server_no_context_takeover"), asked.get("client_no_context_takeover"))
         return (
@@ -455,7 +461,7 @@ class Handshake(unittest.TestCase):
 
     @given(st.one_of(st.binary(max_size=300), mutated(REQUESTS)), CUTS)
     def test_any_bytes(self, data: bytes, cuts: tuple[int, ...]) -> None:
-        """A request or a HandshakeError; the same in whatever pieces they come."""
+        """Any bytes give a request or a HandshakeError, the same in any pieces."""
         whole = support.answer_to_request([data])
         self.assertEqual(support.answer_to_request(pieces_of(data, cuts)), whole)
         self.assertEqual(support.answer_to_request(data[i : i + 1] for i in range(len(data))), whole)
@@ -472,7 +478,7 @@ class Handshake(unittest.TestCase):
 
     @given(st.text(max_size=100), st.text(max_size=50), st.lists(st.text(max_size=50), max_size=3))
     def test_any_values(self, origin: str, value: str, listed: list[str]) -> None:
-        """Those of other fields, and printable."""
+        """Any values of other header fields, and printable()."""
         request = pywebsock.Request("GET", value, (1, 1), {"host": value, "origin": origin, "sec-websocket-key": value})
         self.assertIsInstance(request.path, str)
         for check in (
@@ -489,7 +495,7 @@ class Handshake(unittest.TestCase):
 
     @given(st.text(max_size=60), st.sampled_from(["", "ws://", "https://", "https://*."]))
     def test_any_origin(self, text: str, start: str) -> None:
-        """What the error recommends is accepted, and lets the page in."""
+        """The option that the error names is accepted, and allows the page."""
         request = pywebsock.Request("GET", "/", (1, 1), {"host": "localhost", "origin": start + text})
         try:
             pywebsock.check_origin(request, ["https://example.com"])
@@ -502,16 +508,15 @@ class Handshake(unittest.TestCase):
 
     @given(st.binary(max_size=300), CUTS, CUTS, st.sampled_from(["", "gzip", "deflate"]))
     def test_any_body(self, body: bytes, chunks: tuple[int, ...], cuts: tuple[int, ...], coding: str) -> None:
-        """In chunks and compressed it is the same; cut off anywhere, it is a HandshakeError."""
+        """A body in chunks or compressed is the same; if it is cut off, it is a HandshakeError."""
         coded = zlib.compress(body) if coding == "deflate" else gzip.compress(body) if coding == "gzip" else body
         parts = [part for part in pieces_of(coded, chunks) if part]
         data = b"".join(b"%X;x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\nX: y\r\n\r\n"
         headers = {"transfer-encoding": "chunked", "content-encoding": coding}
         request = pywebsock.Request("POST", "/", (1, 1), headers)
-        pieces = pieces_of(data, cuts)
-        self.assertEqual(b"".join(pywebsock.read_body(request, iter(pieces), 1000)), body)
+        self.assertEqual(b"".join(pywebsock.read_body(request, arriving(data, cuts), 1000)), body)
         with self.assertRaises(HandshakeError):
-            list(pywebsock.read_body(request, iter(pieces_of(data[: -1 - sum(cuts) % len(data)], cuts)), 1000))
+            list(pywebsock.read_body(request, arriving(data[: -1 - sum(cuts) % len(data)], cuts), 1000))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Settings and the log: what a setting may be, by which address others reach a server, and floods of log lines."""
+"""Settings and the log: valid settings, the address for other devices, the limit of log lines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.tools.support import DEADLINE, ROOT
 
 
 class Settings(unittest.TestCase):
-    """check_setting: errors at once, by name."""
+    """check_setting: wrong settings raise an error with the name."""
 
     def check(self, name: str, value: object) -> object:
-        """The setting as the server uses it."""
+        """Return the setting as the server uses it."""
         return check_setting(name, value, getattr(BroadcastServer, name))
 
     def test_good(self) -> None:
@@ -46,19 +46,19 @@ class Settings(unittest.TestCase):
                 self.assertIs(self.check(name, value), value)
 
     def test_defaults(self) -> None:
-        """Each is a good one."""
+        """Each default is valid."""
         for name in ("max_message", "max_clients", "origins", "compression", "rate", "tls_context", "redis"):
             default = getattr(BroadcastServer, name)
             self.assertEqual(self.check(name, default) or None, default or None)
 
     def test_origins(self) -> None:
-        """As a browser sends them."""
+        """Origins are changed to the form that browsers send."""
         for value in (["HTTPS://Example.com:443/", "*"], ("https://example.com", "*")):
             self.assertEqual(self.check("origins", value), ["https://example.com", "*"])
         self.assertEqual(self.check("origins", ()), [])
 
     def test_wrong(self) -> None:
-        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # as ssl.create_default_context() gives, from 3.10 on
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # as ssl.create_default_context() has, from 3.10 on
         for name, value, line in (
             ("history", "3", "history must be an integer of 0 or more, not '3'"),
             ("history", -1, "history must be an integer of 0 or more, not -1"),
@@ -99,7 +99,7 @@ class Settings(unittest.TestCase):
 
 
 class NetworkAddress(unittest.TestCase):
-    """network_address: what a phone on the same network needs."""
+    """network_address: the address for a phone on the same network."""
 
     def test_given(self) -> None:
         for bound, expected in (
@@ -113,7 +113,7 @@ class NetworkAddress(unittest.TestCase):
                 self.assertEqual(pywebsock.network_address(bound), expected)
 
     def test_all(self) -> None:
-        """The address from which this machine would speak, by IPv4 or else IPv6; none without a network."""
+        """The local address of connections by IPv4, or else IPv6; none without a network."""
         for bound, ways, expected in (
             ("0.0.0.0", {socket.AF_INET: "10.0.0.7"}, "10.0.0.7"),
             ("0.0.0.0", {socket.AF_INET6: "2001:db8::7"}, None),
@@ -124,7 +124,7 @@ class NetworkAddress(unittest.TestCase):
         ):
 
             class Probe(socket.socket):
-                """A socket of a machine with only these ways."""
+                """A socket of a machine with only these routes."""
 
                 def connect(self, address: object, ways: dict[socket.AddressFamily, str] = ways) -> None:
                     if self.family not in ways or self.type != socket.SOCK_DGRAM:
@@ -137,17 +137,17 @@ class NetworkAddress(unittest.TestCase):
                 self.assertEqual(pywebsock.network_address(bound), expected)
 
     def test_here(self) -> None:
-        """On this machine, whatever network it has."""
+        """On this machine, with any network."""
         for bound in ("0.0.0.0", "::"):
             address = pywebsock.network_address(bound)
             if address:
                 family = socket.AF_INET6 if ":" in address else socket.AF_INET
                 with socket.socket(family) as probe:
-                    probe.bind((address, 0))  # it is one of its own
+                    probe.bind((address, 0))  # a local address
 
 
 class Flood(unittest.TestCase):
-    """FloodFilter: a stranger cannot fill the disk."""
+    """FloodFilter: clients cannot fill the disk with log lines."""
 
     def setUp(self) -> None:
         self.now = 1000.0
@@ -157,12 +157,12 @@ class Flood(unittest.TestCase):
         self.filter = pywebsock.FloodFilter()
 
     def log(self, message: str = "%s refused", *arguments: object) -> str | None:
-        """The line that is logged, if it is."""
+        """Return the line that is logged, or None."""
         record = logging.LogRecord("pywebsock", logging.WARNING, "pywebsock.py", 1, message, arguments or ("x",), None)
         return record.getMessage() if self.filter.filter(record) else None
 
     def test_each_kind_has_its_own_number(self) -> None:
-        """Lines of a kind have the same text, before it is filled in."""
+        """Lines of a kind have the same format string."""
         for kind in ("a", "b"):
             lines = [self.log(f"{kind} %s", i) for i in range(100)]
             self.assertEqual(lines[:20], [f"{kind} {i}" for i in range(20)])
@@ -178,7 +178,7 @@ class Flood(unittest.TestCase):
         self.assertEqual(self.log(), "x refused")
 
     def test_counted_anew(self) -> None:
-        """The line that says what was left out belongs to its kind."""
+        """The line with the number of dropped lines counts for its kind."""
         for _ in range(3):
             lines = [self.log() for _ in range(100)]
             self.assertEqual([line is None for line in lines], [False] * 20 + [True] * 80)
@@ -190,13 +190,13 @@ class Flood(unittest.TestCase):
             self.now += 1.0
 
     def test_two_filters(self) -> None:
-        """Each counts for itself."""
+        """Each filter counts separately."""
         for _ in range(2):
             self.assertEqual([self.log() is None for _ in range(30)], [False] * 20 + [True] * 10)
             self.filter = pywebsock.FloodFilter()
 
     def test_where_it_is(self) -> None:
-        """In the program alone: the log of a program that uses the library is its own."""
+        """Only the command has the filter; the library does not change the log of a program."""
         flood = "for i in range(100): pywebsock.log.warning('line %s', i)"
         start = "pywebsock.start_logging(pywebsock.argument_parser().parse_args([]))"
         for steps, number in (((flood,), 100), ((start, flood), 20)):

@@ -1,4 +1,4 @@
-"""Trace (RFC 6455 5.2, drawn as it passes): what is logged about a handshake and each frame."""
+"""Trace (RFC 6455 5.2, drawn as it passes): the lines for a handshake and each frame."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OPEN = request()
 
 
 class TraceTestCase(unittest.TestCase):
-    """What follow() says."""
+    """The lines of follow()."""
 
     def lines(self, *pieces: bytes, name: str = "X in ") -> list[str]:
-        """The lines for these pieces, which pass in one direction."""
+        """Return the lines for these pieces of one direction."""
         said: list[str] = []
         trace = pywebsock.follow(name, lambda line, *arguments: said.append(line % arguments))
         next(trace)
@@ -25,7 +25,7 @@ class TraceTestCase(unittest.TestCase):
         return said
 
     def frames(self, *pieces: bytes) -> list[str]:
-        """The same after an opening handshake, without the name."""
+        """Return the lines after an opening handshake, without the name."""
         head = OPEN.count(b"\r\n") - 1
         return [line.removeprefix("X in  ") for line in self.lines(OPEN, *pieces)[head:]]
 
@@ -41,7 +41,7 @@ class Handshakes(TraceTestCase):
             self.assertEqual(self.lines(*(head[i : i + 1] for i in range(len(head))), name=name), expected)
 
     def test_frames_that_come_with_it(self) -> None:
-        """In the piece with the end of the head."""
+        """Frames in the piece with the end of the head."""
         for head in (OPEN, RESPONSE):
             for cut in (len(head) - 1, len(head), len(head) + 1, len(head) + 6):
                 data = head + b"\x81\x05Hello"
@@ -58,7 +58,7 @@ class Handshakes(TraceTestCase):
         self.assertEqual(line, r"X in  GET /\x1b[2J\xe9 HTTP/1.1")
 
     def test_http(self) -> None:
-        """What follows the head of an ordinary request or response is no frame."""
+        """Data after the head of an ordinary request or response is not a frame."""
         response = pywebsock.http_response(200, "text/html", b"\x81\x05Hello" * 100)
         refusal = pywebsock.http_response(426, "text/plain", b"\x81\x05Hello", ("Upgrade", "websocket"))
         post = b"POST / HTTP/1.1\r\nContent-Length: 7\r\n\r\n\x81\x05Hello"
@@ -68,13 +68,13 @@ class Handshakes(TraceTestCase):
                 self.assertEqual(len(lines), data.partition(b"\r\n\r\n")[0].count(b"\r\n") + 1)
 
     def test_no_http(self) -> None:
-        """It is shown, cut, when it is longer than any head."""
+        """Data that is not HTTP is shown, cut to the longest head."""
         (line,) = self.lines(*[b"\x16\x03\x01" * 1000] * 20)
         self.assertTrue(line.startswith(r"X in  \x16\x03\x01\x16"))
         self.assertLess(len(line), 1000)
 
     def test_memory(self) -> None:
-        """It does not gather what it has shown, nor what it does not show."""
+        """The trace keeps no data that it has shown, or that it does not show."""
         piece = b"\x16\x03\x01" * 10_000
         promise = OPEN + b"\x82\xff" + b"\xff" * 8 + b"abcd"
         for start in (piece, b"GET / HTTP/1.1\r\n\r\n", promise):
@@ -83,7 +83,7 @@ class Handshakes(TraceTestCase):
 
 
 class Frames(TraceTestCase):
-    """Each frame on one line, its fields in their order on the wire."""
+    """Each frame is one line, with its fields in the order of the wire."""
 
     def test_examples(self) -> None:
         """RFC 6455 5.7, and RFC 7692 7.2.3.1."""
@@ -146,13 +146,13 @@ class Frames(TraceTestCase):
                 self.assertIn("opcode=8 CLOSE ", line)
                 self.assertTrue(line.endswith(f"{payload[:4].hex():8} {text}".rstrip()), line)
 
-    def test_what_breaks_the_protocol(self) -> None:
-        """It is shown, and what follows it, too."""
+    def test_invalid_frames(self) -> None:
+        """Invalid frames are shown, and the frames after them, too."""
         for data, text in (
             (b"\xb3\x81abcdA", "FIN=1 RSV=011 opcode=3 ?      MASK=1 len=1 (7 bits)        key=61626364 41"),
             (b"\x09\x81abcdA", "FIN=0 RSV=000 opcode=9 PING "),
             (b"\x82\xfe\x00\x01abcdA", "len=1 (7+16 bits)"),
-            (b"\xc1\x81abcd\x9e", " compressed, refers to earlier messages"),  # or no deflate at all
+            (b"\xc1\x81abcd\x9e", " compressed, refers to earlier messages"),  # or invalid deflate data
             (b"\x81\x81\x00\x00\x00\x00\xff", r'"\ufffd"'),
             (b"\x88\xfe\x00\xc8abcd" + b"x" * 200, "len=200 (7+16 bits)"),
         ):
@@ -161,8 +161,8 @@ class Frames(TraceTestCase):
                 self.assertIn(text, wrong)
                 self.assertIn('"ok"', good)
 
-    def test_promises(self) -> None:
-        """A frame that does not come whole is shown with its beginning; the longest there can be breaks nothing."""
+    def test_incomplete_frames(self) -> None:
+        """The beginning of an incomplete frame is shown, even of the longest possible frame."""
         (line,) = self.frames(b"\x82\xff" + b"\xff" * 8 + b"abcd" + b"x" * 600, b"y" * 1000, b"\x81\x02no")
         self.assertIn("len=18446744073709551615 (7+64 bits)", line)
         self.assertEqual(self.frames(b"\x82\xfe\x01\x00abcd" + b"x" * 255), [])
@@ -184,7 +184,7 @@ class Frames(TraceTestCase):
                 self.assertEqual(self.frames(*(stream[i : i + size] for i in range(0, len(stream), size))), whole)
 
     def test_any_bytes(self) -> None:
-        """Nothing breaks it, and a line is a line."""
+        """Any bytes give single lines, and no exception."""
         rng = random.Random(11)
         for _ in range(300):
             stream = rng.randbytes(rng.randrange(1500))

@@ -262,7 +262,7 @@ class SenderTestCase(ServerTestCase):
         raise AssertionError(f"{self.connection.size} bytes still wait")
 
     def was_reset(self) -> bool:
-        """Whether the peer sees a reset, and not the end. Wine's recv() does not tell, but its send() does."""
+        """Return whether the peer sees a reset instead of the end; under Wine, only send() tells."""
         self.far.settimeout(DEADLINE)
         try:
             while self.far.recv(1 << 20):
@@ -473,7 +473,7 @@ class Backlog(SenderTestCase):
         self.assertEqual(len(self.drain()), 10 * LIMIT - 100)
 
     def is_held(self) -> bool:
-        """Whether senders have to wait, after a look at those that are behind."""
+        """Check the clients that are behind; return whether senders must wait."""
         self.sender.gate.look(self.sender.slow, self.sender.now)
         return self.server._queue.held
 
@@ -667,7 +667,7 @@ class Deadlines(SenderTestCase):
         self.assertEqual((self.connection.state, self.connection.size), (State.OPEN, size))
 
     def test_paused_reading(self) -> None:
-        """A client from which the server does not read is not dropped for missing Pongs, if its kernel has the Pings."""
+        """A client that is not read is not dropped for missing Pongs, if its kernel has the Pings."""
         self.begin(ping_interval=1.0, ping_timeout=1.0)
         self.connection.paused = True
         for _ in range(20):

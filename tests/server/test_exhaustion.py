@@ -65,7 +65,7 @@ class Exhaustion(ServerTestCase):
         self.assertNotIn("Traceback", process.log())
 
     def test_threads(self) -> None:
-        """Where no thread can be started, a connection waits until one can, or another has done its work."""
+        """If no thread can be started, a connection waits for a new thread or a free one."""
         server = self.serve(pywebsock.BroadcastServer)
         witness = self.connect(server)
         eventually(lambda: not server._hooks._threads._idle, deadline=5 * pywebsock.IDLE_TIME)
@@ -107,7 +107,7 @@ print(socket.getdefaulttimeout())
 
 @unittest.skipIf(IS_WINDOWS, "Windows has no limit of descriptors")
 class FileLimit(unittest.TestCase):
-    """The limit of open files is raised as far as the system lets it."""
+    """The limit of open files is raised as far as the system allows."""
 
     def test_raised(self) -> None:
         for limit, hard, accepted, expected in (
@@ -120,11 +120,11 @@ class FileLimit(unittest.TestCase):
                 self.check([limit, hard], accepted, expected)
 
     def check(self, limits: list[int], accepted: int, expected: int) -> None:
-        """A system with these limits, which accepts a new one up to a number."""
+        """Simulate a system with these limits, which accepts a new limit up to a number."""
         hard = limits[1]
 
         def change(_: int, new: tuple[int, int]) -> None:
-            """In place of setrlimit()."""
+            """Replace setrlimit()."""
             if new[0] > min(accepted, hard):
                 raise ValueError("current limit exceeds maximum limit")
             limits[:] = new

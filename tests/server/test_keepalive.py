@@ -143,10 +143,10 @@ class Keepalive(ServerTestCase):
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere the system does not tell what the peer has taken")
     def test_reset_while_its_messages_wait(self) -> None:
-        """A client that is not read because of its rate gets Pings: what its system does with these tells."""
+        """A client that is not read because of its rate gets Pings: its kernel shows whether it is still there."""
 
         class Mute(pywebsock.BroadcastServer):
-            """Sends nothing to a client."""
+            """A server that does not broadcast."""
 
             def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
                 pass
@@ -154,7 +154,7 @@ class Keepalive(ServerTestCase):
         server = self.serve(Mute, rate=0.01, ping_interval=0.1, ping_timeout=0.1)
         client = self.connect(server)
         client.send_raw(2 * masked_frame(TEXT, b"text"))
-        for _ in range(5):  # its system answers, and it stays
+        for _ in range(5):  # its kernel acknowledges them, and it stays
             self.assertEqual(client.read_frame().opcode, PING)
         self.assertEqual(len(server.clients), 1)
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

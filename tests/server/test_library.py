@@ -188,7 +188,7 @@ class Subclass(ServerTestCase):
         self.assertEqual(client.read(), "hello")
 
     def test_threads_that_tools_see(self) -> None:
-        """Debuggers and measures of coverage follow threads of threading.Thread alone."""
+        """Debuggers and coverage.py see only threads of threading.Thread."""
         traced: list[str] = []
 
         def trace(frame: types.FrameType, *_: object) -> None:

@@ -638,9 +638,8 @@ class Log(logging.Handler):
         self.server.broadcast(self.format(record))
 
 
-# A program whose objects broadcast when they are collected, which happens anywhere: also inside of a broadcast, and in
-# the thread of the loop. While one thread collects, gc.collect() in another does nothing, so it is called until all
-# objects are gone.
+# A program whose objects broadcast when they are collected, which may happen inside of a broadcast, and in the loop.
+# While one thread collects, gc.collect() in another does nothing, so it is called until all objects are freed.
 DEL = """
 import gc, threading, time
 from pywebsock import BroadcastServer

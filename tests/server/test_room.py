@@ -123,7 +123,7 @@ class Joining(RoomTestCase):
         self.assertEqual(pipe.stream, RESPONSE + text("for all"))
 
     def test_history_in_bytes(self) -> None:
-        """Half of what may wait for a client; each message counts more than its bytes, and none is longer."""
+        """The history has at most half of max_backlog, and no longer message; a message counts more than its bytes."""
         limit = 2 * pywebsock.MESSAGE_COST + 50
         self.begin(history=100, max_backlog=2 * limit)
         for message in ("a" * 20, "b" * 20, "c" * 20):

@@ -192,10 +192,10 @@ class Windows(ServerTestCase):
 
 
 class Port(ServerTestCase):
-    """Nobody else binds the port of a server."""
+    """No other program can bind the port of a server."""
 
     def test_not_shared(self) -> None:
-        """Windows would let a program that asks for SO_REUSEADDR."""
+        """Windows would let a program with SO_REUSEADDR bind it."""
         server = self.serve()
         with socket.socket() as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -203,11 +203,11 @@ class Port(ServerTestCase):
                 other.bind(server.server_address)
 
     def test_exclusive_use(self) -> None:
-        """The option is set, before the address is bound; here that of another system is used in its place."""
+        """The option is set before the address is bound (the test uses another option on other systems)."""
         option = pywebsock.EXCLUSIVE_USE or socket.SO_KEEPALIVE
 
         def bind(server: socketserver.TCPServer) -> None:
-            """In place of TCPServer.server_bind()."""
+            """Replace TCPServer.server_bind()."""
             self.assertTrue(server.socket.getsockopt(socket.SOL_SOCKET, option))
             raise OSError(errno.EADDRINUSE, "bound by another")
 

@@ -117,7 +117,7 @@ class StuckTest(stress.StressTestCase):
         self.check_recovery(watched, "80 new clients that do not read 16 MB of history")
 
     def test_history_of_short_messages(self) -> None:
-        """Three hundred thousand lines, and ten who join at the same time."""
+        """Three hundred thousand lines, and ten clients that join at the same time."""
         watched = self.serve_watched("--history", "300000")
         clients = self.clients(watched)
         sender = clients.join(1)[0]

@@ -9,7 +9,7 @@ import time
 
 from tests.tools import load, stress, support
 
-JOINING = 0.5  # seconds that an echo may take while thousands shake hands
+JOINING = 0.5  # seconds that an echo may take during thousands of handshakes
 
 
 @stress.heavy

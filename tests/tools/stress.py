@@ -101,7 +101,7 @@ class Crowd:
 
 
 def arrived(one: socket.socket) -> bytes:
-    """All that has come."""
+    """Return all data that has arrived."""
     data = bytearray()
     one.setblocking(False)
     with contextlib.suppress(BlockingIOError):
