@@ -2432,20 +2432,6 @@ class Room:
             self._fewer.notify_all()
             return self.pending.pop(handler, None) is not None
 
-    def give_up_oldest(self) -> None:
-        """End the oldest connection that is no client, if it is older than a second: first those with a response."""
-        with self.lock:
-            late = time.monotonic() - 1
-            connection = next(iter(self.answered), None)
-            if connection and self.answered[connection] < late:
-                del self.answered[connection]
-                self._queue.put(functools.partial(self.drop, connection, "given up"))
-                return
-            oldest = next((handler for handler, since in self.pending.items() if since != GIVEN_UP), None)
-            if oldest and self.pending[oldest] < late:
-                self.pending[oldest] = GIVEN_UP
-                self._queue.put(functools.partial(self.give_up, oldest, "given up"))
-
     def forget(self, connection: Connection) -> None:
         """Remove a connection that has ended."""
         with self.lock:
@@ -2925,9 +2911,7 @@ class Receiver:
         """Stop reading a connection. Its next events will be `events`, before the others."""
         connection.paused = True
         if events and connection.source:
-            connection.events = itertools.chain(
-                events, connection.source
-            )  # not a chain of chains, which would take stack
+            connection.events = itertools.chain(events, connection.source)  # a chain of chains would take stack
         self._sender.watch(connection)
 
     # ---- reading ----
@@ -2937,10 +2921,13 @@ class Receiver:
         if connection.is_flood and not connection.is_ending:
             self.line_up(connection)
         elif not (connection.is_waiting or connection.is_ending):
-            try:
-                self._read(connection)
-            except Exception as error:  # end it after the messages that came before
-                self._in_order(connection, self._sender.fail, error)
+            self._try(self._read, connection)
+
+    def _try(self, act: Callable[[Connection], object], connection: Connection) -> None:
+        try:
+            act(connection)
+        except Exception as error:  # end the connection after the messages that came before
+            self._in_order(connection, self._sender.fail, error)
 
     def _read(self, connection: Connection) -> None:
         data = connection.receive()
@@ -2969,13 +2956,10 @@ class Receiver:
         for _ in range(len(self.later)):
             connection = self.later.popleft()
             connection.is_waiting = connection.is_flood = False
-            try:
-                if connection.events and not connection.paused:
-                    self._take(connection)
-                elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
-                    self._read(connection)
-            except Exception as error:
-                self._in_order(connection, self._sender.fail, error)
+            if connection.events and not connection.paused:
+                self._try(self._take, connection)
+            elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
+                self._try(self._read, connection)
             if self.has_much or time.monotonic() > until:
                 return
 
@@ -3440,6 +3424,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     tls_context: ssl.SSLContext | None
 
     _hooks: Hooks
+    _queue: Queue
     _room: Room
     _most_connections: int
     _path = ""  # path of the Unix socket
@@ -3468,7 +3453,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         room, most = self._room, self._most_connections
         try:
             if room.size >= most:
-                room.give_up_oldest()
+                self._give_up_oldest()
                 self._wait_for_fewer(most, "too many connections")
             if room.size >= most:
                 raise BlockingIOError
@@ -3480,6 +3465,21 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
                 self._wait_for_fewer(room.size, str(error) or "out of memory")
             raise OSError("not now") from None
+
+    def _give_up_oldest(self) -> None:
+        """End the oldest connection that is no client, if it is older than a second: first those with a response."""
+        room = self._room
+        with room.lock:
+            late = time.monotonic() - 1
+            connection = next(iter(room.answered), None)
+            if connection and room.answered[connection] < late:
+                del room.answered[connection]
+                self._queue.put(functools.partial(room.drop, connection, "given up"))
+                return
+            oldest = next((handler for handler, since in room.pending.items() if since != GIVEN_UP), None)
+            if oldest and room.pending[oldest] < late:
+                room.pending[oldest] = GIVEN_UP
+                self._queue.put(functools.partial(room.give_up, oldest, "given up"))
 
     def _wait_for_fewer(self, number: int, shortage: str) -> None:
         """Wait until there are fewer than `number` connections, but at most half a second."""

@@ -728,7 +728,8 @@ class Comfort(PageTestCase):
         tab = self.open(self.from_disk(server))
         hide = """Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });
             document.dispatchEvent(new Event('visibilitychange'))"""
-        lines = "return Array.from(log.querySelectorAll('li:not([hidden])'), li => (li.querySelector('.text') ?? li).textContent)"
+        visible = "log.querySelectorAll('li:not([hidden])')"
+        lines = f"return Array.from({visible}, li => (li.querySelector('.text') ?? li).textContent)"
         icon = "return document.querySelector('[rel=icon]').href"
         with Client(server.port) as program:
             program.send("seen")

@@ -219,7 +219,7 @@ class DeletedTest(RedisTestCase):
         self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
         self.assertEqual(client.read(), "from the future")
         self.redis.call("DEL", self.stream)
-        call, taken = pywebsock.RedisConnection.call, []
+        call, taken = pywebsock.RedisConnection.call, list[object]()
 
         def late(connection: pywebsock.RedisConnection, *words: str | bytes | int) -> object:
             for word in words:

@@ -68,7 +68,7 @@ class Page(ServerTestCase):
         client.read_some(1)
         eventually(lambda: server.status()["slow"])
         now = server._loop.now
-        eventually(lambda: server._loop.now > now + 2 * server._loop._interval)  # it is looked after
+        eventually(lambda: server._loop.now > now + 2 * server._loop.deadlines.interval)  # it is looked after
         self.assertTrue(client.read_all().endswith((ROOT / PAGE).read_bytes()))
 
     def test_missing(self) -> None:
