@@ -718,35 +718,26 @@ class Request(NamedTuple):
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
 
 
-def parse_request(pieces: Iterable[bytes]) -> tuple[Request, bytes]:
-    """Return the request that begins in these pieces, and the bytes that have arrived after its head.
+def parse_request(data: bytearray, piece: bytes) -> Request | None:
+    """Append a piece to the data that has arrived. Return the request when its head is complete, or None.
 
-    Raise HandshakeError if it is malformed or too long.
+    The function removes the head from `data`. Raise HandshakeError if it is malformed or too long.
     """
-    data, size = bytearray(), 0
-    for piece in pieces:
-        size = extend_head(data, piece)
-        if size:
-            break
-    size = size or len(data)
+    seen = max(0, len(data) - 3)
+    data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
+    end = HEAD_END.search(data, seen)
+    is_http = not data or data[:1].isalpha()  # it may be TLS
+    if not end and len(data) <= MAX_HEAD and is_http:
+        return None
+    size = end.end() if end else len(data)
     head = data[:size].decode("latin-1")
+    del data[:size]
     lengths = [len(line) for line in head.removesuffix("\r\n\r\n").split("\r\n")]
     require(lengths[0] <= MAX_LINE, 414, f"the request line is longer than {MAX_LINE} bytes")
     require(len(lengths) <= MAX_FIELDS + 1, 431, f"the request has more than {MAX_FIELDS} header fields")
     require(max(lengths) <= MAX_LINE, 431, f"a header field is longer than {MAX_LINE} bytes")
     require(size <= MAX_HEAD, 431, f"the header fields are longer than {MAX_HEAD} bytes")
-    return parse_head(head), bytes(data[size:])
-
-
-def extend_head(data: bytearray, piece: bytes) -> int:
-    """Append bytes to the beginning of a request. Return the size of its head, or 0 if more has to arrive."""
-    seen = max(0, len(data) - 3)
-    data += piece if data else piece.lstrip(b"\r\n")  # empty lines may come first (RFC 9112 2.2)
-    end = HEAD_END.search(data, seen)
-    if end:
-        return end.end()
-    is_http = not data or data[:1].isalpha()  # it may be TLS
-    return len(data) if len(data) > MAX_HEAD or not is_http else 0
+    return parse_head(head)
 
 
 def parse_head(head: str) -> Request:
@@ -1866,14 +1857,14 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _read_request(self) -> Steps[Request]:
         """Return the request, without its body."""
-        data = bytearray()
-        while True:
+        data, request = bytearray(), None
+        while not request:
             piece = self._receive()
             if self._blocked:
                 yield from self._wait(self._blocked)
-            elif extend_head(data, piece):
-                break
-        request, self._rest = parse_request([bytes(data)])
+            else:
+                request = parse_request(data, piece)
+        self._rest = bytes(data)
         self.method, self.headers = request.method, request.headers
         self.target = MARK.sub("", request.target)  # only the page and join() use the mark
         return request

@@ -206,7 +206,8 @@ class Offers(unittest.TestCase):
             with self.subTest(field):
                 self.assertEqual(pywebsock.negotiate_deflate(field), expected)
                 head = "".join(f"Sec-WebSocket-Extensions: {offer}\r\n" for offer in field.split(","))
-                request, _ = pywebsock.parse_request([f"GET / HTTP/1.1\r\n{head}\r\n".encode()])
+                request = pywebsock.parse_request(bytearray(), f"GET / HTTP/1.1\r\n{head}\r\n".encode())
+                assert request
                 self.assertEqual(pywebsock.negotiate_deflate(request.headers["sec-websocket-extensions"]), expected)
 
     def test_malformed(self) -> None:

@@ -406,20 +406,31 @@ def brought(feed: typing.Callable[[bytes], typing.Iterable[T]], *pieces: bytes) 
     return [list(feed(piece)) for piece in pieces]
 
 
+def arriving(pieces: typing.Iterable[bytes]) -> typing.Iterator[bytes]:
+    """Pieces of a body on a connection, and then its end."""
+    yield from pieces
+    raise pywebsock.HandshakeError(400, "the connection ended")
+
+
 def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
     """Return the response of the pure parts to a request whose head comes in these pieces."""
-    arriving = iter(pieces)
+    data, left = bytearray(), iter(pieces)
     request = None
     try:
-        request, rest = pywebsock.parse_request(arriving)
-        rest += b"".join(arriving)
+        for piece in left:
+            request = pywebsock.parse_request(data, piece)
+            if request:
+                break
+        if not request:
+            return ()
+        rest = bytes(data) + b"".join(left)
         host = pywebsock.check_host(request)
         for listed in ((), ("https://example.com",), ("null",), ("*",)):
             pywebsock.check_origin(request, listed)
         accept = pywebsock.check_upgrade(request)
         window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
         assert bool(window) == bool(extension)
-        body = b"".join(pywebsock.read_body(request, iter([rest]), 1000)) if request.method == "POST" else b""
+        body = b"".join(pywebsock.read_body(request, arriving([rest]), 1000)) if request.method == "POST" else b""
         message = pywebsock.decode_body(request, body)
         return request, rest, message, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
