@@ -3220,9 +3220,9 @@ class Loop:
             self._room.end()
 
     def _end(self) -> None:
+        self._ended = True  # whatever happens here: stop() waits for it
         for connection in list(self._room.connections):
-            self.sender.drop(connection, "the server has stopped")
-        self._ended = True
+            self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
     # ---- a round ----
 

@@ -24,6 +24,7 @@ from tests.tools.support import (
     ServerTestCase,
     eventually,
     exchange,
+    in_thread,
     masked_frame,
     request,
     running,
@@ -563,6 +564,14 @@ class Stopping(ServerTestCase):
                     self.assertLess(server.took, 1.0)
                     self.assertEqual(server.socket.fileno(), -1)
             self.assertFalse(server._room.size)
+
+    def test_out_of_memory_for_a_client_that_does_not_answer(self) -> None:
+        """An error for one client at the end does not make server_close() wait forever."""
+        server = self.serve(close_timeout=0.2)
+        self.connect(server)
+        patch = unittest.mock.patch.object(server._loop.sender, "drop", side_effect=MemoryError)
+        with patch, in_thread(server.server_close):
+            pass
 
     def test_while_a_hook_blocks(self) -> None:
         """server_close() returns at the close timeout; the thread ends when the hook does."""
