@@ -232,6 +232,9 @@ class ShortageTest(stress.StressTestCase):
     def test_select(self) -> None:
         self.check("Selector.select")
 
+    def test_select_of_the_accepting_thread(self) -> None:
+        self.check("selectors.PollSelector.select")
+
     def test_alarm(self) -> None:
         """The socket that wakes the loop."""
         self.check("Alarm.recv")
