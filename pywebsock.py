@@ -4482,14 +4482,25 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to standard error. Leaves out lines that a full pipe does not accept: the server must not stop."""
 
     PATIENCE = 1.0  # seconds
+    PIECE = 1000  # characters: a pipe that accepts data accepts 4096 bytes
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line. Leave it out if it cannot be written within PATIENCE."""
+        """Write a line or a traceback. Leave out the part that cannot be written within PATIENCE."""
+        try:
+            text = self.format(record) + self.terminator
+            for i in range(0, len(text), self.PIECE):
+                if not self._can_write():
+                    return
+                self.stream.write(text[i : i + self.PIECE])
+                self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def _can_write(self) -> bool:
         streams = [self.stream]
         with contextlib.suppress(OSError, ValueError, TypeError):  # Windows, or a stream without a descriptor
             _, streams, _ = select.select([], streams, [], self.PATIENCE)
-        if streams:
-            super().emit(record)
+        return bool(streams)
 
 
 def start_logging(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import logging
 import os
 import pathlib
 import re
@@ -33,6 +34,7 @@ from tests.tools.support import (
     certificate,
     eventually,
     exchange,
+    in_thread,
     masked_frame,
     request,
     require,
@@ -615,6 +617,31 @@ class Log(CommandLineTestCase):
 
 
 @unittest.skipIf(IS_WINE, NO_BREAK)
+@unittest.skipIf(os.name == "nt", "Windows does not tell whether a pipe has space")
+class Pipe(unittest.TestCase):
+    """A log that is written to a pipe which nobody reads: nobody waits for it."""
+
+    def test_longer_than_its_space(self) -> None:
+        """A pipe that has space for the beginning of a traceback would block at the rest."""
+        reader, writer = os.pipe()
+        stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115
+        self.addCleanup(stream.close)
+        self.addCleanup(os.close, reader)  # first: a thread that writes ends then
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        size = len(os.read(reader, 20_000))
+        os.set_blocking(writer, True)
+        handler = pywebsock.LogHandler(stream)
+        handler.PATIENCE = 0.01
+        with in_thread(handler.handle, logging.makeLogRecord({"msg": "é" * 2 * size})):
+            pass
+        os.read(reader, 1 << 20)
+        handler.handle(logging.makeLogRecord({"msg": "a long line " * 1000}))
+        self.assertEqual(os.read(reader, 1 << 20).decode()[-12_001:], "a long line " * 1000 + "\n")
+
+
 class Signals(CommandLineTestCase):
     """Ctrl-C and SIGTERM: 1001 to everybody, exit status 0; a second Ctrl-C stops at once."""
 
