@@ -2303,7 +2303,7 @@ class Room:
                 joiner.frames = [message.ready_frame(connection.window) for message in messages]
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
-            require(len(self.connections) < self.most_selected, 503, TOO_MANY_SELECTED)
+            require(len(self) < self.most_selected, 503, TOO_MANY_SELECTED)
             require(not self._has_ended, 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection

@@ -33,7 +33,15 @@ from tests.tools.support import (
     request,
 )
 
-SELECT = "import selectors; selectors.DefaultSelector = selectors.SelectSelector"
+SELECT = """if 1:
+    import selectors
+    class Selector(selectors.SelectSelector):
+        def select(self, timeout=None):
+            if len(self.get_map()) > 512:
+                raise ValueError("too many file descriptors in select()")
+            return super().select(timeout)
+    selectors.DefaultSelector = Selector
+"""
 
 
 class DeafSocket(socket.socket):
@@ -221,30 +229,52 @@ class Crowd(ServerTestCase):
 
     def test_503(self) -> None:
         """The next client gets a 503 with the reason, and a place when another one has left."""
-        pywebsock.raise_file_limit()
-        with Process(python=() if IS_WINDOWS else faults.changed(SELECT)) as process:
-            clients = []
-            for _ in range(pywebsock.MOST_SELECTED):
-                clients.append(Client(process.port))
-                self.addCleanup(clients[-1].__exit__)
+        with self.crowded() as (process, clients):
             status, _, body = exchange(process.port, request())
             self.assertEqual(status, 503)
             self.assertIn(b"there are 500 clients already, the most that this system allows (select)", body)
-            clients[0].send("Hello")
-            self.assertEqual([client.read() for client in clients], ["Hello"] * len(clients))
+            self.check_all_hear(clients)
             clients[0].close()
             self.assertEqual(clients[0].read_close(), (1000, ""))
             clients[0].socket.close()
             eventually(lambda: b" 101 " in self.shake_hands(process.port))
-            for client in clients:
-                client.socket.close()
+
+    def test_refused(self) -> None:
+        """A connection that got the 503, and stays, takes nobody's place."""
+        with self.crowded() as (process, clients), Client(process.port, handshake=False) as refused:
+            refused.send_raw(request())
+            self.assertIn(b" 503 ", refused.read_head())
+            clients[0].close()
+            self.assertEqual(clients[0].read_close(), (1000, ""))
+            clients[0].socket.close()
+            eventually(lambda: b" 101 " in self.shake_hands(process.port), deadline=3)
+
+    def test_those_who_ask_for_nothing(self) -> None:
+        """Connections that are no clients take room in select(), too; above a number, the oldest goes."""
+        with self.crowded() as (process, clients), contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(Client(process.port, handshake=False)) for _ in range(20)]
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(silent[0].read_all(), b"")
+            self.check_all_hear(clients)
+
+    @contextlib.contextmanager
+    def crowded(self) -> typing.Iterator[tuple[Process, list[Client]]]:
+        """A server, and as many clients as it takes."""
+        pywebsock.raise_file_limit()
+        with contextlib.ExitStack() as stack:
+            process = stack.enter_context(Process(python=() if IS_WINDOWS else faults.changed(SELECT)))
+            yield process, [stack.enter_context(Client(process.port)) for _ in range(pywebsock.MOST_SELECTED)]
+
+    def check_all_hear(self, clients: list[Client]) -> None:
+        """The room is alive."""
+        clients[0].send("Hello")
+        self.assertEqual([client.read() for client in clients], ["Hello"] * len(clients))
 
     def shake_hands(self, port: int) -> bytes:
-        """Return the response to one more client."""
-        client = Client(port, handshake=False)
-        self.addCleanup(client.__exit__)
-        client.send_raw(request())
-        return client.read_head()
+        """The answer to one more client."""
+        with Client(port, handshake=False) as client:
+            client.send_raw(request())
+            return client.read_head()
 
 
 # A process sends itself the signal when its standard input ends: Wine cannot send it to another process.
