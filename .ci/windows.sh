@@ -11,6 +11,7 @@ shift
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 cd "$(dirname "$0")/.."
+unset DISPLAY WAYLAND_DISPLAY ${!PYTHON*} REDIS_SERVER ${!PYWEBSOCK*}
 
 if ! command -v wine >/dev/null || ! command -v openssl >/dev/null; then # others may be at it, too
     apt=(apt-get -qq -o DPkg::Lock::Timeout=300)
@@ -64,7 +65,6 @@ openssl req -x509 -nodes -days 2 -newkey ec -pkeyopt ec_paramgen_curve:prime256v
     -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout - -out - >"$folder/localhost.pem" 2>/dev/null
 export PYWEBSOCK_CERTIFICATE=Z:$folder/localhost.pem
 
-unset DISPLAY WAYLAND_DISPLAY ${!PYTHON*} REDIS_SERVER PYWEBSOCK_TESTS PYWEBSOCK_NODE_MODULES PYWEBSOCK_WSTEST
 export PYTHONPYCACHEPREFIX=Z:$folder/pycache # not beside the sources; without any, each start takes half a second more
 export WINEPREFIX=$folder/prefix WINEARCH=win64 WINEDEBUG=-all
 export WINEDLLOVERRIDES="mscoree=d;mshtml=d;winemenubuilder.exe=d;winedbg.exe=d"
