@@ -1,4 +1,4 @@
-"""The Autobahn test suite: everything but the long messages of the compression cases; see tests/tools/autobahn.py."""
+"""The Autobahn test suite, without the long messages of the compression cases; see tests/tools/autobahn.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import unittest
 from tests.tools import autobahn
 from tests.tools.support import Process, require
 
-GROUPS = {  # the suite's groups of cases, and how many there are
+GROUPS = {  # the suite's groups of cases, and the number of cases
     "framing": (["1.*", "2.*", "3.*", "4.*", "5.*"], 16 + 11 + 7 + 10 + 20),
     "UTF-8": (["6.*"], 145),
     "closing": (["7.*"], 37),
@@ -21,7 +21,7 @@ GROUPS = {  # the suite's groups of cases, and how many there are
 
 
 class Autobahn(unittest.TestCase):
-    """A server in a process of its own, with the settings that it has by default."""
+    """A server in its own process, with default settings."""
 
     folder: typing.ClassVar[pathlib.Path]
     server: typing.ClassVar[Process]
@@ -36,7 +36,7 @@ class Autobahn(unittest.TestCase):
         cls.addClassCleanup(cls.server.stop)
 
     def check(self, group: str) -> autobahn.Results:
-        """All cases of a group must run, and the server be right in each, and in closing."""
+        """Check that all cases of a group run, and that the server is correct in each, also in closing."""
         folder = self.folder / group
         folder.mkdir()
         cases, count = GROUPS[group]
@@ -60,7 +60,7 @@ class Autobahn(unittest.TestCase):
 
     def test_compression(self) -> None:
         results = self.check("compression")
-        # The suite is content with a server that never compresses. 12.1.3 has messages of 256 bytes, 12.1.5 of 4096.
+        # The suite accepts a server that never compresses. 12.1.3 has messages of 256 bytes, 12.1.5 of 4096.
         for case, compressed in (("12.1.3", False), ("12.1.5", True), ("13.7.5", True)):
             traffic = results.details(case)["trafficStats"]
             self.assertEqual(traffic["incomingCompressionRatio"] < 0.5, compressed, case)

@@ -1,4 +1,4 @@
-"""The benchmark works; how fast anything is, it does not say here."""
+"""The benchmark works. Its figures are not checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tools.support import DEADLINE, EVERYTHING, ROOT, require
 
 
 class Options(unittest.TestCase):
-    """What is measured, by names."""
+    """The names of scenarios."""
 
     def names(self, *arguments: str) -> list[str]:
         return list(parse(arguments).scenarios)
@@ -42,7 +42,7 @@ class Options(unittest.TestCase):
 
 
 class Messages(unittest.TestCase):
-    """What the load sends, and makes of what it gets."""
+    """The messages of the load."""
 
     def test_json(self) -> None:
         for size in (1024, 2048, 65536):
@@ -54,7 +54,7 @@ class Messages(unittest.TestCase):
             self.assertEqual(json.loads(message)["at"], "000700000008000000000000009")
 
     def test_large_are_forgotten(self) -> None:
-        """What all have seen is not kept."""
+        """Data that all clients have got is not kept."""
         size, count = 1_000_000, 50
         load = types.SimpleNamespace(shape=benchmark_load.Plain(size), clients=1)
         stream = benchmark_load.Stream(typing.cast(typing.Any, load), [0])
@@ -73,7 +73,7 @@ class Messages(unittest.TestCase):
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A small run, of this server alone."""
+    """Run a small benchmark of this server alone."""
     command = [sys.executable, "-m", "tests.tools.benchmark", "--rounds", "1", "--seconds", "0.1"]
     return subprocess.run(
         [*command, *arguments], capture_output=True, encoding="utf-8", timeout=6 * DEADLINE, check=False, cwd=ROOT
@@ -88,7 +88,7 @@ class Benchmark(unittest.TestCase):
         require(hasattr(select, "poll"), "select.poll")
 
     def check(self, *arguments: str, server: str = "pywebsock") -> typing.Any:
-        """Nothing may be lost, and the order must be one."""
+        """Check that no message is lost, and that there is one order."""
         run = benchmark("--json", "--servers", server, *arguments)
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         result = json.loads(run.stdout)
@@ -97,7 +97,7 @@ class Benchmark(unittest.TestCase):
             self.assertNotIn("error", found)
             self.assertEqual((found["lost"], found["order"], found["failures"]), (0, "same", []))
             self.assertGreaterEqual(found["p99_ms"], found["p50_ms"])
-            if SCENARIOS[name].kind != VISITS:  # in a moment on a busy machine perhaps nothing comes, but later it does
+            if SCENARIOS[name].kind != VISITS:  # on a busy machine, messages may arrive after the measurement
                 self.assertGreater(found["bytes_a_message"], 0)
         return result
 
@@ -137,7 +137,7 @@ class Benchmark(unittest.TestCase):
         self.assertGreater(result["scenarios"]["idle"]["pywebsock"]["kib_a_client_busy"], 0)
 
     def test_others(self) -> None:
-        """They do what is measured."""
+        """The other servers support their scenarios."""
         require(shutil.which("openssl"), "the openssl command")
         run = benchmark("--json", "--scenarios", "tls-connect,deflate-k1")
         self.assertEqual((run.returncode, run.stderr), (0, ""))

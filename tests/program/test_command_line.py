@@ -47,7 +47,7 @@ GOING_AWAY = b"\x03\xe9"
 
 
 def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
-    """A run that is to end by itself: (exit status, standard output, standard error); `shell` comes before its end."""
+    """Run the command to its end; return exit status, standard output and standard error. `shell` comes before it."""
     command = [sys.executable, str(ROOT / "pywebsock.py"), *arguments]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
@@ -56,7 +56,7 @@ def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
 
 
 def answers(port: int) -> bool:
-    """Whether a server does."""
+    """Return whether a server answers."""
     try:
         return exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0] == 200
     except OSError:
@@ -64,24 +64,24 @@ def answers(port: int) -> bool:
 
 
 class CommandLineTestCase(unittest.TestCase):
-    """Tests with processes; none of them may ever print a traceback."""
+    """Tests with processes, none of which may print a traceback."""
 
     def start(self, *arguments: str, **how: typing.Any) -> Process:
-        """A process that is ended after the test, with status 0 where the test has not ended it."""
+        """Start a process, which must end with status 0 after the test, unless the test has ended it."""
         process = Process(*arguments, **how)
         self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
         self.addCleanup(process.stop)
         return process
 
     def connect(self, process: Process, **how: typing.Any) -> Client:
-        """A client of it."""
+        """Connect a client to a process."""
         client = Client(process.port, **how)
         self.addCleanup(client.__exit__)
         return client
 
 
 class Start(CommandLineTestCase):
-    """The first line of output says where it listens."""
+    """The first line of output has the address."""
 
     def test_first_line(self) -> None:
         process = self.start()
@@ -100,7 +100,7 @@ class Start(CommandLineTestCase):
                 self.connect(process).socket.close()
 
     def test_everything(self) -> None:
-        """No host is all hosts, and it says so."""
+        """An empty host is all addresses."""
         process = self.start("--host", "")
         self.assertIn(f"(ws://{LOCAL}:{process.port}/)", process.first_line)
         address = pywebsock.network_address("0.0.0.0")
@@ -110,7 +110,7 @@ class Start(CommandLineTestCase):
                 self.assertTrue(client.recv(100).startswith(b"HTTP/1.1 101 "))
 
     def test_for_other_devices(self) -> None:
-        """The second line, where there is a network; only where others can reach the server."""
+        """The second line has the address for other devices, if they can reach the server."""
         for host, bound in (("0.0.0.0", "0.0.0.0"), ("", "0.0.0.0"), ("127.0.0.1", "127.0.0.1")):
             address = pywebsock.network_address(bound)
             with self.subTest(host), pywebsock.BroadcastServer((host, 0)) as server:
@@ -175,7 +175,7 @@ class Start(CommandLineTestCase):
         self.assertEqual(client.read(), "secret")
 
     def test_ciphers(self) -> None:
-        """With TLS 1.2 only those with forward secrecy and AEAD; TLS 1.3 has no others."""
+        """TLS 1.2 has only ciphers with forward secrecy and AEAD, as TLS 1.3."""
         with tempfile.TemporaryDirectory() as directory:
             path, context = certificate(directory)
             process = self.start("--cert", path)
@@ -210,10 +210,10 @@ class Start(CommandLineTestCase):
 
 
 class Errors(CommandLineTestCase):
-    """One line on standard error and exit status 1; usage errors 2."""
+    """An error is one line on standard error, with exit status 1; a usage error has 2."""
 
     def check(self, *arguments: str) -> str:
-        """The line."""
+        """Check the line."""
         status, output, errors = run("--port", "0", *arguments)
         self.assertEqual((status, output), (1, ""), errors)
         self.assertRegex(errors, r"\Apywebsock: [^\n]+\n\Z")
@@ -227,7 +227,7 @@ class Errors(CommandLineTestCase):
             self.assertIn(f"127.0.0.1 port {port}: ", self.check("--port", str(port)))
 
     def test_addresses(self) -> None:
-        for host in ("203.0.113.1", "no such host", "name.invalid"):  # RFC 5737: nobody's
+        for host in ("203.0.113.1", "no such host", "name.invalid"):  # RFC 5737: no machine has it
             self.assertIn(f"pywebsock: {host} port 0: ", self.check("--host", host))
 
     def test_certificates(self) -> None:
@@ -240,10 +240,10 @@ class Errors(CommandLineTestCase):
             self.assertIn("bad.pem", self.check("--cert", str(path)))
             self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
             self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
-        self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
+        self.check("--cert", "")  # such as "$CERT" without a value; serving without TLS would be worse
 
     def test_a_passphrase(self) -> None:
-        """It is asked for once, on the terminal; without one that is an error."""
+        """The passphrase is asked once, on the terminal; without a terminal, that is an error."""
         require(shutil.which("openssl"), "the openssl command")
         with tempfile.TemporaryDirectory() as directory:
             path, context = certificate(directory)
@@ -271,7 +271,7 @@ class Errors(CommandLineTestCase):
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_standard_output_is_not_read(self) -> None:
-        """It says so, and goes on."""
+        """If standard output is closed, the server logs that, and goes on."""
         reader, writer = os.pipe()
         os.close(reader)
         for name, output in (("a pipe without a reader", writer), ("a full disk", os.open("/dev/full", os.O_WRONLY))):
@@ -291,7 +291,7 @@ class Errors(CommandLineTestCase):
                 self.assertRegex(errors, rb"\A\S+ \S+ WARNING standard output: [^\n]+\n\S+ \S+ INFO stopping\n\Z")
 
     def test_an_old_python(self) -> None:
-        """One line, and no syntax that it does not know."""
+        """An old Python prints one line, without a SyntaxError."""
         source = (ROOT / "pywebsock.py").read_text("utf-8")
         ast.parse(source, feature_version=(3, 8))
         script = "import sys; sys.version_info = (3, 8, 18); sys.argv[0] = 'x'; import pywebsock"
@@ -301,7 +301,7 @@ class Errors(CommandLineTestCase):
         )
 
     def test_in_another_thread(self) -> None:
-        """Where a program runs main() in a thread that is not the main one, signals are the program's."""
+        """If a program runs main() in another thread, signals belong to the program."""
         script = """if 1:
             import sys, threading, pywebsock
             arguments = ["--port", "0"]
@@ -316,7 +316,7 @@ class Errors(CommandLineTestCase):
 
     @unittest.skipIf(os.name == "nt", "POSIX shell")
     def test_standard_input_is_closed(self) -> None:
-        """Its descriptor is soon that of a socket, which nobody must read."""
+        """If standard input is closed, its descriptor is reused for a socket, which --stdin must not read."""
         status, output, errors = run("--port", "0", "--stdin", shell="<&-")
         self.assertEqual((status, output, errors), (1, "", "pywebsock: standard input is closed\n"))
 
@@ -341,7 +341,7 @@ class Errors(CommandLineTestCase):
             self.assertRegex(errors(), r"\Ausage: pywebsock[^$]*\npywebsock: error: .+\n\Z")
 
     def test_settings(self) -> None:
-        """What is wrong with them is said in one line, under the usage."""
+        """A wrong setting is one line, after the usage."""
         for option, value, what in (
             ("--port", "65536", "port"),
             ("--max-clients", "0", "max_clients must be an integer of 1 or more"),
@@ -359,7 +359,7 @@ class Errors(CommandLineTestCase):
 
 @contextlib.contextmanager
 def quiet() -> typing.Iterator[typing.Callable[[], str]]:
-    """Keep what argparse prints from the terminal; gives a function that returns it."""
+    """Catch the output of argparse; yield a function that returns it."""
     captured = io.StringIO()
     with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
         yield captured.getvalue
@@ -396,7 +396,7 @@ class StandardInput(CommandLineTestCase):
     """--stdin: `tail -f log | python pywebsock.py --stdin`."""
 
     def pipe(self, *arguments: str) -> tuple[typing.IO[bytes], Client]:
-        """The standard input of a process, and a client of it."""
+        """Yield the standard input of a process, and a client."""
         process = self.start("--stdin", *arguments, stdin=subprocess.PIPE)
         assert process.stdin
         return process.stdin, self.connect(process)
@@ -423,7 +423,7 @@ class StandardInput(CommandLineTestCase):
         self.assertEqual(client.read(), "and it goes on")
 
     def test_long_lines(self) -> None:
-        """Past the message limit, which is in bytes, a line comes in pieces: none over it, nothing extra."""
+        """A line longer than the message limit (bytes) is sent in pieces, none longer than the limit."""
         stdin, client = self.pipe("--max-message", "1000")
         stdin.write(("a" * 1001 + "\n" + "\u20ac" * 400 + "\r\n" + "b" * 2000 + "\nend\n").encode())
         stdin.flush()
@@ -446,12 +446,12 @@ class StandardInput(CommandLineTestCase):
         self.assertEqual([client.read() for _ in range(20_000)], [str(i) for i in range(20_000)])
 
     def test_its_end_is_logged(self) -> None:
-        process = self.start("--stdin")  # of which there is nothing
+        process = self.start("--stdin")  # without any data
         eventually(lambda: "standard input has ended" in process.log())
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_what_cannot_be_read(self) -> None:
-        """One line, and the server goes on; what is set not to wait (its reader would get an error) counts as ended."""
+        """If standard input cannot be read, the server logs that and goes on; a non-blocking one counts as ended."""
         pipe, other = os.pipe()
         self.addCleanup(os.close, other)
         os.set_blocking(pipe, False)
@@ -469,10 +469,10 @@ class StandardInput(CommandLineTestCase):
 
 
 class Lines(unittest.TestCase):
-    """split_lines: messages of at most so many bytes."""
+    """split_lines: messages up to a number of bytes."""
 
     def split(self, text: str, size: int) -> list[str]:
-        """The messages."""
+        """Return the messages."""
         stream = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="\n")
         return list(pywebsock.split_lines(stream, size))
 
@@ -499,7 +499,7 @@ class Lines(unittest.TestCase):
                 self.assertEqual(self.split(text, size), messages)
 
     def test_nothing_is_lost(self) -> None:
-        """With each length of a line beside each limit, as with one that is read at once."""
+        """Each length of a line, with limits near it, gives the same text as one read."""
         for size in range(4, 9):
             for length in range(30):
                 for character in ("x", "é", "\u20ac", "\U0001f986"):
@@ -567,7 +567,7 @@ class Log(CommandLineTestCase):
     """Lines on standard error."""
 
     def log_of(self, *arguments: str) -> str:
-        """What is logged about a client that comes and goes, a refused one, and the end."""
+        """Return the log of a client that joins and leaves, a refused one, and the end."""
         process = self.start(*arguments)
         client = self.connect(process)
         client.close(4000, "goodbye")
@@ -594,7 +594,7 @@ class Log(CommandLineTestCase):
             self.assertEqual(log.count(word), count, word)
 
     def test_lines(self) -> None:
-        """The time, the level, and what has happened."""
+        """A line has the time, the level and a message."""
         lines = self.log_of("--verbose").splitlines()
         self.assertEqual(len(lines), 4)
         for line in lines:
@@ -602,7 +602,7 @@ class Log(CommandLineTestCase):
             self.assertRegex(line, rf"\A\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} {level} [!-~].*[!-~]\Z")
 
     def test_stays_short(self) -> None:
-        """A stranger cannot fill the disk."""
+        """Refused clients cannot fill the disk."""
         process = self.start()
         for i in range(500):
             with Client(process.port, handshake=False) as client:
@@ -643,7 +643,7 @@ class Pipe(unittest.TestCase):
 
 
 class Signals(CommandLineTestCase):
-    """Ctrl-C and SIGTERM: 1001 to everybody, exit status 0; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM: all clients get 1001, exit status 0; a second Ctrl-C stops at once."""
 
     def test_1001_to_everybody(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -663,7 +663,7 @@ class Signals(CommandLineTestCase):
                 self.assertEqual(process.wait(4), 0)  # less than the close timeout
 
     def test_clients_that_do_not_answer(self) -> None:
-        """They are waited for, but not for longer than the close timeout."""
+        """The server waits for clients that do not answer, up to the close timeout."""
         changed = "pywebsock.BroadcastServer.close_timeout = 0.3; sys.exit(pywebsock.main(sys.argv[2:]))"
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pywebsock; {changed}"
         process = self.start(python=("-c", code))
@@ -673,7 +673,7 @@ class Signals(CommandLineTestCase):
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_a_second_signal(self) -> None:
-        """Only a second Ctrl-C changes anything: `timeout` and supervisors send SIGTERM twice, terminals SIGHUP."""
+        """Only a second Ctrl-C has an effect: `timeout` and supervisors send SIGTERM twice, terminals SIGHUP."""
         pairs = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)]
         for i in range(24 if EVERYTHING else 6):
             first, second = pairs[i % 3]
@@ -682,7 +682,7 @@ class Signals(CommandLineTestCase):
                 process = self.start()
                 client = self.connect(process)
                 process.send_signal(first)
-                time.sleep(pause)  # whatever the process does by then
+                time.sleep(pause)  # the process may have ended by then
                 process.send_signal(second)
                 self.assertEqual(client.read_frame().payload, GOING_AWAY)
                 client.socket.close()
@@ -696,13 +696,13 @@ class Signals(CommandLineTestCase):
             self.assertEqual(process.wait(4), 0)
 
     def start_with_ignored(self, signals: str) -> Process:
-        """A process for which its parent has set these to be ignored."""
+        """Start a process whose parent has set these signals to be ignored."""
         python, program = sys.executable, str(ROOT / "pywebsock.py")
         return self.start(program=("sh", "-c", f'trap "" {signals}; exec "$@"', "sh", python, program))
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_ignored_interrupt(self) -> None:
-        """A shell in the background has SIGINT ignored, and it stops all the same."""
+        """In the background of a shell, SIGINT is ignored; the server stops nevertheless."""
         process = self.start_with_ignored("INT HUP")
         client = self.connect(process)
         process.send_signal(signal.SIGINT)
@@ -713,7 +713,7 @@ class Signals(CommandLineTestCase):
     @unittest.skipIf(os.name == "nt", "POSIX")
     @unittest.skipIf(sys.implementation.name == "pypy", "PyPy does not tell that its parent had a signal ignored")
     def test_ignored_hangup(self) -> None:
-        """What nohup ignores stays so."""
+        """SIGHUP stays ignored, as after nohup."""
         process = self.start_with_ignored("HUP")
         process.send_signal(signal.SIGHUP)
         client = self.connect(process)
@@ -725,7 +725,7 @@ class Signals(CommandLineTestCase):
 
     @unittest.skipUnless(hasattr(signal, "SIGHUP"), "POSIX")
     def test_hangup_loads_the_certificate(self) -> None:
-        """For new connections; what cannot be loaded is said, and the old one stays. Without a certificate it ends."""
+        """New connections get the new certificate; after an error, the old one stays. Without TLS, SIGHUP ends."""
         with tempfile.TemporaryDirectory() as directory:
             path, old = certificate(directory)
             process = self.start("--cert", path)
@@ -753,7 +753,7 @@ class Signals(CommandLineTestCase):
         process = self.start()
         client = self.connect(process)
         process.send_signal(signal.SIGINT)
-        self.assertEqual(client.read_frame().payload, GOING_AWAY)  # which is not answered
+        self.assertEqual(client.read_frame().payload, GOING_AWAY)  # the client does not answer
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(4), 130)
 

@@ -1,7 +1,7 @@
-"""The clients that people use, talking to the server as it starts by default.
+"""Popular clients, with a server with default settings.
 
-Between client and server stands a tap that passes on every byte and keeps it: what was
-compressed, fragmented and closed is read off the wire (RFC 6455 5.2), not asked of the clients.
+A tap between client and server passes on and keeps all bytes. The tests find compression, fragments and
+Close frames in these bytes (RFC 6455 5.2), and do not ask the clients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.tools.browser import chromium
 from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, package, require
 
 Message = typing.Union[str, bytes]
-Conversation = typing.Sequence[typing.Sequence[Message]]  # a message is one piece, or its fragments
+Conversation = typing.Sequence[typing.Sequence[Message]]  # a message is a list of one piece, or of its fragments
 T = typing.TypeVar("T")
 
 NOISE = random.Random(6455).randbytes(1 << 20)
@@ -37,10 +37,10 @@ CONVERSATION: Conversation = [
     [""],
     [b""],
     [bytes(range(256))],
-    ["Grüße, 世界, 🦆"],  # once more: a compressor that keeps its context refers to the first one
-    ["seventy thousand bytes" * 3182],  # 70 KB, which is a frame with a 64-bit length
+    ["Grüße, 世界, 🦆"],  # again: a compressor with context takeover refers to the first one
+    ["seventy thousand bytes" * 3182],  # 70 KB: a frame with a 64-bit length
     ["seventy thousand bytes" * 3182],
-    [NOISE[:70_000]],  # nothing to compress here
+    [NOISE[:70_000]],  # data that does not compress
     ["é" * (1 << 19)],  # 1 MiB, the limit of some clients
     [NOISE],
     ["fragments ", "with Grü", "ße and 🦆", "."],
@@ -49,13 +49,13 @@ CONVERSATION: Conversation = [
 
 
 def whole(pieces: typing.Sequence[Message]) -> Message:
-    """A message, put together."""
+    """Return a message, joined from its pieces."""
     empty: typing.Any = pieces[0][:0]
     return typing.cast(Message, empty.join(pieces))
 
 
 class Report(typing.NamedTuple):
-    """What a client has to say."""
+    """The report of a client."""
 
     echoes: list[Message]
     code: int  # of the Close frame that it received
@@ -65,7 +65,7 @@ class Report(typing.NamedTuple):
 
 
 class Recording:
-    """One connection through the tap: the bytes of either direction."""
+    """One connection through the tap: the bytes of both directions."""
 
     def __init__(self) -> None:
         self.sent = bytearray()
@@ -73,7 +73,7 @@ class Recording:
 
 
 class Tap:
-    """Listens on a port of its own, passes everything on to a server and back, and keeps it."""
+    """A proxy to a server that keeps all bytes of both directions."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -94,7 +94,7 @@ class Tap:
             try:
                 client, _ = self._listener.accept()
             except OSError:
-                return  # closed: nobody else comes
+                return  # the listener is closed
             server = socket.create_connection(("127.0.0.1", self._port), DEADLINE)
             recording = Recording()
             self._sockets += [client, server]
@@ -110,10 +110,10 @@ class Tap:
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # one side has gone; the recording says how far it came
+            pass  # one side has ended; the recording has the data up to then
 
     def recording(self) -> Recording:
-        """The one connection that there was, after its end."""
+        """Return the recording of the only connection, after its end."""
         self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(DEADLINE)
@@ -129,7 +129,7 @@ class Tap:
 
 
 def frames(data: bytearray, *, masked: bool) -> list[Frame]:
-    """The frames after a handshake. All are masked, or none is (RFC 6455 5.1)."""
+    """Return the frames after a handshake, all or none of which are masked (RFC 6455 5.1)."""
     position = data.index(b"\r\n\r\n") + 4
     found = []
     while position < len(data):
@@ -152,7 +152,7 @@ def frames(data: bytearray, *, masked: bool) -> list[Frame]:
 
 
 def within(deadline: float, function: typing.Callable[[], T]) -> T:
-    """What a function returns or raises, which it must do in time. Clients have no common idea of deadlines."""
+    """Call a function, which must return in time, since clients have different timeouts."""
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -173,7 +173,7 @@ def within(deadline: float, function: typing.Callable[[], T]) -> T:
 
 # ---- what is common to all clients ----
 
-Converse = typing.Callable[[str, bool], Report]  # with the URL, and whether to offer compression
+Converse = typing.Callable[[str, bool], Report]  # arguments: the URL, and whether to offer compression
 
 
 class Interoperation(unittest.TestCase):
@@ -196,7 +196,7 @@ class Interoperation(unittest.TestCase):
     ) -> None:
         """Have a client hold the conversation, with and without an offer of compression.
 
-        `compresses` says that it compresses what it sends, where it may; `fragments`, that it can send fragments.
+        `compresses`: the client compresses its messages, if it may; `fragments`: it can send fragments.
         """
         for offer in offers:
             with self.subTest(compression=offer), Tap(self.server.port) as tap, Client(self.server.port) as bystander:
@@ -208,13 +208,13 @@ class Interoperation(unittest.TestCase):
         self.assertEqual(self.server.log().count("Traceback"), 0)
 
     def check_messages(self, whose: str, messages: list[Message]) -> None:
-        """A list is compared message by message: a difference of megabytes helps nobody."""
+        """Compare message by message, so that a failure does not print megabytes."""
         for i, pieces in enumerate(CONVERSATION):
             self.assertTrue(messages[i] == whole(pieces), f"{whose}: message {i} is {messages[i][:80]!r}")
         self.assertEqual(len(messages), len(CONVERSATION), whose)
 
     def check_wire(self, recording: Recording, offer: bool, *, compresses: bool, fragments: bool) -> None:
-        """What really happened, from the bytes of both directions."""
+        """Check the bytes of both directions."""
         sent, received = frames(recording.sent, masked=True), frames(recording.received, masked=False)
         request, _, _ = recording.sent.partition(b"\r\n\r\n")
         response, _, _ = recording.received.partition(b"\r\n\r\n")
@@ -222,7 +222,7 @@ class Interoperation(unittest.TestCase):
         self.assertEqual(b"permessage-deflate" in response, offer, "the server's answer")
         self.assertEqual(any(frame.rsv1 for frame in sent), offer and compresses, "the client compresses")
         self.assertEqual(any(frame.rsv1 for frame in received), offer, "the server compresses")
-        # All but the noise compresses well, and the server compresses everything that is worth it.
+        # All messages except the random one compress well, and the server compresses them.
         pieces = [piece.encode() if isinstance(piece, str) else piece for pieces in CONVERSATION for piece in pieces]
         size, noise = sum(map(len, pieces)), sum(len(piece) for piece in pieces if piece in NOISE)
         self.assertTrue(len(recording.received) < 1.1 * noise if offer else len(recording.received) > size)
@@ -243,7 +243,7 @@ class Python(Interoperation):
     """Packages for Python."""
 
     def converse_asyncio(self, module: str) -> Converse:
-        """With websockets, or a package with the same interface."""
+        """Converse with websockets, or a package with the same interface."""
         connect = package(module).connect
 
         async def converse(url: str, compress: bool) -> Report:
@@ -291,7 +291,7 @@ class Python(Interoperation):
         self.check(lambda url, compress: asyncio.run(converse(url, compress)))
 
     def test_tornado(self) -> None:
-        """It ignores client_no_context_takeover: parameters without a value are dropped."""
+        """Tornado ignores client_no_context_takeover, since it drops parameters without a value."""
         connect = package("tornado.websocket").websocket_connect
 
         async def converse(url: str, compress: bool) -> Report:
@@ -361,7 +361,7 @@ class Python(Interoperation):
 
 
 class Curl(Interoperation):
-    """The library, through its binding in Python, and the program."""
+    """curl: the library, through a binding for Python, and the program."""
 
     def test_library(self) -> None:
         curl = package("curl_cffi")
@@ -374,7 +374,7 @@ class Curl(Interoperation):
             for pieces in CONVERSATION:
                 message = whole(pieces)
                 kind = text if isinstance(message, str) else binary
-                # Its send() sends nothing at all where a message is empty.
+                # Its send() does nothing for an empty message.
                 connection.send(message, kind) if message else connection.curl.ws_send(b"", kind)
                 data, flags = connection.recv()
                 echoes.append(data.decode() if flags & text else data)
@@ -402,12 +402,12 @@ class Curl(Interoperation):
 
 
 def encode(piece: Message) -> dict[str, str]:
-    """A piece of a message as tests/tools/interop/converse.mjs takes it."""
+    """Encode a piece of a message for tests/tools/interop/converse.mjs."""
     return {"text": piece} if isinstance(piece, str) else {"base64": base64.b64encode(piece).decode()}
 
 
 def report(result: typing.Any) -> Report:
-    """What converse.mjs returns."""
+    """Return the report of converse.mjs."""
     if "error" in result:
         raise AssertionError(result["error"])
     echoes = [echo["text"] if "text" in echo else base64.b64decode(echo["base64"]) for echo in result["echoes"]]
@@ -421,8 +421,8 @@ SCRIPTS = ROOT / "tests" / "tools" / "interop"
 
 
 def converse_in_program(encoded: typing.Any, *command: str) -> typing.Any:
-    """The output of a client in another language: JSON in, JSON out."""
-    with tempfile.TemporaryFile() as file:  # Node cannot read a pipe that is empty for a moment
+    """Run a client in another language, with JSON as input and output."""
+    with tempfile.TemporaryFile() as file:  # Node cannot read from an empty pipe
         file.write(json.dumps(encoded).encode())
         file.seek(0)
         done = subprocess.run(command, stdin=file, capture_output=True, timeout=3 * DEADLINE, check=False)
@@ -432,7 +432,7 @@ def converse_in_program(encoded: typing.Any, *command: str) -> typing.Any:
 
 
 def converse_in_page(browser: typing.Any, url: str, encoded: typing.Any) -> typing.Any:
-    """What converse.mjs returns in a page from disk; Chromium keeps pages without an address away from localhost."""
+    """Run converse.mjs in a page from disk; in Chromium, pages without an address cannot connect to localhost."""
     module = f"data:text/javascript;base64,{base64.b64encode((SCRIPTS / 'converse.mjs').read_bytes()).decode()}"
     script = """
         const [module, url, conversation, done] = arguments;
@@ -444,29 +444,29 @@ def converse_in_page(browser: typing.Any, url: str, encoded: typing.Any) -> typi
 
 
 def run_client(*command: str, conversation: Conversation = CONVERSATION) -> Report:
-    """A run of a client in another language: JSON in, JSON out."""
+    """Run a client in another language, and return its report."""
     encoded = [[encode(piece) for piece in pieces] for pieces in conversation]
     return report(converse_in_program(encoded, *command))
 
 
 class JavaScript(Interoperation):
-    """Runtimes and packages for JavaScript; what npm installs is in $PYWEBSOCK_NODE_MODULES, or one of $NODE_PATH."""
+    """Runtimes and packages for JavaScript; packages of npm are in $PYWEBSOCK_NODE_MODULES, or in $NODE_PATH."""
 
     def installed(self, name: str) -> pathlib.Path:
-        """A file that npm has installed."""
+        """Return a file of a package of npm."""
         folders = [os.environ.get("PYWEBSOCK_NODE_MODULES", ""), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
         found = [path for path in (pathlib.Path(folder, name) for folder in folders if folder) if path.exists()]
         require(found, f"npm's {name}")
         return found[0].resolve()
 
     def node(self) -> str:
-        """The program."""
+        """Return the path of Node.js."""
         program = shutil.which("node")
         require(program, "node")
         return str(program)
 
     def client(self, *runtime: str) -> Converse:
-        """A runtime with its own WebSocket."""
+        """Check a runtime with its own WebSocket."""
         script = str(SCRIPTS / "client.mjs")
         return lambda url, compress: run_client(*runtime, script, url, "own" if compress else "plain")
 
@@ -537,7 +537,7 @@ def converse_in_lines(program: str, url: str, offer: str) -> Report:
 
 
 class Subprotocols(unittest.TestCase):
-    """Clients that end the connection where the server chooses none of their subprotocols."""
+    """Clients that end the connection if the server chooses none of their subprotocols."""
 
     def setUp(self) -> None:
         server = Process("--subprotocol", "json", "--subprotocol", "chat")
@@ -565,14 +565,14 @@ class Subprotocols(unittest.TestCase):
         self.assertEqual(done.stdout, b"chat Hello\n", done.stderr)
 
     def test_mqtt(self) -> None:
-        """Where subprotocols are listed, what a client of another one says reaches nobody."""
+        """With a list of subprotocols, a client with another one is refused."""
         mqtt = package("paho.mqtt.client")
         port = int(self.url.rpartition(":")[2].strip("/"))
         with Client(port) as witness:
             client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, transport="websockets")
             client.username_pw_set("user", "password")
             with warnings.catch_warnings(), self.assertRaisesRegex(Exception, "WebSocket handshake error"):
-                warnings.simplefilter("ignore", ResourceWarning)  # it leaves its socket open then
+                warnings.simplefilter("ignore", ResourceWarning)  # then it leaves its socket open
                 client.connect("localhost", port)
             witness.send("only this")
             self.assertEqual(witness.read(), "only this")
@@ -587,7 +587,7 @@ class Origins(unittest.TestCase):
         received: queue.Queue[bytes] = queue.Queue()
 
         class Ws4py(module.WebSocketClient):  # type: ignore[misc, name-defined]
-            """Its interface: methods to override."""
+            """A client of ws4py, which overrides its methods."""
 
             def opened(self) -> None:
                 self.send("Hello")
@@ -604,10 +604,10 @@ class Origins(unittest.TestCase):
 
 
 class Careless(Interoperation):
-    """Clients that keep to less of the protocol than is checked above."""
+    """Clients with known faults."""
 
     def check_echoes(self, conversation: Conversation, *command: str) -> None:
-        """It gets back what it has sent."""
+        """Check that a client gets its messages back."""
         with Client(self.server.port) as bystander:
             told = run_client(*command, conversation=conversation)
             expected = [whole(pieces) for pieces in conversation]
@@ -617,9 +617,9 @@ class Careless(Interoperation):
         self.assertEqual(self.server.log().count("Traceback"), 0)
 
     def test_mojolicious(self) -> None:
-        """It compresses with its context whatever is agreed on, and ends the connection right after its Close.
+        """Mojolicious uses context takeover even if it is forbidden, and ends the connection after its Close.
 
-        It compresses an empty message to nothing, which is no deflate: so there is none here.
+        It compresses an empty message to no bytes, which is invalid, so the test has no empty message.
         """
         program = shutil.which("perl") or ""
         require(program, "perl")
@@ -640,7 +640,7 @@ class Careless(Interoperation):
             self.check_messages("its echoes", told.echoes)
 
     def test_netty(self) -> None:
-        """Its standard handler refuses every parameter that it did not offer."""
+        """Netty's standard handler refuses parameters that it did not offer."""
         program, folder = shutil.which("java") or "java", pathlib.Path("/usr/share/java")
         parts = "buffer", "codec", "codec-http", "common", "handler", "resolver", "transport"
         jars = [folder / f"netty-{part}.jar" for part in parts]

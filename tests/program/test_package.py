@@ -1,4 +1,4 @@
-"""The wheel: built, installed into an environment that has nothing else, and used."""
+"""The wheel: build it, install it into an empty environment, and use it."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ server.nothing()  # type: ignore[attr-defined]
 
 
 def pip(python: str, *arguments: str) -> None:
-    """Run pip, which must not ask any registry."""
+    """Run pip, without a package registry."""
     command = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     subprocess.run(command, check=True, timeout=PATIENCE)
 
 
 class Wheel(unittest.TestCase):
-    """`pip install pywebsock`, and the command that it brings."""
+    """`pip install pywebsock`, and the installed command."""
 
     def setUp(self) -> None:
         package("pip")
@@ -77,7 +77,7 @@ class Wheel(unittest.TestCase):
         self.assertNotIn("\nRequires-Dist:", metadata)
 
     def installed(self) -> pathlib.Path:
-        """Where the programs are of an environment with nothing but the wheel."""
+        """Return the folder of programs of an environment that has only the wheel."""
         home = self.folder / "environment"
         venv.create(home, with_pip=True)
         programs = home / ("Scripts" if os.name == "nt" else "bin")
@@ -85,7 +85,7 @@ class Wheel(unittest.TestCase):
         return programs
 
     def test_types(self) -> None:
-        """mypy --strict knows what it gives and takes; where it knows nothing, each ignored error is itself one."""
+        """mypy --strict finds the types; an unused `type: ignore` is an error."""
         package("mypy")
         program = self.folder / "program.py"
         program.write_text(PROGRAM)
@@ -97,7 +97,7 @@ class Wheel(unittest.TestCase):
         self.assertEqual((checked.stdout + checked.stderr).strip(), "Success: no issues found in 1 source file")
 
     def test_source_distribution(self) -> None:
-        """A wheel that is built from it is the same."""
+        """A wheel that is built from the source distribution is the same."""
         backend = "from hatchling.build import build_sdist; import sys; build_sdist(sys.argv[1])"
         subprocess.run(
             [sys.executable, "-c", backend, str(self.folder)],
@@ -122,12 +122,12 @@ class Wheel(unittest.TestCase):
                 self.assertEqual(client.read(), "Grüße")
                 client.close()
                 self.assertEqual(client.read_close(), (1000, ""))
-            if not IS_WINE:  # where it is killed
+            if not IS_WINE:  # under Wine, it is killed
                 self.assertEqual(server.stop(), 0)
 
 
 class Places(unittest.TestCase):
-    """Ways to start it; each has the page."""
+    """Ways to start the program; each finds the page."""
 
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -139,13 +139,13 @@ class Places(unittest.TestCase):
             shutil.copy(ROOT / name, self.copy)
 
     def check(self, *program: str | pathlib.Path) -> None:
-        """It starts, and has the page."""
+        """Check that the program starts and finds the page."""
         with Process(program=[str(part) for part in program]) as server:
             status, _, body = exchange(server.port, b"GET / HTTP/1.0\r\n\r\n")
             self.assertEqual((status, body), (200, (ROOT / "pywebsock.html").read_bytes()))
 
     def link(self, target: pathlib.Path) -> pathlib.Path:
-        """A link in another folder."""
+        """Make a link in another folder."""
         if IS_WINE:
             self.skipTest("Wine makes links, but does not follow them")
         link = self.folder / "pywebsock"
@@ -156,7 +156,7 @@ class Places(unittest.TestCase):
         return link
 
     def test_link(self) -> None:
-        """Into a folder of $PATH: ln -s /opt/pywebsock/pywebsock.py /usr/local/bin/pywebsock."""
+        """A link in a folder of $PATH: ln -s /opt/pywebsock/pywebsock.py /usr/local/bin/pywebsock."""
         self.check(sys.executable, self.link(self.copy / "pywebsock.py"))
 
     def test_module(self) -> None:
@@ -171,7 +171,7 @@ class Places(unittest.TestCase):
         self.check(sys.executable, archive)
 
     def test_link_to_a_zip(self) -> None:
-        """As a link to the file."""
+        """A link to the zip file."""
         archive = self.folder / "pywebsock.pyz"
         zipapp.create_archive(self.copy, archive, main="pywebsock:main")
         self.check(sys.executable, self.link(archive))

@@ -1,4 +1,4 @@
-"""The page in Chromium, Firefox and WebKitGTK: one room, in which nothing is lost and nothing comes twice."""
+"""The page in Chromium, Firefox and WebKitGTK: one room, without lost or doubled messages."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ OTHERS = CHAT.replace("self.broadcast(f", "self.broadcast(to=self.clients - {{cl
 
 
 class Nobody:
-    """No server: a port that nobody listens on."""
+    """No server: a port without a listener."""
 
     def __init__(self) -> None:
         self.port = free_port()
 
 
 class Unmarked:
-    """Another server: it sends the same to whoever comes, then every message back, and knows nothing of marks."""
+    """Another server, without marks: it sends the same messages to each new client, then each message back."""
 
     def __init__(self, *history: str) -> None:
         self._history = history
@@ -110,7 +110,7 @@ class Room(PageTestCase):
         self.tabs = [self.open(url) for url in (self.from_disk(self.server), f"http://localhost:{self.server.port}/")]
 
     def assert_everywhere(self, *texts: str) -> None:
-        """Each tab shows these messages in this order, and nothing else."""
+        """Check that each tab shows exactly these messages in this order."""
         for tab in self.tabs:
             tab.wait_for_messages(len(texts))
             self.assertEqual(tab.messages(), list(texts), tab.url)
@@ -124,8 +124,8 @@ class Room(PageTestCase):
             self.assertEqual(tab.messages(".mine"), [text], "its own, and only they, are marked")
             self.assertEqual(tab.outbox(), [])
 
-    def test_the_outbox_does_not_flash_up(self) -> None:
-        """An echo that comes at once needs no word about waiting for it."""
+    def test_the_outbox_does_not_flash(self) -> None:
+        """If the echo comes at once, the page does not show that it waits."""
         tab = self.tabs[0]
         tab.run("window.seen = 0; new MutationObserver(() => window.seen++).observe(outbox, { childList: true })")
         tab.send("hello")
@@ -155,10 +155,10 @@ class Room(PageTestCase):
 
 
 class History(PageTestCase):
-    """What a page knows already is recognised in a server's history."""
+    """A page finds the messages that it knows in a server's history."""
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
-        """These are sent while a tab has no connection; then it is back. The last must be a new one."""
+        """Send messages while a tab has no connection, and connect it again. The last one must be new."""
         tab.run("if (connection.socket) connection.drop('moved'); connection.retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:
@@ -193,7 +193,7 @@ class History(PageTestCase):
         self.assertIn("may be missing", tab.notes()[-1])
 
     def test_a_new_server_may_have_the_same_text(self) -> None:
-        """It is a new message, although what was known ended with it."""
+        """The history of a new server may start with the page's last text: that is a new message."""
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server))
         tab.send("hello?")
@@ -210,7 +210,7 @@ class History(PageTestCase):
         tab = self.open(self.from_disk(server))
         tab.send("first")
         tab.wait_for_messages(1)
-        # Deaf: they reach the server, but no echo reaches the page.
+        # Messages reach the server, but no echo reaches the page.
         tab.run("connection.socket.onmessage = null; submit('second'); submit('third')")
         with Client(server.port) as program:
             while program.read() != "third":
@@ -231,7 +231,7 @@ class History(PageTestCase):
         self.assertEqual(tab.messages(), ["", "", "end"])
 
     def test_a_server_that_marks_nothing(self) -> None:
-        """Everything is shown, twice rather than never, in its order, and soon."""
+        """Without marks, all messages are shown in order, twice rather than never."""
         with Unmarked("one", "two") as server:
             tab = self.open(self.from_disk(server))
             tab.wait_for_messages(2)
@@ -257,7 +257,7 @@ class History(PageTestCase):
             self.assertEqual(tab.messages(".mine"), ["mine"])
 
     def test_typed_offline(self) -> None:
-        """The server goes and comes again on its port: all that was typed meanwhile is everywhere, once."""
+        """The server restarts: all messages that were typed meanwhile are in all tabs, once."""
         server = self.serve("--history", "100")
         tabs = [self.open(self.from_disk(server)), self.open(f"http://localhost:{server.port}/")]
         tabs[0].send("before")
@@ -278,10 +278,10 @@ class History(PageTestCase):
 
 
 class Outbox(PageTestCase):
-    """What was typed is delivered, or still there."""
+    """A typed message is delivered, or still in the outbox."""
 
     def test_a_dead_connection_is_noticed(self) -> None:
-        """The message is kept, the header says so, and once the link is back it has arrived once."""
+        """The message is kept, the header shows the state, and after the cut the message arrives once."""
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server, self.hasty(PATIENCE=1500, OVERDUE=300)))
         tab.send("before")
@@ -303,7 +303,7 @@ class Outbox(PageTestCase):
         for event in (
             "dispatchEvent(new Event('online'))",
             "connection.tickedAt -= 600e3; connection.tick()",
-        ):  # or it slept
+        ):  # or the machine was suspended
             tab.run(f"window.old = connection.socket; {event}")
             tab.wait_for_state("connected")
             self.assertTrue(tab.run("return window.old !== connection.socket"))
@@ -312,7 +312,7 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.messages(".mine"), ["before", "after"])
 
     def test_too_big(self) -> None:
-        """One message is refused, and says so; those around it arrive, and the connection stays."""
+        """A message that is too big is refused with a note; others arrive, and the connection stays."""
         server = self.serve("--max-message", "1000")
         tab = self.open(self.from_disk(server))
         tab.send("before")
@@ -325,7 +325,7 @@ class Outbox(PageTestCase):
         self.assertTrue(tab.shows("#outbox .save"))
 
     def test_far_too_big(self) -> None:
-        """It is not all sent when the server closes."""
+        """The server closes before the whole message is sent."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.send("before")
@@ -336,7 +336,7 @@ class Outbox(PageTestCase):
         tab.wait_for_state("connected")
 
     def test_a_server_that_changes_what_it_passes_on(self) -> None:
-        """One's own are on one's own side, and delivered."""
+        """Messages that a server changes are on the user's side, and count as delivered."""
         program = [sys.executable, "-c", CHAT.format(root=str(ROOT))]
         server = Process(program=program)
         self.addCleanup(server.stop)
@@ -347,7 +347,7 @@ class Outbox(PageTestCase):
         self.assertEqual([each.rpartition(" ")[2] for each in tab.messages(".mine")], ["one", "two"])
         tab.send("three")
         tab.wait_for_messages(4)
-        for count in 5, 6:  # a welcome each time, which is in no history
+        for count in 5, 6:  # a welcome each time, not in the history
             tab.run("connection.drop('moved')")
             tab.wait_for_messages(count)
         self.assertEqual(len(tab.messages()), 6)
@@ -356,7 +356,7 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.outbox(), [])
 
     def test_a_server_that_echoes_nothing(self) -> None:
-        """Its connection is not cut; what it took stays in doubt."""
+        """Without echoes, the connection stays; sent messages stay in doubt."""
         server = Process(program=[sys.executable, "-c", OTHERS.format(root=str(ROOT))])
         self.addCleanup(server.stop)
         tab = self.open(self.from_disk(server))
@@ -369,7 +369,7 @@ class Outbox(PageTestCase):
             self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"] * count)
 
     def test_the_same_text_again(self) -> None:
-        """An echo is that of what has just been sent, not of what was lost: that stays in doubt."""
+        """An echo belongs to the last message, not to an equal lost one, which stays in doubt."""
         tab = self.open(self.from_disk(self.serve()))
         tab.run("connection.socket.onmessage = null; submit('ok'); connection.drop('moved'); connection.retryAt = 0")
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
@@ -379,8 +379,8 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.messages(".mine"), ["ok"])
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
 
-    def test_goodbye_without_an_echo(self) -> None:
-        """A server that says goodbye has passed on nothing that has not come back: it is sent again by itself."""
+    def test_close_without_an_echo(self) -> None:
+        """A server that closes with 1001 has broadcast all messages that it got, so the page sends the others again."""
         server = self.serve("--rate", "1")
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:
@@ -397,7 +397,7 @@ class Outbox(PageTestCase):
     def test_one_huge_text_does_not_take_the_others_along(self) -> None:
         tab = self.open(self.from_disk(Nobody()), state="offline")
         tab.run("submit('small'); submit('x'.repeat(12e6)); submit('other'); draft.value = 'a draft'")
-        # Driven browsers ask nobody before they leave.
+        # Browsers under a driver do not ask before they leave a page.
         tab.reload()
         tab.wait_for_state("offline")
         self.assertEqual(tab.outbox(), ["small", "other"])
@@ -418,10 +418,10 @@ in_each_engine(Room, History, Outbox)
 
 
 class Engines(PageTestCase):
-    """One room of different browsers."""
+    """One room with different browsers."""
 
     def test_typed_offline_in_each(self) -> None:
-        """Nothing that was typed while the server was away is lost, or comes twice, anywhere."""
+        """Messages that were typed while the server was away are neither lost nor doubled in any browser."""
         server = self.serve("--history", "100")
         tabs = [self.open(self.from_disk(server), engine) for engine in ENGINES]
         tabs[0].send("before")
@@ -440,7 +440,7 @@ class Engines(PageTestCase):
         self.assertEqual(len(orders), 1, "the same order for all")
 
     def test_cut_at_random(self) -> None:
-        """Cuts, reloads, a server that stands still: each message is everywhere, once, in one order."""
+        """After cuts, reloads and pauses of the server, each message is in all browsers, once, in one order."""
         server = self.serve("--history", "200")
         page = self.hasty(PATIENCE=1500)
         tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]

@@ -1,4 +1,4 @@
-"""The page as a few people use it: long drafts, slow links, files, times, links, names, servers that only send."""
+"""The page in use by a few people: long drafts, slow links, files, times, links, names, servers that only send."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tearDownModule() -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A black PNG of one bit a pixel, which is small however many pixels it has."""
+    """Return a black PNG with one bit a pixel, which is small even with many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
@@ -39,7 +39,7 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-# Files in the page that cannot be compressed, of so many bytes each.
+# Files in the page that do not compress, with this number of bytes each.
 RANDOM_FILES = """
     const fill = bytes => {
         for (let at = 0; at < bytes.length; at += 65536) crypto.getRandomValues(bytes.subarray(at, at + 65536));
@@ -50,22 +50,22 @@ RANDOM_FILES = """
 
 
 def last_note(tab: Tab) -> str:
-    """The page's own last line in the log; empty until it is painted."""
+    """Return the page's own last line in the log; empty until it is painted."""
     return "".join(tab.notes()[-1:])
 
 
 class SlowLink:
-    """A link to a server that passes a number of bytes a second in each direction, for all connections together."""
+    """A link to a server with a limited rate (bytes a second) in each direction, for all connections together."""
 
     def __init__(self, port: int, rate: int) -> None:
         self.rate = rate
         self._server = port
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # or the system takes megabytes at once
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # by default, it holds megabytes
         self.port = self._listener.getsockname()[1]
         self._end = threading.Event()
         self._cut = threading.Event()
-        self._next = {"up": 0.0, "down": 0.0}  # when the next piece may pass
+        self._next = {"up": 0.0, "down": 0.0}  # time at which the next piece may pass
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._accept)]
         self._sockets: list[socket.socket] = []
@@ -82,7 +82,7 @@ class SlowLink:
             each.close()
 
     def cut(self) -> None:
-        """From now on nothing passes, and nobody is told."""
+        """Cut the link: no more data passes, and no side sees an end."""
         self._cut.set()
 
     def _accept(self) -> None:
@@ -119,7 +119,7 @@ class SlowLink:
 
 
 class Draft(PageTestCase):
-    """Writing does not move what is read."""
+    """Writing a draft does not scroll the log."""
 
     def test_a_draft_of_several_lines_keeps_the_newest_message_in_view(self) -> None:
         server = self.serve()
@@ -158,10 +158,10 @@ class Draft(PageTestCase):
 
 
 class SlowLinks(PageTestCase):
-    """A connection on which something moves is alive."""
+    """A slow connection with progress counts as alive."""
 
     def test_a_line_behind_a_large_message(self) -> None:
-        """At 1 MB/s, 15 MB of somebody else come first."""
+        """At 1 MB/s, 15 MB of another client come before the text."""
         server = self.serve()
         with SlowLink(server.port, 1_000_000) as link:
             tab = self.open(self.from_disk(link))
@@ -195,7 +195,7 @@ class SlowLinks(PageTestCase):
             self.assertEqual(len(tab.notes()), 1)
 
     def wait_long(self, condition: typing.Callable[[], object], what: str) -> None:
-        """As `wait`, for what takes its time."""
+        """Do the same as `wait`, with a longer deadline."""
         eventually(condition, what, 80)
 
     def test_a_link_on_which_nothing_moves(self) -> None:
@@ -212,9 +212,9 @@ class SlowLinks(PageTestCase):
 
 
 class Uploads(PageTestCase):
-    """A file on its way."""
+    """Files that are being sent."""
 
-    @only_in("Chromium")  # Firefox counts a message that is partly sent as unsent
+    @only_in("Chromium")  # Firefox counts a partly sent message as unsent
     def test_progress(self) -> None:
         server = self.serve()
         with SlowLink(server.port, 1_000_000) as link:
@@ -226,7 +226,7 @@ class Uploads(PageTestCase):
                 states = tab.outbox_states()
                 percentages.update(re.findall(r"\d+ %", " ".join(states)))
                 if percentages and states:
-                    self.assertFalse(tab.shows("#outbox .remove"), "it cannot be recalled any more")
+                    self.assertFalse(tab.shows("#outbox .remove"), "the file cannot be removed any more")
                 return len(percentages) >= 3
 
             self.wait(look, "progress")
@@ -234,7 +234,7 @@ class Uploads(PageTestCase):
             self.assertEqual(tab.messages(".mine"), ["film 0.bin, 10,000,000 bytes"])
 
     def test_a_second_file_can_be_removed_while_the_first_is_sent(self) -> None:
-        """Nobody gets it."""
+        """No client gets the second file."""
         server = self.serve()
         with SlowLink(server.port, 1_500_000) as link, Client(server.port) as program:
             tab = self.open(self.from_disk(link))
@@ -252,10 +252,10 @@ class Uploads(PageTestCase):
 
 
 class Times(PageTestCase):
-    """What the page does not know it does not show."""
+    """The page shows only times that it knows."""
 
     def shown(self, tab: Tab) -> list[str]:
-        """For each message and line in the log, its time and text."""
+        """Return the time and text of each message and line in the log."""
         return list(tab.run("return Array.from(log.children, li => (li.querySelector('time') ? 'timed: ' : '') +"
                             "(li.querySelector('.text') ?? li).textContent)"))  # fmt: skip
 
@@ -306,7 +306,7 @@ class Times(PageTestCase):
 
 
 class Links(PageTestCase):
-    """Where a link ends, and how it reads."""
+    """The end of a link, and its text."""
 
     def test_where_a_link_ends(self) -> None:
         texts = {
@@ -356,7 +356,7 @@ class Links(PageTestCase):
 
 
 class Address(PageTestCase):
-    """What the header shows of the server."""
+    """The address of the server in the header."""
 
     def test_no_secrets(self) -> None:
         server = self.serve()
@@ -379,7 +379,7 @@ class Address(PageTestCase):
 
 
 class Pictures(PageTestCase):
-    """A few bytes may be many pixels."""
+    """Small files may have many pixels."""
 
     def test_a_picture_with_too_many_pixels_is_a_file(self) -> None:
         server = self.serve()
@@ -432,8 +432,8 @@ class ReadOnly(PageTestCase):
         self.assertEqual(tab.outbox_states(), ["not delivered: no swearing"])
 
 
-class Odds(PageTestCase):
-    """What strangers send, and small things in one's own hands."""
+class Details(PageTestCase):
+    """Unusual messages, and details of the page."""
 
     def test_combining_marks_stay_in_their_bubble(self) -> None:
         server = self.serve()
@@ -500,7 +500,7 @@ class Odds(PageTestCase):
     def test_stored_nonsense_does_no_harm(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
-        # A page that leaves stores its own state: so it has to be spoilt after that.
+        # A page stores its state when it is left, so the state is changed after that.
         spoil = "addEventListener('pagehide', () => sessionStorage.setItem(storageKey, arguments_0))"
         tail = '{"tail": [{"fingerprint": "string 11 0", "time": "never"}], "texts": [["x", "toString"]]}'
         several = '{"tail": [null], "texts": [null, [5], {}], "draft": {}}'
@@ -531,10 +531,10 @@ class Odds(PageTestCase):
 
 
 class Sides(PageTestCase):
-    """Whose message it is, without guessing."""
+    """A message is shown on the user's side only if that is certain."""
 
     def test_the_same_word_at_once(self) -> None:
-        """Nobody can tell which of the two is whose: neither is on a side."""
+        """Two equal words at the same time are on neither side."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:
@@ -548,8 +548,8 @@ class Sides(PageTestCase):
             self.assertEqual(tab.outbox(), [])
             self.assertEqual(tab.run("return document.querySelectorAll('#log .unsure').length"), 2)
 
-    def test_a_word_before_its_turn_is_somebody_elses(self) -> None:
-        """One's own come back in the order of sending."""
+    def test_a_word_out_of_order_is_another_clients(self) -> None:
+        """The user's messages come back in the order of sending, so an earlier equal word is of another client."""
         tab = self.open(self.from_disk(self.serve()))
         tab.run("""connection.socket.onmessage = null;
             submit('long'); submit('ok');
@@ -569,10 +569,10 @@ class Sides(PageTestCase):
 
 
 class Names(PageTestCase):
-    """Who says something."""
+    """The names of senders."""
 
     def senders(self, tab: Tab) -> list[str]:
-        """The names above the bubbles."""
+        """Return the names above the messages."""
         return list(tab.run("return Array.from(document.querySelectorAll('#log .sender'), e => e.textContent)"))
 
     def test_a_name_stands_above_where_the_speaker_changes(self) -> None:
@@ -643,7 +643,7 @@ class Files(PageTestCase):
         self.assertEqual(tab.messages(), ["a.pdf, 5 bytes"])
 
     def test_a_file_that_claims_another_kind(self) -> None:
-        """Names lose what would hide how they end."""
+        """File names lose characters that hide their extension."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:
@@ -664,7 +664,7 @@ class Files(PageTestCase):
 
 
 class Comfort(PageTestCase):
-    """Code, emoji, pictures, what is new, and paper."""
+    """Code, emoji, pictures, new messages, printing."""
 
     def test_code_keeps_its_columns(self) -> None:
         server = self.serve()
@@ -723,7 +723,7 @@ class Comfort(PageTestCase):
         tab.wait_for_messages(1)
 
     def test_new_since_you_left(self) -> None:
-        """A line, the number in the title, and a sign in the tab's icon."""
+        """New messages have a line above them, a number in the title, and a sign in the tab's icon."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         hide = """Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });
@@ -750,7 +750,7 @@ class Comfort(PageTestCase):
             tab.wait_for_messages(4)
             self.assertEqual(tab.run(lines), ["seen", "a", "b", "New since you left", "c"])
 
-    @only_in("Chromium")  # which can be told to be paper
+    @only_in("Chromium")  # only it has an emulated printer
     def test_print(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
@@ -766,9 +766,9 @@ class Comfort(PageTestCase):
 
 
 class Touch(PageTestCase):
-    """Fingers, and large text on small screens."""
+    """Touch, and large text on small screens."""
 
-    @only_in("Chromium")  # which can be told to be a phone
+    @only_in("Chromium")  # only it has an emulated phone
     def test_targets_are_large_enough(self) -> None:
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server))
@@ -789,8 +789,8 @@ class Touch(PageTestCase):
             self.assertGreaterEqual(height, 44, label)
 
     @only_in("Chromium")
-    def test_something_of_the_log_remains(self) -> None:
-        """With text of 200 % on 320 pixels."""
+    def test_the_log_stays_visible(self) -> None:
+        """With text of 200 % on 320 pixels, a part of the log is visible."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.command("Emulation.setDeviceMetricsOverride", width=320, height=568, deviceScaleFactor=1, mobile=True)
@@ -806,7 +806,7 @@ class Touch(PageTestCase):
 
 in_each_engine(
     Draft, SlowLinks, Uploads, Times, Links, Address, Pictures, ReadOnly,
-    Odds, Sides, Names, Files, Comfort, Touch,
+    Details, Sides, Names, Files, Comfort, Touch,
 )  # fmt: skip
 
 
@@ -814,7 +814,7 @@ class Policy(unittest.TestCase):
     """The Content-Security-Policy of the page."""
 
     def test_the_hashes_are_current(self) -> None:
-        """`python -m tests.tools.browser` brings them up to date."""
+        """`python -m tests.tools.browser` updates the hashes."""
         page = (ROOT / "pywebsock.html").read_text("utf-8")
         self.assertEqual(page, seal(page))
         self.assertNotIn("unsafe-inline", page)

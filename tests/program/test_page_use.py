@@ -1,4 +1,4 @@
-"""The page as it is used, in Chromium, Firefox and WebKitGTK: reading, files, links, settings, and for everybody."""
+"""The use of the page in Chromium, Firefox and WebKitGTK: reading, files, links, settings, accessibility."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tearDownModule() -> None:
 
 
 def picture(width: int = 60, height: int = 40) -> bytes:
-    """A PNG."""
+    """Return a PNG."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
@@ -46,7 +46,7 @@ def picture(width: int = 60, height: int = 40) -> bytes:
 
 @contextlib.contextmanager
 def pouring(port: int, rate: int = 100) -> typing.Iterator[None]:
-    """Messages that come from a program, so many a second."""
+    """Let a program send messages at this rate in the block."""
     end = threading.Event()
 
     def pour() -> None:
@@ -70,7 +70,7 @@ class Reading(PageTestCase):
     """The log stays where the reader is."""
 
     def fill(self, tab: Tab, server: Process, count: int) -> None:
-        """So many short messages."""
+        """Send this number of short messages."""
         with Client(server.port) as program:
             for number in range(count):
                 program.send(f"old {number}")
@@ -79,17 +79,17 @@ class Reading(PageTestCase):
         tab.wait_for_messages(count)
 
     def below(self, tab: Tab) -> int:
-        """Pixels from the reader's place to the bottom."""
+        """Return the distance from the reader's place to the bottom (pixels)."""
         return int(tab.run("return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"))
 
     def stands(self, tab: Tab) -> bool:
-        """Whether the log is not just being scrolled."""
+        """Return whether the log is not scrolling."""
         top = tab.run("return scroller.scrollTop")
-        time.sleep(0.2)  # twice the pause between the steps of any engine
+        time.sleep(0.2)  # twice the interval of the steps of any engine
         return bool(tab.run("return scroller.scrollTop") == top)
 
     def at_the_top(self) -> tuple[Tab, int]:
-        """A page with a long log whose reader has scrolled up, and the port of its server."""
+        """Return a page with a long log that is scrolled up, and the port of its server."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         self.fill(tab, server, 100)
@@ -107,7 +107,7 @@ class Reading(PageTestCase):
             self.wait(lambda: not tab.shows("#jump"), "the button has gone")
             self.assertLess(self.below(tab), 8)
 
-    def test_scrolling_up_while_messages_pour_in(self) -> None:
+    def test_scrolling_up_while_messages_arrive(self) -> None:
         """Three notches of the wheel, or a few keys, are enough."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
@@ -130,8 +130,8 @@ class Reading(PageTestCase):
             self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
             self.assertLess(abs(tab.run("return scroller.scrollTop") - top), 150)
 
-    def test_the_button_is_pressed_for_a_moment_while_messages_pour_in(self) -> None:
-        """As by a hand: its text changes before it is released."""
+    def test_slow_click_while_messages_arrive(self) -> None:
+        """The text of the button changes before it is released."""
         tab, port = self.at_the_top()
         with pouring(port):
             self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
@@ -210,7 +210,7 @@ class Sharing(PageTestCase):
         self.assertEqual(other.run("return document.querySelectorAll('#log .mine').length"), 0)
 
     def test_files_arrive_as_they_are(self) -> None:
-        """Each is a text with its name, then a binary message; a file that only claims to be a picture stays a file."""
+        """Each file is a text with its name, then a binary message; a file that is no picture is not shown as one."""
         contents = [b"%PDF-1.7 ...", b"\x89PNG\r\n no picture", bytes(range(256)) * 300, b""]
         with Client(self.server.port) as program:
             for number, content in enumerate(contents):
@@ -237,7 +237,7 @@ class Sharing(PageTestCase):
         self.assertEqual(self.tab.messages(".mine"), ["first", "some.zip, 4 bytes", "last"])
 
     def test_links(self) -> None:
-        """http and https alone; the text around them stays as it is."""
+        """Only http and https become links; the text around them is not changed."""
         text = "see (https://example.com/a_(b)?x=1&y=2). javascript:alert(1) HTTP://X.org, ftp://x file:///etc http://"
         with Client(self.server.port) as program:
             program.send(text)
@@ -263,7 +263,7 @@ class Settings(PageTestCase):
     """A name, and another server."""
 
     def apply(self, tab: Tab, field: str, text: str) -> None:
-        """Type something into a field of the settings."""
+        """Type a value into a field of the settings."""
         tab.click("#settings summary")
         tab.run(f"document.querySelector('{field}').value = ''")
         tab.find(field).send_keys(text)
@@ -295,7 +295,7 @@ class Settings(PageTestCase):
 
 
 class Elsewhere(socketserver.BaseRequestHandler):
-    """A web server that knows no WebSocket."""
+    """A web server without WebSockets."""
 
     def handle(self) -> None:
         self.request.recv(65536)
@@ -306,10 +306,10 @@ class Elsewhere(socketserver.BaseRequestHandler):
 
 
 class Explanations(PageTestCase):
-    """Why there is no connection, in words on the page."""
+    """The page explains why there is no connection."""
 
     def why(self, url: str) -> str:
-        """What the page says once it has tried."""
+        """Return the page's explanation after it has tried to connect."""
         tab = self.open(url, state="offline")
         self.wait(lambda: tab.run("return why.textContent"), "an explanation")
         self.assertTrue(tab.shows("#why"))
@@ -322,9 +322,9 @@ class Explanations(PageTestCase):
             self.why(self.from_disk(server)), r"The server says: 403 .*origin \S+ may not connect \(--origin"
         )
 
-    @only_in("Chromium", "Firefox")  # WebKit does not resolve it
-    def test_a_page_that_came_by_another_name(self) -> None:
-        """The server serves it, and refuses its WebSocket, as the name could have been made to point there."""
+    @only_in("Chromium", "Firefox")  # WebKit does not resolve the name
+    def test_page_of_another_name(self) -> None:
+        """The server serves the page, and refuses its WebSocket, since the name may be DNS rebinding."""
         server = self.serve()
         name = "localhost."  # any name but localhost
         said = self.why(f"http://{name}:{server.port}/")
@@ -361,7 +361,7 @@ class Explanations(PageTestCase):
 
 
 class Accessibility(PageTestCase):
-    """For everybody: axe-core finds nothing, and what it cannot see."""
+    """Accessibility: axe-core finds no fault; and checks that axe-core does not have."""
 
     def setUp(self) -> None:
         script = NODE_MODULES / "axe-core" / "axe.min.js"
@@ -369,7 +369,7 @@ class Accessibility(PageTestCase):
         self.axe = script.read_text("utf-8")
 
     def assert_accessible(self, tab: Tab, state: str) -> None:
-        """axe-core finds no violation of WCAG 2.2 A and AA, nor of its best practices."""
+        """Check that axe-core finds no violation of WCAG 2.2 A and AA, or of its best practices."""
         tab.run(self.axe)
         tab.run("window.found = null; axe.run({ resultTypes: ['violations'] }).then(r => window.found ="
                 "r.violations.map(v => v.id + ': ' + v.nodes.map(n => n.html).join(' ')),"
@@ -378,7 +378,7 @@ class Accessibility(PageTestCase):
         self.assertEqual(tab.run("return window.found"), [], state)
 
     def in_states(self, tab: Tab, server: Process) -> None:
-        """Look at the page empty, in use, with its settings open, and offline with something in the outbox."""
+        """Check the page empty, in use, with open settings, and offline with a message in the outbox."""
         self.assert_accessible(tab, "empty")
         tab.send("mine, with http://example.com/")
         tab.wait_for_messages(1)
@@ -398,7 +398,7 @@ class Accessibility(PageTestCase):
         server = self.serve()
         self.in_states(self.open(self.from_disk(server)), server)
 
-    @only_in("Chromium")  # which can be told to be dark
+    @only_in("Chromium")  # only it has an emulated dark theme
     def test_axe_in_the_dark(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
@@ -419,7 +419,7 @@ class Accessibility(PageTestCase):
         self.assertTrue(whole[1].startswith("theirs"), whole)
 
     def test_the_focus_is_not_lost(self) -> None:
-        """Buttons that vanish hand it on; on a phone to where no keyboard opens."""
+        """The focus moves on from a button that vanishes; on a phone, not to the text field, which opens a keyboard."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         focus = "return document.activeElement.id"
@@ -436,7 +436,7 @@ class Accessibility(PageTestCase):
             self.assertEqual(tab.run(focus), expected)
 
     def test_shapes_survive_forced_colours(self) -> None:
-        """There, backgrounds go and borders, transparent ones too, are drawn."""
+        """In forced colours, there are no backgrounds, but borders, also transparent ones."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.send("mine")
@@ -451,7 +451,7 @@ in_each_engine(Reading, Sharing, Settings, Explanations, Accessibility)
 
 
 class Chrome92:
-    """The oldest Chromium that the page is for, which an npm package has; driven by the DevTools protocol."""
+    """The oldest supported Chromium, from a package of npm, driven by the DevTools protocol."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         packed = NODE_MODULES / "chrome-aws-lambda" / "bin" / "chromium.br"
@@ -485,7 +485,7 @@ class Chrome92:
         self.complaints: list[str] = []
 
     def command(self, method: str, **parameters: typing.Any) -> typing.Any:
-        """A command, and its result; what the page complains of meanwhile is kept."""
+        """Run a command, and return its result; keep the errors of the page."""
         self._id += 1
         self._client.send(json.dumps({"id": self._id, "method": method, "params": parameters}))
         while True:
@@ -496,12 +496,12 @@ class Chrome92:
                 self.complaints.append(str(answer))
 
     def run(self, expression: str) -> typing.Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         return self.command("Runtime.evaluate", expression=expression)["result"].get("value")
 
 
 class Floor(unittest.TestCase):
-    """Browsers from Chrome 92, Firefox 90 and Safari 15.4 on."""
+    """The oldest supported browsers: Chrome 92, Firefox 90, Safari 15.4."""
 
     def test_in_chrome_92(self) -> None:
         with contextlib.ExitStack() as stack:
@@ -526,7 +526,7 @@ class Floor(unittest.TestCase):
             self.assertEqual(browser.complaints, [])
 
     def test_nothing_newer_is_used(self) -> None:
-        """Where there is no such browser to try, at least none of what it would fail at."""
+        """The page uses no feature that these browsers lack."""
         page = (ROOT / "pywebsock.html").read_text("utf-8")
         newer = (
             r"light-dark\(", r"color-mix\(", r":has\(", r"@container", r"@layer", r"\boklch\(", r"\btext-wrap: pretty",
@@ -538,7 +538,7 @@ class Floor(unittest.TestCase):
         )  # fmt: skip
         for pattern in newer:
             self.assertIsNone(re.search(pattern, page, re.MULTILINE), pattern)
-        for line in page.splitlines():  # with a way out: the older unit stands before it
+        for line in page.splitlines():  # with the older unit before it
             if "dvh" in line:
                 self.assertRegex(line, r"height: \S*100vh[^;]*; height: \S*100dvh")
 

@@ -1,4 +1,4 @@
-"""Programs and libraries that people POST with."""
+"""Popular programs and libraries for POST."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MESSAGE = "".join(PIECES)
 
 
 class Posts(unittest.TestCase):
-    """What arrives of a POST."""
+    """The messages of POSTs."""
 
     def setUp(self) -> None:
         server = Process()
@@ -29,7 +29,7 @@ class Posts(unittest.TestCase):
         self.addCleanup(self.client.__exit__)
 
     def run_program(self, name: str, *arguments: str, data: bytes = b"") -> None:
-        """Run a program; with an error where it fails."""
+        """Run a program, which must exit with 0."""
         program = shutil.which(name)
         require(program, name)
         command = [str(program), *arguments]
@@ -51,7 +51,7 @@ class Compressed(Posts):
                 self.assertEqual(self.client.read(), MESSAGE)
 
     def test_aiohttp(self) -> None:
-        """Which sends in chunks what it compresses."""
+        """aiohttp sends compressed data in chunks."""
         aiohttp = package("aiohttp")
 
         async def post() -> int:
@@ -64,10 +64,10 @@ class Compressed(Posts):
 
 
 class InChunks(Posts):
-    """Bodies whose length is not known when they begin (RFC 9112 7.1)."""
+    """Bodies whose length is not known at the beginning (RFC 9112 7.1)."""
 
     def encoded(self) -> typing.Iterator[bytes]:
-        """The pieces of the message."""
+        """Yield the pieces of the message."""
         for piece in PIECES:
             yield piece.encode()
 
@@ -86,7 +86,7 @@ class InChunks(Posts):
         chunked = ["--header", "Transfer-Encoding: chunked", "--data-binary", "@-"]
         self.run_program("curl", "--silent", "--fail", *chunked, self.url, data=MESSAGE.encode())
         self.assertEqual(self.client.read(), MESSAGE)
-        self.run_program("curl", "--silent", "--fail", *chunked, self.url, data=bytes(100_000))  # asks for a 100
+        self.run_program("curl", "--silent", "--fail", *chunked, self.url, data=bytes(100_000))  # expects a 100
         self.assertEqual(self.client.read(), "\0" * 100_000)
 
     def test_node_http(self) -> None:
@@ -115,13 +115,13 @@ class InChunks(Posts):
         self.assertEqual(self.client.read(), MESSAGE)
 
     def test_java(self) -> None:
-        """Whose client offers HTTP/2 with Upgrade: h2c, too, and asks for a 100."""
+        """Java's client also offers HTTP/2 with Upgrade: h2c, and expects a 100."""
         self.run_program("java", str(ROOT / "tests/tools/interop/PostClient.java"), self.url, "from Java")
         self.assertEqual(self.client.read(), "from Java")
 
 
 class Browser(unittest.TestCase):
-    """The page of another origin, which the browser lets send and read only what the server allows (Fetch)."""
+    """A page of another origin; the browser lets it send and read only as the server allows (Fetch)."""
 
     SCRIPT = """
         const [url, kind, credentials, done] = arguments;
@@ -131,11 +131,11 @@ class Browser(unittest.TestCase):
     """
 
     def post(self, driver: typing.Any, server: Process, kind: str, credentials: str) -> str:
-        """What the page gets to read."""
+        """Return the response that the page can read."""
         return str(driver.execute_async_script(self.SCRIPT, f"http://localhost:{server.port}/", kind, credentials))
 
     def test_chromium(self) -> None:
-        pages = Process()  # its page has another origin: another port
+        pages = Process()  # the page has another origin: another port
         self.addCleanup(pages.stop)
         origin = f"http://localhost:{pages.port}"
         allowing, refusing = Process("--origin", origin), Process()

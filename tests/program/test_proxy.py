@@ -164,7 +164,7 @@ class Proxy(unittest.TestCase):
 
 
 def answers(port: int) -> bool:
-    """Whether a connection to a port of this machine is accepted."""
+    """Return whether a port of this machine accepts connections."""
     try:
         Client(port, handshake=False).socket.close()
     except OSError:

@@ -1,4 +1,4 @@
-"""Many machines: a Redis that changes its mind, its master or its past, under load. Nothing is lost or comes twice."""
+"""Many machines: a Redis whose state, master or data changes under load. No message is lost or doubled."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from tests.tools.support import DEADLINE, Client, Process, Recorder, eventually,
 
 
 class Relay:
-    """Stands between servers and a Redis that can be replaced by another: passes on what comes, cut or slow.
+    """A proxy between servers and a Redis, which can be replaced by another; it passes data on whole or slowly.
 
-    - port: where it listens
-    - target: the port of the Redis for connections from now on
-    - piece: how many bytes it passes on at once, each after a delay
+    - port: the port of the proxy
+    - target: the port of the Redis for new connections
+    - piece: number of bytes to pass on at once, each after a delay
     """
 
     def __init__(self, target: int, piece: int = 1 << 16, delay: float = 0.0) -> None:
@@ -77,11 +77,11 @@ class Relay:
                 each.shutdown(socket.SHUT_RDWR)
 
     def cut(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         self._end(*self._sockets[1:])
 
     def close(self) -> None:
-        """End everything."""
+        """Close all connections and the listener."""
         self._end(*self._sockets)
         for thread in self._threads:
             thread.join(DEADLINE)
@@ -90,13 +90,13 @@ class Relay:
 
 
 class Direct(Recorder):
-    """Has no hook for messages: the loop takes them."""
+    """A server without hooks for messages."""
 
     on_message = pywebsock.BroadcastServer.on_message
 
 
 class AttackTest(RedisTestCase):
-    """What each test does to its own Redis."""
+    """Each test has its own Redis."""
 
     shared = False
 
@@ -106,7 +106,7 @@ class AttackTest(RedisTestCase):
         super().setUp()
 
     def load(self, servers: typing.Sequence[Process], count: int = 600) -> tuple[list[Client], list[list[Message]]]:
-        """A client of each server, which sends for a while."""
+        """Let a client of each server send for a while."""
         clients = [self.client(server) for server in servers]
         sent = [numbered(who, count) for who in range(len(clients))]
         for pair in zip(clients, sent):
@@ -114,7 +114,7 @@ class AttackTest(RedisTestCase):
         return clients, sent
 
     def check_states(self, refuse: typing.Sequence[str | int], accept: typing.Sequence[str | int]) -> None:
-        """Redis accepts nothing for a moment, again and again, and then goes on."""
+        """Redis refuses commands for a moment, again and again, and then goes on."""
         servers = [self.process("--quiet") for _ in range(2)]
         clients = [self.client(server) for server in servers]
         sent = [numbered(who, 20_000) for who in range(len(clients))]
@@ -137,7 +137,7 @@ class AttackTest(RedisTestCase):
         self.check_states(("CONFIG", "SET", option, 1), ("CONFIG", "SET", option, 0))
 
     def test_a_user_that_may_not_trim(self) -> None:
-        """The stream is bounded all the same: what adds an entry trims it, too."""
+        """Without +xtrim, the stream is bounded, since XADD trims it, too."""
         self.redis.call("ACL", "SETUSER", "room", "on", ">pass", "~*", "+@all", "-xtrim")
         server = self.process("--quiet", url=self.url.replace("redis://", "redis://room:pass@"))
         client = self.client(server)
@@ -149,7 +149,7 @@ class AttackTest(RedisTestCase):
         self.assertEqual(server.log(), "")
 
     def test_out_of_memory_for_a_moment(self) -> None:
-        """By somebody else's data; afterwards the stream keeps as much as before for those who are slow."""
+        """Redis is out of memory because of other data; afterwards, the stream keeps as many entries as before."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         near, far = map(self.client, servers)
         say(near, [*(f"{i}" * 1000 for i in range(100)), "first"])
@@ -171,8 +171,8 @@ class AttackTest(RedisTestCase):
         self.assertEqual(heard, [f"{number:05}" for number in range(300)])
         self.assertNotIn("missed", servers[1].log())
 
-    def test_one_message_after_another_past(self) -> None:
-        """The stream is deleted, and what comes then has a smaller id. There are as many entries as before."""
+    def test_stream_with_other_ids(self) -> None:
+        """The stream is deleted, and new entries have smaller ids; their number is as before."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         clients = [self.client(server) for server in servers]
         self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
@@ -185,7 +185,7 @@ class AttackTest(RedisTestCase):
         eventually(lambda: "Redis has lost" in servers[0].log())
 
     def test_deleted_between_two_messages(self) -> None:
-        """Nothing is missed, even where the next entry has the id of the one before, in the same millisecond."""
+        """No message is missed, even if the next entry has the id of the last one, in the same millisecond."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         clients = [self.client(server) for server in servers]
         for number in range(3):
@@ -200,7 +200,7 @@ class AttackTest(RedisTestCase):
             self.assertNotRegex(server.log(), "missed|away")
 
     def test_sigterm_under_load(self) -> None:
-        """Its clients go on sending. That is no reason to wait, nor does it mean that Redis lost something."""
+        """Clients go on sending; the server neither waits for them, nor logs that Redis has lost messages."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         near, far = map(self.client, servers)
 
@@ -220,7 +220,7 @@ class AttackTest(RedisTestCase):
         self.assertNotIn("have not come back", servers[0].log())
 
     def test_failover_to_a_replica_that_is_behind(self) -> None:
-        """All servers go on in one order, and nothing comes twice; what is lost is only what was on its way."""
+        """All servers go on in one order, without doubled messages; only messages on their way are lost."""
         replica = Redis("--appendonly", "no")
         self.addCleanup(replica.close)
         replica.call("REPLICAOF", "127.0.0.1", self.redis.port)
@@ -234,7 +234,7 @@ class AttackTest(RedisTestCase):
         for client in clients:
             self.assertEqual(client.read(), "first")
         eventually(lambda: replica.call("XLEN", self.stream) >= 1)
-        replica.call("REPLICAOF", "NO", "ONE")  # it stays behind
+        replica.call("REPLICAOF", "NO", "ONE")  # the replica stays behind
         sent = [numbered(who, 300) for who in range(2)]
         for pair in zip(clients, sent):
             say(*pair)
@@ -249,7 +249,7 @@ class AttackTest(RedisTestCase):
         self.assert_order(clients, sent)
 
     def test_failover_in_the_middle(self) -> None:
-        """While everybody sends: the order is one, nothing comes twice, and each server has all that it sent."""
+        """A failover while all clients send: one order, no doubled messages, and each server has its own messages."""
         replica = Redis("--appendonly", "no")
         self.addCleanup(replica.close)
         replica.call("REPLICAOF", "127.0.0.1", self.redis.port)
@@ -282,7 +282,7 @@ class AttackTest(RedisTestCase):
         self.assertEqual(lost, [0, 0, 0])
 
     def test_byte_by_byte(self) -> None:
-        """A slow network is no dead one."""
+        """A slow network does not count as a lost one."""
         relay = Relay(self.redis.port, 1, 0.0005)
         self.addCleanup(relay.close)
         with unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 1.0):
@@ -331,7 +331,7 @@ class AttackTest(RedisTestCase):
         self.assertEqual(server.log().count("\n"), 2)
 
     def test_eviction(self) -> None:
-        """Redis deletes the whole stream when it needs memory: the sender's server has all, and the others go on."""
+        """Redis deletes the whole stream when it needs memory: the sender's server has all messages, others go on."""
         used = int(re.findall(rb"\r\nused_memory:([0-9]+)", self.redis.call("INFO", "memory"))[0])
         self.redis.call("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         self.redis.call("CONFIG", "SET", "maxmemory", used + 20_000_000)
@@ -360,8 +360,8 @@ class AttackTest(RedisTestCase):
         for server in servers:
             self.assertEqual(server.log(), "")
 
-    def test_many_who_wait(self) -> None:
-        """A thousand senders that are held back are no burden while they wait, and then all of them go on."""
+    def test_many_waiting_senders(self) -> None:
+        """A thousand waiting senders use no CPU, and go on afterwards."""
         server = self.serve(Direct, redis=self.url)
         small_buffers(server)
         listener = self.client(server)
@@ -381,7 +381,7 @@ class AttackTest(RedisTestCase):
 
 
 def number_of(message: Message) -> int:
-    """The number that a message is."""
+    """Return the number in a message."""
     assert isinstance(message, bytes)
     return int.from_bytes(message, "big")
 

@@ -1,4 +1,4 @@
-"""What may go wrong between servers and a Redis. Each test starts a redis-server of its own, or something else."""
+"""Failures between servers and a Redis. Each test starts its own redis-server, or another server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.tools.support import (
 
 @contextlib.contextmanager
 def answering(*answers: bytes) -> typing.Iterator[int]:
-    """A TCP server that gives these answers, and the last one again and again, or none at all: its port."""
+    """Run a TCP server with these answers, the last one again and again, or without any; yield its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(DEADLINE)
     kept = []
@@ -97,7 +97,7 @@ class NotRedisTest(ServerTestCase):
             )
 
     def test_a_silent_server(self) -> None:
-        """It may be a Redis that has stopped for a while."""
+        """A silent server may be a paused Redis."""
         with answering() as port, unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 0.1):
             with self.assertLogs("pywebsock", "WARNING") as logs:
                 self.serve(redis=f"redis://localhost:{port}")
@@ -105,7 +105,7 @@ class NotRedisTest(ServerTestCase):
             self.assertIn("Redis is away, senders wait: timed out", logs.output[0])
 
     def check_refused(self, port: int, why: str) -> None:
-        """A server does not start, and says why."""
+        """Check that a server does not start, and prints this reason."""
         with self.assertRaisesRegex(pywebsock.RedisError, f"^Redis at localhost:{port}: {why}"):
             self.serve(redis=f"redis://localhost:{port}")
 
@@ -119,11 +119,11 @@ class NotRedisTest(ServerTestCase):
             self.serve(redis="redis://nobody.invalid")
 
     def test_nobody_there(self) -> None:
-        """The server starts and waits, senders are held back in bounded memory, and it ends in time."""
+        """Without a Redis, the server starts, senders wait in bounded memory, and it ends in time."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             server = self.serve(redis=f"redis://127.0.0.1:{free_port()}", close_timeout=0.2)
             self.connect(server)
-            sent = fill(server.server_address[1], b"\x81\x80\0\0\0\0" * 100_000)  # empty messages: they count, too
+            sent = fill(server.server_address[1], b"\x81\x80\0\0\0\0" * 100_000)  # empty messages count, too
             self.assertLess(sent, 5_000_000)
             assert server._link
             self.assertLess(server._link._cost, 2 * pywebsock.QUEUE_SIZE)
@@ -136,9 +136,9 @@ class NotRedisTest(ServerTestCase):
 
 
 class FaultTest(RedisTestCase):
-    """Nothing lost, nothing twice."""
+    """After each fault, no message is lost or doubled."""
 
-    shared = False  # each test's own, as it comes to harm
+    shared = False  # each test has its own
 
     def setUp(self) -> None:
         self.redis = Redis()
@@ -153,19 +153,19 @@ class FaultTest(RedisTestCase):
         for server in servers:
             eventually(lambda server=server: "Redis is away, senders wait: " in server.log())  # type: ignore[misc]
         self.redis.start()
-        self.assertEqual(one.read(), "early")  # its own server writes after it has found its place
+        self.assertEqual(one.read(), "early")  # the client's server writes after it has found its place
         for server in servers:
             eventually(lambda server=server: "Redis is back" in server.log())  # type: ignore[misc]
         sent = [numbered("one", 20)]
         say(one, sent[0])
         self.assertEqual([one.read() for _ in range(20)], sent[0])
-        heard = two.read()  # "early" only where its server was there first
+        heard = two.read()  # "early" only if the server was the first one
         self.assertIn(heard, ("early", "one: 0"))
         for server in servers:
             self.assertEqual(quiet_lines(self.stop(server)), ["away", "back"])
 
     def test_redis_is_restarted(self) -> None:
-        """Three times, in the middle of things, once by kill -9 and once in peace."""
+        """Redis is restarted three times under load, by SIGKILL, too, and once while it is idle."""
         servers = [self.process("--quiet"), self.process("--quiet")]
         clients = [self.client(server) for server in servers]
         sent = [numbered(who, 3000) for who in range(2)]
@@ -190,7 +190,7 @@ class FaultTest(RedisTestCase):
             self.assertEqual(quiet_lines(self.stop(server)), ["away", "back"] * 3)
 
     def test_idle_servers_notice_once(self) -> None:
-        """A writer finds out only when it has something to write; that is no second absence."""
+        """An idle writer notices a restart at its next message; that is logged only once."""
         server = self.process("--quiet")
         client = self.client(server)
         say(client, ["before"])
@@ -204,7 +204,7 @@ class FaultTest(RedisTestCase):
         self.assertEqual(quiet_lines(self.stop(server)), ["away", "back"])
 
     def test_the_connection_is_cut(self) -> None:
-        """At places all over an entry or the stream, or before the answer: it is tried again, unnoticed."""
+        """The connection is cut within an entry or the stream, or before the reply; the server tries again."""
         proxy = Proxy(self.redis.port)
         self.addCleanup(proxy.close)
         with self.assertLogs("pywebsock", "WARNING") as logs:
@@ -219,11 +219,11 @@ class FaultTest(RedisTestCase):
                 for client in clients:
                     self.assertEqual([client.read() for _ in messages], messages, cut)
                 self.assertEqual(proxy.cuts, [])
-                say(clients[0], [f"after {cut}"])  # and it has recovered from this one
+                say(clients[0], [f"after {cut}"])  # after recovering from this cut
                 self.assertEqual([client.read() for client in clients], [f"after {cut}"] * 2)
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
-        self.assertGreaterEqual(len(self.names()), 4 * count // 3)  # some may be there twice
+        self.assertGreaterEqual(len(self.names()), 4 * count // 3)  # some may be in the stream twice
 
     def test_a_server_is_killed(self) -> None:
         servers = [self.process(), self.process(), self.process()]
@@ -275,7 +275,7 @@ class FaultTest(RedisTestCase):
             self.assertNotIn("Redis", self.stop(server))
 
     def test_redis_hangs(self) -> None:
-        """No answer in time is like a lost connection; what was on its way may be written twice."""
+        """A missing reply counts as a lost connection; messages on their way may be written twice."""
         with unittest.mock.patch.multiple(pywebsock, ANSWER_TIME=0.3, LISTEN_TIME=0.1):
             with self.assertLogs("pywebsock", "WARNING") as logs:
                 one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
@@ -296,9 +296,9 @@ class FaultTest(RedisTestCase):
         self.assertEqual((near.read(), far.read()), ("first", "first"))
         eventually(lambda: b"\r\nblocked_clients:2\r\n" in self.redis.call("INFO", "clients"))
         with paused(servers[1].pid):
-            say(near, ["second"])  # which both have asked for
+            say(near, ["second"])  # both have asked for it
             self.assertEqual(near.read(), "second")
-            for message in numbered("m", 100):  # an entry each
+            for message in numbered("m", 100):  # one entry each
                 near.send(message)
                 self.assertEqual(near.read(), message)
             self.redis.call("XTRIM", self.stream, "MAXLEN", 30)
@@ -307,7 +307,7 @@ class FaultTest(RedisTestCase):
         self.assertEqual(servers[0].log(), "")
 
     def test_what_is_written_vanishes_before_it_is_read(self) -> None:
-        """It is written again as soon as that can be seen: not only when nothing else can have happened to it."""
+        """An entry that vanishes before it is read is written again, as soon as that is certain."""
         call, gate = pywebsock.RedisConnection.call, threading.Event()
 
         def late(connection: pywebsock.RedisConnection, *words: str | bytes | int) -> object:
@@ -345,7 +345,7 @@ class FaultTest(RedisTestCase):
             self.assertEqual((one.read(), two.read()), ("after", "after"))
 
     def test_the_clock_of_redis_went_back(self) -> None:
-        """New entries have smaller ids than those that were lost."""
+        """The clock of Redis was set back: new entries have smaller ids than the lost ones."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
             self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
@@ -360,7 +360,7 @@ class FaultTest(RedisTestCase):
             eventually(lambda: str(logs.output).count("Redis has lost the end of the stream") == 1)
 
     def test_senders_are_held_back(self) -> None:
-        """While Redis is away memory stays bounded, and nothing is lost afterwards."""
+        """While Redis is away, memory stays bounded, and no message is lost afterwards."""
         server = self.process("--quiet", "--max-backlog", "100M")
         sender, listener = self.client(server), self.client(server)
         self.redis.kill()
@@ -389,7 +389,7 @@ class FaultTest(RedisTestCase):
         servers = [self.process(), self.process()]
         clients = [self.client(server) for server in servers]
         clients[0].send_raw(b"".join(map(frame_of, numbered("m", 2000))))
-        self.assertEqual(clients[0].read(), "m: 0")  # all of them came in one or two pieces
+        self.assertEqual(clients[0].read(), "m: 0")  # all arrived in one or two pieces
         status, _, body = exchange(servers[0].port, b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n")
         self.assertEqual(status, 200, body)
         servers[0].send_signal(signal.SIGTERM)

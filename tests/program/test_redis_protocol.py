@@ -1,4 +1,4 @@
-"""What is said to Redis and what it answers; without one."""
+"""Commands and replies of Redis, without a Redis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pywebsock
 
 
 class Pieces(io.RawIOBase):
-    """A connection on which bytes come in these pieces, and then its end."""
+    """A connection on which bytes arrive in these pieces, and then its end."""
 
     def __init__(self, pieces: typing.Iterable[bytes]) -> None:
         self.pieces = iter(pieces)
@@ -27,7 +27,7 @@ class Pieces(io.RawIOBase):
 
 
 def read_replies(*pieces: bytes) -> list[typing.Any]:
-    """All replies in bytes that come in these pieces, up to the end of the connection."""
+    """Return the replies in these pieces, up to the end of the connection."""
     file = io.BufferedReader(Pieces(pieces), max(map(len, pieces), default=1))
     replies = []
     with contextlib.suppress(ConnectionError):
@@ -37,7 +37,7 @@ def read_replies(*pieces: bytes) -> list[typing.Any]:
 
 
 def comparable(reply: typing.Any) -> typing.Any:
-    """A reply in which errors are equal where their words are."""
+    """Return a reply whose errors are compared by their text."""
     if isinstance(reply, list):
         return [comparable(item) for item in reply]
     return ("error", str(reply)) if isinstance(reply, pywebsock.RedisError) else reply
@@ -127,7 +127,7 @@ class ReplyTest(unittest.TestCase):
                 read_replies(data)
 
     def test_any_change_of_a_byte(self) -> None:
-        """Nothing but replies, RedisError or the end."""
+        """Any change gives only replies, RedisError or the end."""
         data = EXAMPLES[-2][0]
         for position in range(len(data)):
             for byte in range(256):
@@ -149,7 +149,7 @@ class ReplyTest(unittest.TestCase):
         )
 
     def test_entries_of_others(self) -> None:
-        """All their fields have the number that only the first one can be new with."""
+        """Entries of other programs: all their fields have one number, so only the first one can be new."""
         self.assertEqual(
             pywebsock.parse_entry(b"1-2", [b"a", b"b", b"c", b"d"]),
             [(b"", (1 << 64) + 2, b"text", b"b"), (b"", (1 << 64) + 2, b"text", b"d")],

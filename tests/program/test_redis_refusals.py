@@ -1,4 +1,4 @@
-"""What a Redis refuses, how much it may be given, and what goes on while it is away."""
+"""Messages that Redis refuses, limits of the stream, and the server while Redis is away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tools.support import DEADLINE, Client, compress, eventually, exchange
 
 
 class RefusalTest(RedisTestCase):
-    """What Redis refuses is lost, alone."""
+    """A message that Redis refuses is lost, and no other."""
 
     shared = False
 
@@ -29,7 +29,7 @@ class RefusalTest(RedisTestCase):
         super().setUp()
 
     def test_out_of_memory(self) -> None:
-        """Full of this stream: it is trimmed, and the room goes on."""
+        """If the stream fills Redis, it is trimmed, and the room goes on."""
         used = int(re.findall(rb"\r\nused_memory:([0-9]+)", self.redis.call("INFO", "memory"))[0])
         self.redis.call("CONFIG", "SET", "maxmemory", used + 30_000_000)
         servers = [self.process("--quiet", "--max-backlog", "1G") for _ in range(2)]
@@ -49,7 +49,7 @@ class RefusalTest(RedisTestCase):
         self.assertEqual(one.read(), "to the end")
 
     def test_out_of_memory_by_others(self) -> None:
-        """Nothing goes through while that lasts, everything after it; and the log is not filled."""
+        """If other data fills Redis, messages are lost until it is freed; the log stays short."""
         server = self.process("--quiet")
         client = self.client(server)
         self.redis.call("CONFIG", "SET", "maxmemory", 1)
@@ -63,7 +63,7 @@ class RefusalTest(RedisTestCase):
         self.assertEqual(server.log().count("\n"), 2, server.log())
 
     def test_too_big(self) -> None:
-        """For Redis, which answers and ends the connection; others that were sent with it are written once."""
+        """Redis answers a message that is too big, and ends the connection; others with it are written once."""
         self.redis.call("CONFIG", "SET", "proto-max-bulk-len", 1_048_576)
         servers = [self.process("--quiet"), self.process("--quiet")]
         one, two = map(self.client, servers)
@@ -75,10 +75,10 @@ class RefusalTest(RedisTestCase):
         eventually(lambda: "messages again, 1 are lost" in servers[0].log())
         self.assertEqual(servers[1].log(), "")
         names = self.names()
-        self.assertEqual((len(names), len(set(names))), (40, 40), names)  # and none twice
+        self.assertEqual((len(names), len(set(names))), (40, 40), names)  # none twice
 
     def test_a_state_of_redis_is_waited_for(self) -> None:
-        """One that accepts nothing for now; what was sent meanwhile comes in its order."""
+        """Redis may accept no commands for a while; messages of that time come later, in order."""
         for refuse, accept, why in (
             (("REPLICAOF", "127.0.0.1", free_port()), ("REPLICAOF", "NO", "ONE"), "READONLY"),
             (
@@ -99,9 +99,9 @@ class RefusalTest(RedisTestCase):
                 self.assertEqual(server.log().count("\n"), 2, server.log())
 
     def test_refused_in_the_middle(self) -> None:
-        """Whatever the answers are, nothing comes out of its order or twice."""
+        """With any replies, no message is out of order or doubled."""
         for answers, lost in (
-            (["OOM no"], []),  # each alone is taken
+            (["OOM no"], []),  # each one alone is accepted
             (["OOM no", "OOM no"], [0]),
             (["ERR no", "", "ERR no"], [1]),
             (["OOM no", "READONLY no", "OOM no"], [0]),
@@ -114,7 +114,7 @@ class RefusalTest(RedisTestCase):
                 self.check_answers(answers, lost)
 
     def check_answers(self, answers: typing.Sequence[str], lost: typing.Sequence[int]) -> None:
-        """Three messages that are written at once, then what is left of them; what Redis answers to each entry."""
+        """Write three messages at once, and then the rest again, with these replies of Redis."""
         server = self.serve(redis=self.url)
         client, link = self.client(server), server._link
         assert link
@@ -137,15 +137,15 @@ class RefusalTest(RedisTestCase):
 
 
 class BoundsTest(RedisTestCase):
-    """What a stream may hold."""
+    """The limits of the stream."""
 
     options = ("--appendonly", "no")
 
     def test_bytes_in_the_stream(self) -> None:
-        """400 KB, inflated: 400 MB; of which Redis keeps no more than it should."""
+        """400 KB that inflate to 400 MB, of which Redis keeps no more than the limit."""
         server = self.process("--quiet", "--ping", "0")
         client = self.client(server)
-        for message in numbered("small", 300):  # the large ones push them out
+        for message in numbered("small", 300):  # large messages replace them
             client.send(message)
             self.assertEqual(client.read(), message)
         sender = self.client(server, Sec_WebSocket_Extensions="permessage-deflate")
@@ -157,14 +157,14 @@ class BoundsTest(RedisTestCase):
                 receive(client, size + 10)
         used = int(re.findall(rb"\r\nused_memory_peak:([0-9]+)", self.redis.call("INFO", "memory"))[0])
         self.assertLess(used, 2 * pywebsock.STREAM_SIZE)
-        self.assertLess(self.redis.call("XLEN", self.stream), 24)  # nearly all small ones have gone
-        for message in numbered("small", 500):  # an entry each
+        self.assertLess(self.redis.call("XLEN", self.stream), 24)  # nearly all small ones are trimmed
+        for message in numbered("small", 500):  # one entry each
             client.send(message)
             self.assertEqual(client.read(), message)
         self.assertGreaterEqual(self.redis.call("XLEN", self.stream), 500)
 
     def test_history_is_bounded_in_bytes(self) -> None:
-        """It is read from the end, in small pieces, up to half of the backlog that a client may have."""
+        """The history is read from the end, in small pieces, up to half of max_backlog."""
         for number in range(200):
             self.redis.call("XADD", self.stream, "*", "text", f"{number:4}" + "x" * 1_000_000)
         server = self.process("--history", "1000", "--max-backlog", "8M")
@@ -181,13 +181,13 @@ class BoundsTest(RedisTestCase):
 
 
 def receive(client: Client, size: int) -> None:
-    """Let so many bytes come."""
+    """Return a reply with this number of bytes."""
     while size > 0:
         size -= len(client.socket.recv(min(size, 1 << 20)))
 
 
 class DeletedTest(RedisTestCase):
-    """Streams that are not what they were."""
+    """Streams that are deleted or replaced."""
 
     def test_an_idle_one(self) -> None:
         with self.assertLogs("pywebsock", "WARNING") as logs:
@@ -202,7 +202,7 @@ class DeletedTest(RedisTestCase):
         self.assertNotRegex(str(logs.output), "missed|away")
 
     def test_one_in_use(self) -> None:
-        """With ids that go back: what is written before the servers notice is heard, too."""
+        """The ids go back: entries that are written before the servers notice are read, too."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
             self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
@@ -233,7 +233,7 @@ class DeletedTest(RedisTestCase):
             self.assertEqual(read_until(client, {"after"}), ["faster", "after"])
 
     def test_an_older_state(self) -> None:
-        """Of which what was heard before is not heard again."""
+        """An older state of the stream: messages that were read before do not come again."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
             say(one, numbered("before", 30))
@@ -266,26 +266,26 @@ class DeletedTest(RedisTestCase):
         self.assertEqual(len(logs.output), 1)
 
     def calls(self, command: str) -> bytes:
-        """How often Redis was given a command."""
+        """Return the number of calls of a command."""
         found = re.search(b"cmdstat_%b:(calls=[0-9]+)" % command.encode(), self.redis.call("INFO", "commandstats"))
         return found[1] if found else b""
 
 
 class Talkative(logging.Handler):
-    """Broadcasts what is logged."""
+    """A log handler that broadcasts the log."""
 
     server: pywebsock.BroadcastServer | None = None
     lines: typing.ClassVar[list[str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by a logger, with this handler locked."""
+        """Broadcast a line; the logger has locked this handler."""
         self.lines.append(record.getMessage())
         if self.server:
             self.server.broadcast(record.getMessage())
 
 
 class AwayTest(RedisTestCase):
-    """While Redis is away."""
+    """The server while Redis is away."""
 
     shared = False
 
@@ -303,7 +303,7 @@ class AwayTest(RedisTestCase):
         posts = [Client(server.port, handshake=False) for _ in range(50)]
         for post in posts:
             self.addCleanup(post.__exit__)
-            post.send_raw(head)  # and nothing of the body
+            post.send_raw(head)  # without the body
         for post in posts:
             self.assertRegex(post.read_head(), b"(?s)^HTTP/1.1 503 .*Retry-After: ")
             post.socket.close()
@@ -314,7 +314,7 @@ class AwayTest(RedisTestCase):
         self.assertEqual(exchange(server.port, head.replace(b"1000000", b"2") + b"hi")[0], 202)
 
     def test_posts_that_wait_give_up(self) -> None:
-        """Those that wait for room when Redis goes, and those that have put their message into what is full."""
+        """POSTs that wait for room in the queue when Redis goes away, and POSTs whose messages are in the queue."""
         server = self.process("--quiet")
         with contextlib.suppress(ProcessLookupError), paused(self.redis.pid), Client(server.port) as client:
             client.socket.settimeout(0.5)
@@ -328,7 +328,7 @@ class AwayTest(RedisTestCase):
                 self.assertRegex(post.read_head(), b"^HTTP/1.1 503 ")
 
     def test_a_log_that_is_broadcast(self) -> None:
-        """Its handler waits for room while it is locked, and the link has something to say."""
+        """A log handler waits for room in the queue while it is locked, and the link logs a line."""
         handler = Talkative()
         pywebsock.log.addHandler(handler)
         self.addCleanup(pywebsock.log.removeHandler, handler)
@@ -344,7 +344,7 @@ class AwayTest(RedisTestCase):
         self.in_background(lambda: eventually(lambda: server._link and not server._link.away))
         heard = read_until(client, {"locks the handler", "Redis is back"})
         self.assertIn("x" * 100, heard)
-        self.redis.call("CONFIG", "SET", "maxmemory", 1)  # and no line about what was refused begets the next one
+        self.redis.call("CONFIG", "SET", "maxmemory", 1)  # no line about a refused message causes the next one
         client.send("lost")
         eventually(lambda: server._link and server._link._refused and not server._link._outbox)
         self.redis.call("CONFIG", "SET", "maxmemory", 0)
@@ -353,7 +353,7 @@ class AwayTest(RedisTestCase):
         self.assertLessEqual(sum("refuses" in line for line in handler.lines), 2)
 
     def test_no_reader_for_a_moment(self) -> None:
-        """A word to the other servers that Redis refuses does not end the reading."""
+        """If Redis refuses an entry to the other servers, reading goes on."""
         server = self.process("--quiet")
         client = self.client(server)
         self.redis.call("CONFIG", "SET", "maxmemory", 1)
@@ -367,7 +367,7 @@ class AwayTest(RedisTestCase):
 
 
 def threads_of(pid: int) -> int:
-    """How many threads a process has (Linux)."""
+    """Return the number of threads of a process (Linux)."""
     folder = pathlib.Path(f"/proc/{pid}/task")
     require(folder.exists(), "/proc")
     return len(list(folder.iterdir()))

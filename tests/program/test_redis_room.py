@@ -1,4 +1,4 @@
-"""Many machines: servers that are one room over a stream in Redis. Each class starts a redis-server of its own."""
+"""Many machines: servers that form one room over a stream in Redis. Each class starts its own redis-server."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class RoomTest(RedisTestCase):
             self.assertEqual(client.read(), "hello")
 
     def test_what_is_written_twice(self) -> None:
-        """Comes once, in its first place; each server has numbers of its own."""
+        """An entry that is written twice is delivered once, at its first place; each server has its own numbers."""
         client = self.client(self.serve(redis=self.url))
         for name in ("a:1", "a:2", "a:1", "b:1", "a:2", "a:3", "b:1", "a:3", "c:1"):
             server, _, number = name.partition(":")
@@ -108,7 +108,7 @@ class RoomTest(RedisTestCase):
         self.assertEqual([newest.read() for _ in range(5)], [*numbered("before", 4, 16), "after"])
 
     def test_much_history(self) -> None:
-        """More than may wait in the queue: nobody is there yet to take it out."""
+        """A history longer than the queue, before the loop carries it out."""
         one = self.serve(redis=self.url)
         with self.client(one) as client:
             self.in_background(say, client, [f"{number:1000}" for number in range(8000)])
@@ -127,7 +127,7 @@ class RoomTest(RedisTestCase):
         self.assertLess(len(slow.read_all()), 15_000_000)
 
     def test_a_flood_from_two_servers(self) -> None:
-        """Faster than Redis: the writers are paced by what they read, lest it be trimmed before."""
+        """A flood faster than Redis: writers wait for their readers, so that no unread entry is trimmed."""
         servers = [self.process(), self.process()]
         clients = [self.client(server) for server in servers for _ in range(2)]
         sent = [numbered(who, 10_000) for who in range(len(clients))]
@@ -139,7 +139,7 @@ class RoomTest(RedisTestCase):
             self.assertNotIn("missed", server.log())
 
     def test_a_server_slower_than_the_others(self) -> None:
-        """It asks them to wait, lest what it has not read be trimmed."""
+        """A slower server asks the others to wait, so that no unread entry is trimmed."""
         with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
             servers = [self.serve(redis=self.url) for _ in range(2)]
             link = servers[1]._link
@@ -160,7 +160,7 @@ class RoomTest(RedisTestCase):
             self.assertTrue(any(name.endswith(b":wait") for name in names))
 
     def test_a_server_slower_than_the_others_with_large_messages(self) -> None:
-        """The same where the stream is short in bytes."""
+        """The same with a short stream (in bytes)."""
         with unittest.mock.patch.object(pywebsock, "STREAM_SIZE", 24 << 20):
             servers = [self.serve(redis=self.url, max_message=1 << 20, max_backlog=1 << 30) for _ in range(2)]
             link = servers[1]._link
@@ -182,7 +182,7 @@ class RoomTest(RedisTestCase):
             self.assertLess(self.redis.call("MEMORY", "USAGE", self.stream, "SAMPLES", 0), 28 << 20)
 
     def client_that_waits(self) -> Client:
-        """One whose message waits, since another server has asked for it."""
+        """Return a client whose message waits, since another server has asked for it."""
         server = self.serve(redis=self.url)
         client = self.client(server)
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
@@ -202,7 +202,7 @@ class RoomTest(RedisTestCase):
             self.assertEqual(self.client_that_waits().read(), "hello")
 
     def test_waiting_for_another_server_that_never_ends(self) -> None:
-        """Senders are slowed down, not stopped."""
+        """Senders are slowed down, but not stopped."""
         with unittest.mock.patch.object(pywebsock, "WAIT_TIME", 0.2):
             client = self.client(self.serve(redis=self.url))
             ended = threading.Event()
@@ -271,7 +271,7 @@ class StartTest(RedisTestCase):
         self.assertEqual((status, said), (1, f"{self.at}ERR DB index is out of range\n"))
 
     def check_room(self, *urls: str) -> None:
-        """Two servers are one room."""
+        """Check that two servers form one room."""
         one, two = (self.client(self.serve(redis=url)) for url in urls)
         say(one, ["hello"])
         self.assertEqual((one.read(), two.read()), ("hello", "hello"))
@@ -282,8 +282,8 @@ class StartTest(RedisTestCase):
         self.assertEqual((status, said.count("\n")), (1, 1), said)
         self.assertRegex(said, f"^{self.at}WRONGTYPE ")
 
-    def test_it_becomes_the_wrong_type_of_key(self) -> None:
-        """Later than the start it is an error to wait for the end of."""
+    def test_key_of_another_type(self) -> None:
+        """After the start, a key of another type is an error that may end, so the server waits."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             client = self.client(self.serve(redis=self.url))
             self.redis.call("SET", self.stream, "a string")
@@ -299,13 +299,13 @@ class LinkTest(RedisTestCase):
     """The link without a server."""
 
     def link(self, deliver: pywebsock.Deliver, history: int = 0) -> pywebsock.RedisLink:
-        """One that ends with the test."""
+        """Make a link, which ends with the test."""
         link = pywebsock.RedisLink(self.url, deliver, history, 1 << 20, 1 << 20)
         self.addCleanup(link.stop)
         return link
 
     def test_history_comes_in_its_thread(self) -> None:
-        """The constructor finds the place in the stream; start() delivers the history, and then the threads run."""
+        """The constructor finds the place in the stream; start() delivers the history, and starts the threads."""
         for text in ("one", "two"):
             self.redis.call("XADD", self.stream, "*", "x", text)
         heard: queue.SimpleQueue[tuple[int | None, bytes]] = queue.SimpleQueue()
@@ -324,7 +324,7 @@ class LinkTest(RedisTestCase):
         self.assertEqual(heard.get(timeout=DEADLINE), (reader, b"three"))
 
     def test_many_links(self) -> None:
-        """What they say about being behind is no load that keeps them behind."""
+        """Entries of links that are behind do not keep them behind."""
         heard: list[list[tuple[int, bytes]]] = [[] for _ in range(40)]
         links = [self.link(each.extend) for each in heard]
         for link in links:
@@ -336,7 +336,7 @@ class LinkTest(RedisTestCase):
         self.assertTrue(all(each == heard[0] for each in heard))
 
     def test_put_never_waits(self) -> None:
-        """A link that is full says so, and later that it has room again; nothing is lost."""
+        """put() of a full link returns False; later, the link calls when it has room again; no message is lost."""
         gate, heard = threading.Event(), []
 
         def deliver(messages: list[tuple[int, bytes]]) -> None:
@@ -360,7 +360,7 @@ class LinkTest(RedisTestCase):
 
 
 class SpeedTest(RedisTestCase):
-    """Figures, printed, as they depend on the machine."""
+    """Figures, which are only printed, since they depend on the machine."""
 
     options = ("--appendonly", "no")
 
@@ -386,7 +386,7 @@ class SpeedTest(RedisTestCase):
         self.assertGreater(two, one / 50)
 
     def deliveries_per_second(self, servers: typing.Sequence[Process]) -> float:
-        """Of 50 clients of each, which all send 10 messages, read what all have sent, and again."""
+        """Return the deliveries a second of 50 clients on each server, which send 10 messages, read all, and repeat."""
         clients = [self.client(server) for server in servers for _ in range(50)]
         data = frame_of("x" * 64) * 10
         start = time.perf_counter()
@@ -422,7 +422,7 @@ class CertificateTest(RedisTestCase):
 
     @classmethod
     def make_certificate(cls, name: str) -> None:
-        """A certificate for localhost that nobody else has signed."""
+        """Return a self-signed certificate for localhost."""
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
         command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(cls.folder / f"{name}.key")]
         subprocess.run([*command, "-out", str(cls.folder / f"{name}.pem")], check=True, capture_output=True)

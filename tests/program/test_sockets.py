@@ -40,7 +40,7 @@ class UnixSocketTestCase(ServerTestCase):
         self.path = os.path.join(self.folder, "room.sock")
 
     def client(self, **how: typing.Any) -> Client:
-        """A client on the Unix socket."""
+        """Connect a client to the Unix socket."""
         client = Client(self.path, **how)
         self.addCleanup(client.__exit__)
         return client
@@ -51,7 +51,7 @@ class Server(UnixSocketTestCase):
 
     @contextlib.contextmanager
     def running(self, **settings: typing.Any) -> typing.Iterator[Recorder]:
-        """A server on the path."""
+        """Run a server on the path."""
         with running(address=(f"unix:{self.path}", 0), **settings) as server:
             yield server
 
@@ -88,8 +88,8 @@ class Server(UnixSocketTestCase):
             self.assertEqual(client.read(), "Hello")
             client.socket.close()
 
-    def test_what_is_there(self) -> None:
-        """A socket that nobody listens to is replaced; any other file, and the socket of another server, is not."""
+    def test_existing_files(self) -> None:
+        """A socket without a server is replaced; another file, or the socket of a running server, is not."""
         with socket.socket(socket.AF_UNIX) as killed:
             killed.bind(self.path)
             killed.listen()
@@ -132,7 +132,7 @@ class CommandLine(UnixSocketTestCase):
                 self.assertIn(words, done.stderr.splitlines()[-1])
 
 
-# Becomes the program, with a socket as descriptor 3, as systemd does it.
+# Runs the program with a socket as descriptor 3, as systemd does.
 START = """if 1:
     import os, sys
     os.dup2(int(sys.argv[1]), 3)
@@ -145,7 +145,7 @@ class Systemd(UnixSocketTestCase):
     """LISTEN_FDS and NOTIFY_SOCKET."""
 
     def listener(self, family: int, address: typing.Any) -> socket.socket:
-        """A listening socket, which a child inherits."""
+        """Return a listening socket, which a child inherits."""
         listener = socket.socket(family)
         self.addCleanup(listener.close)
         listener.bind(address)
@@ -155,7 +155,7 @@ class Systemd(UnixSocketTestCase):
 
     @contextlib.contextmanager
     def started(self, listener: socket.socket, *arguments: str, **environment: str) -> typing.Iterator[typing.Any]:
-        """The program with this socket, ended with SIGTERM."""
+        """Run the program with this socket, and end it with SIGTERM."""
         program = [sys.executable, "-c", START, str(listener.fileno()), str(ROOT / "pywebsock.py"), *arguments]
         process = subprocess.Popen(
             program,
@@ -173,7 +173,7 @@ class Systemd(UnixSocketTestCase):
             self.assertEqual(process.returncode, 0, errors)
 
     def test_tcp(self) -> None:
-        """Two servers, one after the other: who comes between them waits, and is not refused."""
+        """Two servers, one after the other: a connection between them waits, and is not refused."""
         listener = self.listener(socket.AF_INET, ("127.0.0.1", 0))
         port = listener.getsockname()[1]
         waiting = None
@@ -192,7 +192,7 @@ class Systemd(UnixSocketTestCase):
             self.addCleanup(waiting.__exit__)
 
     def test_unix(self) -> None:
-        """The path is not the program's to remove."""
+        """The program does not remove the path."""
         listener = self.listener(socket.AF_UNIX, self.path)
         with self.started(listener) as process:
             self.assertEqual(process.stdout.readline().decode(), f"pywebsock: listening on unix:{self.path}\n")
@@ -203,7 +203,7 @@ class Systemd(UnixSocketTestCase):
         self.assertTrue(os.path.exists(self.path))
 
     def test_of_another_process(self) -> None:
-        """LISTEN_PID says for whom the sockets are."""
+        """LISTEN_PID is the process for which the sockets are."""
         with unittest.mock.patch.dict(os.environ, LISTEN_PID="1", LISTEN_FDS="1"), Process() as process:
             self.assertEqual(exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 
