@@ -22,7 +22,9 @@ import unittest
 import unittest.mock
 
 import pywebsock
+from tests.tools import faults
 from tests.tools.support import (
+    COMPILED,
     DEADLINE,
     EVERYTHING,
     IS_WINDOWS,
@@ -31,9 +33,11 @@ from tests.tools.support import (
     ROOT,
     Client,
     Process,
+    at_once,
     certificate,
     eventually,
     exchange,
+    free_port,
     in_thread,
     masked_frame,
     request,
@@ -48,10 +52,11 @@ GOING_AWAY = b"\x03\xe9"
 
 def run(*arguments: str, shell: str = "") -> tuple[int, str, str]:
     """Run the command to its end; return exit status, standard output and standard error. `shell` comes before it."""
-    command = [sys.executable, str(ROOT / "pywebsock.py"), *arguments]
+    command = [sys.executable, *COMPILED, *arguments]
     if shell:
         command = ["sh", "-c", f'exec "$@" {shell}', "sh", *command]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
+    nothing = subprocess.DEVNULL
+    done = subprocess.run(command, cwd=ROOT, stdin=nothing, capture_output=True, timeout=DEADLINE, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -69,9 +74,15 @@ class CommandLineTestCase(unittest.TestCase):
     def start(self, *arguments: str, **how: typing.Any) -> Process:
         """Start a process, which must end with status 0 after the test, unless the test has ended it."""
         process = Process(*arguments, **how)
-        self.addCleanup(lambda: self.assertNotIn("Traceback", process.log()))
-        self.addCleanup(process.stop)
+        self.addClassCleanup(self.check_end, process)
+        self.addCleanup(process.begin_stop)
         return process
+
+    @staticmethod
+    def check_end(process: Process) -> None:
+        """It ends, and has had no error that it did not expect."""
+        process.wait()
+        assert "Traceback" not in process.log(), process.log()
 
     def connect(self, process: Process, **how: typing.Any) -> Client:
         """Connect a client to a process."""
@@ -84,7 +95,7 @@ class Start(CommandLineTestCase):
     """The first line of output has the address."""
 
     def test_first_line(self) -> None:
-        process = self.start()
+        process = self.start(program=[sys.executable, str(ROOT / "pywebsock.py")])
         expected = f"pywebsock: listening on http://{LOCAL}:{process.port}/ (ws://{LOCAL}:{process.port}/)"
         self.assertEqual(process.first_line, expected + os.linesep)
         self.assertGreater(process.port, 0)
@@ -93,9 +104,8 @@ class Start(CommandLineTestCase):
         self.assertEqual(client.read(), "Hello")
 
     def test_addresses(self) -> None:
-        for host in ("localhost", "0.0.0.0", "127.0.0.1"):
-            with self.subTest(host=host):
-                process = self.start("--host", host)
+        for process in at_once(lambda host: self.start("--host", host), ("localhost", "0.0.0.0", "127.0.0.1")):
+            with self.subTest(process.first_line):
                 self.assertIn(f"(ws://{LOCAL}:{process.port}/)", process.first_line)
                 self.connect(process).socket.close()
 
@@ -194,7 +204,7 @@ class Start(CommandLineTestCase):
 
     @unittest.skipIf(IS_WINE, NO_BREAK)
     def test_restart_on_the_same_port_at_once(self) -> None:
-        first = self.start()
+        first = self.start("--port", str(free_port()))
         clients = [self.connect(first) for _ in range(3)]
         first.send_signal(signal.SIGTERM)
         for client in clients:
@@ -227,20 +237,21 @@ class Errors(CommandLineTestCase):
             self.assertIn(f"127.0.0.1 port {port}: ", self.check("--port", str(port)))
 
     def test_addresses(self) -> None:
-        for host in ("203.0.113.1", "no such host", "name.invalid"):  # RFC 5737: no machine has it
-            self.assertIn(f"pywebsock: {host} port 0: ", self.check("--host", host))
+        hosts = "203.0.113.1", "no such host", "name.invalid"  # RFC 5737: nobody's
+        for host, line in zip(hosts, at_once(lambda host: self.check("--host", host), hosts)):
+            self.assertIn(f"pywebsock: {host} port 0: ", line)
 
     def test_certificates(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            path = pathlib.Path(directory, "bad.pem")
-            self.assertIn("missing.pem", self.check("--cert", str(path.with_name("missing.pem"))))
-            path.write_text("no certificate")
-            self.assertIn("bad.pem", self.check("--cert", str(path)))
-            path.write_text("")
-            self.assertIn("bad.pem", self.check("--cert", str(path)))
-            self.assertIn("missing.pem", self.check("--cert", str(path), "--key", str(path.with_name("missing.pem"))))
-            self.assertEqual(self.check("--cert", str(path)).count("bad.pem"), 1)
-        self.check("--cert", "")  # such as "$CERT" without a value; serving without TLS would be worse
+            folder = pathlib.Path(directory)
+            missing, empty, bad = (str(folder / f"{name}.pem") for name in ("missing", "empty", "bad"))
+            pathlib.Path(empty).touch()
+            pathlib.Path(bad).write_text("no certificate")
+            options = ("--cert", missing), ("--cert", empty), ("--cert", bad), ("--cert", bad, "--key", missing)
+            lines = at_once(lambda each: self.check(*each), options)
+        for line, name in zip(lines, ("missing", "empty", "bad", "missing")):
+            self.assertEqual(line.count(f"{name}.pem"), 1, line)
+        self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
 
     def test_a_passphrase(self) -> None:
         """The passphrase is asked once, on the terminal; without a terminal, that is an error."""
@@ -250,9 +261,9 @@ class Errors(CommandLineTestCase):
             key = str(pathlib.Path(directory, "key.pem"))
             encrypt = ["openssl", "pkey", "-in", path, "-aes128", "-passout", "pass:sesame", "-out", key]
             subprocess.run(encrypt, check=True)
-            command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", "0", "--cert", path, "--key", key]
             done = subprocess.run(
-                command,
+                [sys.executable, *COMPILED, "--port", "0", "--cert", path, "--key", key],
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=DEADLINE,
@@ -275,12 +286,12 @@ class Errors(CommandLineTestCase):
         reader, writer = os.pipe()
         os.close(reader)
         for name, output in (("a pipe without a reader", writer), ("a full disk", os.open("/dev/full", os.O_WRONLY))):
-            with self.subTest(name), socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-                probe.close()
-                command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", str(port)]
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
+            with self.subTest(name):
+                port = free_port()
+                command = [sys.executable, *COMPILED, "--port", str(port)]
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE
+                )
                 os.close(output)
                 try:
                     eventually(lambda: answers(port))  # noqa: B023
@@ -342,7 +353,7 @@ class Errors(CommandLineTestCase):
 
     def test_settings(self) -> None:
         """A wrong setting is one line, after the usage."""
-        for option, value, what in (
+        cases = (
             ("--port", "65536", "port"),
             ("--max-clients", "0", "max_clients must be an integer of 1 or more"),
             ("--origin", "example.com", "such as https://example.com"),
@@ -350,9 +361,10 @@ class Errors(CommandLineTestCase):
             ("--redis", "localhost", "redis://"),
             ("--ping", "-1", "ping_interval must be a number of 0 or more"),
             ("--rate", "inf", "rate must be a number of 0 or more"),
-        ):
+        )
+        for (option, value, what), ended in zip(cases, at_once(lambda case: run(*case[:2]), cases)):
             with self.subTest(option, value=value):
-                status, output, errors = run(option, value)
+                status, output, errors = ended
                 self.assertEqual((status, output), (2, ""))
                 self.assertRegex(errors, rf"\Ausage: pywebsock[^$]*\npywebsock: error: .*{re.escape(what)}.*\n\Z")
 
@@ -527,9 +539,9 @@ class Settings(CommandLineTestCase):
     def test_rate(self) -> None:
         client = self.connect(self.start("--rate", "20.5"))
         start = time.monotonic()
-        client.send_raw(b"".join(masked_frame(1, b"%d" % i) for i in range(40)))
-        self.assertEqual([client.read() for _ in range(40)], [str(i) for i in range(40)])
-        self.assertGreater(time.monotonic() - start, 0.5)
+        client.send_raw(b"".join(masked_frame(1, b"%d" % i) for i in range(30)))
+        self.assertEqual([client.read() for _ in range(30)], [str(i) for i in range(30)])
+        self.assertGreater(time.monotonic() - start, 0.4)
 
     def test_max_message(self) -> None:
         client = self.connect(self.start("--max-message", "1K"))
@@ -664,9 +676,7 @@ class Signals(CommandLineTestCase):
 
     def test_clients_that_do_not_answer(self) -> None:
         """The server waits for clients that do not answer, up to the close timeout."""
-        changed = "pywebsock.BroadcastServer.close_timeout = 0.3; sys.exit(pywebsock.main(sys.argv[2:]))"
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pywebsock; {changed}"
-        process = self.start(python=("-c", code))
+        process = self.start(python=faults.changed("pywebsock.BroadcastServer.close_timeout = 0.3"))
         self.connect(process)
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(4), 0)
@@ -675,25 +685,32 @@ class Signals(CommandLineTestCase):
     def test_a_second_signal(self) -> None:
         """Only a second Ctrl-C has an effect: `timeout` and supervisors send SIGTERM twice, terminals SIGHUP."""
         pairs = [(signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)]
-        for i in range(24 if EVERYTHING else 6):
-            first, second = pairs[i % 3]
-            pause = (0, 0.01, 0, 0.001, 0.003, 0.03, 0.1, 0.2)[i // 3]
-            with self.subTest(first=first, second=second, pause=pause):
-                process = self.start()
-                client = self.connect(process)
-                process.send_signal(first)
-                time.sleep(pause)  # the process may have ended by then
-                process.send_signal(second)
-                self.assertEqual(client.read_frame().payload, GOING_AWAY)
-                client.socket.close()
-                self.assertEqual(process.wait(4), 0)
+        pauses = (0, 0.01, 0, 0.001, 0.003, 0.03, 0.1, 0.2) if EVERYTHING else (0, 0.01)
+
+        def stop(case: tuple[tuple[int, int], float]) -> tuple[bytes, int]:
+            (first, second), pause = case
+            process = self.start()
+            client = self.connect(process)
+            process.send_signal(first)
+            time.sleep(pause)  # whatever the process does by then
+            process.send_signal(second)
+            frame = client.read_frame()
+            client.socket.close()
+            return frame.payload, process.wait(4)
+
+        for pause in pauses:
+            cases = [(pair, pause) for pair in pairs]
+            self.assertEqual(at_once(stop, cases), [(GOING_AWAY, 0)] * len(cases), pause)
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_right_after_the_first_line(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * (3 if EVERYTHING else 1):
+        def stop(number: int) -> int:
             process = self.start()
             process.send_signal(number)
-            self.assertEqual(process.wait(4), 0)
+            return process.wait(4)
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * (3 if EVERYTHING else 1)
+        self.assertEqual(at_once(stop, numbers), [0] * len(numbers))
 
     def start_with_ignored(self, signals: str) -> Process:
         """Start a process whose parent has set these signals to be ignored."""

@@ -24,7 +24,7 @@ import unittest
 import warnings
 
 from tests.tools.browser import chromium
-from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, package, require
+from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, long, package, require
 
 Message = typing.Union[str, bytes]
 Conversation = typing.Sequence[typing.Sequence[Message]]  # a message is a list of one piece, or of its fragments
@@ -539,10 +539,13 @@ def converse_in_lines(program: str, url: str, offer: str) -> Report:
 class Subprotocols(unittest.TestCase):
     """Clients that end the connection if the server chooses none of their subprotocols."""
 
-    def setUp(self) -> None:
+    url: typing.ClassVar[str]
+
+    @classmethod
+    def setUpClass(cls) -> None:
         server = Process("--subprotocol", "json", "--subprotocol", "chat")
-        self.addCleanup(server.stop)
-        self.url = f"ws://localhost:{server.port}/"
+        cls.addClassCleanup(server.stop)
+        cls.url = f"ws://localhost:{server.port}/"
 
     def test_websocket_client(self) -> None:
         connection = package("websocket").create_connection(self.url, DEADLINE, subprotocols=["x", "chat", "json"])
@@ -616,6 +619,7 @@ class Careless(Interoperation):
             self.assertEqual(told.code, 1000)
         self.assertEqual(self.server.log().count("Traceback"), 0)
 
+    @long
     def test_mojolicious(self) -> None:
         """Mojolicious uses context takeover even if it is forbidden, and ends the connection after its Close.
 
@@ -639,6 +643,7 @@ class Careless(Interoperation):
             told = converse_in_lines(program, f"ws://localhost:{plain.port}/", "permessage-deflate")
             self.check_messages("its echoes", told.echoes)
 
+    @long
     def test_netty(self) -> None:
         """Netty's standard handler refuses parameters that it did not offer."""
         program, folder = shutil.which("java") or "java", pathlib.Path("/usr/share/java")

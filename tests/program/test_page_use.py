@@ -505,8 +505,8 @@ class Floor(unittest.TestCase):
 
     def test_in_chrome_92(self) -> None:
         with contextlib.ExitStack() as stack:
-            server = stack.enter_context(Process())
             browser = Chrome92(stack)
+            server = stack.enter_context(Process())
             browser.command("Runtime.enable")
             browser.command("Page.navigate", url=f"http://localhost:{server.port}/")
             eventually(lambda: browser.run("document.documentElement.dataset.state") == "connected", "connected", START)

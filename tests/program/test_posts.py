@@ -12,7 +12,7 @@ import urllib.request
 import zlib
 
 from tests.tools.browser import chromium
-from tests.tools.support import DEADLINE, ROOT, Client, Process, package, require
+from tests.tools.support import DEADLINE, ROOT, Client, Process, long, package, require
 
 PIECES = ["deploy ", "done, 世界"]
 MESSAGE = "".join(PIECES)
@@ -21,11 +21,16 @@ MESSAGE = "".join(PIECES)
 class Posts(unittest.TestCase):
     """The messages of POSTs."""
 
+    server: typing.ClassVar[Process]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Process()
+        cls.addClassCleanup(cls.server.stop)
+
     def setUp(self) -> None:
-        server = Process()
-        self.addCleanup(server.stop)
-        self.url = f"http://localhost:{server.port}/"
-        self.client = Client(server.port)
+        self.url = f"http://localhost:{self.server.port}/"
+        self.client = Client(self.server.port)
         self.addCleanup(self.client.__exit__)
 
     def run_program(self, name: str, *arguments: str, data: bytes = b"") -> None:
@@ -114,6 +119,7 @@ class InChunks(Posts):
         self.run_program("node", "--eval", script, self.url, *PIECES)
         self.assertEqual(self.client.read(), MESSAGE)
 
+    @long
     def test_java(self) -> None:
         """Java's client also offers HTTP/2 with Upgrade: h2c, and expects a 100."""
         self.run_program("java", str(ROOT / "tests/tools/interop/PostClient.java"), self.url, "from Java")
@@ -135,7 +141,12 @@ class Browser(unittest.TestCase):
         return str(driver.execute_async_script(self.SCRIPT, f"http://localhost:{server.port}/", kind, credentials))
 
     def test_chromium(self) -> None:
-        pages = Process()  # the page has another origin: another port
+        with chromium() as driver:
+            self.check(driver)
+
+    def check(self, driver: typing.Any) -> None:
+        """It may send each kind, with and without credentials, where its origin is allowed."""
+        pages = Process()  # its page has another origin: another port
         self.addCleanup(pages.stop)
         origin = f"http://localhost:{pages.port}"
         allowing, refusing = Process("--origin", origin), Process()
@@ -143,14 +154,13 @@ class Browser(unittest.TestCase):
         self.addCleanup(refusing.stop)
         client = Client(allowing.port)
         self.addCleanup(client.__exit__)
-        with chromium() as driver:
-            driver.get(f"{origin}/status")
-            for kind, message in (("application/json", "from a page"), ("application/octet-stream", b"from a page")):
-                for credentials in ("omit", "include"):
-                    with self.subTest(kind, credentials=credentials):
-                        self.assertEqual(self.post(driver, allowing, kind, credentials), "sent\n")
-                        self.assertEqual(client.read(), message)
-            self.assertIn("TypeError", self.post(driver, refusing, "application/json", "include"))
+        driver.get(f"{origin}/status")
+        for kind, message in (("application/json", "from a page"), ("application/octet-stream", b"from a page")):
+            for credentials in ("omit", "include"):
+                with self.subTest(kind, credentials=credentials):
+                    self.assertEqual(self.post(driver, allowing, kind, credentials), "sent\n")
+                    self.assertEqual(client.read(), message)
+        self.assertIn("TypeError", self.post(driver, refusing, "application/json", "include"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import typing
 import unittest
 
 from tests.tools.readme import CODE, rows, section
-from tests.tools.support import Client, Process, eventually, exchange, free_port, request, require
+from tests.tools.support import Client, Process, eventually, exchange, free_port, long, request, require
 
 NGINX = """
 daemon off;
@@ -180,6 +180,7 @@ class Nginx(Proxy):
         return [str(self.program("nginx")), "-c", file, "-e", f"{folder}/error.log"]
 
 
+@long
 class Apache(Proxy):
     def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
         program = self.program("apache2")
@@ -188,6 +189,7 @@ class Apache(Proxy):
         return [str(program), "-X", "-f", file]
 
 
+@long
 class HAProxy(Proxy):
     hidden = True
 
@@ -196,6 +198,7 @@ class HAProxy(Proxy):
         return [str(self.program("haproxy")), "-db", "-f", file]
 
 
+@long
 class Varnish(Proxy):
     def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
         program = self.program("varnishd")
@@ -204,6 +207,7 @@ class Varnish(Proxy):
         return [str(program), "-F", "-n", f"{folder}/varnish", "-a", f"127.0.0.1:{port}", "-f", file]
 
 
+@long
 class Lighttpd(Proxy):
     def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
         program = self.program("lighttpd")

@@ -16,12 +16,14 @@ import unittest.mock
 
 import pywebsock
 from tests.tools.support import (
+    COMPILED,
     DEADLINE,
     ROOT,
     Client,
     Process,
     Recorder,
     ServerTestCase,
+    at_once,
     certificate,
     eventually,
     exchange,
@@ -119,15 +121,19 @@ class CommandLine(UnixSocketTestCase):
         self.assertFalse(os.path.exists(self.path))
 
     def test_wrong(self) -> None:
-        for host, status, words in (
+        cases = (
             (f"unix:{self.folder}/no/room.sock", 1, "No such file or directory"),
             (f"unix:{self.folder}", 1, "Address already in use"),
             (f"unix:/{'x' * 200}", 1, "path too long"),
             ("unix:", 2, "needs a path"),
-        ):
+        )
+
+        def run(case: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, *COMPILED, "--host", case[0]]
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+        for (host, status, words), done in zip(cases, at_once(run, cases)):
             with self.subTest(host):
-                command = [sys.executable, str(ROOT / "pywebsock.py"), "--host", host]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
                 self.assertEqual((done.returncode, done.stdout), (status, ""))
                 self.assertIn(words, done.stderr.splitlines()[-1])
 
@@ -156,9 +162,10 @@ class Systemd(UnixSocketTestCase):
     @contextlib.contextmanager
     def started(self, listener: socket.socket, *arguments: str, **environment: str) -> typing.Iterator[typing.Any]:
         """Run the program with this socket, and end it with SIGTERM."""
-        program = [sys.executable, "-c", START, str(listener.fileno()), str(ROOT / "pywebsock.py"), *arguments]
+        program = [sys.executable, "-c", START, str(listener.fileno()), *COMPILED, *arguments]
         process = subprocess.Popen(
             program,
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -208,7 +215,9 @@ class Systemd(UnixSocketTestCase):
             self.assertEqual(exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 
     def test_notify(self) -> None:
-        names = [os.path.join(self.folder, "notify"), *(["@pywebsock-test"] if sys.platform == "linux" else [])]
+        names = [os.path.join(self.folder, "notify")]
+        if sys.platform == "linux":
+            names.append(f"@pywebsock-{os.getpid()}")
         for name in names:
             with self.subTest(name), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
                 manager.settimeout(DEADLINE)

@@ -42,8 +42,9 @@ class ConnectionTestCase(unittest.TestCase):
     def flush_all(self) -> None:
         """Send all queued data."""
         for _ in range(1 + self.connection.size):
-            if self.connection.size:
-                self.flush(EVERYTHING)
+            if not self.connection.size:
+                return
+            self.flush(EVERYTHING)
 
 
 class Order(ConnectionTestCase):

@@ -22,16 +22,16 @@ class Rate(ServerTestCase):
     """A client that sends too fast is slowed down."""
 
     def test_waits_and_loses_nothing(self) -> None:
-        server = self.serve(rate=40)
+        server = self.serve(rate=80)
         sender, other = self.connect(server), self.connect(server)
         start = time.monotonic()
-        sender.send_raw(b"".join(masked_frame(TEXT, b"%d" % i) for i in range(80)))
+        sender.send_raw(b"".join(masked_frame(TEXT, b"%d" % i) for i in range(120)))
         other.send("not held up")
-        messages = [sender.read() for _ in range(81)]
-        self.assertGreater(time.monotonic() - start, 0.7)  # a burst of one second is allowed
-        self.assertLess(messages.index("not held up"), 79)
+        messages = [sender.read() for _ in range(121)]
+        self.assertGreater(time.monotonic() - start, 0.35)  # a burst of one second is allowed
+        self.assertLess(messages.index("not held up"), 119)
         messages.remove("not held up")
-        self.assertEqual(messages, [str(i) for i in range(80)])
+        self.assertEqual(messages, [str(i) for i in range(120)])
 
     def test_enough(self) -> None:
         """A client below the rate is not slowed down."""

@@ -233,6 +233,7 @@ class HeldBack(ServerTestCase):
             self.assertEqual(len(server._loop.receiver.gate._held_back), 1)
             server._hooks.wait(0, time.monotonic() + DEADLINE)
             self.assertNotIn(("message", "not yet"), server.heard)
+        server._queue.wake()
         self.assertEqual(sender.read(), "not yet")
 
     def check_all(self, client: Client, message: bytes, count: int) -> None:

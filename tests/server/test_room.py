@@ -57,7 +57,7 @@ class RoomTestCase(ServerTestCase):
 
     def begin(self, **settings: typing.Any) -> None:
         """Make a server with these settings."""
-        self.server = Recorder(("127.0.0.1", 0), close_timeout=0.01, **settings)
+        self.server = Recorder(("127.0.0.1", 0), close_timeout=0, **settings)
         self.addCleanup(self.server.server_close)
         self.room, self.queue, self.loop = self.server._room, self.server._queue, self.server._loop
         self.loop.sender.selector = unittest.mock.Mock()

@@ -130,7 +130,7 @@ class SlowClients(ServerTestCase):
 
     def test_old_bytes(self) -> None:
         """A closing client keeps queued data alive: at most as much as any other client."""
-        server = self.serve(max_backlog=100_000, close_timeout=60.0, handshake_timeout=0.4)
+        server = self.serve(max_backlog=100_000, close_timeout=60.0, handshake_timeout=0.2)
         faults.small_buffers(server)
         slow = self.connect(server, small=True)
         server.broadcast(bytes(90_000))
@@ -139,7 +139,7 @@ class SlowClients(ServerTestCase):
         reader = self.connect(server)
         server.broadcast(bytes(90_000))
         self.assertEqual(len(reader.read()), 90_000)
-        time.sleep(0.5)  # two checks of deadlines, without effect
+        time.sleep(0.25)  # two checks of deadlines, without effect
         self.assertEqual(server.status()["connections"], 2)
         server.broadcast(bytes(90_000))
         self.assertEqual(len(reader.read()), 90_000)

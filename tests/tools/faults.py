@@ -13,8 +13,7 @@ import typing
 import pywebsock
 from tests.tools import support
 
-# The arguments of the program follow its path.
-_CHANGED = "import sys\nsys.path.insert(0, {root!r})\nimport pywebsock\n{code}\nsys.exit(pywebsock.main(sys.argv[2:]))"
+_CHANGED = "import sys\nsys.path.insert(0, {root!r})\nimport pywebsock\n{code}\nsys.exit(pywebsock.main(sys.argv[1:]))"
 
 
 def small_buffers(server: pywebsock.BroadcastServer) -> None:

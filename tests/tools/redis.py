@@ -19,6 +19,7 @@ import unittest.mock
 
 import pywebsock
 from tests.tools.support import (
+    COMPILED,
     DEADLINE,
     EVERYTHING,
     ROOT,
@@ -252,9 +253,10 @@ def frame_of(message: Message) -> bytes:
 
 def run(*arguments: str, **environment: str) -> tuple[int, str]:
     """Run a server that should not start; return its exit status and its output."""
-    command = [sys.executable, str(ROOT / "pywebsock.py"), "--port", "0", *arguments]
+    command = [sys.executable, *COMPILED, "--port", "0", *arguments]
+    variables = {**os.environ, **environment}
     done = subprocess.run(
-        command, capture_output=True, timeout=DEADLINE, env={**os.environ, **environment}, text=True, check=False
+        command, cwd=ROOT, capture_output=True, timeout=DEADLINE, env=variables, text=True, check=False
     )
     return done.returncode, done.stdout + done.stderr
 

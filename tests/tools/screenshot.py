@@ -13,7 +13,7 @@ import tempfile
 import typing
 
 from tests.tools.browser import Tab, chromium
-from tests.tools.support import ROOT, Process
+from tests.tools.support import ROOT, Process, free_port
 
 WIDTH, HEIGHT, SCALE = 480, 530, 2
 
@@ -102,7 +102,9 @@ def compose(browser: typing.Any, titles: typing.Sequence[str], pictures: typing.
 
 def take(path: pathlib.Path) -> None:
     """Write the picture to a file."""
-    with Process() as server, chromium(f"--host-resolver-rules=MAP localhost:4545 127.0.0.1:{server.port}") as browser:
+    port = free_port()
+    rules = f"--host-resolver-rules=MAP localhost:4545 127.0.0.1:{port}"
+    with chromium(rules) as browser, Process("--port", str(port)):
         windows = [window(browser, url) for url in ("http://localhost:4545/", (ROOT / "pywebsock.html").as_uri())]
         hold(TALK, windows)
         windows[1].run("document.activeElement.blur()")  # the first window has the focus

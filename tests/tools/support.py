@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import importlib
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -30,7 +32,9 @@ import zlib
 
 import pywebsock
 
+T = typing.TypeVar("T")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+COMPILED = ("-m", "pywebsock")  # for Python in ROOT; a path would be compiled each time
 IS_WINDOWS = os.name == "nt"
 IS_WINE = IS_WINDOWS and hasattr(getattr(ctypes, "windll").ntdll, "wine_get_version")  # noqa: B009 (mypy)
 DEADLINE = 30.0 if IS_WINE else 10.0  # seconds that a test waits for anything; under Wine, Python starts slowly
@@ -42,6 +46,7 @@ KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes, RFC 6455 11.8
 DEFLATE = "permessage-deflate"
+XOR = [bytes(byte ^ other for byte in range(256)) for other in range(256)]
 
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -81,6 +86,9 @@ def require(present: object, what: str) -> None:
         raise unittest.SkipTest(what + MISSING)
 
 
+long = unittest.skipUnless(EVERYTHING, "takes long: PYWEBSOCK_TESTS=everything")
+
+
 def package(name: str) -> typing.Any:
     """Return a module that does not come with Python; see `require`."""
     try:
@@ -100,10 +108,12 @@ def scratch() -> typing.Iterator[str]:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 on which no program listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 on which no program listens, and that no system gives to programs that ask for 0."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def eventually(condition: typing.Callable[[], object], what: str = "", deadline: float = DEADLINE) -> None:
@@ -219,7 +229,6 @@ class Recorder(pywebsock.BroadcastServer):
 
 
 S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
-T = typing.TypeVar("T")
 
 
 @typing.overload
@@ -242,23 +251,31 @@ def running(
         server.server_close()
 
 
+def at_once(call: typing.Callable[..., T], *arguments: typing.Iterable[typing.Any]) -> list[T]:
+    """Return list(map(call, *arguments)), with all calls at the same time: processes take long to start."""
+    with concurrent.futures.ThreadPoolExecutor(len(list(zip(*arguments)))) as pool:
+        return list(pool.map(call, *arguments))
+
+
 class Process:
-    """`python pywebsock.py` in a process of its own, on a free port; its log is in `log()`."""
+    """`python -m pywebsock` in a process of its own, on a free port; its log is in `log()`."""
 
     def __init__(
         self,
         *arguments: str,
         stdin: typing.Any = subprocess.DEVNULL,
         python: typing.Sequence[str] = (),
-        program: typing.Sequence[str] = (),  # in place of `python pywebsock.py`
+        program: typing.Sequence[str] = (),  # in place of `python -m pywebsock`
     ) -> None:
-        program = program or [sys.executable, *python, str(ROOT / "pywebsock.py")]
+        folder = None if program else ROOT
+        program = program or [sys.executable, *python, *(() if "-c" in python else COMPILED)]
         command = [*program, "--port", "0", *arguments]
         self._process = subprocess.Popen(
             command,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            cwd=folder,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Ctrl-Break goes to a whole group
         )
         self._log: list[bytes] = []
@@ -310,13 +327,17 @@ class Process:
         self._process.kill()
         self.wait()
 
-    def stop(self) -> int:
-        """Stop the process with SIGTERM, or kill it under Wine; return the exit status."""
+    def begin_stop(self) -> None:
+        """Send SIGTERM, or kill the process under Wine."""
         if self._process.poll() is None:
             if IS_WINE:
                 self._process.kill()
             else:
                 self.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """Stop the process, and return the exit status."""
+        self.begin_stop()
         return self.wait()
 
     def __enter__(self) -> Process:
@@ -370,8 +391,10 @@ def masked_frame(
         head = struct.pack("!BBH", first, 0x80 | 126, size)
     else:
         head = struct.pack("!BBQ", first, 0x80 | 127, size)
-    # An independent implementation, to compare with.
-    return head + key + bytes(byte ^ key[i % 4] for i, byte in enumerate(payload))
+    masked = bytearray(payload)
+    for i, byte in enumerate(key):  # an independent implementation, to compare with
+        masked[i::4] = payload[i::4].translate(XOR[byte])
+    return head + key + bytes(masked)
 
 
 def pieces(opcode: int, *payloads: bytes) -> bytes:
