@@ -1,8 +1,8 @@
-"""Every test there is, from a clean checkout, as root on Debian 12 with Python, pyenv, node and npm.
+"""The tests with all that they can be run with: other Pythons, browsers, Redis, other people's programs, crowds.
 
-Whatever it needs it installs; what does not come from Debian goes to a folder that is gone afterwards. First comes the
-command of the README. Steps that do not disturb each other run side by side. The last line is `N passed, N failed`, and
-the exit status 0 where nothing failed. Who interrupts it ends all that it has started.
+.ci/run calls it with a folder for what it installs; the folder has a venv with the packages for development. Debian's
+packages stay. Steps that measure no time run side by side. The last line is `N passed, N failed`, and the exit status
+0 where nothing failed. Where it is interrupted, it ends all that it has started.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import typing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEBIAN = (
-    *("apache2-bin", "caddy", "chromium", "chromium-driver", "curl", "default-jdk-headless", "firefox-esr"),
-    *("fonts-inter", "fonts-noto-color-emoji", "gcc", "haproxy", "iproute2", "libmojolicious-perl", "libnetty-java"),
-    *("libwebsockets-dev", "lighttpd", "nginx", "openssl", "redis-server", "systemd", "varnish"),
+    *("apache2-bin", "caddy", "chromium", "chromium-driver", "curl", "debootstrap", "default-jdk-headless"),
+    *("firefox-esr", "fonts-inter", "fonts-noto-color-emoji", "gcc", "haproxy", "iproute2", "libmojolicious-perl"),
+    *("libnetty-java", "libwebsockets-dev", "lighttpd", "nginx", "openssl", "redis-server", "systemd", "varnish"),
     *("webkit2gtk-driver", "xvfb"),
 )
 NODE = ("ws", "@oven/bun-linux-x64", "@deno/linux-x64-glibc", "axe-core", "chrome-aws-lambda@10.1.0")
-CODE = ("pywebsock.py", "tests", ".ci/run.py", ".hatch")
 UNITTEST = ("-m", "unittest")
-NEWER = ("python3.14", "python3.15", "python3.15t", "pypy3")  # those of pythons.sh; the one with a t has no GIL
+NEWER = ("python3.14", "python3.15", "pypy3")  # Debian's next release has them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 2400.0  # seconds that a step may take
 TIDY_UP = 5.0  # seconds that what is ended has before it is killed
@@ -99,7 +98,9 @@ class Step:
         self.failed = max(bad + self._strict * skipped, int(status != 0 or not self.passed))
 
     def end(self) -> None:
-        """End its processes."""
+        """End its processes, if it runs."""
+        if self._process.poll() is not None:
+            return
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self._process.pid, number)
@@ -111,8 +112,8 @@ class Run:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self._steps: list[Step] = []
-        self._running: list[Step] = []
+        self._steps: list[Step] = []  # those that have begun
+        self._lock = threading.Lock()  # held while one begins
 
     def __enter__(self) -> Run:
         for number in SIGNALS:
@@ -125,23 +126,29 @@ class Run:
     def __exit__(self, *_: object) -> None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # no second one interrupts the end
-        for step in self._running:
+        self._lock.acquire()  # no other step begins
+        for step in self._steps:
             step.end()
 
-    def side_by_side(self, *steps: Step) -> None:
-        """Run these at the same time, and go on in any case when all have ended."""
-        say(f"\n==== {time.monotonic() - self._start:.0f} s: {', '.join(step.name for step in steps)}\n")
-        for step in steps:
-            step.start()
-            self._steps.append(step)
-            self._running.append(step)
-        how = {"alone": len(steps) == 1}
-        threads = [threading.Thread(target=step.follow, kwargs=how, daemon=True) for step in steps]
+    def alone(self, *steps: Step) -> None:
+        """Run these one after the other, and show at once what they print."""
+        self._follow(steps, alone=True)
+
+    def side_by_side(self, *lanes: typing.Sequence[Step]) -> None:
+        """Run the steps of each lane one after the other, and the lanes at the same time."""
+        threads = [threading.Thread(target=self._follow, args=(lane,), daemon=True) for lane in lanes]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self._running.clear()
+
+    def _follow(self, steps: typing.Sequence[Step], *, alone: bool = False) -> None:
+        for step in steps:
+            with self._lock:
+                say(f"\n==== {time.monotonic() - self._start:.0f} s: {step.name} begins\n")
+                step.start()
+                self._steps.append(step)
+            step.follow(alone=alone)
 
     def report(self) -> int:
         """Print the times and the sums; the exit status."""
@@ -186,67 +193,58 @@ def shell(name: str, *commands: str, **more: str) -> Step:
     return Step(name, "bash", "-c", " && ".join(commands), more=more)
 
 
-def debian(name: str, *options: str) -> Step:
+def debian() -> Step:
     """Packages that are missing. In runlevel 1 no service is started: the tests start their own."""
     query = ["dpkg-query", "-Wf", "${Package} ${db:Status-Status}\n", *DEBIAN]
     there = subprocess.run(query, check=False, capture_output=True, text=True).stdout.splitlines()
     missing = [package for package in DEBIAN if f"{package} installed" not in there]
-    install = f"apt-get install -qq -y --no-install-recommends {' '.join((*options, *missing))} >/dev/null"
+    install = f"apt-get install -qq -y --no-install-recommends {' '.join(missing)} >/dev/null"
     commands = ("apt-get update -qq", install) if missing else ("true",)
-    return shell(name, *commands, RUNLEVEL="1", DEBIAN_FRONTEND="noninteractive")
+    return shell("debian", *commands, RUNLEVEL="1", DEBIAN_FRONTEND="noninteractive")
+
+
+def install(run: Run, folder: str) -> None:
+    """Install what does not come with a Python."""
+    npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
+    pythons = ("debootstrap", "--variant=minbase", f"--include=openssl,{','.join(NEWER)}", "testing", f"{folder}/root")
+    run.side_by_side([debian()], [Step("node", *npm, *NODE)])
+    run.side_by_side(
+        [shell("pythons", f"unshare --mount {' '.join(pythons)} >/dev/null")],  # with what it mounts
+        [Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn")],
+    )
 
 
 def run_all(run: Run, folder: str) -> None:
     """Every step there is."""
-    run.side_by_side(Step("README", "python", *UNITTEST))
-
-    # The network is busy meanwhile; nothing that these tests look for appears before they end.
-    python, others = f"{folder}/venv/bin/python", other_pythons()
-    pip = f"{python} -m pip install -qq --no-compile"
-    packages = shell("packages", f"python -m venv {folder}/venv", f"{pip} 'pip>=25.1'", f"{pip} --group dev")
-    npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
-    run.side_by_side(*others[:2], packages, Step("pythons", ".ci/pythons.sh", f"{folder}/root"))
-    run.side_by_side(*others[2:4], Step("node", *npm, *NODE), debian("download", "--download-only"))
-    tests, in_order = newer_pythons(f"{folder}/root")
-    for group in (others[4:], tests, in_order):
-        for i in range(0, len(group), 2):
-            run.side_by_side(*group[i : i + 2])
-
-    run.side_by_side(
-        debian("debian"),
-        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
-        Step("lint", python, "-m", "ruff", "check", *CODE),
-        Step("format", python, "-m", "ruff", "format", "--check", *CODE),
-        Step("types", python, "-m", "mypy", "--strict", *CODE),
-    )
+    install(run, folder)
+    python = sys.executable
     everything = {
         "PYWEBSOCK_TESTS": "everything",
         "PYWEBSOCK_NODE_MODULES": f"{folder}/node/node_modules",
         "PYWEBSOCK_WSTEST": f"{folder}/autobahn/wst/bin/wstest",
     }
+    discover = (python, *UNITTEST, "discover", "-t", ".", "-s")
     steps = {
-        each.name: Step(each.name, python, *UNITTEST, "discover", "-t", ".", "-s", each, strict=True, more=everything)
+        each.name: Step(each.name, *discover, each, strict=True, more=everything)
         for each in sorted({path.parent for path in ROOT.glob("tests/**/test_*.py")})
     }
-    stress = steps.pop("stress")
+    stress, program = steps.pop("stress"), steps.pop("program")
     # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
-    valkey = {"REDIS_SERVER": str(next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server"))}
-    steps["valkey"] = Step(
-        "valkey", python, *UNITTEST, "discover", "-t", ".", "-s", "tests/program", "-p", "test_redis*.py", more=valkey
-    )
-    run.side_by_side(steps.pop("program"))  # its browsers are slow enough
-    run.side_by_side(*steps.values())
-    run.side_by_side(stress)
+    server = next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server")
+    valkey = Step("valkey", *discover, "tests/program", "-p", "test_redis*.py", more={"REDIS_SERVER": str(server)})
+    newer, in_order = newer_pythons(f"{folder}/root")
+    windows = [Step("windows", ".ci/windows.sh", f"{folder}/windows")] if os.environ.get("PYWEBSOCK_WINE") else []
+    run.side_by_side([program, valkey], [*steps.values(), *other_pythons(), *newer, *windows, *in_order])
+    run.alone(stress)
 
 
-def main() -> int:
+def main(folder: str) -> int:
     """Run all; the exit status."""
-    with tempfile.TemporaryDirectory(prefix="pywebsock-ci.") as folder, Run() as run:
-        os.environ.update(RUFF_CACHE_DIR=f"{folder}/ruff", MYPY_CACHE_DIR=f"{folder}/mypy", PYTHONDONTWRITEBYTECODE="1")
+    with Run() as run:
         say(f"Python {platform.python_version()}, {os.cpu_count()} processors\n")
         run_all(run, folder)
         return run.report()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))
