@@ -3419,9 +3419,30 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     _room: Room
     _most_connections: int
     _path = ""  # path of the Unix socket
+    _is_stopping = False  # shutdown() was called
 
     def _begin(self) -> None:
         raise NotImplementedError
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Accept connections until shutdown(), which takes up to `poll_interval` (seconds)."""
+        self._begin()
+        self._is_stopping = False
+        while not self._is_stopping:
+            try:
+                super().serve_forever(poll_interval)
+                return
+            except MemoryError:  # in the selector; the next round may succeed
+                self._wait_for_fewer(self._room.size, "out of memory")
+            except OSError:  # Windows cannot select a closed socket
+                if self.fileno() >= 0:
+                    raise
+                return
+
+    def shutdown(self) -> None:
+        """Let serve_forever() return, and wait for that. Call it in another thread."""
+        self._is_stopping = True
+        super().shutdown()
 
     def server_bind(self) -> None:
         """Called by the constructor: bind. With an IPv6 host, bind for IPv4 too."""
@@ -3543,7 +3564,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
-        self._has_begun = self._is_stopping = False
+        self._has_begun = False
         most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
         most = min(most, self._room.most_selected + SPARE_SELECTED)
         self._most_connections = max(1, min(most, raise_file_limit() - SPARE_DESCRIPTORS))
@@ -3660,26 +3681,6 @@ class BroadcastServer(Settings, LimitedServer):
                 self._loop.start()
                 if self._link:
                     self._link.start()
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Accept connections until shutdown(), which takes up to `poll_interval` (seconds)."""
-        self._begin()
-        self._is_stopping = False
-        while not self._is_stopping:
-            try:
-                super().serve_forever(poll_interval)
-                return
-            except MemoryError:  # in the selector; the next round may succeed
-                self._wait_for_fewer(self._room.size, "out of memory")
-            except OSError:  # Windows cannot select a closed socket
-                if self.fileno() >= 0:
-                    raise
-                return
-
-    def shutdown(self) -> None:
-        """Let serve_forever() return, and wait for that. Call it in another thread."""
-        self._is_stopping = True
-        super().shutdown()
 
     def server_close(self) -> None:
         """Send all queued data, close every client with 1001, and wait, at most for the close timeout.
