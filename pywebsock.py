@@ -3220,7 +3220,7 @@ class Loop:
             self._room.end()
 
     def _end(self) -> None:
-        self._ended = True  # whatever happens here: stop() waits for it
+        self._ended = True  # even after an error: stop() waits for it
         for connection in list(self._room.connections):
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
