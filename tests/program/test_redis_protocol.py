@@ -201,8 +201,8 @@ class UrlTest(unittest.TestCase):
         for url, why in (
             ("http://localhost", "a Redis URL is redis://"),
             ("redis://h:port", "Port could not be cast"),
-            ("redis://a..b", "encoding with 'idna' codec failed"),
-            ("redis://" + "a" * 64, "encoding with 'idna' codec failed"),
+            ("redis://a..b", ".*'idna' codec"),
+            ("redis://" + "a" * 64, ".*'idna' codec"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
                 pywebsock.main(["--redis", url])
