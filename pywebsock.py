@@ -2835,23 +2835,20 @@ class Endings:
 
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
-        self._waiting: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+        self.waiting: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()
 
     def add(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """End a connection soon by calling `act`. It is not read any more."""
         if not connection.is_ending:
             connection.is_ending = True
             self._sender.guard(self._sender.watch, connection)
-            self._waiting.append((connection, act, arguments))
+            self.waiting.append((connection, act, arguments))
 
     def carry_out(self) -> None:
         """End connections until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
-        while self._waiting and time.monotonic() < until:
-            connection, act, arguments = self._waiting.popleft()
+        while self.waiting and time.monotonic() < until:
+            connection, act, arguments = self.waiting.popleft()
             connection.is_ending = False
             self._sender.guard(act, connection, *arguments)
 
@@ -3249,7 +3246,7 @@ class Loop:
         if receiver.later:
             receiver.go_on()
             self._carry_out()
-        if receiver.endings:
+        if receiver.endings.waiting:
             receiver.endings.carry_out()
         # Watch over connections that wait for something other than a socket.
         self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
@@ -3263,7 +3260,7 @@ class Loop:
             timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
             if self._hooks.is_waiting:
                 timeout = min(timeout, STUCK_TIME)
-        if self.receiver.later or self.receiver.endings or not self._queue.fall_asleep():
+        if self.receiver.later or self.receiver.endings.waiting or not self._queue.fall_asleep():
             timeout = 0
         else:
             timeout = min(self.deadlines.interval, max(0.001, timeout))
