@@ -1892,14 +1892,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
         arriving = itertools.chain([self._rest], iter(functools.partial(self._receive, READ_SIZE), None))
         self._rest = b""
         body = bytearray()
+        turn_end = time.monotonic() + STUCK_TIME / 2
         for piece in read_body(request, arriving, server.max_message):
             body += piece
             has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
             require(has_room, 503, "too many messages are unfinished", later)
             self._kept = len(body)
             require(server._loop.now <= self.deadline, 408, TOO_LATE)  # endless trailers leave nothing to wait for
-            if self._blocked:
-                yield from self._wait(self._blocked)
+            if self._blocked or time.monotonic() > turn_end:  # millions of small chunks take long: others have a turn
+                yield from self._wait(self._blocked or ssl.SSLWantWriteError())
+                turn_end = time.monotonic() + STUCK_TIME / 2
         paced = server._post_pace.wait(server.handshake_timeout)
         require(paced, 429, f"there are more than {server.rate:g} posts a second", later)
         require(server._wait_for_space(server.handshake_timeout), 503, "too much waits to be sent", later)

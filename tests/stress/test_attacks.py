@@ -91,6 +91,11 @@ class FloodTest(AttackTestCase):
     def test_bursts_of_pongs(self) -> None:
         self.flood(100, support.masked_frame(10), 0.5, pace=5e6, burst=0.5)
 
+    def test_posts_in_tiny_chunks(self) -> None:
+        """A body takes turns with others, however much of it is there."""
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.flood(30, b"1\r\nx\r\n", 0.5, request=head.hex())
+
     def test_tls_records_of_one_byte(self) -> None:
         self.flood(50, load.frame(b"", 9), 0.1, tls=True, record=1)
 

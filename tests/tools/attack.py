@@ -38,6 +38,7 @@ class Plan(typing.NamedTuple):
     fields: typing.Mapping[str, str] = {}  # header fields of its requests
     record: int = 0  # bytes of a TLS record, 0 without TLS
     reading: bool = True  # whether the clients read
+    request: str = ""  # bytes in hexadecimal, sent in place of an opening handshake; no response is awaited
 
 
 class Attacker:
@@ -52,7 +53,7 @@ class Attacker:
         self._tls: ssl.SSLObject | None = None
         if plan.record:
             self._shake_hands()
-        self._put(support.request(**plan.fields))
+        self._put(bytes.fromhex(plan.request) or support.request(**plan.fields))
         self._flush()
 
     def _shake_hands(self) -> None:
@@ -71,7 +72,7 @@ class Attacker:
 
     def wait(self) -> None:
         """Wait for the status 101."""
-        answer = b""
+        answer = b"HTTP/1.1 101 \r\n" if self._plan.request else b""
         while b"\r\n" not in answer:
             data = self.socket.recv(100)
             if not data:
