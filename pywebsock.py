@@ -3219,7 +3219,7 @@ class Loop:
             self._room.end()
 
     def _end(self) -> None:
-        self._ended = True  # even after an error: stop() waits for it
+        self._ended = True  # even if an error follows: stop() waits for it
         for connection in list(self._room.connections):
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
@@ -3918,6 +3918,8 @@ class RedisConnection:
             greeting = self.call("HELLO", 2, *login)
             if not isinstance(greeting, list) or b"server" not in greeting:
                 raise RedisError(NOT_REDIS)
+            if b"sentinel" in greeting:
+                raise RedisError("this is a Sentinel, which has no streams: use the address of its Redis")
             if address.database:
                 self.call("SELECT", address.database)
         except BaseException:

@@ -96,6 +96,10 @@ class NotRedisTest(ServerTestCase):
                 (1, f"pywebsock: Redis at 127.0.0.1:{port}: MOVED 12182 10.0.0.7:6380\n"),
             )
 
+    def test_a_sentinel(self) -> None:
+        with answering(b"*4\r\n$6\r\nserver\r\n$5\r\nredis\r\n$4\r\nmode\r\n$8\r\nsentinel\r\n") as port:
+            self.check_refused(port, "this is a Sentinel")
+
     def test_a_silent_server(self) -> None:
         """A silent server may be a paused Redis."""
         with answering() as port, unittest.mock.patch.object(pywebsock, "ANSWER_TIME", 0.1):

@@ -569,6 +569,8 @@ class Stopping(ServerTestCase):
         """An error for one client at the end does not make server_close() wait forever."""
         server = self.serve(close_timeout=0.2)
         self.connect(server)
+        (client,) = server.clients
+        self.addCleanup(client.request.close)
         patch = unittest.mock.patch.object(server._loop.sender, "drop", side_effect=MemoryError)
         with patch, in_thread(server.server_close):
             pass
