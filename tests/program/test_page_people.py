@@ -128,7 +128,7 @@ class Draft(PageTestCase):
             for number in range(100):
                 program.send(f"message {number}")
             tab.wait_for_messages(100)
-            below = "return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
+            below = "return -scroller.scrollTop"
             self.wait(lambda: tab.run(below) < 8, "the bottom")
             for word in "several words that are long enough to wrap around " * 6, "and a few more " * 10:
                 tab.find("#draft").send_keys(word)
@@ -587,6 +587,9 @@ class Names(PageTestCase):
         self.assertEqual(tab.messages(), ["one", "two", "three", "nameless", "مرحبا", "done: 3", texts[6], texts[7]])
         self.assertEqual(self.senders(tab), ["Carol", "Dave", "Carol", "deploy"])
         self.assertEqual(tab.run("return document.querySelector('#log .sender').localName"), "bdi")
+        tab.run("document.querySelector('#log .sender').textContent = 'علي'")
+        start = "return getComputedStyle(document.querySelector('#log .sender')).textAlign"
+        self.assertEqual(tab.run(start), "left", "above the bubble, whatever the direction of the name")
         aligned = tab.run("return getComputedStyle(document.querySelectorAll('#log .text')[4]).direction")
         self.assertEqual(aligned, "rtl")
 
@@ -728,8 +731,8 @@ class Comfort(PageTestCase):
         tab = self.open(self.from_disk(server))
         hide = """Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });
             document.dispatchEvent(new Event('visibilitychange'))"""
-        visible = "log.querySelectorAll('li:not([hidden])')"
-        lines = f"return Array.from({visible}, li => (li.querySelector('.text') ?? li).textContent)"
+        lines = """return Array.from(log.querySelectorAll('li:not([hidden])'),
+            li => (li.querySelector('.text') ?? li).textContent)"""
         icon = "return document.querySelector('[rel=icon]').href"
         with Client(server.port) as program:
             program.send("seen")

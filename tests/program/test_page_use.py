@@ -80,29 +80,41 @@ class Reading(PageTestCase):
 
     def below(self, tab: Tab) -> int:
         """Return the distance from the reader's place to the bottom (pixels)."""
-        return int(tab.run("return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"))
+        return int(tab.run("return -scroller.scrollTop"))
+
+    def mark(self, tab: Tab) -> None:
+        """Remember the first message in view, for `place`."""
+        tab.run("""window.marked = Array.from(document.querySelectorAll('#log li')).find(
+            li => li.getBoundingClientRect().top > scroller.getBoundingClientRect().top)""")
+
+    def place(self, tab: Tab) -> float:
+        """Return the place of that message now (pixels)."""
+        return float(tab.run("return marked.getBoundingClientRect().top"))
 
     def stands(self, tab: Tab) -> bool:
         """Return whether the log is not scrolling."""
-        top = tab.run("return scroller.scrollTop")
-        time.sleep(0.2)  # twice the interval of the steps of any engine
-        return bool(tab.run("return scroller.scrollTop") == top)
+        self.mark(tab)
+        before = self.place(tab)
+        time.sleep(0.2)  # twice the pause between the steps of any engine
+        return abs(self.place(tab) - before) < 2
 
     def at_the_top(self) -> tuple[Tab, int]:
         """Return a page with a long log that is scrolled up, and the port of its server."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         self.fill(tab, server, 100)
-        tab.run("scroller.scrollTop = 0")
-        self.wait(lambda: tab.run("return !following"), "the page has noticed")
+        tab.run("scroller.scrollTop = -scroller.scrollHeight")
+        self.wait(lambda: tab.run("return !isAtBottom()"), "the page has noticed")
         return tab, server.port
 
     def test_the_button_to_the_newest_message(self) -> None:
         tab, port = self.at_the_top()
         with Client(port) as program:
+            self.mark(tab)
+            before = self.place(tab)
             program.send("news")
             self.wait(lambda: tab.shows("#jump"), "the button to the newest message")
-            self.assertEqual(tab.run("return scroller.scrollTop"), 0)
+            self.assertLess(abs(self.place(tab) - before), 2)
             tab.click("#jump")
             self.wait(lambda: not tab.shows("#jump"), "the button has gone")
             self.assertLess(self.below(tab), 8)
@@ -118,17 +130,19 @@ class Reading(PageTestCase):
         with pouring(server.port):
             for _ in range(3):
                 tab.perform([{"type": "wheel", "id": "wheel", "actions": [notch]}])
-            self.wait(lambda: tab.run("return !following"), "the wheel has scrolled up")
+            self.wait(lambda: tab.run("return !isAtBottom()"), "the wheel has scrolled up")
             self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
             self.wait(lambda: tab.shows("#jump") and self.stands(tab), "the wheel has come to rest")
             tab.click("#jump")
-            self.wait(lambda: tab.run("return following"), "at the bottom again")
+            self.wait(lambda: tab.run("return isAtBottom()"), "at the bottom again")
             for _ in range(3):
                 tab.find("#scroller").send_keys(UP)
-            self.wait(lambda: tab.run("return !following"), "the keys have scrolled up")
-            top = tab.run("return scroller.scrollTop")
-            self.wait(lambda: self.below(tab) > 100, "the bottom has gone away")
-            self.assertLess(abs(tab.run("return scroller.scrollTop") - top), 150)
+            self.wait(lambda: tab.run("return !isAtBottom()"), "the keys have scrolled up")
+            self.wait(lambda: self.stands(tab), "the keys have come to rest")
+            self.mark(tab)
+            before, below = self.place(tab), self.below(tab)
+            self.wait(lambda: self.below(tab) > below + 100, "the bottom has gone away")
+            self.assertLess(abs(self.place(tab) - before), 2)
 
     def test_slow_click_while_messages_arrive(self) -> None:
         """The text of the button changes before it is released."""
@@ -140,7 +154,7 @@ class Reading(PageTestCase):
             press, hold = {"type": "pointerDown", "button": 0}, {"type": "pause", "duration": 300}
             actions = [move, press, hold, {"type": "pointerUp", "button": 0}]
             tab.perform([{"type": "pointer", "id": "mouse", "actions": actions}])
-            self.wait(lambda: tab.run("return following"), "at the bottom again")
+            self.wait(lambda: tab.run("return isAtBottom()"), "at the bottom again")
 
     def test_the_bottom_is_followed(self) -> None:
         server = self.serve()
@@ -157,11 +171,9 @@ class Reading(PageTestCase):
         tab = self.open(self.from_disk(server, self.hasty(KEEP=400)))
         self.fill(tab, server, 400)
         tab.run("scroller.scrollTop -= 600")
-        self.wait(lambda: tab.run("return !following"), "the page has noticed")
-        tab.run("""window.place = Array.from(document.querySelectorAll('#log li')).find(
-            li => li.getBoundingClientRect().top > scroller.getBoundingClientRect().top)""")
-        where = "return window.place.getBoundingClientRect().top"
-        before, text = tab.run(where), tab.run("return window.place.textContent")
+        self.wait(lambda: tab.run("return !isAtBottom()"), "the page has noticed")
+        self.mark(tab)
+        before, text = self.place(tab), tab.run("return marked.textContent")
         with Client(server.port) as program:
             for number in range(250):
                 program.send(f"new {number}")
@@ -169,7 +181,7 @@ class Reading(PageTestCase):
                 program.read()
         self.wait(lambda: tab.messages()[-1] == "new 249", "the last message")
         self.assertGreater(int(tab.messages()[0].split()[1]), 100, "old ones have gone")
-        self.assertLess(abs(tab.run(where) - before), 2, text)
+        self.assertLess(abs(self.place(tab) - before), 2, text)
 
     def test_a_huge_text_is_saved_and_a_long_one_shown(self) -> None:
         server = self.serve()
@@ -177,8 +189,11 @@ class Reading(PageTestCase):
         with Client(server.port) as program:
             program.send("long " * 10_000)
             tab.wait_for_messages(1)
+            top = "return Math.round(document.querySelector('#log .text').getBoundingClientRect().top)"
+            before = tab.run(top)
             tab.click("#log summary")
             self.wait(lambda: len(tab.messages()[0]) == 50_000, "the whole text")
+            self.assertEqual(tab.run(top), before, "it goes on where it was read")
             program.send("x" * 16_000_000)
             tab.wait_for_messages(2)
             button = tab.run("return document.querySelector('#log li:last-child button').textContent")
