@@ -17,18 +17,19 @@ from tests.tools.support import ROOT, Process, free_port
 
 WIDTH, HEIGHT, SCALE = 480, 530, 2
 
+NAMES = "Ann", "Ben"
 TALK = [  # (who sends, minute, text)
     (0, 2, "Morning! Is the new build out?"),
     (1, 2, "Going out now, the tests have just passed."),
     (1, 3, "Grüße from the night shift 🌙"),
-    (0, 4, "Go home then! I will keep an eye on it."),
-    (1, 5, "deploy 4.2 → production: done ✅\n3 hosts, 41 s"),
+    (1, 5, "deploy 4.2 → production ✅\n3 hosts, 41 s"),
     (0, 5, "Looks good here. Thank you, sleep well 👋"),
 ]
 
-# The clock of the page. Without it, all messages would have the same minute.
+# The clock of the page, which would else say the same minute everywhere. Both windows are in view.
 CLOCK = """
     window.minute = 0;
+    Object.defineProperty(document, 'hidden', { value: false });
     Date = class extends Date {
         constructor(...given) { if (given.length) super(...given); else super(2025, 4, 12, 9, window.minute); }
     };
@@ -106,6 +107,8 @@ def take(path: pathlib.Path) -> None:
     rules = f"--host-resolver-rules=MAP localhost:4545 127.0.0.1:{port}"
     with chromium(rules) as browser, Process("--port", str(port)):
         windows = [window(browser, url) for url in ("http://localhost:4545/", (ROOT / "pywebsock.html").as_uri())]
+        for tab, name in zip(windows, NAMES):
+            tab.run("name = arguments[0]", name)
         hold(TALK, windows)
         windows[1].run("document.activeElement.blur()")  # the first window has the focus
         pictures = [picture(each) for each in windows]
