@@ -3219,7 +3219,7 @@ class Loop:
             self._room.end()
 
     def _end(self) -> None:
-        self._ended = True  # even if an error follows: stop() waits for it
+        self._ended = True  # also after an error, since stop() waits for it
         for connection in list(self._room.connections):
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
@@ -3966,7 +3966,7 @@ class RedisStream:
         if not last:
             return self._accept(self._read_history(redis))[0]
         messages, missed = self._accept(self._read_new(redis))
-        with contextlib.suppress(OSError):  # return the messages all the same
+        with contextlib.suppress(OSError):  # the messages are returned even after an error
             if self.behind or was_behind:
                 kind = b"wait" if self.behind else b"go"
                 redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")

@@ -631,7 +631,7 @@ class Log(CommandLineTestCase):
 @unittest.skipIf(IS_WINE, NO_BREAK)
 @unittest.skipIf(os.name == "nt", "Windows does not tell whether a pipe has space")
 class Pipe(unittest.TestCase):
-    """A log that is written to a pipe which nobody reads: nobody waits for it."""
+    """A log to a full pipe: no thread waits for it."""
 
     def test_longer_than_its_space(self) -> None:
         """A pipe that has space for the beginning of a traceback would block at the rest."""

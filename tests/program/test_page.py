@@ -158,7 +158,7 @@ class History(PageTestCase):
     """A page finds the messages that it knows in a server's history."""
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
-        """Send messages while a tab has no connection, and connect it again. The last one must be new."""
+        """Send messages while a tab has no connection, and connect it again. The last message must be new."""
         tab.run("if (connection.socket) connection.drop('moved'); connection.retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:

@@ -100,7 +100,7 @@ class Proxy(unittest.TestCase):
     """A proxy in front of a server that allows the origin of a site."""
 
     target = "/chat/"
-    hidden = False  # whether page, status and POST are internal
+    hidden = False  # True if page, status and POST are internal
 
     def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
         """Write the configuration and return the command; the test is skipped if the proxy is missing."""

@@ -149,7 +149,7 @@ class ReplyTest(unittest.TestCase):
         )
 
     def test_entries_of_others(self) -> None:
-        """Entries of other programs: all their fields have one number, so only the first one can be new."""
+        """Entries of other programs: all their fields have one number, so only the first field can be new."""
         self.assertEqual(
             pywebsock.parse_entry(b"1-2", [b"a", b"b", b"c", b"d"]),
             [(b"", (1 << 64) + 2, b"text", b"b"), (b"", (1 << 64) + 2, b"text", b"d")],

@@ -23,7 +23,7 @@ class ConnectionTestCase(unittest.TestCase):
         self.connection = self.connect()
 
     def connect(self) -> pywebsock.Connection:
-        """Return a client that has just joined; all clients have the same pipe."""
+        """Return a new client; all clients have the same pipe."""
         client = types.SimpleNamespace(request=self.pipe, _tracers=())
         reader = pywebsock.MessageReader(1000)
         return pywebsock.Connection(typing.cast(pywebsock.WebSocketHandler, client), reader, 0, self.now)

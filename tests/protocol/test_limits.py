@@ -13,7 +13,7 @@ class TokenBucket(unittest.TestCase):
     """Pace: a number of messages a second, with a burst of one second."""
 
     def take_all(self, pace: Pace, rate: float, now: float) -> int:
-        """Take messages until one must wait; return their number."""
+        """Take messages until the next must wait; return their number."""
         number = 0
         while not pace.wait_time(rate, now):
             pace.take(rate, now)

@@ -173,7 +173,7 @@ class Workers(HooksTestCase):
         self.assertEqual((self.hooks._coming, self.hooks._busy), (0, 0))
 
     def test_relief(self) -> None:
-        """The loop replaces a blocked worker, but not one that has just started its call."""
+        """The loop replaces a blocked worker, but not if its call is new."""
         ran: list[int] = []
         with unittest.mock.patch.object(pywebsock, "STUCK_TIME", DEADLINE):
             self.block()
@@ -236,7 +236,7 @@ class Workers(HooksTestCase):
         eventually(lambda: not self.workers())
 
     def test_no_more_threads(self) -> None:
-        """If no thread can be started, the calls wait until one can."""
+        """If no thread can be started, the calls wait until that is possible."""
         ran: list[int] = []
         with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))

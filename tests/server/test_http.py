@@ -56,7 +56,7 @@ class Page(ServerTestCase):
         self.assertEqual(exchange(port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 
     def test_slow_reader(self) -> None:
-        """What was broadcast before does not count: its backlog is its own response."""
+        """Earlier broadcasts do not count: the backlog of a request is its response."""
         server = self.serve(max_backlog=50_000)
         faults.small_buffers(server)
         listener = self.connect(server)

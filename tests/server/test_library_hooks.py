@@ -619,7 +619,7 @@ class Stopping(ServerTestCase):
         self.assertLessEqual(before[-1], before[0])
 
     def test_two_servers(self) -> None:
-        """Two servers are independent; a hook of one may broadcast in the other."""
+        """Two servers are independent; a hook may broadcast in the other server."""
         other = self.serve()
 
         class Bridge(BroadcastServer):

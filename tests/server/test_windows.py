@@ -102,7 +102,7 @@ class Windows(ServerTestCase):
         self.assertEqual([slow.read() for _ in messages], messages)
 
     def fall_behind(self, server: Recorder) -> tuple[Client, list[bytes]]:
-        """Return a client that does not read, and the number of messages that another one has sent and got."""
+        """Return a client that does not read, and the number of messages that another client has sent and got."""
         faults.small_buffers(server)
         quick, slow = self.connect(server), self.connect(server, small=True)
         messages = [bytes([i]) * 20_000 for i in range(50)]

@@ -155,7 +155,7 @@ class StuckTest(stress.StressTestCase):
         self.assertGreater(rate, 150, "MB a second, of 200")
 
     def test_slow_reader_with_a_short_backlog(self) -> None:
-        """Whether a client counts as quick does not depend on --max-backlog."""
+        """A client counts as quick for any value of --max-backlog."""
         watched = self.serve_watched("--no-compression", "--max-backlog", "64K", code=SHORT_BUFFERS)
         pusher, clients = self.push(watched, 4096, 1e6), self.clients(watched)
         clients.run_for(0.5)

@@ -37,8 +37,7 @@ class Plan(typing.NamedTuple):
     burst: float = 0.0  # seconds between bursts, each of which has the bytes of that time
     fields: typing.Mapping[str, str] = {}  # header fields of its requests
     record: int = 0  # bytes of a TLS record, 0 without TLS
-    reading: bool = True  # whether the clients read
-    request: str = ""  # bytes in hexadecimal, sent in place of an opening handshake; no response is awaited
+    reading: bool = True  # False for clients that do not read
 
 
 class Attacker:

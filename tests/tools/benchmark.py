@@ -2,9 +2,9 @@
 
 It starts this server and the other servers that it finds (packages of this Python: websockets, picows, aiohttp,
 websocket-server; node with ws, in $NODE_PATH or $PYWEBSOCK_NODE_MODULES; bun), one after the other, in rounds, so
-that a change of the machine's speed affects all. Each server broadcasts messages to all clients, including the sender.
-A sender has a fixed number of messages in flight, and sends the next when one has come back. Figures are medians of
-the rounds; ratios are taken within each round.
+that a change of the machine's speed affects all. Each server broadcasts messages to all clients, including the
+sender. A sender has a fixed number of messages in flight, and sends the next when a message has come back. Figures
+are medians of the rounds; ratios are taken within each round.
 
 Without arguments, it is quick. `--scenarios` takes names and groups: more clients, large messages, TLS, compression,
 handshakes, idle clients. Servers that do not support a scenario are left out. All messages are text. TLS is version

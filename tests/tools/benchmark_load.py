@@ -1,15 +1,14 @@
 """The clients of the benchmark, many in one process: `python -m tests.tools.benchmark_load SETTINGS` (JSON).
 
 The load must be faster than the server. All clients of a broadcast server get the same bytes, so each byte is parsed
-once, for the client that gets it first; the bytes of the other clients are compared with it, by one memcmp. If a
+once, for the client that gets it first. The bytes of the other clients are compared with it, by one memcmp. If a
 client gets other bytes, they are parsed separately, and `order` reports it. The delay of a message is measured at one
 client, which is another one for each message. With TLS, each client gets other bytes, and decrypting costs as much as
-encrypting: of the clients that only receive, all but one decrypt the first message, and then count the bytes in the
-records.
+encrypting. So most clients that only receive decrypt the first message, and then count the bytes in the records.
 
-It exchanges lines with the parent process: it prints `ready` when all clients are connected, reads `go`, prints
-`sent N` at the end, reads `total N`, the number of messages that all load processes have sent, prints its figures in
-JSON, and stays connected until its standard input ends.
+It exchanges lines with the parent process. It prints `ready` when all clients are connected, reads `go`, and prints
+`sent N` at the end. Then it reads `total N`, the number of messages that all load processes have sent, and prints its
+figures in JSON. It stays connected until its standard input ends.
 """
 
 from __future__ import annotations

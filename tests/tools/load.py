@@ -309,7 +309,7 @@ class Load:
 
 
 class Sender:
-    """A client that sends numbered messages: at a rate, or a number at once and the next when one has come back."""
+    """A client that sends numbered messages, at a rate, or a number at once and the next when a message is back."""
 
     def __init__(self, peer: Peer, number: int, size: int, *, pace: float = 0.0, at_once: int = 0) -> None:
         self.peer = peer
@@ -345,7 +345,7 @@ class Sender:
 
     @property
     def answered(self) -> bool:
-        """Whether all messages have come back."""
+        """True if all messages have come back."""
         return len(self.stream.delays) == self.count
 
 

@@ -100,9 +100,8 @@ class Redis:
 class Proxy:
     """A proxy between a server and Redis that cuts the connection that writes, or the one that reads.
 
-    `cuts` has an item for each cut: a number of bytes to pass on before it, of those that are
-    written (from 0) or, if it is negative, of those for the reader (from -1); or None to pass
-    all bytes on and cut when the reply comes, which is not passed on.
+    `cuts` has an item for each cut: the number of bytes to pass on before it. A number from 0 counts
+    written bytes; a negative one, from -1, counts bytes for the reader. None cuts when the reply comes.
     """
 
     def __init__(self, port: int) -> None:

@@ -242,7 +242,7 @@ class StressTestCase(unittest.TestCase):
         return clients
 
     def check_health(self, watched: WatchedServer, what: str, worst: float = 0.5, growth: float = 500.0) -> None:
-        """Check an attack that goes on or has just ended: the slowest echo (seconds), and memory (MB)."""
+        """Check an attack that goes on or has ended: the slowest echo (seconds), and memory (MB)."""
         seen = watched.witness.figures()
         spent, took = load.cpu(watched.pid) - watched.cpu, time.monotonic() - watched.start
         self.report(

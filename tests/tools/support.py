@@ -138,8 +138,8 @@ def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.
 def growth(act: typing.Callable[[int], object], size: int) -> float:
     """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
-    Each is the minimum of three runs if the ratio is clear, and of all runs within two seconds otherwise, since other
-    work of the process, such as PyPy's compiler and garbage collector, only adds time.
+    Each is the minimum of three runs if the ratio is clear, and of all runs within two seconds otherwise. Other work of
+    the process, such as PyPy's compiler and garbage collector, only adds time.
     """
     if IS_WINDOWS:
         raise unittest.SkipTest("Windows counts the CPU time of a thread in steps of 15.6 ms")
