@@ -237,7 +237,7 @@ class Errors(CommandLineTestCase):
             self.assertIn(f"127.0.0.1 port {port}: ", self.check("--port", str(port)))
 
     def test_addresses(self) -> None:
-        hosts = "203.0.113.1", "no such host", "name.invalid"  # RFC 5737: nobody's
+        hosts = "203.0.113.1", "no such host", "name.invalid"  # RFC 5737: no machine has it
         for host, line in zip(hosts, at_once(lambda host: self.check("--host", host), hosts)):
             self.assertIn(f"pywebsock: {host} port 0: ", line)
 
@@ -251,7 +251,7 @@ class Errors(CommandLineTestCase):
             lines = at_once(lambda each: self.check(*each), options)
         for line, name in zip(lines, ("missing", "empty", "bad", "missing")):
             self.assertEqual(line.count(f"{name}.pem"), 1, line)
-        self.check("--cert", "")  # such as "$CERT" where that is not set: without TLS would be worse
+        self.check("--cert", "")  # such as "$CERT" without a value; serving without TLS would be worse
 
     def test_a_passphrase(self) -> None:
         """The passphrase is asked once, on the terminal; without a terminal, that is an error."""
@@ -462,7 +462,7 @@ class StandardInput(CommandLineTestCase):
         eventually(lambda: "standard input has ended" in process.log())
 
     @unittest.skipIf(os.name == "nt", "POSIX")
-    def test_what_cannot_be_read(self) -> None:
+    def test_unreadable_input(self) -> None:
         """If standard input cannot be read, the server logs that and goes on; a non-blocking one counts as ended."""
         pipe, other = os.pipe()
         self.addCleanup(os.close, other)
@@ -692,7 +692,7 @@ class Signals(CommandLineTestCase):
             process = self.start()
             client = self.connect(process)
             process.send_signal(first)
-            time.sleep(pause)  # whatever the process does by then
+            time.sleep(pause)  # the process may have ended by then
             process.send_signal(second)
             frame = client.read_frame()
             client.socket.close()

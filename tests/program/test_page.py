@@ -335,7 +335,7 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
 
-    def test_a_server_that_changes_what_it_passes_on(self) -> None:
+    def test_a_server_that_changes_messages(self) -> None:
         """Messages that a server changes are on the user's side, and count as delivered."""
         program = [sys.executable, "-c", CHAT.format(root=str(ROOT))]
         server = Process(program=program)

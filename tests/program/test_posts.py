@@ -146,7 +146,7 @@ class Browser(unittest.TestCase):
 
     def check(self, driver: typing.Any) -> None:
         """It may send each kind, with and without credentials, where its origin is allowed."""
-        pages = Process()  # its page has another origin: another port
+        pages = Process()  # the page has another origin: another port
         self.addCleanup(pages.stop)
         origin = f"http://localhost:{pages.port}"
         allowing, refusing = Process("--origin", origin), Process()

@@ -122,7 +122,7 @@ class NotRedisTest(ServerTestCase):
         with self.assertRaisesRegex(pywebsock.RedisError, "^Redis at nobody.invalid:6379: "):
             self.serve(redis="redis://nobody.invalid")
 
-    def test_nobody_there(self) -> None:
+    def test_no_redis(self) -> None:
         """Without a Redis, the server starts, senders wait in bounded memory, and it ends in time."""
         with self.assertLogs("pywebsock", "WARNING") as logs:
             server = self.serve(redis=f"redis://127.0.0.1:{free_port()}", close_timeout=0.2)
@@ -310,7 +310,7 @@ class FaultTest(RedisTestCase):
         eventually(lambda: "missed 70 messages" in servers[1].log(), servers[1].log())
         self.assertEqual(servers[0].log(), "")
 
-    def test_what_is_written_vanishes_before_it_is_read(self) -> None:
+    def test_entry_vanishes_before_it_is_read(self) -> None:
         """An entry that vanishes before it is read is written again, as soon as that is certain."""
         call, gate = pywebsock.RedisConnection.call, threading.Event()
 

@@ -86,7 +86,7 @@ class RoomTest(RedisTestCase):
             self.redis.call("XADD", self.stream, "*", name, "hello", "more", "fields")
             self.assertEqual(client.read(), "hello")
 
-    def test_what_is_written_twice(self) -> None:
+    def test_entry_written_twice(self) -> None:
         """An entry that is written twice is delivered once, at its first place; each server has its own numbers."""
         client = self.client(self.serve(redis=self.url))
         for name in ("a:1", "a:2", "a:1", "b:1", "a:2", "a:3", "b:1", "a:3", "c:1"):

@@ -892,7 +892,7 @@ class Bodies(unittest.TestCase):
         self.assertEqual(caught.exception.fields, (("Accept-Encoding", "gzip, deflate"),))
 
     @unittest.skipIf(sys.implementation.name != "cpython", "its memory")
-    def test_memory_of_what_is_compressed(self) -> None:
+    def test_memory_of_a_compressed_body(self) -> None:
         """32 KB that inflate to 32 MB are refused at the limit."""
         bomb = gzip.compress(bytes(1 << 25))
         asked = headers(Content_Length=str(len(bomb)), Content_Encoding="gzip")

@@ -229,7 +229,7 @@ class Crowd(ServerTestCase):
     """As many clients as select() accepts on Windows."""
 
     def test_503(self) -> None:
-        """The next client gets a 503 with the reason, and a place when another one has left."""
+        """The next client gets a 503 with the reason, and a place when another client has left."""
         with self.crowded() as (process, clients):
             status, _, body = exchange(process.port, request())
             self.assertEqual(status, 503)
@@ -272,7 +272,7 @@ class Crowd(ServerTestCase):
         self.assertEqual([client.read() for client in clients], ["Hello"] * len(clients))
 
     def shake_hands(self, port: int) -> bytes:
-        """The answer to one more client."""
+        """Return the response to one more client."""
         with Client(port, handshake=False) as client:
             client.send_raw(request())
             return client.read_head()
