@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs the Autobahn test suite: .ci/autobahn.sh FOLDER; then FOLDER/wst/bin/wstest is the program.
 #
-# The suite is Python 2.7, and on Python 3 would install but not start. This needs gcc, a CPython 2.7
+# The suite needs Python 2.7; with Python 3, it installs, but does not start. This needs gcc, a CPython 2.7
 # ($PYTHON2, pyenv's, or the one on the path) and a CPython from 3.8 to 3.12; it takes 40 seconds.
 set -euo pipefail
 

