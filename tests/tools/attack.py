@@ -38,6 +38,7 @@ class Plan(typing.NamedTuple):
     fields: typing.Mapping[str, str] = {}  # header fields of its requests
     record: int = 0  # bytes of a TLS record, 0 without TLS
     reading: bool = True  # False for clients that do not read
+    request: str = ""  # bytes in hexadecimal, sent instead of an opening handshake; no response is awaited
 
 
 class Attacker:
