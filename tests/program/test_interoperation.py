@@ -606,7 +606,7 @@ class Origins(unittest.TestCase):
             client.run_forever()
 
 
-class Careless(Interoperation):
+class KnownFaults(Interoperation):
     """Clients with known faults."""
 
     def check_echoes(self, conversation: Conversation, *command: str) -> None:

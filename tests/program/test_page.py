@@ -42,7 +42,7 @@ OTHERS = CHAT.replace("self.broadcast(f", "self.broadcast(to=self.clients - {{cl
 )
 
 
-class Nobody:
+class NoServer:
     """No server: a port without a listener."""
 
     def __init__(self) -> None:
@@ -395,7 +395,7 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.messages(".mine"), ["one", "two", "three", "four", "five"])
 
     def test_one_huge_text_does_not_take_the_others_along(self) -> None:
-        tab = self.open(self.from_disk(Nobody()), state="offline")
+        tab = self.open(self.from_disk(NoServer()), state="offline")
         tab.run("submit('small'); submit('x'.repeat(12e6)); submit('other'); draft.value = 'a draft'")
         # Browsers under a driver do not ask before they leave a page.
         tab.reload()
@@ -404,7 +404,7 @@ class Outbox(PageTestCase):
         self.assertEqual(tab.run("return draft.value"), "a draft")
 
     def test_leaving_asks_first_where_something_would_be_lost(self) -> None:
-        tab = self.open(self.from_disk(Nobody()), state="offline")
+        tab = self.open(self.from_disk(NoServer()), state="offline")
         asks = "const e = new Event('beforeunload', {cancelable: true}); dispatchEvent(e); return e.defaultPrevented"
         self.assertFalse(tab.run(asks))
         tab.run("submit('small')")

@@ -666,7 +666,7 @@ class Files(PageTestCase):
         self.assertEqual(tab.messages(".mine"), ["a.docx, 4 bytes"])
 
 
-class Comfort(PageTestCase):
+class Conveniences(PageTestCase):
     """Code, emoji, pictures, new messages, printing."""
 
     def test_code_keeps_its_columns(self) -> None:
@@ -809,7 +809,7 @@ class Touch(PageTestCase):
 
 in_each_engine(
     Draft, SlowLinks, Uploads, Times, Links, Address, Pictures, ReadOnly,
-    Details, Sides, Names, Files, Comfort, Touch,
+    Details, Sides, Names, Files, Conveniences, Touch,
 )  # fmt: skip
 
 

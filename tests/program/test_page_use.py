@@ -515,7 +515,7 @@ class Chrome92:
         return self.command("Runtime.evaluate", expression=expression)["result"].get("value")
 
 
-class Floor(unittest.TestCase):
+class OldestBrowsers(unittest.TestCase):
     """The oldest supported browsers: Chrome 92, Firefox 90, Safari 15.4."""
 
     def test_in_chrome_92(self) -> None:

@@ -271,7 +271,7 @@ class DeletedTest(RedisTestCase):
         return found[1] if found else b""
 
 
-class Talkative(logging.Handler):
+class BroadcastingHandler(logging.Handler):
     """A log handler that broadcasts the log."""
 
     server: pywebsock.BroadcastServer | None = None
@@ -329,7 +329,7 @@ class AwayTest(RedisTestCase):
 
     def test_a_log_that_is_broadcast(self) -> None:
         """A log handler waits for room in the queue while it is locked, and the link logs a line."""
-        handler = Talkative()
+        handler = BroadcastingHandler()
         pywebsock.log.addHandler(handler)
         self.addCleanup(pywebsock.log.removeHandler, handler)
         server = handler.server = self.serve(redis=self.url)

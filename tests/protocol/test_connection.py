@@ -101,7 +101,7 @@ class Order(ConnectionTestCase):
                 self.flush(EVERYTHING)
 
 
-class Cost(ConnectionTestCase):
+class SendingCost(ConnectionTestCase):
     """Queued data is shared, and sending it is cheap."""
 
     def test_shared_by_all(self) -> None:

@@ -213,7 +213,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(client.read_close(), (1005, ""))
 
 
-class TheEnd(ServerTestCase):
+class ServerClose(ServerTestCase):
     """server_close() sends the queued messages, then 1001 to all clients, and waits up to the close timeout."""
 
     def test_queued_messages_then_1001(self) -> None:

@@ -145,13 +145,13 @@ class Keepalive(ServerTestCase):
     def test_reset_while_its_messages_wait(self) -> None:
         """A client that is not read because of its rate gets Pings: its kernel shows whether it is still there."""
 
-        class Mute(pywebsock.BroadcastServer):
+        class MuteServer(pywebsock.BroadcastServer):
             """A server that does not broadcast."""
 
             def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
                 pass
 
-        server = self.serve(Mute, rate=0.01, ping_interval=0.1, ping_timeout=0.1)
+        server = self.serve(MuteServer, rate=0.01, ping_interval=0.1, ping_timeout=0.1)
         client = self.connect(server)
         client.send_raw(2 * masked_frame(TEXT, b"text"))
         for _ in range(5):  # its kernel acknowledges them, and it stays

@@ -394,14 +394,14 @@ class Clients(ServerTestCase):
         self.assertEqual([a.read(), b.read(), c.read()], ["red", "blue", "red"])
 
     def test_send_and_close_in_on_open(self) -> None:
-        class Doorman(BroadcastServer):
+        class Admission(BroadcastServer):
             """A server that admits clients with a password."""
 
             def on_open(self, client: WebSocketHandler) -> None:
                 if client.headers.get("authorization") != "Bearer open sesame":
                     client.close(CloseCode.POLICY_VIOLATION, "who are you?")
 
-        server = self.serve(Doorman)
+        server = self.serve(Admission)
         good = self.connect(server, Authorization="Bearer open sesame")
         bad = self.connect(server)
         frame = bad.read_frame()

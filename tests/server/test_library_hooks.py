@@ -151,7 +151,7 @@ class Admit(ServerTestCase):
         """client.method depends on the request line, and not on header fields such as Upgrade."""
         methods: list[str] = []
 
-        class Ears(BroadcastServer):
+        class TwoTokens(BroadcastServer):
             """A server with one token for WebSockets and another one for POSTs."""
 
             def admit(self, client: WebSocketHandler) -> None:
@@ -159,7 +159,7 @@ class Admit(ServerTestCase):
                 if client.headers.get("authorization") != f"Bearer {client.method}":
                     raise HandshakeError(401, "who are you?")
 
-        server = self.serve(Ears)
+        server = self.serve(TwoTokens)
         port = server.server_address[1]
         for fields in ({"Upgrade": "h2c, websocket"}, {"Upgrade": "WebSocket"}, {"Content_Length": "0"}):
             self.assertEqual(exchange(port, request(Authorization="Bearer POST", **fields))[0], 401)
@@ -182,13 +182,13 @@ class Admit(ServerTestCase):
     def test_close(self) -> None:
         """client.close() in admit refuses, too."""
 
-        class Closer(BroadcastServer):
+        class ClosesInAdmit(BroadcastServer):
             """A server that refuses by client.close()."""
 
             def admit(self, client: WebSocketHandler) -> None:
                 client.close(1008, "no")
 
-        server = self.serve(Closer)
+        server = self.serve(ClosesInAdmit)
         self.assertEqual(exchange(server.server_address[1], request())[0], 403)
 
     def test_slow(self) -> None:
@@ -227,13 +227,13 @@ class Post(ServerTestCase):
         self.assertNotIn("message", [kind for kind, *_ in server.heard])
 
     def test_refused(self) -> None:
-        class Picky(BroadcastServer):
+        class JSONOnly(BroadcastServer):
             """A server that accepts only JSON."""
 
             def on_post(self, client: WebSocketHandler, message: Message) -> None:
                 raise HandshakeError(415, "JSON, please", ("Accept-Post", "application/json"))
 
-        server = self.serve(Picky)
+        server = self.serve(JSONOnly)
         client = self.connect(server)
         status, fields, _ = exchange(server.server_address[1], post())
         self.assertEqual((status, fields["accept-post"]), (415, "application/json"))
@@ -255,14 +255,14 @@ class Post(ServerTestCase):
     def test_attributes_of_the_client(self) -> None:
         """The client of a POST has the attributes of the request; send() to it has no effect."""
 
-        class Curious(Recorder):
+        class AttributesOfPosts(Recorder):
             """A server that keeps the attributes of the client."""
 
             def on_post(self, client: WebSocketHandler, message: Message) -> None:
                 client.send("nobody hears this")
                 self._tell(client.target, client.headers["x-name"], client in self.clients)
 
-        server = self.serve(Curious)
+        server = self.serve(AttributesOfPosts)
         self.assertEqual(exchange(server.server_address[1], post(target="/?room=1", X_Name="me"))[0], 202)
         self.assertEqual(server.heard, [("/?room=1", "me", False)])
 
@@ -285,7 +285,7 @@ class Post(ServerTestCase):
         self.assertNotIn("post", [kind for kind, *_ in server.heard])
 
 
-class Wicked(BaseException):
+class NotAnException(BaseException):
     """An exception that is not an Exception."""
 
     def __str__(self) -> str:
@@ -299,7 +299,7 @@ def refusal() -> HandshakeError:
 
 EVERYTHING = (
     *(SystemExit, KeyboardInterrupt, asyncio.CancelledError, MemoryError, GeneratorExit, RecursionError, StopIteration),
-    *(OSError, BlockingIOError, ConnectionResetError, EOFError, TimeoutError, Wicked),
+    *(OSError, BlockingIOError, ConnectionResetError, EOFError, TimeoutError, NotAnException),
     *(lambda: pywebsock.ProtocolError(pywebsock.CloseCode.PROTOCOL_ERROR, "said by a hook"),),
     refusal,
 )
@@ -384,7 +384,7 @@ class Raising(ServerTestCase):
         self.assertEqual(len(logged.records), len(EVERYTHING))
 
 
-class Meanwhile(ServerTestCase):
+class BetweenHooks(ServerTestCase):
     """Events between two hooks, or while a hook blocks."""
 
     def test_closed_while_it_waits_for_its_rate(self) -> None:
@@ -695,7 +695,7 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
 """
 
 
-class FromAnywhere(ServerTestCase):
+class UnexpectedBroadcasts(ServerTestCase):
     """broadcast() in unexpected places."""
 
     def test_log_handler(self) -> None:

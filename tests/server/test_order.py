@@ -178,7 +178,7 @@ class Joining(ServerTestCase):
         self.assertEqual(self.connect(server).read(), "news")
 
 
-class HeldBack(ServerTestCase):
+class WaitingSenders(ServerTestCase):
     """Senders wait while too much is queued: memory stays bounded, and no message is lost."""
 
     def test_senders(self) -> None:

@@ -338,7 +338,7 @@ class WakeUp(QueueTestCase):
         self.assertEqual(overslept, [])
 
 
-class HeldSenders(QueueTestCase):
+class QueuedSenders(QueueTestCase):
     """Senders wait while too much is queued, or a quick client is behind."""
 
     def setUp(self) -> None:

@@ -125,7 +125,7 @@ ERRORS: typing.Sequence[BaseException] = (
 )
 
 
-class AnythingTest(support.ServerTestCase):
+class RaisingTest(support.ServerTestCase):
     """An exception in a hook ends only that client, with on_close; it leaves the room before its socket is closed."""
 
     def check(self, error: BaseException, where: str) -> None:
