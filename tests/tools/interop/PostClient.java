@@ -1,4 +1,4 @@
-// POSTs to a URL what its first argument says: in chunks, since its length is not known; exits with 0 for a 202.
+// POSTs its second argument to the URL in the first, in chunks, as if the length were unknown. Exits with 0 for a 202.
 
 import java.io.ByteArrayInputStream;
 import java.net.URI;

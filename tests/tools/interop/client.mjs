@@ -1,8 +1,7 @@
 // A client outside browsers: `client.mjs URL [own | plain | ws | ws-plain [FOLDER]]`.
 //
-// own is the runtime's WebSocket, plain the same without compression; ws is the package of that
-// name in FOLDER. The conversation comes from standard input, what came of it goes to standard
-// output, both as JSON.
+// own is the runtime's WebSocket, plain the same without compression; ws is the package of that name in FOLDER.
+// The conversation comes from standard input, the report goes to standard output, both as JSON.
 
 import { readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';

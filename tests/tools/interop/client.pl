@@ -1,4 +1,4 @@
-# A client with Mojolicious: `client.pl URL OFFER`; OFFER is 1 where it offers compression. It speaks JSON as client.mjs does.
+# A client with Mojolicious: `client.pl URL OFFER`; OFFER is 1 for compression. Input and output are those of client.mjs.
 
 use strict;
 use warnings;

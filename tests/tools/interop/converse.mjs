@@ -1,6 +1,6 @@
-// What every JavaScript client does: send each message, wait until it has come back, close.
+// The conversation of all JavaScript clients: send each message, wait until it has come back, close.
 //
-// A message is a list of pieces, its fragments; a piece, and what came back, is {text} or {base64}.
+// A message is a list of pieces, its fragments. Pieces and received messages are {text} or {base64}.
 
 export async function converse(open, conversation) {
   const { socket, send } = open();
@@ -18,7 +18,7 @@ export async function converse(open, conversation) {
   return { echoes, code, wasClean };
 }
 
-// The standard's WebSocket sends whole messages only.
+// The standard WebSocket sends only whole messages.
 export function standard(socket) {
   return { socket, send: pieces => socket.send(join(pieces)) };
 }
@@ -35,7 +35,7 @@ function join(pieces) {
   return whole;
 }
 
-// The next event of a kind; an end of the connection that nobody waits for is an error.
+// The next event of a kind; an unexpected end of the connection is an error.
 function event(socket, kind) {
   return new Promise((resolve, reject) => {
     socket.addEventListener(kind, resolve, { once: true });

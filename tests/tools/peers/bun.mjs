@@ -1,4 +1,4 @@
-// Broadcast server on Bun's own WebSocket server: `bun.mjs PORT [deflate] [CERTIFICATE.pem]`.
+// Broadcast server with Bun's WebSocket server: `bun.mjs PORT [deflate] [CERTIFICATE.pem]`.
 
 const [port, ...options] = process.argv.slice(2);
 const perMessageDeflate = options.includes('deflate');

@@ -1,9 +1,9 @@
-/* The least that a broadcast server can do, to measure others against: recv(2), and send(2) to each client.
+/* A minimal broadcast server, for comparison: recv(2), and send(2) to each client.
  *
  *     loop PORT [deflate]
  *
- * No protocol to speak of: every handshake gets the same answer, nothing is checked, a client that
- * does not read holds up all others.  What has come from one client is unmasked in its place and sent as it is.
+ * Each handshake gets the same response, nothing is checked, and a client that does not read delays all others.
+ * Data of a client is unmasked in place, and sent as it is.
  */
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -41,7 +41,7 @@ static void answer(int fd) {
     send(fd, text, size, MSG_NOSIGNAL);
 }
 
-/* One frame for all, made in the place of a masked one; 0 where it has not come whole. */
+/* Make a server's frame in place of a masked one, and return its length, or 0 if the masked one is incomplete. */
 static size_t serve(unsigned char *frame, size_t size) {
     if (size < 2) return 0;
     size_t head = 2 + ((frame[1] & 127) == 126 ? 2 : (frame[1] & 127) == 127 ? 8 : 0), length = frame[1] & 127;

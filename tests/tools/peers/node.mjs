@@ -1,4 +1,4 @@
-// Broadcast server on ws: `node.mjs FOLDER PORT [deflate] [CERTIFICATE.pem]`; the package is in FOLDER.
+// Broadcast server with ws: `node.mjs FOLDER PORT [deflate] [CERTIFICATE.pem]`; the package is in FOLDER.
 
 import { readFileSync } from 'node:fs';
 import http from 'node:http';
