@@ -1,4 +1,4 @@
-# A client with Mojolicious: `client.pl URL OFFER`; OFFER is 1 for compression. Input and output are those of client.mjs.
+# A client with Mojolicious: `client.pl URL OFFER`; OFFER is 1 for compression. Input and output are as for client.mjs.
 
 use strict;
 use warnings;

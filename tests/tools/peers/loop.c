@@ -41,7 +41,7 @@ static void answer(int fd) {
     send(fd, text, size, MSG_NOSIGNAL);
 }
 
-/* Make a server's frame in place of a masked one, and return its length, or 0 if the masked one is incomplete. */
+/* Send a masked frame to all clients, unmasked in place; return its length, or 0 if it is incomplete. */
 static size_t serve(unsigned char *frame, size_t size) {
     if (size < 2) return 0;
     size_t head = 2 + ((frame[1] & 127) == 126 ? 2 : (frame[1] & 127) == 127 ? 8 : 0), length = frame[1] & 127;
