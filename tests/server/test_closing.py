@@ -164,10 +164,10 @@ class ClosingHandshake(ServerTestCase):
 
     def test_a_slow_line(self) -> None:
         """The timeout ends a client without progress; a slow client gets all earlier data, and the Close."""
-        _, client = self.closing(150_000, close_timeout=0.5)
+        _, client = self.closing(150_000, close_timeout=0.3)
         for _ in range(30):
             client.read_some(4096)
-            time.sleep(0.05)  # three times the timeout in all
+            time.sleep(0.03)  # three times the timeout in all
         self.assertEqual(client.read(), "x" * 150_000)
         client.close(4000)
         self.assertEqual(client.read_close(), (4000, ""))

@@ -39,6 +39,16 @@ def post(body: bytes = b"posted", **fields: typing.Any) -> bytes:
     return request(**{"method": "POST", "Content_Length": str(len(body)), **changes, **fields}) + body
 
 
+def wait_for_the_loop(server: BroadcastServer, now: float) -> None:
+    """Wait until the loop has begun a round at this time or later."""
+
+    def has_come() -> bool:
+        server._queue.wake()
+        return server._loop.now > now
+
+    eventually(has_come)
+
+
 class Tokens(Recorder):
     """A server that admits clients with a token."""
 
@@ -208,7 +218,7 @@ class Admit(ServerTestCase):
             client.send_raw(request())
             self.assertTrue(asked.wait(DEADLINE))
             now = server._loop.now
-            eventually(lambda: server._loop.now > now + 0.3)
+            wait_for_the_loop(server, now + 0.3)
             go_on.set()
             self.assertIn(b" 101 ", client.read_head())
             for text in ("in time", "and still here"):
@@ -427,7 +437,7 @@ class BetweenHooks(ServerTestCase):
         class Server(BroadcastServer):
             def admit(self, client: WebSocketHandler) -> None:
                 now = self._loop.now
-                eventually(lambda: self._loop.now > now + 2 * self.handshake_timeout)
+                wait_for_the_loop(self, now + 2 * self.handshake_timeout)
 
         server = self.serve(Server, handshake_timeout=0.3)
         client = self.connect(server, handshake=False)
