@@ -76,12 +76,12 @@ class CrowdTest(stress.StressTestCase):
 
     def test_silence(self) -> None:
         """Requests that do not end, and reach the timeout at the same time."""
-        watched = self.serve_watched()
+        watched = self.serve_watched(code="pywebsock.BroadcastServer.handshake_timeout = 5.0\n")
         crowd = self.crowd(watched)
         crowd.connect(5000)
         crowd.send(b"GET / HTTP/1.1\r\n")
         self.check_health(watched, "5,000 connected")
-        time.sleep(8)  # of ten
+        time.sleep(3)  # of five
         self.assertEqual(dict(crowd.ends()), {b"ong\n": 5000}, "the request took too long")
         crowd.reset()
         self.check_recovery(watched, "5,000 incomplete requests", 0.5, within=90)

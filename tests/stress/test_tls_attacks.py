@@ -261,12 +261,14 @@ class EndTest(TLSTestCase):
 class HandshakeTest(TLSTestCase):
     """Every wait in a handshake ends at the handshake timeout."""
 
+    SHORT = "pywebsock.BroadcastServer.handshake_timeout = 4.0\n"
+
     def test_single_bytes(self) -> None:
-        watched = self.serve_watched(tls=True)
+        watched = self.serve_watched(tls=True, code=self.SHORT)
         start = time.monotonic()
         peers = [self.peer(watched.port, version) for version in VERSIONS for _ in range(20)]
         hellos = [peer.hello() for peer in peers]
-        for i in range(24):  # 12 seconds
+        for i in range(12):  # 6 seconds
             time.sleep(max(0.0, start + i * 0.5 - time.monotonic()))
             for peer, hello in zip(peers, hellos):
                 with contextlib.suppress(OSError):
@@ -275,12 +277,12 @@ class HandshakeTest(TLSTestCase):
 
     def test_hello_and_no_more(self) -> None:
         """Silence after each number of bytes of the first flight."""
-        watched = self.serve_watched(tls=True)
+        watched = self.serve_watched(tls=True, code=self.SHORT)
         peers = [self.peer(watched.port, version) for version in VERSIONS for _ in range(20)]
         for i, peer in enumerate(peers):
             hello = peer.hello()
             peer.socket.sendall(hello[: len(hello) * (i % 20) // 19])
-        time.sleep(9)
+        time.sleep(3)
         self.check_recovery(watched, "40 incomplete TLS handshakes", within=7)
 
 
