@@ -614,9 +614,9 @@ class Files(PageTestCase):
             tab.run(f"sendFiles([{FILE}])", base64.b64encode(b"PK\x03\x04").decode(), "report, final.docx")
             self.assertEqual(program.read(), "Ann: report, final.docx, 4 bytes")
             self.assertEqual(program.read(), b"PK\x03\x04")
+            one = ["report, final.docx, 4 bytes"]
+            self.wait(lambda: tab.messages() == other.messages() == one, "the name and the file are one message")
             for each in tab, other:
-                each.wait_for_messages(1)
-                self.assertEqual(each.messages(), ["report, final.docx, 4 bytes"])
                 download = """let got; const old = HTMLAnchorElement.prototype.click;
                     HTMLAnchorElement.prototype.click = function () { got = this.download; };
                     const button = document.querySelector('#log button');
