@@ -1,8 +1,8 @@
-"""The tests with all that they can be run with: other Pythons, browsers, Redis, other people's programs, crowds.
+"""The long tests: with other Pythons, browsers, Redis, other clients and servers, and the stress tests.
 
-.ci/run calls it with a folder for what it installs; the folder has a venv with the packages for development. Debian's
-packages stay. Steps that measure no time run side by side. The last line is `N passed, N failed`, and the exit status
-0 where nothing failed. Where it is interrupted, it ends all that it has started.
+.ci/run calls it with a folder for its installations, which has a venv with the packages for development. Packages of
+Debian stay installed. Steps that measure no time run side by side. The last line is `N passed, N failed`, and the exit
+status is 0 if no test failed. When it is interrupted, it ends all its processes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ UNITTEST = ("-m", "unittest")
 NEWER = ("python3.14", "python3.15", "pypy3")  # Debian's next release has them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 2400.0  # seconds that a step may take
-TIDY_UP = 5.0  # seconds that what is ended has before it is killed
+TIDY_UP = 5.0  # seconds from SIGTERM to SIGKILL
 
-# Exits with 0 in a Python that is worth a run: CPython, new enough, and not this one.
+# Exits with 0 in another CPython that is new enough.
 OTHER = """import platform, sys
 sys.exit(sys.version_info < (3, 9) or platform.python_implementation() != "CPython" or sys.version == sys.argv[1])"""
 
 
 def say(text: str) -> None:
-    """Print what is to be seen now."""
+    """Print text at once."""
     print(text, end="", flush=True)
 
 
 class Step:
-    """A command, what it prints, and how many of its tests pass and fail."""
+    """A command, its output, and the numbers of its tests that pass and fail."""
 
     def __init__(self, name: str, *command: object, strict: bool = False, more: dict[str, str] | None = None) -> None:
         self.name = name
@@ -57,7 +57,7 @@ class Step:
         self._said: list[str] = []
 
     def start(self) -> None:
-        """Start it; it ends by itself, or with `end`."""
+        """Start the command; it ends by itself, or with `end`."""
         self._start = time.monotonic()
         self._process = subprocess.Popen(
             self.command,
@@ -66,11 +66,11 @@ class Step:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # its children can be ended with it
+            start_new_session=True,  # its children are ended with it
         )
 
     def follow(self, *, alone: bool) -> None:
-        """Show at once what it prints, or, where it is not alone, all of it at the end; then count."""
+        """Show the output at once, or at the end if other steps run; then count the tests."""
         head = f"\n==== {self.name}: {' '.join(self.command)}\n"
         say(head if alone else "")
         watch = threading.Timer(LONGEST, self.end)
@@ -87,7 +87,7 @@ class Step:
         say(tail if alone else head + "".join(self._said) + tail)
 
     def _count(self, status: int) -> None:
-        """Tests, where unittest has said how many, and else the step itself."""
+        """Count the tests, or the step itself if it has none."""
         text = "".join(self._said)
         ran = re.findall(r"^Ran (\d+) tests? in ", text, re.MULTILINE)
         ends = ", ".join(re.findall(r"^(?:OK|FAILED) \((.*)\)$", text, re.MULTILINE))  # failures=1, skipped=2
@@ -108,12 +108,12 @@ class Step:
 
 
 class Run:
-    """All steps, and those that run now."""
+    """All steps, and the running ones."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self._steps: list[Step] = []  # those that have begun
-        self._lock = threading.Lock()  # held while one begins
+        self._steps: list[Step] = []  # steps that have started
+        self._lock = threading.Lock()  # held while a step starts
 
     def __enter__(self) -> Run:
         for number in SIGNALS:
@@ -125,13 +125,13 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # no second one interrupts the end
-        self._lock.acquire()  # no other step begins
+            signal.signal(number, signal.SIG_IGN)  # no second signal interrupts the end
+        self._lock.acquire()  # no other step starts
         for step in self._steps:
             step.end()
 
     def alone(self, *steps: Step) -> None:
-        """Run these one after the other, and show at once what they print."""
+        """Run steps one after the other, and show their output at once."""
         self._follow(steps, alone=True)
 
     def side_by_side(self, *lanes: typing.Sequence[Step]) -> None:
@@ -151,7 +151,7 @@ class Run:
             step.follow(alone=alone)
 
     def report(self) -> int:
-        """Print the times and the sums; the exit status."""
+        """Print the times and the sums; return the exit status."""
         say("\n")
         for step in self._steps:
             say(f"{step.seconds:6.0f} s {step.passed:5} passed {step.failed:3} failed  {step.name}\n")
@@ -161,7 +161,7 @@ class Run:
 
 
 def other_pythons() -> list[Step]:
-    """The tests of the README with every other CPython from 3.9 on that pyenv has."""
+    """Return steps that run `python -m unittest` with each other CPython of pyenv, from 3.9 on."""
     if not shutil.which("pyenv"):
         return []
     root = subprocess.run(["pyenv", "root"], check=True, capture_output=True, text=True).stdout.strip()
@@ -171,10 +171,10 @@ def other_pythons() -> list[Step]:
 
 
 def newer_pythons(root: str) -> tuple[list[Step], list[Step]]:
-    """The tests of the README with Pythons of another system, and whether they lose messages, or their order.
+    """Return steps with Pythons of another system: `python -m unittest`, and the stress test of the order.
 
-    Every warning is an error, also in what the tests start. The checkout is where the others have their /mnt; what is
-    mounted is gone with the process, however that ends.
+    Warnings are errors, also in the processes of the tests. The checkout is mounted at /mnt of that system; the mounts
+    end with the process.
     """
     mount = 'mount --bind . "$0/mnt" && mount -t proc proc "$0/proc"'
     inside = ("unshare", "--mount", "bash", "-c", f'{mount} && exec chroot "$0" env -C /mnt "$@"', root)
@@ -189,12 +189,12 @@ def newer_pythons(root: str) -> tuple[list[Step], list[Step]]:
 
 
 def shell(name: str, *commands: str, **more: str) -> Step:
-    """Commands, up to the first that fails."""
+    """Return a step that runs commands, up to the first that fails."""
     return Step(name, "bash", "-c", " && ".join(commands), more=more)
 
 
 def debian() -> Step:
-    """Packages that are missing. In runlevel 1 no service is started: the tests start their own."""
+    """Return a step that installs missing packages. In runlevel 1, no service starts: the tests start their own."""
     query = ["dpkg-query", "-Wf", "${Package} ${db:Status-Status}\n", *DEBIAN]
     there = subprocess.run(query, check=False, capture_output=True, text=True).stdout.splitlines()
     missing = [package for package in DEBIAN if f"{package} installed" not in there]
@@ -204,7 +204,7 @@ def debian() -> Step:
 
 
 def run_all(run: Run, folder: str) -> None:
-    """Every step there is."""
+    """Run all steps."""
     npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
     run.side_by_side([debian()], [Step("node", *npm, *NODE)])
 
@@ -221,7 +221,7 @@ def run_all(run: Run, folder: str) -> None:
     }
     stress, program = steps.pop("stress"), steps.pop("program")
     autobahn = Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn")
-    # Redis is Debian's in all other tests; once more on Valkey, whose build from PyPI has no TLS.
+    # All other tests use Debian's Redis; these use Valkey, whose build from PyPI has no TLS.
     server = next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server")
     valkey = Step("valkey", *discover, "tests/program", "-p", "test_redis*.py", more={"REDIS_SERVER": str(server)})
     root = f"{folder}/root"
@@ -244,7 +244,7 @@ def run_all(run: Run, folder: str) -> None:
 
 
 def main(folder: str) -> int:
-    """Run all; the exit status."""
+    """Run all steps, and return the exit status."""
     with Run() as run:
         say(f"Python {platform.python_version()}, {os.cpu_count()} processors\n")
         run_all(run, folder)

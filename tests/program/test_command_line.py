@@ -657,7 +657,7 @@ class Pipe(unittest.TestCase):
 class Signals(CommandLineTestCase):
     """Ctrl-C and SIGTERM: all clients get 1001, exit status 0; a second Ctrl-C stops at once."""
 
-    def test_1001_to_everybody(self) -> None:
+    def test_1001_to_all_clients(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(number.name):
                 process = self.start()

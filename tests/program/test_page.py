@@ -115,7 +115,7 @@ class Room(PageTestCase):
             tab.wait_for_messages(len(texts))
             self.assertEqual(tab.messages(), list(texts), tab.url)
 
-    def test_what_one_sends_all_show(self) -> None:
+    def test_all_tabs_show_each_message(self) -> None:
         texts = ["from the disk, Grüße, 世界", "two\nlines\n  of text"]
         for i, (tab, text) in enumerate(zip(self.tabs, texts)):
             tab.send(text)
@@ -243,7 +243,7 @@ class History(PageTestCase):
             tab.wait_for_messages(7)
             self.assertEqual(tab.messages(".mine"), ["mine"])
 
-    def test_a_reload_keeps_ones_own_side(self) -> None:
+    def test_a_reload_keeps_the_side(self) -> None:
         server = self.serve("--history", "50")
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:

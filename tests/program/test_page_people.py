@@ -198,7 +198,7 @@ class SlowLinks(PageTestCase):
         """Do the same as `wait`, with a longer deadline."""
         eventually(condition, what, 80)
 
-    def test_a_link_on_which_nothing_moves(self) -> None:
+    def test_a_link_without_progress(self) -> None:
         server = self.serve()
         with SlowLink(server.port, 10_000_000) as link:
             tab = self.open(self.from_disk(link, self.hasty(PATIENCE=1500)))
@@ -454,7 +454,7 @@ class Details(PageTestCase):
         heights = tab.run("return Array.from(document.querySelectorAll('#log .text'), p => p.offsetHeight)")
         self.assertEqual(heights[0], heights[1])
 
-    def test_a_picture_that_is_transparent_has_a_ground(self) -> None:
+    def test_a_transparent_picture_has_a_background(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:
@@ -474,7 +474,7 @@ class Details(PageTestCase):
         self.wait(lambda: tab.shows("#name"), "the settings open")
         self.wait(lambda: tab.run("return nameField.value") == "", "the name that is set")
 
-    def test_what_is_pasted_into_a_setting_goes_to_nobody(self) -> None:
+    def test_paste_into_a_setting_is_not_sent(self) -> None:
         tab = self.open(self.from_disk(self.serve()))
         tab.click("#settings summary")
         paste = """const clipboardData = new DataTransfer();
@@ -559,7 +559,7 @@ class Sides(PageTestCase):
         sides = tab.run("return Array.from(log.querySelectorAll('.message'), li => li.classList.contains('mine'))")
         self.assertEqual(sides, [False, True, True])
 
-    def test_the_same_word_later_is_somebody_elses(self) -> None:
+    def test_the_same_word_later_is_another_clients(self) -> None:
         tab = self.open(self.from_disk(self.serve()))
         tab.run("""connection.socket.onmessage = null;
             for (const data of ['ok', 'other']) { submit(data); connection.heard({ data }); }
@@ -627,7 +627,7 @@ class Files(PageTestCase):
         self.assertEqual(tab.outbox(), [])
         self.assertEqual(other.run("return document.querySelector('#log .sender').textContent"), "Ann")
 
-    def test_somebody_speaks_between_name_and_file(self) -> None:
+    def test_message_between_name_and_file(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:

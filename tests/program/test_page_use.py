@@ -95,7 +95,7 @@ class Reading(PageTestCase):
         """Return whether the log is not scrolling."""
         self.mark(tab)
         before = self.place(tab)
-        time.sleep(0.2)  # twice the pause between the steps of any engine
+        time.sleep(0.2)  # twice the interval of the steps of any engine
         return abs(self.place(tab) - before) < 2
 
     def at_the_top(self) -> tuple[Tab, int]:
@@ -345,7 +345,7 @@ class Explanations(PageTestCase):
         said = self.why(f"http://{name}:{server.port}/")
         self.assertIn(f"origin http://{name}:{server.port} may not connect", said)
 
-    def test_nobody_answers(self) -> None:
+    def test_no_answer(self) -> None:
         port = free_port()
         said = self.why(f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{port}")
         self.assertIn(f"Nobody answers at ws://localhost:{port}/. Start a server", said)
@@ -421,7 +421,7 @@ class Accessibility(PageTestCase):
         self.assertEqual(tab.run("return getComputedStyle(document.body).backgroundColor"), "rgb(27, 27, 24)")
         self.in_states(tab, server)
 
-    def test_whose_message_it_is_can_be_heard(self) -> None:
+    def test_screen_reader_reads_the_sender(self) -> None:
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.send("mine")

@@ -113,12 +113,12 @@ class NotRedisTest(ServerTestCase):
         with self.assertRaisesRegex(pywebsock.RedisError, f"^Redis at localhost:{port}: {why}"):
             self.serve(redis=f"redis://localhost:{port}")
 
-    def test_what_it_says_is_made_harmless(self) -> None:
+    def test_reason_is_escaped(self) -> None:
         with answering(b"-ERR \x1b[31m\n!\r\n") as port, self.assertRaises(pywebsock.RedisError) as caught:
             self.serve(redis=f"redis://localhost:{port}")
         self.assertTrue(str(caught.exception).isprintable(), str(caught.exception))
 
-    def test_a_name_that_nobody_has(self) -> None:
+    def test_unknown_host(self) -> None:
         with self.assertRaisesRegex(pywebsock.RedisError, "^Redis at nobody.invalid:6379: "):
             self.serve(redis="redis://nobody.invalid")
 
@@ -389,7 +389,7 @@ class FaultTest(RedisTestCase):
             self.assertEqual(int.from_bytes(message[:4], "big"), number)
         self.assertEqual(sent[0], count)
 
-    def test_sigterm_delivers_what_is_queued(self) -> None:
+    def test_sigterm_delivers_queued_messages(self) -> None:
         servers = [self.process(), self.process()]
         clients = [self.client(server) for server in servers]
         clients[0].send_raw(b"".join(map(frame_of, numbered("m", 2000))))

@@ -172,7 +172,7 @@ class BoundsTest(RedisTestCase):
         client = self.client(server)
         self.assertEqual([int(client.read()[:4]) for _ in range(4)], [196, 197, 198, 199])
 
-    def test_history_without_what_is_no_message(self) -> None:
+    def test_history_with_other_entries(self) -> None:
         for number in range(50):
             self.redis.call("XADD", self.stream, "*", "text", str(number))
             self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
@@ -248,7 +248,7 @@ class DeletedTest(RedisTestCase):
             eventually(lambda: "lost the end of the stream" in str(logs.output))
         self.assertEqual(len(logs.output), 1)
 
-    def test_nothing_is_wrong_with_an_idle_one(self) -> None:
+    def test_idle_client_stays(self) -> None:
         with (
             unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.05),
             self.assertLogs("pywebsock", "WARNING") as logs,

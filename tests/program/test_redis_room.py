@@ -80,7 +80,7 @@ class RoomTest(RedisTestCase):
         self.assertEqual(other.read(), "theirs")
         self.assertEqual((self.redis.call("XLEN", self.stream), self.redis.call("XLEN", self.stream + "2")), (1, 1))
 
-    def test_what_others_add_is_text(self) -> None:
+    def test_text_of_others_is_not_markup(self) -> None:
         client = self.client(self.serve(redis=self.url))
         for name in ("message", "a:1:text", "0123456789abcdef:" + "9" * 5000 + ":binary"):
             self.redis.call("XADD", self.stream, "*", name, "hello", "more", "fields")
@@ -118,7 +118,7 @@ class RoomTest(RedisTestCase):
         client = self.client(fresh)
         self.assertEqual([int(client.read()) for _ in range(8000)], list(range(8000)))
 
-    def test_a_slow_client_holds_up_nobody(self) -> None:
+    def test_a_slow_client_delays_no_other(self) -> None:
         one, two = self.serve(redis=self.url), self.serve(redis=self.url, max_backlog=2_000_000)
         slow, quick, sender = self.client(two, small=True), self.client(two), self.client(one)
         self.in_background(say, sender, [bytes(10_000)] * 1500)
@@ -197,7 +197,7 @@ class RoomTest(RedisTestCase):
             self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:go", "")
             self.assertEqual(client.read(), "hello")
 
-    def test_waiting_for_another_server_that_is_gone(self) -> None:
+    def test_waiting_for_a_vanished_server(self) -> None:
         with unittest.mock.patch.object(pywebsock, "WAIT_TIME", 0.1):
             self.assertEqual(self.client_that_waits().read(), "hello")
 
@@ -248,7 +248,7 @@ class StartTest(RedisTestCase):
         self.assertEqual((status, said.count("\n")), (1, 1), said)
         self.assertRegex(said, f"^{self.at}NOAUTH ")
 
-    def test_a_user_who_may_no_more_than_needed(self) -> None:
+    def test_a_user_with_the_least_permissions(self) -> None:
         rights = ["+xadd", "+xread", "+xrevrange", "+xlen", "+xtrim", "+memory"]
         self.redis.call("ACL", "SETUSER", "room", "on", ">pass", f"~{self.stream}", *rights)
         url = f"redis://room:pass@127.0.0.1:{self.redis.port}?stream="

@@ -228,7 +228,7 @@ class Systemd(UnixSocketTestCase):
                     process.send_signal(signal.SIGTERM)
                     self.assertEqual(manager.recv(100), b"STOPPING=1")
 
-    def test_nobody_is_notified(self) -> None:
+    def test_no_notification(self) -> None:
         with (
             unittest.mock.patch.dict(os.environ, NOTIFY_SOCKET=os.path.join(self.folder, "gone")),
             Process() as process,

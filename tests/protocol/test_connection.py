@@ -60,7 +60,7 @@ class Order(ConnectionTestCase):
         self.flush(EVERYTHING)
         self.assertEqual(self.pipe.stream, b"lo, world!")
 
-    def test_nothing_waits(self) -> None:
+    def test_empty_queue(self) -> None:
         self.flush(EVERYTHING)
         self.assertEqual((self.pipe.taken, self.connection.size), ([], 0))
 
@@ -80,7 +80,7 @@ class Order(ConnectionTestCase):
             self.flush_all()
             self.assertEqual(self.pipe.stream, expected)
 
-    def test_nothing_waits_any_more(self) -> None:
+    def test_queue_is_empty_again(self) -> None:
         """A client with an empty queue has no list."""
         self.keep(b"Hello")
         self.assertIsNot(self.connection.pieces, pywebsock.NOTHING)
@@ -166,7 +166,7 @@ class Quick(ConnectionTestCase):
         self.now += seconds
         return self.connection.is_quick(self.now)
 
-    def test_nothing_waited_before(self) -> None:
+    def test_empty_queue_before(self) -> None:
         """A client whose queue was empty is quick for a moment."""
         self.now += 10
         self.keep(bytes(100))

@@ -284,7 +284,7 @@ class FrameIn(unittest.TestCase):
 
         self.assertLess(peak_memory(read), 1 << 20)
 
-    def test_nothing_comes_of_nothing(self) -> None:
+    def test_empty_data(self) -> None:
         self.assertEqual(parse(b"", b""), ([], None))
         self.assertEqual(
             parse(MASKED_HELLO[:4], b"", MASKED_HELLO[4:8], b"", MASKED_HELLO[8:], b"")[0], parse(MASKED_HELLO)[0]

@@ -181,7 +181,7 @@ class Requests(unittest.TestCase):
                 self.assertIn("PROXY protocol header", str(caught.exception))
         self.assertEqual(parse(b"PROXYX / HTTP/1.1\r\n\r\n").method, "PROXYX")
 
-    def test_what_is_not_http_is_seen_at_once(self) -> None:
+    def test_other_data_is_refused_at_once(self) -> None:
         for code in range(256):
             waits = bytes((code,)).isalpha() or code in b"\r\n"
             self.assertEqual(outcome(bytes((code,))), (None if waits else 400, b""), code)
@@ -243,7 +243,7 @@ class Limits(unittest.TestCase):
         self.assertEqual(len(head(MAX_HEAD)), MAX_HEAD)
         self.assert_limit(head(MAX_HEAD), head(MAX_HEAD + 1), 431)
 
-    def test_what_follows_is_not_limited(self) -> None:
+    def test_data_after_the_head_is_not_limited(self) -> None:
         for size in (MAX_LINE + 1, MAX_HEAD + 1, 1 << 17):
             body = b"x" * size
             self.assertEqual(outcome(START + b"\r\n" + body)[1], body)
@@ -886,7 +886,7 @@ class Bodies(unittest.TestCase):
                         self.read(data, size, Content_Length=str(len(data)), Content_Encoding="gzip")
                     self.assertEqual(caught.exception.status, status)
 
-    def test_415_says_what_is_accepted(self) -> None:
+    def test_415_names_the_accepted_codings(self) -> None:
         with self.assertRaises(HandshakeError) as caught:
             self.read(b"x", 1, Content_Length="1", Content_Encoding="br")
         self.assertEqual(caught.exception.fields, (("Accept-Encoding", "gzip, deflate"),))

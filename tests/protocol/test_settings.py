@@ -168,7 +168,7 @@ class Flood(unittest.TestCase):
             self.assertEqual(lines[:20], [f"{kind} {i}" for i in range(20)])
             self.assertEqual(lines[20:], [None] * 80)
 
-    def test_what_was_left_out(self) -> None:
+    def test_number_of_dropped_lines(self) -> None:
         for _ in range(50):
             self.log()
         self.now += 9.9

@@ -48,7 +48,7 @@ class Handshakes(TraceTestCase):
                 *_, line = self.lines(data[:cut], data[cut:])
                 self.assertIn('opcode=1 TEXT   MASK=0 len=5 (7 bits)                     48656c6c "Hello"', line)
 
-    def test_nothing_of_nothing(self) -> None:
+    def test_empty_input(self) -> None:
         self.assertEqual(self.lines(), [])
         self.assertEqual(self.lines(b"", b""), [])
         self.assertEqual(self.lines(OPEN[:-1]), [])

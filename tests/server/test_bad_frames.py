@@ -145,7 +145,7 @@ class BadFrames(ServerTestCase):
             with self.subTest(what, code=code):
                 self.check(server, code, data, Sec_WebSocket_Extensions=DEFLATE)
 
-    def test_reason_says_what_was_wrong(self) -> None:
+    def test_reason_of_an_error(self) -> None:
         client = self.connect(self.serve())
         client.send_raw(b"\x81\x05Hello")
         code, reason = client.read_close()
@@ -158,7 +158,7 @@ class BadFrames(ServerTestCase):
         client.send_raw(masked_frame(BINARY, length=4_000_000) + bytes(4_000_000))
         self.assertEqual(client.read_close()[0], 1009)
 
-    def test_nothing_is_heard_after_the_failure(self) -> None:
+    def test_no_messages_after_a_failure(self) -> None:
         server = self.serve()
         client, other = self.connect(server), self.connect(server)
         client.send_raw(b"\x81\x05Hello" + masked_frame(TEXT, b"after"))

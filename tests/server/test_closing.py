@@ -264,7 +264,7 @@ class ServerClose(ServerTestCase):
                 early.socket.close()
                 late.socket.close()
 
-    def test_who_does_not_answer_or_never_asked(self) -> None:
+    def test_silent_clients_and_connections(self) -> None:
         server = self.serve(close_timeout=0.3)
         mute = self.connect(server)
         nothing, half = self.connect(server, handshake=False), self.connect(server, handshake=False)
@@ -327,7 +327,7 @@ class ServerClose(ServerTestCase):
         self.assertEqual(client.read(), "stop")
         server.wait_for("stopped")
 
-    def test_a_port_that_is_taken(self) -> None:
+    def test_a_port_in_use(self) -> None:
         """The constructor raises OSError, and leaves no thread or socket behind."""
         server = self.serve()
         eventually(lambda: server._loop._thread)  # the thread of the other server counts, too

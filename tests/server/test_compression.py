@@ -54,7 +54,7 @@ class Compression(ServerTestCase):
                 client = self.connect(server, Sec_WebSocket_Extensions=offer)
                 self.assertNotIn(b"Extensions", client.response)
 
-    def test_only_for_those_who_negotiated(self) -> None:
+    def test_only_after_negotiation(self) -> None:
         server = self.serve()
         plain, deflate = self.connect(server), self.connect(server, Sec_WebSocket_Extensions=DEFLATE)
         for message in (self.LONG, self.LONG.encode()):

@@ -602,7 +602,7 @@ class Deadlines(SenderTestCase):
         self.sender.flush(self.connection)
         return self.connection.size < size
 
-    def test_nothing_to_take(self) -> None:
+    def test_no_data_to_send(self) -> None:
         self.begin(send_timeout=7.0, ping_interval=0.0)
         for _ in range(5):
             self.look(6.0)
@@ -692,7 +692,7 @@ class Deadlines(SenderTestCase):
         self.sender.close(self.connection, FIRST)
         self.check_end(3.0, "it did not end the connection in time")
 
-    def test_ending_one_that_is_stuck(self) -> None:
+    def test_ending_a_stuck_client(self) -> None:
         self.begin(close_timeout=3.0, send_timeout=30.0)
         self.fill()
         self.look(0)

@@ -155,7 +155,7 @@ class AnyThread(ServerTestCase):
                 self.handler.send(message)  # type: ignore[arg-type]
                 self.assertEqual([self.client.read(), self.client.read()], [expected] * 2)
 
-    def test_what_was_sent_may_be_changed(self) -> None:
+    def test_message_may_change_after_sending(self) -> None:
         changing = bytearray(b"before")
         with self.server._queue._lock:
             self.server.broadcast(changing)  # type: ignore[arg-type]

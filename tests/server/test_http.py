@@ -520,7 +520,7 @@ class Origin(ServerTestCase):
                         self.assertEqual(exchange(port, http("GET", target, Origin="null"))[0], 200)
                 self.assertEqual(exchange(port, http("POST", f"/?origin={said}", b"by a program"))[0], 202)
 
-    def test_the_log_says_what_would_allow_it(self) -> None:
+    def test_the_log_names_the_option(self) -> None:
         port = self.serve().server_address[1]
         with self.assertLogs("pywebsock", "WARNING") as logged:
             self.assertEqual(exchange(port, request(Origin="https://example.com"))[0], 403)

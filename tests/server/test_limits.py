@@ -72,7 +72,7 @@ class MaxClients(ServerTestCase):
                 with self.subTest(data=data):
                     eventually(functools.partial(visit, port, data))
 
-    def test_past_those_who_read_a_response_slowly(self) -> None:
+    def test_slow_readers_of_a_response(self) -> None:
         """No more connections fit: the oldest of them that is no client goes."""
         server = self.serve(close_timeout=3600.0)
         server._most_connections = 3

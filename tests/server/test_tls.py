@@ -111,7 +111,7 @@ class TLS(ServerTestCase):
                 assert isinstance(client.socket, ssl.SSLSocket)
                 client.socket.unwrap().close()  # it raises an error if TCP ends without a close_notify
 
-    def test_what_does_not_decrypt(self) -> None:
+    def test_invalid_records(self) -> None:
         """RFC 8446 5.2: an alert answers an invalid record."""
         if IS_WINDOWS:
             self.skipTest("os.dup() takes no sockets on Windows")

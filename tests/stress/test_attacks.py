@@ -92,7 +92,7 @@ class FloodTest(AttackTestCase):
         self.flood(100, support.masked_frame(10), 0.5, pace=5e6, burst=0.5)
 
     def test_posts_in_tiny_chunks(self) -> None:
-        """A body takes turns with others, however much of it is there."""
+        """A body takes turns with others, even if all of its data has arrived."""
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         self.flood(30, b"1\r\nx\r\n", 0.5, request=head.hex())
 
@@ -146,7 +146,7 @@ class UnfinishedTest(AttackTestCase):
         self.assertEqual(arrived, 8, uploads.ends)
         self.assertLess(max(delays), 5)
 
-    def test_honest_uploads(self) -> None:
+    def test_uploads_beside_attackers(self) -> None:
         """Clients whose uploads exceed the budget together are slowed down, not closed."""
         watched = self.serve_watched()
         uploads = Uploads(watched.port, 40, 5_000_000, 1e6)

@@ -26,7 +26,7 @@ TALK = [  # (who sends, minute, text)
     (0, 5, "Looks good here. Thank you, sleep well 👋"),
 ]
 
-# The clock of the page, which would else say the same minute everywhere. Both windows are in view.
+# The clock of the page. Without it, all messages would have the same minute. Both windows are in view.
 CLOCK = """
     window.minute = 0;
     Object.defineProperty(document, 'hidden', { value: false });
