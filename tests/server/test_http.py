@@ -57,7 +57,7 @@ class Page(ServerTestCase):
 
     def test_slow_reader(self) -> None:
         """Earlier broadcasts do not count: the backlog of a request is its response."""
-        server = self.serve(max_backlog=50_000)
+        server = self.serve(max_backlog=50_000, send_timeout=2.0)  # deadlines are checked every half second
         faults.small_buffers(server)
         listener = self.connect(server)
         for _ in range(2):
