@@ -230,7 +230,7 @@ def run_all(run: Run, folder: str) -> None:
     windows = [Step("windows", ".ci/windows.sh", f"{folder}/windows")] if os.environ.get("PYWEBSOCK_WINE") else []
     run.side_by_side(
         [autobahn, program, valkey],
-        # What debootstrap mounts is gone with its process.
+        # The mounts of debootstrap end with its process.
         [
             shell("pythons", f"unshare --mount {pythons}"),
             *steps.values(),

@@ -1,4 +1,4 @@
-"""Gives an installed pywebsock its types. A single module cannot say that it has them; a stub package beside it can."""
+"""Adds types to the wheel. A single module has no marker for its types; a stub package beside it does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Stubs(BuildHookInterface[Any]):
-    """Adds the text of the module to the wheel as its own stub."""
+    """Adds the module to the wheel as its own stub."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called before a wheel is built; `version` is its kind. In an editable one, the stub would soon be old."""
+        """Add the stub before a wheel is built, except an editable one (see `version`), where it would get old."""
         if version == "standard":
             text = name_settings(pathlib.Path(self.root, "pywebsock.py").read_text(encoding="utf-8"))
             self.folder = tempfile.TemporaryDirectory()
@@ -23,13 +23,13 @@ class Stubs(BuildHookInterface[Any]):
             build_data["force_include"][str(stub)] = "pywebsock-stubs/__init__.pyi"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Called afterwards."""
+        """Remove the files after the build."""
         if version == "standard":
             self.folder.cleanup()
 
 
 def name_settings(text: str) -> str:
-    """The module, with the settings in place of **settings: so a wrong one is found before the program runs."""
+    """Return the module with all settings in place of **settings, so that a type checker finds wrong ones."""
     (settings,) = (each for each in ast.parse(text).body if isinstance(each, ast.ClassDef) and each.name == "Settings")
     named = []
     for each in settings.body:
@@ -44,7 +44,7 @@ def name_settings(text: str) -> str:
 
 
 def fold(value: ast.expr) -> ast.expr:
-    """A product is as good as its first factor, to tell the type."""
+    """Replace a product by its first factor, which has the same type."""
     while isinstance(value, ast.BinOp):
         value = value.left
     return value

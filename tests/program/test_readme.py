@@ -238,8 +238,9 @@ class Words(unittest.TestCase):
 
     @unittest.skipUnless(EVERYTHING, "takes seconds: PYWEBSOCK_TESTS=everything")
     def test_tests(self) -> None:
-        """The docstrings and comments of the tests."""
-        sources = {str(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
+        """The docstrings and comments of tests, CI and build."""
+        paths = [path for folder in ("tests", ".ci", ".hatch") for path in sorted((ROOT / folder).rglob("*.py"))]
+        sources = {str(path): path.read_text(encoding="utf-8") for path in paths}
         self.check({path: f"{docstrings(source)}\n\n{comments(source)}" for path, source in sources.items()})
 
     def test_the_test(self) -> None:
@@ -258,7 +259,9 @@ class Words(unittest.TestCase):
             "A stranger cannot fill the disk.",
             "It is easy.",
             "Whether to log a line.",
-            "Everybody gets a 1001 in the place of an error, however many there are.",
+            "Everybody gets a 1001.",
+            "It is used in the place of a list.",
+            "All are read, however many there are.",
         ):
             found = [habit for habit in HABITS if re.search(f"(?i){habit}", text)]
             self.assertTrue(found, text)
