@@ -1263,7 +1263,7 @@ def clear_path(path: str) -> None:
 
 
 # ======================================================================================
-# Hooks: the program's own code, and all that may take its time, in threads of their own
+# Hooks: the program's own code, and all other code that may block, in threads
 # ======================================================================================
 
 STUCK_TIME = 0.005  # seconds; a hook that takes longer is taken to be waiting, and another thread goes on
@@ -1321,10 +1321,11 @@ class Threads:
 class Inbox:
     """The calls for one client that wait for a hook thread. They run one at a time, in order."""
 
-    __slots__ = ("calls", "taken")
+    __slots__ = ("calls", "is_pending", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, is_pending: bool = False) -> None:
         self.calls: deque[Callable[[], object]] = deque()
+        self.is_pending = is_pending  # of a pending connection
         self.taken = False  # calls wait or run
 
 
@@ -1340,6 +1341,8 @@ class Hooks:
         self._lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
         self._done = threading.Condition(self._lock)  # notified when an inbox has become empty
         self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
+        self._pending: deque[Inbox] = deque()  # those of pending connections: thousands of them delay no client
+        self._turn = 0  # the two lines take turns
         self._busy = 0  # inboxes with calls that wait or run
         self._running: dict[int, float] = {}  # thread of each worker, and when its call began
         self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
@@ -1382,7 +1385,7 @@ class Hooks:
         self._threads.stop()
 
     def _make_ready(self, inbox: Inbox) -> None:
-        self._ready.append(inbox)
+        (self._pending if inbox.is_pending else self._ready).append(inbox)
         if not self._active:
             self._add_worker()
 
@@ -1403,7 +1406,7 @@ class Hooks:
     @property
     def is_waiting(self) -> bool:
         """Return whether calls wait for a worker. If so, call relieve() every STUCK_TIME."""
-        return bool(self._ready)
+        return bool(self._ready or self._pending)
 
     def relieve(self) -> None:
         """Start workers if all others are stuck."""
@@ -1411,7 +1414,7 @@ class Hooks:
             late = time.monotonic() - STUCK_TIME
             self._stuck.update([worker for worker, since in self._running.items() if since < late])
             if not self._active:
-                for _ in range(min(len(self._ready), len(self._stuck) + 1)):
+                for _ in range(min(len(self._ready) + len(self._pending), len(self._stuck) + 1)):
                     self._add_worker()
 
     # ---- the workers ----
@@ -1445,10 +1448,12 @@ class Hooks:
             self._coming -= coming
             self._running.pop(me, None)
             self._stuck.discard(me)
-            if not self._ready:
+            if not self.is_waiting:
                 return None
             self._running[me] = time.monotonic()
-            return self._ready.popleft()
+            self._turn = 1 - self._turn
+            first, second = (self._ready, self._pending) if self._turn else (self._pending, self._ready)
+            return (first or second).popleft()
 
 
 # ======================================================================================
@@ -1743,7 +1748,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self._rest = b""  # data after the head of the request
         self._kept = 0  # bytes of the body that the budget counts
         self._is_closing = False  # close() was called: no more hooks except on_close
-        self._inbox: Inbox | None = Inbox()  # its steps and hooks
+        self._inbox: Inbox | None = Inbox(is_pending=True)  # its steps and hooks
         self._tracers: tuple[Generator[None, bytes, None], ...] = ()  # with trace: of received and of sent data
         if self.server.trace:
             names = f"{self.address} in ", f"{self.address} out"
@@ -2013,7 +2018,9 @@ class WebSocketHandler(RequestHandler):
         if self._rest:  # the client did not wait for the 101
             connection.events = connection.source = reader.feed(self._rest)
             self._rest = b""
-        if not server._overrides("on_open"):  # otherwise its messages wait in the inbox until on_open returns
+        if self._inbox and server._overrides("on_open"):  # until it returns, messages wait in the inbox
+            self._inbox.is_pending = False
+        else:
             self._inbox = None
         room.join(connection, response, mark[1] if mark else "")
         if log.isEnabledFor(logging.DEBUG):
@@ -2095,7 +2102,7 @@ class WebSocketHandler(RequestHandler):
 
 
 # ======================================================================================
-# Room: the clients, and what all threads may do with them
+# Room: the clients and the queue, for all threads
 # ======================================================================================
 
 QUEUE_SIZE = 4 * 1024 * 1024  # bytes; if more is queued, senders wait

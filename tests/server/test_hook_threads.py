@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import random
 import threading
@@ -118,6 +119,23 @@ class Order(HooksTestCase):
         self.go_on.set()
         self.wait()
         self.assertEqual(ran, [1, 2])
+
+    def test_pending_connections(self) -> None:
+        """Calls of pending connections and of clients take turns, so many of the former delay no client."""
+        ran: list[str] = []
+        self.block()
+        for name, is_pending in [("pending", True)] * 3 + [("client", False)] * 2:
+            self.hooks.submit(pywebsock.Inbox(is_pending), functools.partial(ran.append, name))
+        self.assertTrue(self.hooks.is_waiting)
+        self.go_on.set()
+        self.wait()
+        self.assertIn(
+            ran,
+            (
+                ["client", "pending", "client", "pending", "pending"],
+                ["pending", "client", "pending", "client", "pending"],
+            ),
+        )
 
     def test_any_exception(self) -> None:
         """An exception in a call ends neither the worker nor the calls after it."""
