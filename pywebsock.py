@@ -2871,8 +2871,7 @@ class Receiver:
 
     def __init__(self, server: BroadcastServer, sender: Sender) -> None:
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
-        self._sender = sender
-        self.gate = sender.gate
+        self._sender, self.gate = sender, sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size = 0  # bytes read since messages went out
         self.slice_time = SLICE_TIME  # seconds per connection in this round
@@ -2937,7 +2936,6 @@ class Receiver:
         elif connection.state in READABLE:
             self.read_size += len(data)
             connection.events = connection.source = connection.reader.feed(data)
-            del data
             self._take(connection)
 
     def line_up(self, connection: Connection) -> None:
@@ -3015,8 +3013,7 @@ class Receiver:
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
         """Broadcast a message, or collect it for the hooks. Return whether to continue with the next one."""
-        if connection.pongs:  # answers to later Pings come after this message
-            connection.pongs = []
+        connection.pongs = []  # answers to later Pings come after this message
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
@@ -3025,7 +3022,10 @@ class Receiver:
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
-                self._queue.put_own(Outgoing(opcode, payload))
+                message = Outgoing(opcode, payload)
+                if len(payload) >= LONG_MESSAGE:
+                    message.frame(0)  # if this takes too much memory, only the sender's connection ends
+                self._queue.put_own(message)
             return True
         messages.append((opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
