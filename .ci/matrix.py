@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import typing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEBIAN = (
@@ -130,21 +129,25 @@ class Run:
         for step in self._steps:
             step.end()
 
-    def alone(self, *steps: Step) -> None:
-        """Run steps one after the other, and show their output at once."""
-        self._follow(steps, alone=True)
+    def alone(self, step: Step) -> None:
+        """Run a step, and show at once what it prints."""
+        self._follow([step], alone=True)
 
-    def side_by_side(self, *lanes: typing.Sequence[Step]) -> None:
-        """Run the steps of each lane one after the other, and the lanes at the same time."""
-        threads = [threading.Thread(target=self._follow, args=(lane,), daemon=True) for lane in lanes]
+    def side_by_side(self, *steps: Step) -> None:
+        """Run two of these at the same time until all have ended. They begin in this order."""
+        left = list(steps)
+        threads = [threading.Thread(target=self._follow, args=(left,), daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _follow(self, steps: typing.Sequence[Step], *, alone: bool = False) -> None:
-        for step in steps:
+    def _follow(self, left: list[Step], *, alone: bool = False) -> None:
+        while True:
             with self._lock:
+                if not left:
+                    return
+                step = left.pop(0)
                 say(f"\n==== {time.monotonic() - self._start:.0f} s: {step.name} begins\n")
                 step.start()
                 self._steps.append(step)
@@ -204,43 +207,45 @@ def debian() -> Step:
 
 
 def run_all(run: Run, folder: str) -> None:
-    """Run all steps."""
+    """Every step there is."""
     npm = ("npm", "install", "--prefix", f"{folder}/node", "--silent", "--no-audit", "--no-fund")
-    run.side_by_side([debian()], [Step("node", *npm, *NODE)])
+    run.side_by_side(debian(), Step("node", *npm, *NODE))
 
-    python = sys.executable
+    root = f"{folder}/root"
+    pythons = f"debootstrap --variant=minbase --include=openssl,{','.join(NEWER)} testing {root} >/dev/null"
+    newer, in_order = newer_pythons(root)
+    windows = [Step("windows", ".ci/windows.sh", f"{folder}/windows")] if os.environ.get("PYWEBSOCK_WINE") else []
+    tests = all_tests(folder)
+    stress = tests.pop("stress")
+    run.side_by_side(
+        shell("pythons", f"unshare --mount {pythons}"),  # what it mounts is gone with its process
+        Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
+        *tests.values(),
+        *windows,
+        *other_pythons(),
+        *newer,
+        *in_order,
+    )
+    run.alone(stress)
+
+
+def all_tests(folder: str) -> dict[str, Step]:
+    """The tests with all that is installed now, by name, those that take longest first."""
     everything = {
         "PYWEBSOCK_TESTS": "everything",
         "PYWEBSOCK_NODE_MODULES": f"{folder}/node/node_modules",
         "PYWEBSOCK_WSTEST": f"{folder}/autobahn/wst/bin/wstest",
     }
-    discover = (python, *UNITTEST, "discover", "-t", ".", "-s")
-    steps = {
-        each.name: Step(each.name, *discover, each, strict=True, more=everything)
-        for each in sorted({path.parent for path in ROOT.glob("tests/**/test_*.py")})
-    }
-    stress, program = steps.pop("stress"), steps.pop("program")
-    autobahn = Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn")
-    # All other tests use Debian's Redis; these use Valkey, whose build from PyPI has no TLS.
+    modules: dict[str, list[str]] = {"pages": [], "program": []}
+    for path in sorted(ROOT.glob("tests/*/test_*.py")):
+        name = "pages" if path.stem.startswith("test_page") else path.parent.name
+        modules.setdefault(name, []).append(f"tests.{path.parent.name}.{path.stem}")
+    command = (sys.executable, *UNITTEST)
+    steps = {name: Step(name, *command, *modules[name], strict=True, more=everything) for name in modules}
+    # Redis is Debian's in these tests; once more on Valkey, whose build from PyPI has no TLS.
+    redis = [name for name in modules["program"] if "test_redis" in name]
     server = next(pathlib.Path(folder).glob("venv/**/valkey-server"), "valkey-server")
-    valkey = Step("valkey", *discover, "tests/program", "-p", "test_redis*.py", more={"REDIS_SERVER": str(server)})
-    root = f"{folder}/root"
-    pythons = f"debootstrap --variant=minbase --include=openssl,{','.join(NEWER)} testing {root} >/dev/null"
-    newer, in_order = newer_pythons(root)
-    windows = [Step("windows", ".ci/windows.sh", f"{folder}/windows")] if os.environ.get("PYWEBSOCK_WINE") else []
-    run.side_by_side(
-        [autobahn, program, valkey],
-        # The mounts of debootstrap end with its process.
-        [
-            shell("pythons", f"unshare --mount {pythons}"),
-            *steps.values(),
-            *other_pythons(),
-            *newer,
-            *windows,
-            *in_order,
-        ],
-    )
-    run.alone(stress)
+    return {**steps, "valkey": Step("valkey", *command, *redis, more={"REDIS_SERVER": str(server)})}
 
 
 def main(folder: str) -> int:
