@@ -2843,7 +2843,7 @@ class Endings:
     """Connections that are about to end: a few per round, since thousands may end at once. Runs in the loop."""
 
     def __init__(self, sender: Sender) -> None:
-        self._sender = sender
+        self._sender, self._room = sender, sender._room
         self.waiting: deque[tuple[Connection, Callable[..., object], tuple[Any, ...]]] = deque()
 
     def add(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
@@ -2852,6 +2852,13 @@ class Endings:
             connection.is_ending = True
             self._sender.guard(self._sender.watch, connection)
             self.waiting.append((connection, act, arguments))
+
+    def add_failed(self, clients: Iterable[WebSocketHandler], error: Exception) -> None:
+        """End clients that a message could not be sent to."""
+        for client in clients:
+            if client._connection:
+                self._room.set_send(client._connection, discard)
+                self.add(client._connection, self._sender.fail, error)
 
     def carry_out(self) -> None:
         """End connections until ROUND_TIME is over."""
@@ -3319,7 +3326,12 @@ class Loop:
         for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(each.to, run) for each in run]:
             messages = list(group)
             for window, sends in self._room.recipients(messages, to):
-                self._fan_out(b"".join([message.ready_frame(window) for message in messages]), sends)
+                try:
+                    data = b"".join([message.ready_frame(window) for message in messages])
+                except MemoryError as error:  # a client must not miss messages without notice
+                    self.receiver.endings.add_failed(sends, error)
+                else:
+                    self._fan_out(data, sends)
 
     def _fan_out(self, data: bytes, sends: Sends) -> None:
         """Send the same bytes to many clients. The server spends most of its time in this loop."""
@@ -3338,9 +3350,7 @@ class Loop:
         for client, sent in rest:
             self.sender.guard(self.sender.keep, client._connection, data, sent)
         for client, why in failed:
-            if client._connection:
-                self._room.set_send(client._connection, discard)
-                self.receiver.endings.add(client._connection, self.sender.fail, why)
+            self.receiver.endings.add_failed([client], why)
 
     def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
         try:

@@ -468,6 +468,19 @@ class BetweenHooks(ServerTestCase):
         self.assertEqual(clients[0].read_close(), (1009, "out of memory"))
         self.assertEqual([client.read() for client in clients[1:]], ["Hello"] * 2)
 
+    def test_out_of_memory_for_a_message(self) -> None:
+        """After a MemoryError in a broadcast, its recipients get a Close: nobody misses a message without notice."""
+        server = self.serve()
+        clients = [self.connect(server) for _ in range(3)]
+        eventually(lambda: len(server.clients) == 3)
+        with unittest.mock.patch.object(pywebsock.Outgoing, "ready_frame", side_effect=MemoryError):
+            server.broadcast("lost")
+            for client in clients:
+                self.assertEqual(client.read_close(), (1009, "out of memory"))
+        other = self.connect(server)
+        server.broadcast("Hello")
+        self.assertEqual(other.read(), "Hello")
+
     def test_a_pong_does_not_wait_for_a_hook(self) -> None:
         go_on = threading.Event()
 
