@@ -114,7 +114,7 @@ class RoomTest(RedisTestCase):
             self.in_background(say, client, [f"{number:1000}" for number in range(8000)])
             for _ in range(8000):
                 client.read()
-        fresh = self.process("--history", "9000")
+        fresh = self.process("--history", "9000", "--max-backlog", "64M")
         client = self.client(fresh)
         self.assertEqual([int(client.read()) for _ in range(8000)], list(range(8000)))
 
