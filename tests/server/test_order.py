@@ -219,7 +219,7 @@ class WaitingSenders(ServerTestCase):
 
     def test_other_clients_meanwhile(self) -> None:
         """While senders wait for a client that is behind, others join, send Pings and leave."""
-        server = self.serve()
+        server = self.serve(send_timeout=0.4)  # the loop looks around every tenth of a second
         sender = self.connect(server)
         with unittest.mock.patch.object(server._loop.sender.gate, "look", lambda *_: server._queue.hold(True)):
             server._queue.wake()
