@@ -1761,6 +1761,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self._steps = self._serve()
         self.request.setblocking(False)
         self.server._room.add_pending(self, time.monotonic())
+        self.server._room.arriving.add(self)
         try:
             self.go_on()
         except BaseException:  # out of memory, say
@@ -1785,6 +1786,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _step(self) -> None:
         server = self.server
+        server._room.arriving.discard(self)
         server._local.client = self
         try:
             events = next(self._steps, 0)
@@ -2271,6 +2273,7 @@ class Room:
         self.connections: set[Connection] = set()  # after their answer: those that the loop owns
         self.answered: dict[Connection, float] = {}  # those that get a response only, oldest first; since when
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
+        self.arriving: set[RequestHandler] = set()  # those that no hook thread has begun, or the loop has not taken
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
         self._is_closing = False  # clients that join now get 1001
         self._has_ended = False  # the loop has ended
@@ -2318,6 +2321,7 @@ class Room:
             client._connection = connection
             del self.pending[client]
             self.connections.add(connection)
+            self.arriving.add(client)
             self._queue.put(functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner)))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
@@ -2326,6 +2330,7 @@ class Room:
     def dismiss(self, connection: Connection, response: bytes) -> bool:
         """CONNECTING to ENDING: let the loop send a response. Return False if the loop has ended."""
         with self.lock:
+            self.arriving.add(connection.client)
             if not self._queue.put(functools.partial(self.adopt, connection, lambda: [response])):
                 return False
             del self.pending[connection.client]
@@ -2655,6 +2660,7 @@ class Sender:
 
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
         """Take a connection over from its handler, and send the first data."""
+        self._room.arriving.discard(connection.client)
         frames = first()
         connection.keep(frames[0], 0, self.now)
         connection.pieces.extend(frames[1:])  # not one by one: there may be thousands
@@ -3379,6 +3385,7 @@ class Loop:
 
 KEPT_SIZE = 32 * 1024 * 1024  # bytes of freed memory that malloc keeps
 SPARE_DESCRIPTORS = 32  # file descriptors that are left to the program
+MOST_ARRIVING = 50  # connections
 SPARE_CONNECTIONS = 100  # pending connections, in addition to a tenth of max_clients
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # only on Windows
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -3485,6 +3492,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 self._wait_for_fewer(most, "too many connections")
             if room.size >= most:
                 raise BlockingIOError
+            self._wait_for_turn()
             request, address = super().get_request()
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
@@ -3493,6 +3501,12 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
                 self._wait_for_fewer(room.size, str(error) or "out of memory")
             raise OSError("not now") from None
+
+    def _wait_for_turn(self) -> None:
+        """Wait while many connections are being served: a new one would only wait in another place."""
+        end = time.monotonic() + 0.5
+        while len(self._room.arriving) > MOST_ARRIVING and time.monotonic() < end:
+            time.sleep(0.001)
 
     def _give_up_oldest(self) -> None:
         """End the oldest connection that is no client, if it is older than a second: first those with a response."""

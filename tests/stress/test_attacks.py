@@ -20,6 +20,17 @@ from tests.tools import attack, faults, load, stress, support
 SECONDS = 4.0  # seconds of an attack
 TIMES = 4  # attempts, if the machine is busy
 DEFLATE: dict[str, typing.Any] = {"Sec_WebSocket_Extensions": "permessage-deflate"}
+# Clients that open a WebSocket and leave, a hundred at a time.
+VISITS = """if 1:
+    import contextlib, socket, sys
+    from tests.tools import support
+    while True:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(support.Client(int(sys.argv[1]), handshake=False)) for _ in range(100)]
+            for client in clients:
+                client.send_raw(support.request())
+                client.socket.shutdown(socket.SHUT_WR)
+"""
 
 
 def hex_text(size: int) -> bytes:
@@ -95,6 +106,15 @@ class FloodTest(AttackTestCase):
         """A body takes turns with others, even if all of its data has arrived."""
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         self.flood(30, b"1\r\nx\r\n", 0.5, request=head.hex())
+
+    def test_short_visits(self) -> None:
+        """As many opening handshakes as there can be, by clients that leave at once."""
+        watched = self.serve_watched()
+        for _ in range(2):
+            visitors = subprocess.Popen([sys.executable, "-c", VISITS, str(watched.port)], cwd=support.ROOT)
+            self.addCleanup(visitors.wait)
+            self.addCleanup(visitors.kill)
+        self.stand(watched, "short visits", 0.2)
 
     def test_tls_records_of_one_byte(self) -> None:
         self.flood(50, load.frame(b"", 9), 0.1, tls=True, record=1)
