@@ -1761,7 +1761,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self._steps = self._serve()
         self.request.setblocking(False)
         self.server._room.add_pending(self, time.monotonic())
-        self.server._room.arriving.add(self)
         try:
             self.go_on()
         except BaseException:  # out of memory, say
@@ -1786,7 +1785,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _step(self) -> None:
         server = self.server
-        server._room.arriving.discard(self)
+        server._room.take_turn(self)
         server._local.client = self
         try:
             events = next(self._steps, 0)
@@ -2112,6 +2111,7 @@ RUN_SIZE = 1024 * 1024  # bytes of messages that are sent together
 RUN_LENGTH = 4000  # operations; if more are queued, they are carried out before the loop reads on
 MESSAGE_COST = 250  # bytes that the objects of a message take
 RECIPIENT_COST = 128  # bytes that each recipient in `to` counts: sending takes as long as copying these
+MOST_WAITING = 50  # handlers that may wait for a thread before the server accepts more connections
 GIVEN_UP = -1.0  # instead of the time of a pending connection
 MOST_SELECTED = 500  # clients if the system has only select(), which takes 512 sockets on Windows
 SPARE_SELECTED = 10  # further sockets of select(), for pending connections
@@ -2258,23 +2258,74 @@ class Joiner:
         self.number = 0  # messages that were broadcast before `frames` was prepared
 
 
-class Room:
-    """The shared set of clients, and the history. Any thread.
+class Registry:
+    """All connections: pending ones, and those that the loop owns. Any thread.
 
     One lock guards all of it. Code that holds it is short and never waits.
     """
 
-    def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
-        self._queue = queue
+    def __init__(self) -> None:
         self.lock = threading.RLock()  # an RLock, since a __del__ may broadcast anywhere
-        self._max_clients = max_clients
-        self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self.pending: dict[RequestHandler, float] = {}  # before their answer, oldest first; when each was accepted
+        self.waiting: set[RequestHandler] = set()  # handlers that wait for a hook thread or for the loop
         self.connections: set[Connection] = set()  # after their answer: those that the loop owns
         self.answered: dict[Connection, float] = {}  # those that get a response only, oldest first; since when
+        self._fewer = threading.Condition(self.lock)  # notified when a connection has ended, or few handlers wait
+
+    @property
+    def size(self) -> int:
+        """The number of connections, including pending ones."""
+        return len(self.pending) + len(self.connections)
+
+    def add_pending(self, handler: RequestHandler, now: float) -> None:
+        """Add a connection that was accepted."""
+        with self.lock:
+            self.pending[handler] = now
+            self.waiting.add(handler)
+
+    def take_turn(self, handler: RequestHandler) -> None:
+        """A hook thread begins with a handler, or the loop has taken its connection."""
+        with self.lock:
+            self.waiting.discard(handler)
+            if len(self.waiting) == MOST_WAITING:
+                self._fewer.notify_all()
+
+    def wait_for_turn(self, timeout: float) -> None:
+        """Wait until few handlers wait for a hook thread or for the loop, or until `timeout` (seconds)."""
+        with self.lock:
+            self._fewer.wait_for(lambda: len(self.waiting) <= MOST_WAITING, timeout)
+
+    def remove(self, handler: RequestHandler) -> bool:
+        """Remove a pending connection. Return whether it was still pending."""
+        with self.lock:
+            self._fewer.notify_all()
+            self.waiting.discard(handler)
+            return self.pending.pop(handler, None) is not None
+
+    def forget(self, connection: Connection) -> None:
+        """Remove a connection that has ended."""
+        with self.lock:
+            self._fewer.notify_all()
+            self.connections.discard(connection)
+            self.answered.pop(connection, None)
+
+    def wait_for(self, number: int, end: float) -> bool:
+        """Wait until there are at most `number` connections. Return False at `end` (time.monotonic())."""
+        with self.lock:
+            while self.size > number and time.monotonic() < end:
+                self._fewer.wait(0.1)  # in slices: a signal may come
+            return self.size <= number
+
+
+class Room(Registry):
+    """The shared set of clients, and the history, under the same lock. Any thread."""
+
+    def __init__(self, queue: Queue, max_clients: int, history: int, history_size: int) -> None:
+        super().__init__()
+        self._queue = queue
+        self._max_clients = max_clients
+        self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
-        self.arriving: set[RequestHandler] = set()  # those that no hook thread has begun, or the loop has not taken
-        self._fewer = threading.Condition(self.lock)  # notified when a connection has ended
         self._is_closing = False  # clients that join now get 1001
         self._has_ended = False  # the loop has ended
         self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these four are set by the loop
@@ -2321,7 +2372,7 @@ class Room:
             client._connection = connection
             del self.pending[client]
             self.connections.add(connection)
-            self.arriving.add(client)
+            self.waiting.add(client)
             self._queue.put(functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner)))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
@@ -2330,7 +2381,7 @@ class Room:
     def dismiss(self, connection: Connection, response: bytes) -> bool:
         """CONNECTING to ENDING: let the loop send a response. Return False if the loop has ended."""
         with self.lock:
-            self.arriving.add(connection.client)
+            self.waiting.add(connection.client)
             if not self._queue.put(functools.partial(self.adopt, connection, lambda: [response])):
                 return False
             del self.pending[connection.client]
@@ -2418,38 +2469,6 @@ class Room:
         if message.size >= DEFLATE_THRESHOLD:
             for window in list(self._sends):
                 message.frame(window)
-
-    # ---- connections ----
-
-    @property
-    def size(self) -> int:
-        """The number of connections, including pending ones."""
-        return len(self.pending) + len(self.connections)
-
-    def add_pending(self, handler: RequestHandler, now: float) -> None:
-        """Add a connection that was accepted."""
-        with self.lock:
-            self.pending[handler] = now
-
-    def remove(self, handler: RequestHandler) -> bool:
-        """Remove a pending connection. Return whether it was still pending."""
-        with self.lock:
-            self._fewer.notify_all()
-            return self.pending.pop(handler, None) is not None
-
-    def forget(self, connection: Connection) -> None:
-        """Remove a connection that has ended."""
-        with self.lock:
-            self._fewer.notify_all()
-            self.connections.discard(connection)
-            self.answered.pop(connection, None)
-
-    def wait_for(self, number: int, end: float) -> bool:
-        """Wait until there are at most `number` connections. Return False at `end` (time.monotonic())."""
-        with self.lock:
-            while self.size > number and time.monotonic() < end:
-                self._fewer.wait(0.1)  # in slices: a signal may come
-            return self.size <= number
 
     def end(self) -> None:
         """Refuse clients that join later."""
@@ -2660,7 +2679,7 @@ class Sender:
 
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
         """Take a connection over from its handler, and send the first data."""
-        self._room.arriving.discard(connection.client)
+        self._room.take_turn(connection.client)
         frames = first()
         connection.keep(frames[0], 0, self.now)
         connection.pieces.extend(frames[1:])  # not one by one: there may be thousands
@@ -3385,7 +3404,6 @@ class Loop:
 
 KEPT_SIZE = 32 * 1024 * 1024  # bytes of freed memory that malloc keeps
 SPARE_DESCRIPTORS = 32  # file descriptors that are left to the program
-MOST_ARRIVING = 50  # connections
 SPARE_CONNECTIONS = 100  # pending connections, in addition to a tenth of max_clients
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # only on Windows
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -3492,7 +3510,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 self._wait_for_fewer(most, "too many connections")
             if room.size >= most:
                 raise BlockingIOError
-            self._wait_for_turn()
+            room.wait_for_turn(0.5)
             request, address = super().get_request()
             if self.tls_context:
                 request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
@@ -3501,12 +3519,6 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
                 self._wait_for_fewer(room.size, str(error) or "out of memory")
             raise OSError("not now") from None
-
-    def _wait_for_turn(self) -> None:
-        """Wait while many connections are being served: a new one would only wait in another place."""
-        end = time.monotonic() + 0.5
-        while len(self._room.arriving) > MOST_ARRIVING and time.monotonic() < end:
-            time.sleep(0.001)
 
     def _give_up_oldest(self) -> None:
         """End the oldest connection that is no client, if it is older than a second: first those with a response."""

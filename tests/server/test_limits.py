@@ -52,21 +52,22 @@ def visit(port: int, data: bytes = b"") -> bool:
         return client.read_head().startswith(b"HTTP/1.1 101 ")
 
 
-class Arriving(ServerTestCase):
+class Waiting(ServerTestCase):
     """Connections are accepted as fast as they are served, so that those that are here do not wait for the others."""
 
     def test_many_wait_to_be_served(self) -> None:
         server = self.serve()
         waiting = [pywebsock.RequestHandler.__new__(pywebsock.RequestHandler) for _ in range(51)]
-        server._room.arriving.update(waiting)
+        server._room.waiting.update(waiting)
         start = time.monotonic()
         self.connect(server)
         self.assertGreater(time.monotonic() - start, 0.3)
-        server._room.arriving.difference_update(waiting)
+        with server._room.lock:
+            server._room.waiting.difference_update(waiting)
         self.connect(server).send("Hello")
 
     def test_everybody_has_arrived(self) -> None:
-        """However a connection goes on, it is not waited for after that."""
+        """No handler waits after its connection has ended, however it ends."""
         server = self.serve(handshake_timeout=0.3)
         for data in (request(), request(Upgrade=None, Sec_WebSocket_Key=None), request()[:9], b"garbage\r\n\r\n", b""):
             for how in (socket.SHUT_WR, socket.SHUT_RDWR):
@@ -74,7 +75,7 @@ class Arriving(ServerTestCase):
                 client.send_raw(data)
                 client.socket.shutdown(how)
         eventually(lambda: not server._room.size)
-        self.assertFalse(server._room.arriving)
+        self.assertFalse(server._room.waiting)
 
 
 class MaxClients(ServerTestCase):
