@@ -548,7 +548,8 @@ class OldestBrowsers(unittest.TestCase):
             r"^\s*(translate|rotate|scale):", r"\brequestSubmit\b", r"\b(to|is)WellFormed\b", r"\bariaLive\b",
             r"\.at\(", r"\bstructuredClone\b", r"\bfindLast", r"\btoSorted\b", r"\bwith\(", r"\bhasOwn\b",
             r"\bgroupBy\b",
-            r"\brandomUUID\b", r"AbortSignal\.(timeout|any)", r"Promise\.(withResolvers|try)", r"\(\?<[=!]", r"/v[,;)]",
+            r"\brandomUUID\b", r"getRandomValues\(new Big",
+            r"AbortSignal\.(timeout|any)", r"Promise\.(withResolvers|try)", r"\(\?<[=!]", r"/v[,;)]",
             r"<dialog", r"\bpopover\b", r"\binert\b", r"\bstatic \{", r"#\w+ in ", r"\bcheckVisibility\b",
         )  # fmt: skip
         for pattern in newer:
