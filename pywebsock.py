@@ -3476,10 +3476,15 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 return
             except MemoryError:  # in the selector; the next round may succeed
                 self._wait_for_fewer(self._room.size, "out of memory")
-            except OSError:  # Windows cannot select a closed socket
+            except OSError:  # after server_close(); Windows cannot even select a closed socket
                 if self.fileno() >= 0:
                     raise
                 return
+
+    def service_actions(self) -> None:
+        """Called by serve_forever() in each round: end it after server_close()."""
+        if self.fileno() < 0:
+            raise OSError("the socket is closed")
 
     def shutdown(self) -> None:
         """Let serve_forever() return, and wait for that. Call it in another thread."""
@@ -3731,8 +3736,8 @@ class BroadcastServer(Settings, LimitedServer):
         """Send all queued data, close every client with 1001, and wait, at most for the close timeout.
 
         In a hook, it does not wait for the client of that hook. A client that is stuck in a hook is
-        reset after the close timeout. This does not end serve_forever(): as in socketserver, call
-        shutdown() first.
+        reset after the close timeout. As in socketserver, call shutdown() first; otherwise,
+        serve_forever() may end later than this.
         """
         if self._path:
             pathlib.Path(self._path).unlink(missing_ok=True)

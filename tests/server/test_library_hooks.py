@@ -629,6 +629,15 @@ class Stopping(ServerTestCase):
             eventually(lambda: server.heard[-1][:2] == ("close", 1006))
             eventually(lambda: not server._room.size)
 
+    def test_without_shutdown(self) -> None:
+        """serve_forever() ends with server_close()."""
+        server = pywebsock.BroadcastServer(("127.0.0.1", 0))
+        with in_thread(server.serve_forever, 0.02) as thread:
+            Client(server.server_address[1]).__exit__()
+            server.server_close()
+            thread.join(DEADLINE)
+            self.assertFalse(thread.is_alive())
+
     def test_fifty_times(self) -> None:
         """After fifty servers, no thread, file descriptor or client is left."""
         before: list[int] = []
