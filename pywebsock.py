@@ -1337,7 +1337,8 @@ class Hooks:
     (the GIL). If a call takes longer than STUCK_TIME, the loop starts other workers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_workers: int = 1) -> None:
+        self._most_workers = most_workers  # for calls of pending connections: TLS handshakes release the GIL
         self._lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
         self._done = threading.Condition(self._lock)  # notified when an inbox has become empty
         self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
@@ -1386,7 +1387,7 @@ class Hooks:
 
     def _make_ready(self, inbox: Inbox) -> None:
         (self._pending if inbox.is_pending else self._ready).append(inbox)
-        if not self._active:
+        if self._active < (self._most_workers if inbox.is_pending else 1):
             self._add_worker()
 
     @property
@@ -3607,7 +3608,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._local = threading.local()  # .client: the one whose step or hook this thread runs
         self._post_pace = PostPace(self.rate)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
-        self._hooks = Hooks()
+        self._hooks = Hooks(most_workers=os.cpu_count() or 1 if self.tls_context else 1)
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._loop = Loop(self)

@@ -137,6 +137,25 @@ class Order(HooksTestCase):
             ),
         )
 
+    def test_handshakes_of_tls(self) -> None:
+        """Calls of pending connections may have more workers, calls of clients may not."""
+        for is_pending in (True, False):
+            hooks, begun = pywebsock.Hooks(most_workers=2), list[int]()
+            self.addCleanup(hooks.stop)
+            go_on = threading.Event()
+
+            def block(begun: list[int] = begun, go_on: threading.Event = go_on) -> None:
+                begun.append(1)
+                go_on.wait(DEADLINE)
+
+            for _ in range(3):
+                hooks.submit(pywebsock.Inbox(is_pending), block)
+            eventually(lambda begun=begun, most=1 + is_pending: len(begun) == most)  # type: ignore[misc]
+            self.assertEqual(hooks._active, 1 + is_pending)
+            go_on.set()
+            hooks.wait(0, time.monotonic() + DEADLINE)
+            self.assertEqual(len(begun), 3)
+
     def test_any_exception(self) -> None:
         """An exception in a call ends neither the worker nor the calls after it."""
         ran: list[int] = []
