@@ -3246,8 +3246,8 @@ class Loop:
             except Exception as error:  # for example out of memory; the next round may succeed
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self.deadlines.interval / 10)
-        self._queue.end()
         self._room.end()
+        self._queue.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
@@ -3256,8 +3256,8 @@ class Loop:
             self._queue.put(self._end)
             self._thread.join()
         else:
-            self._queue.end()
             self._room.end()
+            self._queue.end()
 
     def _end(self) -> None:
         self._ended = True  # also after an error, since stop() waits for it
