@@ -3132,7 +3132,7 @@ class Lobby:
         return [handler for handler in self._waiting if now > handler.deadline]
 
 
-LOOKS_AT_ONCE = 100  # connections and handlers that are checked in one round
+LOOKS_AT_ONCE = 400  # connections and handlers that are checked in one round
 
 
 class Deadlines:
@@ -3346,7 +3346,10 @@ class Loop:
         except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "a broadcast failed", error=error)
         for connection, frames in pongs:
-            self.sender.guard(self.sender.pong, connection, frames)
+            try:
+                self.sender.pong(connection, frames)
+            except Exception as error:  # thousands may fail at once
+                self.receiver.endings.add(connection, self.sender.fail, error)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to their recipients, with one send for each client."""

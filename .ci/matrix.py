@@ -214,14 +214,13 @@ def run_all(run: Run, folder: str) -> None:
     root = f"{folder}/root"
     pythons = f"debootstrap --variant=minbase --include=openssl,{','.join(NEWER)} testing {root} >/dev/null"
     newer, in_order = newer_pythons(root)
-    windows = [Step("windows", ".ci/windows.sh", f"{folder}/windows")] if os.environ.get("PYWEBSOCK_WINE") else []
     tests = all_tests(folder)
     stress = tests.pop("stress")
     run.side_by_side(
         shell("pythons", f"unshare --mount {pythons}"),  # what it mounts is gone with its process
         Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
         *tests.values(),
-        *windows,
+        Step("windows", ".ci/windows.sh", f"{folder}/windows"),
         *other_pythons(),
         *newer,
         *in_order,

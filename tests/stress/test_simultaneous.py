@@ -19,17 +19,17 @@ class CrowdTest(stress.StressTestCase):
     def enter(self, number: int, *arguments: str) -> tuple[stress.WatchedServer, stress.Crowd, float]:
         """Start a server with many idle clients; also return how long an echo may take when they all do something.
 
-        That is a tenth of a second, or twice the slowest echo among idle clients, if that is more: in a large room, a
-        message of the witness takes a while by itself.
+        That is a tenth of a second, or three times the slowest echo among idle clients, if that is more: in a large
+        room, a message of the witness takes a while by itself, and each client's message takes a moment.
         """
         watched = self.serve_watched(*arguments)
         crowd = self.crowd(watched)
         crowd.join(number)
         self.check_health(watched, f"{number} joined", JOINING)
-        time.sleep(1)
+        time.sleep(2)
         quiet = watched.witness.figures()
         self.report(f"worst echo {quiet.worst:.3f} s among {number} that do nothing")
-        return watched, crowd, max(0.1, 2 * quiet.worst)
+        return watched, crowd, max(0.1, 3 * quiet.worst)
 
     def test_resets(self) -> None:
         """A proxy restarts."""
