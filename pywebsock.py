@@ -1463,6 +1463,7 @@ class Hooks:
 
 READ_SIZE = 128 * 1024  # bytes; the most that is read from a socket at once
 SMALL_READ_SIZE = 2 * 1024  # bytes; the same for a socket that last had little data
+TLS_READ_SIZE = 16 * 1024  # bytes; a record of TLS, and the most that is decrypted at once
 SEND_SIZE = 64 * 1024  # bytes; the most that is sent to a socket at once
 SENDS_AT_ONCE = 8  # sends to one slow client before others go on
 QUICK_TIME = 0.25  # seconds; how long a client counts as quick after it has taken data
@@ -1504,6 +1505,96 @@ class State(enum.Enum):
 READABLE = (State.OPEN, State.CLOSING)  # in the other states, received data is discarded
 
 
+class TLSSocket(socket.socket):
+    """A socket with TLS (RFC 8446) that does not block. One thread at a time.
+
+    Each recv() takes a bounded time. That of ssl.SSLSocket goes on as long as records without
+    data arrive, such as key updates. Other methods are those of ssl.SSLObject.
+    """
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
+        super().__init__(plain.family, plain.type, plain.proto, plain.detach())
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._unsent = b""  # encrypted data
+        self._held = 0  # bytes of the application data in it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tls, name)
+
+    def peek(self) -> bytes:
+        """Return the first byte that has arrived, still encrypted. Raise BlockingIOError if none has."""
+        return super().recv(1, socket.MSG_PEEK)
+
+    def without_tls(self) -> socket.socket:
+        """Return a plain socket that replaces this one."""
+        return socket.socket(self.family, self.type, self.proto, self.detach())
+
+    def do_handshake(self) -> None:
+        """Continue the handshake. Raise SSLWantReadError or SSLWantWriteError if it must be called again."""
+        self._act(self._tls.do_handshake)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Return decrypted data, or b"" at the end. Raise BlockingIOError or an SSLWant...Error if there is none."""
+        try:
+            return bytes(self._act(self._tls.read, size))
+        except ssl.SSLEOFError:  # without close_notify
+            return b""
+
+    def _act(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a method of TLS; if it needs data, read once from the socket and call it again."""
+        if len(self._unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
+            raise ssl.SSLWantWriteError
+        try:
+            try:
+                return act(*arguments)
+            except ssl.SSLWantReadError:
+                data = super().recv(TLS_READ_SIZE)
+                if data:
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+                return act(*arguments)
+        finally:
+            with contextlib.suppress(OSError):
+                self.flush()
+
+    def has_more(self) -> bool:
+        """Return whether data was read from the socket that recv() has not returned yet."""
+        return bool(self._tls.pending() or self._incoming.pending)
+
+    def has_unsent(self) -> bool:
+        """Return whether flush() has to be called when the socket accepts data again."""
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """Send encrypted data. Raise BlockingIOError if some is left, OSError."""
+        self._unsent += self._outgoing.read()
+        while self._unsent:
+            self._unsent = self._unsent[super().send(self._unsent) :]
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send a record; return the number of bytes sent. After a BlockingIOError, call it with the same data again."""
+        if not self._held:
+            self.flush()
+            self._held = self._tls.write(memoryview(data)[:TLS_READ_SIZE])
+        self.flush()
+        held, self._held = self._held, 0
+        return held
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all data, on a socket that blocks."""
+        view = memoryview(data)
+        while view:
+            view = view[self.send(view) :]
+
+    def end_tls(self) -> None:
+        """Send a close_notify (6.1). Raise BlockingIOError if it must be called again."""
+        with contextlib.suppress(OSError, ValueError):  # the peer's has not arrived, and is not needed
+            self._tls.unwrap()
+        self.flush()
+
+
 class Connection:
     """The socket of a client, from the 101 to the end: its state, its outbox, and its times.
 
@@ -1513,9 +1604,9 @@ class Connection:
 
     __slots__ = (
         "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
-        "is_tls", "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
+        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
         "ping_end", "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent",
-        "size", "socket", "source", "state", "submitted", "window",
+        "size", "socket", "source", "state", "submitted", "tls", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1523,8 +1614,8 @@ class Connection:
         self.socket: socket.socket = client.request
         self.state = State.OPEN
         self.window = window  # of permessage-deflate, in bits; 0 without
-        self.is_tls = isinstance(self.socket, ssl.SSLSocket)
-        plain = not (self.is_tls or client._tracers or IS_WINDOWS)
+        self.tls = self.socket if isinstance(self.socket, TLSSocket) else None
+        plain = not (self.tls or client._tracers or IS_WINDOWS)
         self.send: Send = self.socket.send if plain else self._send_slices
         self.interest = 0  # events that the selector waits for
         self.reader = reader
@@ -1569,11 +1660,12 @@ class Connection:
         """Return the next bytes: b"" if the peer has ended its side, None if no data has arrived. Raise OSError."""
         try:
             data = self.socket.recv(self.read_size)
-        except ssl.SSLWantWriteError:  # TLS must send something first, such as a key update
-            self.is_blocked = True
+        except WOULD_BLOCK as error:
+            self.is_blocked = isinstance(error, ssl.SSLWantWriteError)
             return None
-        except WOULD_BLOCK:
-            return None
+        finally:
+            if self.tls and not self.pieces and self.tls.has_unsent():
+                self.is_blocked = True
         if len(data) == self.read_size:
             self.read_size = min(4 * self.read_size, READ_SIZE)
         elif len(data) < self.read_size // 16:
@@ -1581,10 +1673,6 @@ class Connection:
         if self.client._tracers:
             self.client._tracers[0].send(data)
         return data
-
-    def has_more(self) -> bool:
-        """Return whether TLS holds decrypted data: then the socket may never become readable."""
-        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
     # ---- going out ----
 
@@ -1614,6 +1702,9 @@ class Connection:
     def flush(self, now: float) -> None:
         """Send from the outbox, a limited number of slices, since others wait. Raise OSError."""
         with contextlib.suppress(*WOULD_BLOCK):
+            if self.is_blocked and self.tls:
+                self.tls.flush()
+                self.is_blocked = False
             for _ in range(SENDS_AT_ONCE):
                 if not self.pieces:
                     break
@@ -1655,7 +1746,8 @@ class Connection:
 
     def end_sending(self) -> None:
         """End the server's side of TLS (RFC 8446 6.1) and of TCP. Raise BlockingIOError if it must be called again."""
-        end_tls(self.socket)
+        if self.tls:
+            self.tls.end_tls()
         with contextlib.suppress(OSError):  # the peer has reset the connection
             self.socket.shutdown(socket.SHUT_WR)
         self.is_shut = True
@@ -1684,17 +1776,6 @@ class Connection:
             self.moved = now
             if self.paused and not acked:  # the own system does not tell
                 self.heard = now
-
-
-def end_tls(connection: socket.socket) -> None:
-    """Send a close_notify if there is TLS. Raise BlockingIOError if it must be called again."""
-    if isinstance(connection, ssl.SSLSocket):
-        try:
-            connection.unwrap()
-        except ssl.SSLWantWriteError:
-            raise BlockingIOError from None
-        except (OSError, ValueError):  # the peer's close_notify has not arrived, and is not needed
-            pass
 
 
 def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
@@ -1804,14 +1885,14 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             if self.request.family != AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if isinstance(self.request, ssl.SSLSocket):
+            if isinstance(self.request, TLSSocket):
                 yield from self._shake_tls_hands(self.request)
             request = yield from self._read_request()
             is_head = request.method == "HEAD"
             yield from self._answer(request)
         except HandshakeError as error:
             self._refuse(error, is_head)
-        except (OSError, ValueError) as error:  # ValueError: from an SSLSocket before its handshake
+        except OSError as error:
             level = logging.DEBUG if self._is_silent else logging.INFO
             line = "%s gone before its handshake: %s"
             self.server._hooks.log(level, line, self.address, printable(str(error)))
@@ -1822,8 +1903,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _end(self) -> None:
         """Close the connection without an answer."""
         if self.server._room.remove(self):
-            with contextlib.suppress(OSError):  # it need not reach the peer
-                end_tls(self.request)
+            if isinstance(self.request, TLSSocket):
+                with contextlib.suppress(OSError):  # it need not reach the peer
+                    self.request.end_tls()
             self.server.shutdown_request(self.request)
 
     def _answer(self, request: Request) -> Steps[None]:
@@ -1844,15 +1926,15 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if self.verdict:
             raise ConnectionAbortedError(self.verdict)
 
-    def _shake_tls_hands(self, connection: ssl.SSLSocket) -> Steps[None]:
+    def _shake_tls_hands(self, connection: TLSSocket) -> Steps[None]:
         """Do the handshake of TLS (RFC 8446 2). Raise HandshakeError if the client speaks plain HTTP."""
         while True:
             try:
                 if self._is_silent:
-                    start = socket.socket.recv(connection, 1, socket.MSG_PEEK)
+                    start = connection.peek()
                     self._is_silent = not start
                     if start.isalpha():
-                        self.request = socket.socket(connection.family, connection.type, fileno=connection.detach())
+                        self.request = connection.without_tls()
                         raise HandshakeError(400, "this port speaks TLS: the address begins with https:// or wss://")
                 connection.do_handshake()
                 return
@@ -2729,7 +2811,6 @@ class Sender:
         """Send from the outbox: the socket accepts data again."""
         if connection.state is State.CLOSED:
             return
-        connection.is_blocked = False
         connection.flush(self.now)
         if connection.pong and not connection.pieces:
             self.write(connection, connection.take_pong())
@@ -2960,8 +3041,9 @@ class Receiver:
 
     def _read(self, connection: Connection) -> None:
         data = connection.receive()
-        if data is None:
+        if data is None or connection.is_blocked:
             self._sender.watch(connection)
+        if data is None:
             return
         connection.heard = self._sender.now
         if not data:
@@ -3015,7 +3097,7 @@ class Receiver:
                     self.line_up(connection)
                     return
             connection.events = None
-            if connection.is_tls and connection.has_more():
+            if connection.tls and connection.tls.has_more():
                 self.line_up(connection)
         finally:
             if messages:
@@ -3523,7 +3605,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
             room.wait_for_turn(0.5)
             request, address = super().get_request()
             if self.tls_context:
-                request = self.tls_context.wrap_socket(request, True, do_handshake_on_connect=False)
+                request = TLSSocket(request, self.tls_context)
             return request, address if isinstance(address, tuple) else ("unix", 0)
         except (OSError, MemoryError, ValueError) as error:
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
