@@ -2987,8 +2987,7 @@ class Receiver:
         self._server, self._room, self._queue, self._hooks = server, server._room, server._queue, server._hooks
         self._sender, self.gate = sender, sender.gate
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
-        self.read_size = 0  # bytes read since messages went out
-        self.slice_time = SLICE_TIME  # seconds per connection in this round
+        self.read_size, self.slice_time = 0, SLICE_TIME  # bytes read since messages went out; seconds per connection
         self.endings = Endings(sender)
         self.later: deque[Connection] = deque()  # connections to continue with at the end of the round
 
@@ -3043,8 +3042,8 @@ class Receiver:
         data = connection.receive()
         if data is None or connection.is_blocked:
             self._sender.watch(connection)
-        if data is None:
-            return
+            if data is None:
+                return
         connection.heard = self._sender.now
         if not data:
             self._in_order(connection, self._sender.peer_has_ended)
