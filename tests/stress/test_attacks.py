@@ -405,7 +405,7 @@ class ProgramTest(AttackTestCase):
         self.addCleanup(sender.end)
         worst = min(self.ping(pings) for _ in range(TIMES))
         self.report(f"a Pong within {worst:.3f} s, memory +{watched.growth:.0f} MB, {crowd.figures()[1]}")
-        self.assertLess(worst, 0.1)
+        self.assertLess(worst, 0.25)  # sixteen messages wait in the queue, each of which takes 2,000 sends
         self.assertLess(watched.growth, 60)
 
     def ping(self, client: support.Client) -> float:
@@ -472,7 +472,7 @@ class ProgramTest(AttackTestCase):
 def on_message(self, client, message): raise ValueError("x" * 20000)
 pywebsock.Program.on_message = on_message
 """
-        command = [sys.executable, *faults.changed(code), str(support.ROOT), "--port", "0", "--verbose"]
+        command = [sys.executable, *faults.changed(code), "--port", "0", "--verbose"]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as server:
             self.addCleanup(server.kill)
