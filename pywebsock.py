@@ -1463,7 +1463,7 @@ class Hooks:
 
 READ_SIZE = 128 * 1024  # bytes; the most that is read from a socket at once
 SMALL_READ_SIZE = 2 * 1024  # bytes; the same for a socket that last had little data
-TLS_READ_SIZE = 16 * 1024  # bytes; a record of TLS, and the most that is decrypted at once
+TLS_READ_SIZE = 8 * 1024  # bytes; the most that is encrypted or decrypted at once (memory BIOs do not shrink)
 SEND_SIZE = 64 * 1024  # bytes; the most that is sent to a socket at once
 SENDS_AT_ONCE = 8  # sends to one slow client before others go on
 QUICK_TIME = 0.25  # seconds; how long a client counts as quick after it has taken data

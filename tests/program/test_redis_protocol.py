@@ -201,8 +201,8 @@ class UrlTest(unittest.TestCase):
         for url, why in (
             ("http://localhost", "a Redis URL is redis://"),
             ("redis://h:port", "Port could not be cast"),
-            ("redis://a..b", ".*'idna' codec"),
-            ("redis://" + "a" * 64, ".*'idna' codec"),
+            ("redis://a..b", ".*('idna' codec|label empty or too long)"),
+            ("redis://" + "a" * 64, ".*('idna' codec|label empty or too long)"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
                 pywebsock.main(["--redis", url])

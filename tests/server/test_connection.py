@@ -182,7 +182,7 @@ class Receive(ServerTestCase):
         self.assertFalse(self.connection.is_blocked)
 
     def test_tls_has_an_answer_to_send(self) -> None:
-        """What TLS could not send is sent before more is read, unless data in the outbox comes first anyway."""
+        """An answer of TLS that the socket did not accept is sent before more is read, or with the outbox."""
         self.connection.tls = unittest.mock.Mock(has_unsent=lambda: True)
         self.connection.socket = unittest.mock.Mock(recv=lambda size: b"data")
         for pieces, blocked in ((b"", True), (b"x", False)):

@@ -143,7 +143,8 @@ def notified(peer: Records) -> None:
 
 def notified_and_half_closed(peer: Records) -> None:
     peer.notify()
-    peer.socket.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):  # the server may have ended the connection already
+        peer.socket.shutdown(socket.SHUT_WR)
 
 
 def notified_twice(peer: Records) -> None:
@@ -159,7 +160,8 @@ def notified_and_garbled(peer: Records) -> None:
 
 def half_closed(peer: Records) -> None:
     """End without a close_notify: a truncation."""
-    peer.socket.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):  # the server may have ended the connection already
+        peer.socket.shutdown(socket.SHUT_WR)
 
 
 def garbled(peer: Records) -> None:
