@@ -579,8 +579,14 @@ class MessageReader:
                     message.append(piece)
                     yield CONT, b""
                 if fin:
-                    self._partial = None
-                    yield message.opcode, message.finish()
+                    yield message.opcode, self._finish(message)
+
+    def _finish(self, message: PartialMessage) -> bytearray:
+        self._partial = None
+        payload = message.finish()
+        if message.inflater and self._takeover:
+            self.context = message.inflater.context
+        return payload
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> PartialMessage:
         if opcode and self._partial:
@@ -602,8 +608,6 @@ class MessageReader:
         for piece in message.inflater.inflate(payload, fin):
             self._check_size(len(message.payload) + len(piece))
             yield piece
-        if self._takeover:
-            self.context = message.inflater.context
 
     def _check_size(self, size: int) -> None:
         if size > self._max_message:
@@ -1538,23 +1542,30 @@ class TLSSocket(socket.socket):
         """Return decrypted data, or b"" at the end. Raise BlockingIOError or an SSLWant...Error if there is none."""
         try:
             return bytes(self._act(self._tls.read, size))
-        except ssl.SSLEOFError:  # without close_notify
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the end of TCP, or a close_notify
             return b""
 
     def _act(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """Call a method of TLS; if it needs data, read once from the socket and call it again."""
         if len(self._unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
-            raise ssl.SSLWantWriteError
+            try:
+                self.flush()
+            except BlockingIOError:
+                raise ssl.SSLWantWriteError from None
         try:
             try:
                 return act(*arguments)
             except ssl.SSLWantReadError:
                 data = super().recv(TLS_READ_SIZE)
-                if data:
-                    self._incoming.write(data)
-                else:
-                    self._incoming.write_eof()
+                if not data:
+                    raise ssl.SSLEOFError("the connection ended") from None
+                self._incoming.write(data)
                 return act(*arguments)
+        except WOULD_BLOCK:
+            raise
+        except ssl.SSLError:  # PyPy leaves it in OpenSSL's queue, for the thread's next call; this clears the queue
+            self._tls.context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+            raise
         finally:
             with contextlib.suppress(OSError):
                 self.flush()
@@ -1590,8 +1601,9 @@ class TLSSocket(socket.socket):
 
     def end_tls(self) -> None:
         """Send a close_notify (6.1). Raise BlockingIOError if it must be called again."""
-        with contextlib.suppress(OSError, ValueError):  # the peer's has not arrived, and is not needed
-            self._tls.unwrap()
+        if self._tls.version():  # before the handshake is done, it is an error, which PyPy raises in the next call
+            with contextlib.suppress(OSError, ValueError):  # the peer's has not arrived, and is not needed
+                self._tls.unwrap()
         self.flush()
 
 
@@ -1774,7 +1786,7 @@ class Connection:
                 self.heard = now
         elif self.state is State.OPEN and not (self.size or on_the_way):
             self.moved = now
-            if self.paused and not acked:  # the own system does not tell
+            if self.paused and not acked:  # this system does not tell
                 self.heard = now
 
 
@@ -1845,7 +1857,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.server._room.add_pending(self, time.monotonic())
         try:
             self.go_on()
-        except BaseException:  # out of memory, say
+        except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise
 

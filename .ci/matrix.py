@@ -217,7 +217,7 @@ def run_all(run: Run, folder: str) -> None:
     tests = all_tests(folder)
     stress = tests.pop("stress")
     run.side_by_side(
-        shell("pythons", f"unshare --mount {pythons}"),  # what it mounts is gone with its process
+        shell("pythons", f"unshare --mount {pythons}"),  # its mounts end with its process
         Step("autobahn", ".ci/autobahn.sh", f"{folder}/autobahn"),
         *tests.values(),
         Step("windows", ".ci/windows.sh", f"{folder}/windows"),

@@ -205,6 +205,25 @@ class Receive(ServerTestCase):
         self.connection.end_sending()
         self.assertTrue(self.connection.is_shut)
 
+    def test_tls_sends_its_answers_before_it_reads(self) -> None:
+        """If many answers wait, reading sends them first, or fails until the socket accepts them."""
+        near, far = tcp_pair()
+        for end in (near, far):
+            self.addCleanup(end.close)
+        tls = pywebsock.TLSSocket(near, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        self.addCleanup(tls.close)
+        tls.setblocking(False)
+        tls._unsent = bytes(1 << 24)
+        with self.assertRaises(ssl.SSLWantWriteError):  # the socket is full
+            tls.recv(1)
+        left = len(tls._unsent)
+        far.settimeout(DEADLINE)
+        while tls.has_unsent():
+            far.recv(1 << 20)
+            with self.assertRaises((ssl.SSLWantWriteError, BlockingIOError)):  # there is nothing to read
+                tls.recv(1)
+        self.assertGreater(left, pywebsock.SEND_SIZE)
+
     def test_end_of_tls(self) -> None:
         """The server's alert must be sent; that of the peer need not come."""
         for error, shut in ((BlockingIOError, False), (None, True)):

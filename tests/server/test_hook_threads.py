@@ -121,7 +121,7 @@ class Order(HooksTestCase):
         self.assertEqual(ran, [1, 2])
 
     def test_pending_connections(self) -> None:
-        """Calls of pending connections and of clients take turns, so many of the former delay no client."""
+        """Calls of pending connections and of clients take turns: thousands of the former delay no client."""
         ran: list[str] = []
         self.block()
         for name, is_pending in [("pending", True)] * 3 + [("client", False)] * 2:

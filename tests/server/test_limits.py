@@ -67,7 +67,7 @@ class Waiting(ServerTestCase):
         self.connect(server).send("Hello")
 
     def test_everybody_has_arrived(self) -> None:
-        """No handler waits after its connection has ended, however it ends."""
+        """No handler waits after its connection has ended."""
         server = self.serve(handshake_timeout=0.3)
         for data in (request(), request(Upgrade=None, Sec_WebSocket_Key=None), request()[:9], b"garbage\r\n\r\n", b""):
             for how in (socket.SHUT_WR, socket.SHUT_RDWR):
