@@ -1711,6 +1711,12 @@ class Connection:
         self.pieces.append(data)
         self.size += len(data)
 
+    def keep_all(self, frames: list[bytes], now: float) -> None:
+        """Put frames into the empty outbox. There may be thousands."""
+        self.keep(frames[0], 0, now)
+        self.pieces.extend(frames[1:])
+        self.size += sum(map(len, frames[1:]))
+
     def flush(self, now: float) -> None:
         """Send from the outbox, a limited number of slices, since others wait. Raise OSError."""
         with contextlib.suppress(*WOULD_BLOCK):
@@ -2775,10 +2781,7 @@ class Sender:
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
         """Take a connection over from its handler, and send the first data."""
         self._room.take_turn(connection.client)
-        frames = first()
-        connection.keep(frames[0], 0, self.now)
-        connection.pieces.extend(frames[1:])  # not one by one: there may be thousands
-        connection.size += sum(map(len, frames[1:]))
+        connection.keep_all(first(), self.now)
         self.slow.add(connection)
         self._room.set_send(connection, send_nothing)
         self.flush(connection)

@@ -150,20 +150,20 @@ class RaisingTest(support.ServerTestCase):
             texts.append(witness.read())
         support.eventually(lambda: len(server.clients) == 1, "the client is still in the room")
 
-    def test_on_open(self) -> None:
+    def check_all(self, where: str) -> None:
+        """Check each exception in a hook."""
         for error in ERRORS:
             with self.subTest(repr(error)):
-                self.check(error, "on_open")
+                self.check(error, where)
+
+    def test_on_open(self) -> None:
+        self.check_all("on_open")
 
     def test_on_message(self) -> None:
-        for error in ERRORS:
-            with self.subTest(repr(error)):
-                self.check(error, "on_message")
+        self.check_all("on_message")
 
     def test_on_close(self) -> None:
-        for error in ERRORS:
-            with self.subTest(repr(error)):
-                self.check(error, "on_close")
+        self.check_all("on_close")
 
     def test_admit(self) -> None:
         for error in ERRORS:
