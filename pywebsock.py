@@ -1477,6 +1477,7 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 Send = Callable[[Union[bytes, bytearray, memoryview]], int]  # like socket.send(): return the number of bytes sent
 NOTHING: deque[Octets] = deque(maxlen=0)  # the empty outbox, shared by all clients: a deque takes 0.7 KB
 IS_WINDOWS = os.name == "nt"
+UNSENT_LIMIT = getattr(socket, "TCP_NOTSENT_LOWAT", 0)  # 0 on Windows
 
 
 class State(enum.Enum):
@@ -1518,6 +1519,8 @@ class TLSSocket(socket.socket):
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
         super().__init__(plain.family, plain.type, plain.proto, plain.detach())
+        if UNSENT_LIMIT and self.family != AF_UNIX:  # do not encrypt megabytes for a peer that does not read
+            self.setsockopt(socket.IPPROTO_TCP, UNSENT_LIMIT, 2 * SEND_SIZE)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._unsent = b""  # encrypted data
@@ -3945,6 +3948,10 @@ def parse_redis_url(url: str) -> RedisAddress:
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
     host, port = parts.hostname or "localhost", parts.port or 6379
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{host!a} is not a host name") from None
     user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
     return RedisAddress(parts.scheme == "rediss", host, port, user, password, int(path[1] or 0), stream)
 

@@ -201,8 +201,8 @@ class UrlTest(unittest.TestCase):
         for url, why in (
             ("http://localhost", "a Redis URL is redis://"),
             ("redis://h:port", "Port could not be cast"),
-            ("redis://a..b", ".*('idna' codec|label empty or too long)"),
-            ("redis://" + "a" * 64, ".*('idna' codec|label empty or too long)"),
+            ("redis://a..b", "'a..b' is not a host name"),
+            ("redis://" + "a" * 64, "'a{64}' is not a host name"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
                 pywebsock.main(["--redis", url])

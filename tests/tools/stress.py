@@ -86,6 +86,16 @@ class Crowd:
             with contextlib.suppress(OSError):
                 one.send(data)
 
+    def receive(self, expected: bytes) -> None:
+        """Wait until these bytes have arrived on all connections."""
+        for one in self.sockets:
+            data = more = one.recv(1 << 20)
+            while expected not in data:
+                if not more:
+                    raise load.LoadError(f"the connection ended without {expected!r}")
+                more = one.recv(1 << 20)
+                data += more
+
     def reset(self) -> None:
         """Close all connections with a reset."""
         self.sockets = [one for one in self.sockets if one.fileno() >= 0]
