@@ -378,7 +378,7 @@ class MemoryTest(AttackTestCase):
             before = before or load.memory(server.pid)  # memory that malloc keeps does not count
         kept = (load.memory(server.pid) - before) * 1000 / len(clients)
         self.report(f"{kept:.0f} KB more for an idle client")
-        self.assertLess(kept, 8 + 40 * tls)
+        self.assertLess(kept, 8 + 32 * tls)
         for client in clients:
             client.__exit__()
 
