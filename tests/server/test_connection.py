@@ -213,7 +213,7 @@ class Receive(ServerTestCase):
         tls = pywebsock.TLSSocket(near, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         self.addCleanup(tls.close)
         tls.setblocking(False)
-        tls._unsent = bytes(1 << 24)
+        tls._unsent = bytes(1 << 20)
         with self.assertRaises(ssl.SSLWantWriteError):  # the socket is full
             tls.recv(1)
         left = len(tls._unsent)

@@ -49,6 +49,7 @@ DEFLATE = "permessage-deflate"
 XOR = [bytes(byte ^ other for byte in range(256)) for other in range(256)]
 
 logging.getLogger("pywebsock").addHandler(logging.NullHandler())  # a server in this process logs to assertLogs alone
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each process that a test starts compiles the module again
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup; child processes would ignore it, too
 
@@ -309,8 +310,10 @@ class Process:
 
     def wait(self, deadline: float = DEADLINE) -> int:
         """Wait for the end and return the exit status; kill the process and raise AssertionError after the deadline."""
+        end = time.monotonic() + deadline
+        self._reader.join(deadline)  # standard error ends with the process; Popen.wait() polls every 50 ms
         try:
-            return self._process.wait(deadline)
+            return self._process.wait(end - time.monotonic())
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
