@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+import typing
 import unittest
 import unittest.mock
 
@@ -213,6 +214,55 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(client.read_close(), (1005, ""))
 
 
+class Held(Recorder):
+    """A server whose hook waits for the test before it broadcasts a message."""
+
+    def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
+        self.here, self.go_on = threading.Event(), threading.Event()
+        super().__init__(*arguments, **settings)
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        self.here.set()
+        self.go_on.wait(2 * DEADLINE)
+        super().on_message(client, message)
+
+
+class BusyHooks(ServerTestCase):
+    """A Close that comes while a hook of its client runs."""
+
+    def test_started_by_the_client(self) -> None:
+        """The answer comes after the messages of the hooks; data after the Close is ignored meanwhile."""
+        server = self.serve(Held)
+        self.addCleanup(server.go_on.set)
+        client, other = self.connect(server), self.connect(server)
+        client.send_raw(masked_frame(TEXT, b"Hello") + masked_frame(CLOSE, b"\x03\xe8"))
+        self.assertTrue(server.here.wait(DEADLINE))
+        client.send("late")
+        for _ in range(2):  # the loop has read both clients
+            other.frame(PING)
+            other.read_frame()
+        server.go_on.set()
+        self.assertEqual(client.read(), "Hello")
+        self.assertEqual(client.read_close(), (1000, ""))
+        server.wait_for("close", 1000, "")
+        self.assertNotIn(("message", "late"), server.heard)
+
+    def test_begun_by_the_server(self) -> None:
+        """The server reads the client's Close even if it did not read the client before, because of its hook."""
+        server = self.serve(Held, close_timeout=3 * DEADLINE)
+        self.addCleanup(server.go_on.set)
+        client = self.connect(server)
+        client.send_raw(masked_frame(TEXT, b"x" * 1000) * 100)
+        eventually(lambda: [each for each in server._room.connections if each.paused])
+        (handler,) = server.clients
+        handler.close(4000)
+        self.assertEqual(client.read_frame().opcode, CLOSE)
+        client.close(4000)
+        self.assertEqual(client.read_all(), b"")
+        server.go_on.set()
+        server.wait_for("close", 4000, "")
+
+
 class ServerClose(ServerTestCase):
     """server_close() sends the queued messages, then 1001 to all clients, and waits up to the close timeout."""
 
@@ -229,6 +279,19 @@ class ServerClose(ServerTestCase):
                 self.assertEqual(client.read_all(), b"")
                 client.socket.close()
         server.wait_for("close", 1001, "")
+
+    def test_messages_after_1001(self) -> None:
+        """Messages that come after the 1001 reach no hook."""
+        server = self.serve()
+        client = self.connect(server)
+        with in_thread(server.server_close):
+            self.assertEqual(client.read_frame().payload, b"\x03\xe9")
+            client.send("late")
+            client.close(1001)
+            self.assertEqual(client.read_all(), b"")
+            client.socket.close()
+        server.wait_for("close", 1001, "")
+        self.assertNotIn(("message", "late"), server.heard)
 
     def test_a_slow_client_gets_all_before(self) -> None:
         server = self.serve()

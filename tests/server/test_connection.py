@@ -391,6 +391,15 @@ class Transitions(SenderTestCase):
                     self.sender.peer_has_ended(self.connection)
                 self.assertIs(self.connection.state, State.CLOSED)
 
+    def test_end_of_tls_that_must_wait(self) -> None:
+        """If the socket does not accept the end of TLS, the server sends it when the socket accepts data again."""
+        self.connection.tls = unittest.mock.Mock()
+        self.connection.tls.end_tls.side_effect = [BlockingIOError, None]
+        self.sender.end(self.connection, 1000, "", FIRST)
+        self.assertEqual((self.connection.is_shut, self.connection.interest), (False, selectors.EVENT_WRITE))
+        self.sender.flush(self.connection)
+        self.assertEqual((self.connection.is_shut, self.connection.interest), (True, selectors.EVENT_READ))
+
     def test_reset(self) -> None:
         """A dropped client is reset, unless the kernel has accepted its last data."""
         for state, waits, reset in (

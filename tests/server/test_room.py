@@ -501,14 +501,18 @@ class Unfinished(RoomTestCase):
         self.unfinished.release(a)
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([d], set()))
 
-    def test_dropped(self) -> None:
-        """The part of an unfinished message is free again when its connection ends."""
-        (a,) = self.connections(1)
-        self.loop.sender.gate.unfinished = self.unfinished
-        self.carry_out()
-        self.grow(a, 600)
-        self.loop.sender.drop(a, "a test")
-        self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
+    def test_ended(self) -> None:
+        """The part of an unfinished message is free again at once when the server ends the connection."""
+        sender = pywebsock.Sender
+        for act, arguments in ((sender.drop, ("a test",)), (sender.refuse, (1008, "a test"))):
+            with self.subTest(act=act.__name__):
+                self.setUp()
+                (a,) = self.connections(1)
+                self.loop.sender.gate.unfinished = self.unfinished
+                self.carry_out()
+                self.grow(a, 600)
+                act(self.loop.sender, a, *arguments)
+                self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
 
     def test_all_comes_back(self) -> None:
         chance = random.Random(1)
