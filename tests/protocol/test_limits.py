@@ -71,6 +71,12 @@ class SharedBytes(unittest.TestCase):
         for size, fits in ((61, False), (60, True), (1, False)):
             self.assertEqual(budget.take(size), fits, size)
 
+    def test_spare(self) -> None:
+        """Bytes that this reservation must leave to others."""
+        budget = Budget(100)
+        for size, spare, fits in ((60, 41, False), (60, 40, True), (1, 40, False), (40, 0, True)):
+            self.assertEqual(budget.take(size, spare), fits, (size, spare))
+
     def test_exceeded(self) -> None:
         """Forced reservations are released first."""
         budget = Budget(100)

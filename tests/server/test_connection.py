@@ -721,6 +721,40 @@ class Deadlines(SenderTestCase):
             eventually(lambda: not pywebsock.bytes_in_kernel(self.connection.socket)[0])
         self.assertIs(self.connection.state, State.OPEN)
 
+    def test_paused_reading_elsewhere(self) -> None:
+        """The same where the system does not tell what the peer has taken."""
+        self.begin(ping_interval=1.0, ping_timeout=1.0)
+        self.connection.paused = True
+        with unittest.mock.patch.object(pywebsock, "bytes_in_kernel", lambda _: (0, 0)):
+            for _ in range(20):
+                self.look(1.0)
+        self.assertIs(self.connection.state, State.OPEN)
+
+    def test_a_few_at_once(self) -> None:
+        """A round checks a few connections, the next rounds check the others; then there is a pause."""
+        for _ in range(2):
+            self.join()
+        deadlines, look = self.server._loop.deadlines, unittest.mock.Mock()
+        with (
+            unittest.mock.patch.object(pywebsock, "LOOKS_AT_ONCE", 1),
+            unittest.mock.patch.object(deadlines, "_look_at", look),
+        ):
+            for _ in range(3):
+                self.assertLessEqual(deadlines.next_look, self.sender.now)
+                deadlines.look()
+        self.assertEqual({call.args[0] for call in look.mock_calls}, self.room.connections)
+        self.assertEqual(deadlines.next_look, self.sender.now + deadlines.interval)
+
+    def test_a_process_that_was_stopped(self) -> None:
+        """The clock goes on by one interval at most, and the loop reads before it checks deadlines."""
+        loop, before = self.server._loop, self.sender.now
+        interval = loop.deadlines.interval
+        for passed, now in ((1000.0, before + interval), (interval / 2, before + 1.5 * interval)):
+            loop._before = time.monotonic() - passed
+            loop._advance_clock()
+            self.assertAlmostEqual(self.sender.now, now, delta=0.4 * interval)
+            self.assertEqual(loop.deadlines.next_look, before + 2 * interval)
+
     def test_closing(self) -> None:
         self.begin(close_timeout=3.0, send_timeout=1.0, ping_interval=0.5)
         self.look(2.0)

@@ -487,6 +487,17 @@ class Unfinished(RoomTestCase):
         self.unfinished.release(a)
         self.assertEqual((self.unfinished.take_ready(), self.unfinished.waiting), ([c, b], set()))
 
+    def test_a_reserve_for_short_messages(self) -> None:
+        """Long messages leave an eighth of the budget to short ones."""
+        a, b, c, d = self.connections(4)
+        self.budget = pywebsock.Budget(800_000)
+        self.unfinished = pywebsock.Unfinished(self.budget)
+        self.grow(a, 650_000)
+        self.assertTrue(self.grow(b, 120_000))  # the first one above its part of the budget
+        self.assertTrue(self.grow(c, 20_000))
+        self.assertFalse(self.grow(d, 110_000))
+        self.assertEqual(self.budget.left, 10_000)
+
     def test_closed_while_it_waits(self) -> None:
         """If a waiting connection is closed, the next one gets its place."""
         a, b, c, d = self.connections(4)
