@@ -281,6 +281,21 @@ class Workers(HooksTestCase):
         self.assertEqual((ran, self.hooks.is_waiting, self.hooks._coming), ([], True, 0))
         self.relieve_until(lambda: ran)
 
+    def test_relief_of_many(self) -> None:
+        """The more calls block, the more workers start at once."""
+        begun: list[int] = []
+
+        def block() -> None:
+            begun.append(1)
+            self.go_on.wait(2 * DEADLINE)
+
+        for _ in range(15):
+            self.hooks.submit(pywebsock.Inbox(), block)
+        with unittest.mock.patch.object(pywebsock, "STUCK_TIME", -1.0):  # all that have begun
+            for number in (1, 3, 7, 15):
+                eventually(lambda most=number: len(begun) == most)  # type: ignore[misc]
+                self.hooks.relieve()
+
     def test_wait_has_an_end(self) -> None:
         """Waiting for all inboxes except one ends at the deadline."""
         for _ in range(2):
@@ -295,9 +310,11 @@ class Workers(HooksTestCase):
         """Workers end: idle ones at once, busy ones after their call."""
         inbox = self.block()
         ran: list[int] = []
-        self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
-        self.relieve_until(lambda: ran)
-        self.wait(1)
+        with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 2 * DEADLINE):
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            self.relieve_until(lambda: ran)
+            self.wait(1)
+            eventually(lambda: self.hooks._threads._idle)
         self.hooks.stop()
         eventually(lambda: len(self.workers()) == 1)
         self.hooks.submit(inbox, lambda: ran.append(2))

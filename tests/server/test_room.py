@@ -189,6 +189,27 @@ class Joining(RoomTestCase):
         self.assertEqual(two.stream, RESPONSE + text("last") + pywebsock.serialize_close(1001))
 
 
+class TooMany(RoomTestCase):
+    """If there are too many connections, those end that are no clients."""
+
+    def test_oldest_first(self) -> None:
+        """First those with a response, then pending ones: each once, and none that is younger than a second."""
+        ended: list[pywebsock.RequestHandler] = []
+        self.room.drop = lambda connection, why: ended.append(connection.client)
+        self.room.give_up = lambda handler, why: ended.append(handler)
+        young = time.monotonic() + DEADLINE
+        answered = [self.prepare()[0] for _ in range(2)]
+        pending = [self.prepare()[0].client for _ in range(3)]
+        for connection in answered:
+            self.room.dismiss(connection, RESPONSE)
+        self.room.answered.update(zip(answered, (0.0, young)))
+        self.room.pending[pending[2]] = young
+        for _ in range(5):
+            self.server._give_up_oldest()
+        self.carry_out()
+        self.assertEqual(ended, [answered[0].client, *pending[:2]])
+
+
 class Recipients(RoomTestCase):
     """The clients that get a message."""
 
@@ -234,6 +255,14 @@ class Recipients(RoomTestCase):
         self.assertEqual([self.room.leave(connection), self.room.leave(connection)], [True, False])
         self.room.set_send(connection, pywebsock.discard)
         self.assertEqual((self.server.clients, len(self.room)), (set(), 0))
+
+    def test_windows_in_use(self) -> None:
+        """The server compresses as long as a client with compression is there."""
+        self.join()
+        connection, _ = self.join(window=15)
+        self.assertTrue(self.room.compresses)
+        self.room.leave(connection)
+        self.assertFalse(self.room.compresses)
 
     def test_long_runs(self) -> None:
         """Many messages are sent at once, if they are not too large."""
@@ -421,6 +450,17 @@ class Count(unittest.TestCase):
             self.assertEqual([self.room.remove(handler) for handler in handlers[:2] * 2], [True] * 2 + [False] * 2)
         self.assertEqual(self.room.size, 1)
         self.assertTrue(self.room.wait_for(1, 0.0))
+
+    def test_turns(self) -> None:
+        """A connection is accepted as soon as few handlers wait, because one has its turn or has gone."""
+        handlers = [typing.cast(pywebsock.RequestHandler, object()) for _ in range(pywebsock.MOST_WAITING + 1)]
+        for leave in (self.room.take_turn, self.room.remove):
+            for handler in handlers:
+                self.room.add_pending(handler, 0.0)
+            start = time.monotonic()
+            with self.room.lock, in_thread(leave, handlers[0]):  # it gets the lock when this thread waits
+                self.room.wait_for_turn(DEADLINE)
+            self.assertLess(time.monotonic() - start, DEADLINE / 2, leave.__name__)
 
 
 class Unfinished(RoomTestCase):
