@@ -320,7 +320,7 @@ class Outbox(PageTestCase):
         tab.run("submit('x'.repeat(5000)); submit('after')")
         tab.wait_for_messages(2, RECONNECTION)
         self.assertEqual(tab.messages(), ["before", "after"])
-        self.assertEqual(tab.outbox_states(), ["not delivered: message too big"])
+        self.assertEqual(tab.outbox_states(), ["not delivered: a message is longer than 1000 bytes"])
         self.assertFalse(tab.shows("#outbox .again"))
         self.assertTrue(tab.shows("#outbox .save"))
 
@@ -331,7 +331,7 @@ class Outbox(PageTestCase):
         tab.send("before")
         tab.wait_for_messages(1)
         tab.run("submit(new Uint8Array(40e6), 'waiting', 'film.mp4')")
-        self.wait(lambda: tab.outbox_states() == ["not delivered: message too big"], "refused")
+        self.wait(lambda: tab.outbox_states() == ["not delivered: a message is longer than 16777216 bytes"], "refused")
         self.assertEqual(tab.outbox(), ["film.mp4, 40,000,000 bytes"])
         tab.wait_for_state("connected")
 
@@ -389,7 +389,7 @@ class Outbox(PageTestCase):
             server.stop()
         tab.wait_for_state("offline")
         self.assertTrue(tab.outbox())
-        self.assertEqual(set(tab.outbox_states()), {"waiting for the connection"})
+        self.assertEqual(set(tab.outbox_states()), {"waiting to be sent"})
         self.serve(port=server.port)
         tab.wait_for_messages(5, RECONNECTION)
         self.assertEqual(tab.messages(".mine"), ["one", "two", "three", "four", "five"])
