@@ -2024,9 +2024,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         server = self.server
         server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
         server._refused += 1
-        body = f"{error.status.value} {error.status.phrase}: {error}\n".encode(
-            errors="replace"
-        )  # a hook may have written it
+        text = f"{error.status.value} {error.status.phrase}: {error}\n"
+        body = text.encode(errors="replace")  # the message may come from a hook
         kind, origin = "text/plain; charset=utf-8", self.headers.get("origin")
         self._respond(http_response(error.status, kind, body, *error.fields, head=is_head, origin=origin))
 
@@ -2156,9 +2155,8 @@ class WebSocketHandler(RequestHandler):
     def _answer_subprotocol(self, request: Request) -> list[tuple[str, str]]:
         """Return the header field that names the chosen subprotocol, if any. Raise HandshakeError."""
         if self.subprotocol:
-            require(
-                re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol"
-            )  # set by a hook
+            # It may come from a hook.
+            require(re.fullmatch(TOKEN, self.subprotocol), 500, f"{self.subprotocol!a} is no subprotocol")
             return [("Sec-WebSocket-Protocol", self.subprotocol)]
         offered = printable(", ".join(request.elements("sec-websocket-protocol")))
         require(not offered or self.server.subprotocols is None, 400, f"the subprotocol {offered} is not served")
@@ -2595,7 +2593,7 @@ def discard(data: Octets | memoryview) -> int:
 # ======================================================================================
 
 
-HOLD_TIME = 0.05  # seconds between two checks of all at clients that senders wait for
+HOLD_TIME = 0.05  # seconds between two checks of the quick clients that senders wait for
 
 
 class Budget:
@@ -3240,10 +3238,8 @@ class Deadlines:
     def __init__(self, server: BroadcastServer, sender: Sender, lobby: Lobby) -> None:
         self._server, self._sender, self._lobby = server, sender, lobby
         timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
-        set_to = [float(getattr(server, timeout)) for timeout in timeouts]
-        self.interval = min(
-            1.0, *[timeout / 4 for timeout in set_to if timeout > 0]
-        )  # seconds between two checks of all
+        quarters = [getattr(server, timeout) / 4 for timeout in timeouts]
+        self.interval = min(1.0, *filter(None, quarters))  # seconds between two checks of all
         self.next_look = 0.0
         self._to_look_at: list[Connection] = []  # not checked yet
 
@@ -3276,9 +3272,8 @@ class Deadlines:
         elif still > settings.close_timeout:
             sender.drop(connection, "it did not end the connection in time")
         elif connection.size and settings._room.bytes - connection.last_seen > settings.max_backlog:
-            sender.drop(
-                connection, f"it was {connection.size} bytes behind"
-            )  # other outboxes share these bytes no more
+            # No other outbox shares its bytes any more.
+            sender.drop(connection, f"it was {connection.size} bytes behind")
 
     def _keep_alive(self, connection: Connection) -> None:
         """Ping a silent client, and drop it if it does not answer (5.5.2)."""
