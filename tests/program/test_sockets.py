@@ -15,6 +15,7 @@ import unittest
 import unittest.mock
 
 import pywebsock
+from tests.program.test_command_line import call, run
 from tests.tools.support import (
     COMPILED,
     DEADLINE,
@@ -23,7 +24,6 @@ from tests.tools.support import (
     Process,
     Recorder,
     ServerTestCase,
-    at_once,
     certificate,
     eventually,
     exchange,
@@ -121,21 +121,16 @@ class CommandLine(UnixSocketTestCase):
         self.assertFalse(os.path.exists(self.path))
 
     def test_wrong(self) -> None:
-        cases = (
-            (f"unix:{self.folder}/no/room.sock", 1, "No such file or directory"),
-            (f"unix:{self.folder}", 1, "Address already in use"),
-            (f"unix:/{'x' * 200}", 1, "path too long"),
-            ("unix:", 2, "needs a path"),
-        )
-
-        def run(case: tuple[str, int, str]) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, *COMPILED, "--host", case[0]]
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=False)
-
-        for (host, status, words), done in zip(cases, at_once(run, cases)):
+        for how, host, status, words in (
+            (run, f"unix:{self.folder}/no/room.sock", 1, "No such file or directory"),
+            (call, f"unix:{self.folder}", 1, "Address already in use"),
+            (call, f"unix:/{'x' * 200}", 1, "path too long"),
+            (call, "unix:", 2, "needs a path"),
+        ):
             with self.subTest(host):
-                self.assertEqual((done.returncode, done.stdout), (status, ""))
-                self.assertIn(words, done.stderr.splitlines()[-1])
+                ended, output, errors = how("--host", host)
+                self.assertEqual((ended, output), (status, ""))
+                self.assertIn(words, errors.splitlines()[-1])
 
 
 # Runs the program with a socket as descriptor 3, as systemd does.

@@ -129,7 +129,7 @@ class ClosingHandshake(ServerTestCase):
 
     def test_unanswered(self) -> None:
         """If the client does not answer, the server waits for the close timeout."""
-        server = self.serve(close_timeout=0.2)
+        server = self.serve(close_timeout=0.1)
         client = self.connect(server)
         (handler,) = server.clients
         handler.close(4000, "go")
@@ -139,7 +139,7 @@ class ClosingHandshake(ServerTestCase):
 
     def test_client_that_does_not_end_the_connection(self) -> None:
         """If the client keeps its side open after the Close, the server waits for the close timeout."""
-        server = self.serve(close_timeout=0.2)
+        server = self.serve(close_timeout=0.1)
         client = self.connect(server)
         client.close()
         self.assertEqual(client.read_close(), (1000, ""))
@@ -174,7 +174,7 @@ class ClosingHandshake(ServerTestCase):
         self.assertEqual(client.read_close(), (4000, ""))
 
     def test_a_stuck_line(self) -> None:
-        server, client = self.closing(1_000_000, close_timeout=0.2)
+        server, client = self.closing(1_000_000, close_timeout=0.1)
         eventually(lambda: server.status()["connections"] == 0)
         self.assertLess(len(client.read_all()), 1_000_000)  # the connection was reset
 
@@ -328,7 +328,7 @@ class ServerClose(ServerTestCase):
                 late.socket.close()
 
     def test_silent_clients_and_connections(self) -> None:
-        server = self.serve(close_timeout=0.3)
+        server = self.serve(close_timeout=0.1)
         mute = self.connect(server)
         nothing, half = self.connect(server, handshake=False), self.connect(server, handshake=False)
         half.send_raw(request()[:-2])
@@ -342,7 +342,7 @@ class ServerClose(ServerTestCase):
             self.connect(server)
 
     def test_stuck_clients_do_not_keep_it_open(self) -> None:
-        server = self.serve(close_timeout=0.3)
+        server = self.serve(close_timeout=0.1)
         faults.small_buffers(server)
         for _ in range(5):
             self.connect(server, small=True)

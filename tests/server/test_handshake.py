@@ -143,7 +143,7 @@ class OpeningHandshake(ServerTestCase):
 
     def test_408_too_slow(self) -> None:
         """The timeout is for the whole head, not for each read."""
-        server = self.serve(handshake_timeout=0.5)
+        server = self.serve(handshake_timeout=0.3)
         stopped, dripping = self.connect(server, handshake=False), self.connect(server, handshake=False)
         stopped.send_raw(b"GET")
         with contextlib.suppress(ConnectionError):  # the server closes the connection

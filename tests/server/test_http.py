@@ -57,7 +57,7 @@ class Page(ServerTestCase):
 
     def test_slow_reader(self) -> None:
         """Earlier broadcasts do not count: the backlog of a request is its response."""
-        server = self.serve(max_backlog=50_000, send_timeout=2.0)  # deadlines are checked every half second
+        server = self.serve(max_backlog=50_000, ping_interval=60, ping_timeout=0.2)  # a check every 0.05 s
         faults.small_buffers(server)
         listener = self.connect(server)
         for _ in range(2):
@@ -266,7 +266,7 @@ class Post(ServerTestCase):
 
     def test_endless_trailers(self) -> None:
         """The deadline is there for those too who always have something more to say."""
-        server = self.serve(max_message=1000, handshake_timeout=0.2, close_timeout=0.2)
+        server = self.serve(max_message=1000, handshake_timeout=0.1, close_timeout=0.1)
         client = self.connect(server, handshake=False)
         client.send_raw(http("POST", Transfer_Encoding="chunked") + b"0\r\n")
         end = time.monotonic() + DEADLINE

@@ -101,7 +101,7 @@ class Keepalive(ServerTestCase):
         limit = pywebsock.FloodFilter()
         pywebsock.log.addFilter(limit)
         self.addCleanup(pywebsock.log.removeFilter, limit)
-        server = self.serve(ping_interval=0.3, ping_timeout=0.3)
+        server = self.serve(ping_interval=0.1, ping_timeout=0.1)
         with self.assertLogs("pywebsock", "INFO") as logged:
             for _ in range(30):
                 self.connect(server).socket.close()
@@ -111,7 +111,7 @@ class Keepalive(ServerTestCase):
         self.assertIn("left: 1006 it was silent", logged.output[-1])
 
     def test_one_ping_is_enough(self) -> None:
-        server = self.serve(ping_interval=0.1, ping_timeout=0.5)
+        server = self.serve(ping_interval=0.05, ping_timeout=0.25)
         client = self.connect(server)
         self.assertEqual(client.read_all(), b"\x89\x00")
 
@@ -134,7 +134,7 @@ class Keepalive(ServerTestCase):
 
     def test_a_stuck_client_is_removed(self) -> None:
         """No Ping can reach a stuck client, but its queue makes no progress."""
-        server = self.serve(ping_interval=3600, send_timeout=0.2)
+        server = self.serve(ping_interval=3600, send_timeout=0.1)
         faults.small_buffers(server)
         self.connect(server, small=True)
         for _ in range(10):
@@ -154,7 +154,7 @@ class Keepalive(ServerTestCase):
         server = self.serve(MuteServer, rate=0.01, ping_interval=0.1, ping_timeout=0.1)
         client = self.connect(server)
         client.send_raw(2 * masked_frame(TEXT, b"text"))
-        for _ in range(5):  # its kernel acknowledges them, and it stays
+        for _ in range(3):  # its kernel acknowledges them, and it stays
             self.assertEqual(client.read_frame().opcode, PING)
         self.assertEqual(len(server.clients), 1)
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

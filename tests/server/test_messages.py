@@ -121,7 +121,7 @@ class Fragments(ServerTestCase):
 
     def test_very_many_tiny_fragments(self) -> None:
         client = self.connect(self.serve(max_message=100_000))
-        count = 30_000
+        count = 10_000
         client.frame(TEXT, b"", fin=False)
         client.send_raw(masked_frame(CONT, b"", fin=False) * count)
         client.send_raw(masked_frame(CONT, b"x", fin=False) * count)

@@ -133,7 +133,7 @@ class Windows(ServerTestCase):
         eventually(lambda: len(server._room.connections) == 1)
 
     def test_silent_client(self) -> None:
-        server = self.serve(ping_interval=0.2, ping_timeout=0.2)
+        server = self.serve(ping_interval=0.1, ping_timeout=0.1)
         client = self.connect(server)
         self.assertEqual(client.read_frame().opcode, PING)
         eventually(lambda: server.heard[-1][:2] == ("close", 1006))
@@ -142,7 +142,7 @@ class Windows(ServerTestCase):
             self.assertEqual(client.read_all(), b"")
 
     def test_slow_request(self) -> None:
-        server = self.serve(handshake_timeout=0.3, close_timeout=0.3)
+        server = self.serve(handshake_timeout=0.3, close_timeout=0.1)
         client = self.connect(server, handshake=False)
         client.send_raw(request()[:-2])
         self.assertTrue(client.read_all().startswith(b"HTTP/1.1 408 "))
@@ -163,7 +163,7 @@ class Windows(ServerTestCase):
 
     def test_server_close_without_answers(self) -> None:
         """The end of the server, with a client that does not answer, and a silent connection."""
-        server = self.serve(close_timeout=0.5)
+        server = self.serve(close_timeout=0.2)
         client, waiting = self.connect(server), self.connect(server, handshake=False)
         eventually(lambda: server._room.size == 2)
         start = time.monotonic()

@@ -26,6 +26,7 @@ VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nthe beginning"
 
 
+@functools.cache
 def context(version: ssl.TLSVersion) -> ssl.SSLContext:
     """Return the context of a client with only this version, which accepts any certificate."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -227,7 +228,7 @@ class EndTest(TLSTestCase):
 
     @unittest.skipIf(support.IS_WINDOWS, "Windows has no /proc")
     def test_leave(self) -> None:
-        server = self.serve("--quiet", tls=True)
+        server = self.serve("--quiet", tls=True, code="pywebsock.IDLE_TIME = 0.1\n")
         support.Client(server.port, tls=stress.certificate()[1]).__exit__()  # all its threads have started
         gauge = stress.Gauge(server.pid)
         for peer in self.end_all(server.port):

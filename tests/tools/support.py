@@ -139,7 +139,7 @@ def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.
 def growth(act: typing.Callable[[int], object], size: int) -> float:
     """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
-    Each is the minimum of three runs if the ratio is clear, and of all runs within two seconds otherwise. Other work of
+    Each is the minimum of two runs if the ratio is clear, and of all runs within two seconds otherwise. Other work of
     the process, such as PyPy's compiler and garbage collector, only adds time.
     """
     if IS_WINDOWS:
@@ -147,7 +147,7 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
     end = time.thread_time() + 2
     times: dict[int, list[float]] = {size: [], 4 * size: []}
     ratio = math.inf
-    while len(times[size]) < 3 or (ratio >= 6 and time.thread_time() < end):
+    while len(times[size]) < 2 or (ratio >= 6 and time.thread_time() < end):
         for each, spent in times.items():
             start = time.thread_time()
             act(each)
