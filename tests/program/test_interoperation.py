@@ -24,7 +24,7 @@ import unittest
 import warnings
 
 from tests.tools.browser import chromium
-from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, long, package, require
+from tests.tools.support import DEADLINE, ROOT, Client, Frame, Process, default_server, long, package, require
 
 Message = typing.Union[str, bytes]
 Conversation = typing.Sequence[typing.Sequence[Message]]  # a message is a list of one piece, or of its fragments
@@ -183,8 +183,7 @@ class Interoperation(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.server = Process()
-        cls.addClassCleanup(cls.server.stop)
+        cls.server = default_server()
 
     def check(
         self,

@@ -12,7 +12,7 @@ import urllib.request
 import zlib
 
 from tests.tools.browser import chromium
-from tests.tools.support import DEADLINE, ROOT, Client, Process, long, package, require
+from tests.tools.support import DEADLINE, ROOT, Client, Process, default_server, long, package, require
 
 PIECES = ["deploy ", "done, 世界"]
 MESSAGE = "".join(PIECES)
@@ -25,8 +25,7 @@ class Posts(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.server = Process()
-        cls.addClassCleanup(cls.server.stop)
+        cls.server = default_server()
 
     def setUp(self) -> None:
         self.url = f"http://localhost:{self.server.port}/"

@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import importlib
 import logging
 import math
@@ -348,6 +349,14 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+@functools.cache
+def default_server() -> Process:
+    """Return a server with default settings, for all tests that need no other. It ends with the tests."""
+    process = Process()
+    atexit.register(process.stop)
+    return process
 
 
 def certificate(directory: str) -> tuple[str, ssl.SSLContext]:
