@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import selectors
 import signal
 import socket
@@ -228,52 +229,72 @@ class Port(ServerTestCase):
 class Crowd(ServerTestCase):
     """As many clients as select() accepts on Windows."""
 
+    process: Process
+    clients: list[Client]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        pywebsock.raise_file_limit()
+        cls.process, cls.clients = Process(python=() if IS_WINDOWS else faults.changed(SELECT)), []
+        cls.addClassCleanup(cls.process.stop)
+        cls.addClassCleanup(cls.close_all)
+
+    @classmethod
+    def close_all(cls) -> None:
+        """Close all clients, without their Close frames."""
+        for client in cls.clients:
+            client.socket.close()
+
+    def setUp(self) -> None:
+        """Connect as many clients as the server takes."""
+        eventually(lambda: self.connections() == len(self.clients) + 1)
+        while len(self.clients) < pywebsock.MOST_SELECTED:
+            self.clients.append(Client(self.process.port))
+
+    def connections(self) -> int:
+        """Return the number of connections, with the one that asks for it."""
+        body = exchange(self.process.port, request(target="/status", Upgrade=None, Sec_WebSocket_Key=None))[2]
+        return int(json.loads(body)["connections"])
+
+    def leave(self) -> None:
+        """Let a client leave."""
+        with self.clients.pop(0) as client:
+            client.close()
+            self.assertEqual(client.read_close(), (1000, ""))
+
     def test_503(self) -> None:
         """The next client gets a 503 with the reason, and a place when another client has left."""
-        with self.crowded() as (process, clients):
-            status, _, body = exchange(process.port, request())
-            self.assertEqual(status, 503)
-            self.assertIn(b"there are 500 clients already, the most that this system allows (select)", body)
-            self.check_all_hear(clients)
-            clients[0].close()
-            self.assertEqual(clients[0].read_close(), (1000, ""))
-            clients[0].socket.close()
-            eventually(lambda: b" 101 " in self.shake_hands(process.port))
+        status, _, body = exchange(self.process.port, request())
+        self.assertEqual(status, 503)
+        self.assertIn(b"there are 500 clients already, the most that this system allows (select)", body)
+        self.check_all_hear()
+        self.leave()
+        eventually(lambda: b" 101 " in self.shake_hands())
 
     def test_refused(self) -> None:
         """A connection that got the 503, and stays, takes nobody's place."""
-        with self.crowded() as (process, clients), Client(process.port, handshake=False) as refused:
+        with Client(self.process.port, handshake=False) as refused:
             refused.send_raw(request())
             self.assertIn(b" 503 ", refused.read_head())
-            clients[0].close()
-            self.assertEqual(clients[0].read_close(), (1000, ""))
-            clients[0].socket.close()
-            eventually(lambda: b" 101 " in self.shake_hands(process.port), deadline=3)
+            self.leave()
+            eventually(lambda: b" 101 " in self.shake_hands(), deadline=3)
 
     def test_those_who_ask_for_nothing(self) -> None:
         """Connections that are no clients take room in select(), too; above a number, the oldest goes."""
-        with self.crowded() as (process, clients), contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(Client(process.port, handshake=False)) for _ in range(20)]
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(Client(self.process.port, handshake=False)) for _ in range(20)]
             with contextlib.suppress(ConnectionError):
                 self.assertEqual(silent[0].read_all(), b"")
-            self.check_all_hear(clients)
+            self.check_all_hear()
 
-    @contextlib.contextmanager
-    def crowded(self) -> typing.Iterator[tuple[Process, list[Client]]]:
-        """A server, and as many clients as it takes."""
-        pywebsock.raise_file_limit()
-        with contextlib.ExitStack() as stack:
-            process = stack.enter_context(Process(python=() if IS_WINDOWS else faults.changed(SELECT)))
-            yield process, [stack.enter_context(Client(process.port)) for _ in range(pywebsock.MOST_SELECTED)]
-
-    def check_all_hear(self, clients: list[Client]) -> None:
+    def check_all_hear(self) -> None:
         """The room is alive."""
-        clients[0].send("Hello")
-        self.assertEqual([client.read() for client in clients], ["Hello"] * len(clients))
+        self.clients[0].send("Hello")
+        self.assertEqual([client.read() for client in self.clients], ["Hello"] * len(self.clients))
 
-    def shake_hands(self, port: int) -> bytes:
+    def shake_hands(self) -> bytes:
         """Return the response to one more client."""
-        with Client(port, handshake=False) as client:
+        with Client(self.process.port, handshake=False) as client:
             client.send_raw(request())
             return client.read_head()
 
