@@ -31,6 +31,7 @@ from tests.tools.support import (
     ServerTestCase,
     eventually,
     masked_frame,
+    request,
 )
 
 LIMIT = 1_000_000  # bytes that may wait for a client
@@ -830,3 +831,48 @@ class LoopSteps(SenderTestCase):
         self.server._loop._carry_out()
         self.server._loop.receiver.endings.carry_out()
         return self.connection.state
+
+    def test_many_that_end(self) -> None:
+        """A round ends connections for ROUND_TIME, at least one; the next rounds end the others."""
+        endings, ended = self.server._loop.receiver.endings, list[pywebsock.Connection]()
+
+        def end(connection: pywebsock.Connection) -> None:
+            ended.append(connection)
+            time.sleep(0.002)
+
+        connections = [self.connection, *(make_connection(self.server, Pipe()) for _ in range(2))]
+        for connection in connections * 2:
+            endings.add(connection, end)
+        with unittest.mock.patch.object(pywebsock, "ROUND_TIME", 0.001):
+            for number in (1, 2, 3):
+                endings.carry_out()
+                self.assertEqual(ended, connections[:number])
+        self.assertFalse(endings.waiting)
+
+    def test_a_verdict_stays(self) -> None:
+        """After a verdict, an event of the socket in the same round changes nothing."""
+        lobby, handler = self.server._loop.lobby, unittest.mock.Mock(verdict="")
+        lobby.selector = unittest.mock.Mock()
+        lobby.wait(handler, selectors.EVENT_READ)
+        lobby.go_on(handler, "given up")
+        lobby.go_on(handler)
+        self.assertEqual((handler.verdict, handler.go_on.call_count), ("given up", 1))
+
+    def test_requests_after_the_end(self) -> None:
+        """After the end of the loop, a handler ends its connection itself."""
+        self.begin(close_timeout=0.0)
+        self.server.server_close()
+        for data, expected in (
+            (b"GET", b""),
+            (request(), b"HTTP/1.1 503 "),
+            (request(target="/nothing", Upgrade=None, Sec_WebSocket_Key=None), b"HTTP/1.1 404 "),
+        ):
+            with self.subTest(data=data[:20]):
+                near, far = tcp_pair()
+                self.addCleanup(far.close)
+                far.sendall(data)
+                pywebsock.WebSocketHandler(near, ("192.0.2.1", 5000), self.server)
+                response = far.makefile("rb").read()
+                self.assertEqual(response[: len(expected)], expected)
+                self.assertEqual(bool(response), bool(expected))
+                eventually(lambda: not self.room.pending)
