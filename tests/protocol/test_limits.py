@@ -1,11 +1,11 @@
-"""Limits: messages a second (Pace), and bytes that all connections share (Budget)."""
+"""Limits: messages a second (Pace, PostPace), and bytes that all connections share (Budget)."""
 
 from __future__ import annotations
 
 import contextlib
 import unittest
 
-from pywebsock import Budget, Pace
+from pywebsock import Budget, Pace, PostPace
 from tests.tools.support import in_thread
 
 
@@ -57,6 +57,16 @@ class TokenBucket(unittest.TestCase):
         self.take_all(pace, 8.0, 1000.0)
         waits = {pace.wait_time(8.0, 1000.0) for _ in range(100)}
         self.assertEqual(waits, {0.125})
+
+
+class Posts(unittest.TestCase):
+    """PostPace: the messages a second of all POSTs together."""
+
+    def test_refused_ones_count_nothing(self) -> None:
+        pace = PostPace(20.0)
+        for _ in range(500):
+            pace.wait(0.0)
+        self.assertTrue(pace.wait(1.0))  # it takes a twentieth of a second
 
 
 class SharedBytes(unittest.TestCase):

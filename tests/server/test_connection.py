@@ -534,6 +534,16 @@ class Backlog(SenderTestCase):
         self.sender.keep(self.connection, b"x", 0)
         self.assertIs(self.connection.state, State.CLOSED)
 
+    def test_senders_that_wait(self) -> None:
+        """A client whose message must wait is resumed when senders may go on, and not before."""
+        gate, queue, now = self.sender.gate, self.server._queue, self.sender.now
+        queue.hold(True)
+        self.assertFalse(gate.lets_through(self.connection, now))
+        self.assertEqual((gate.is_waiting, gate.to_resume(now)), (True, []))
+        queue.hold(False)
+        self.assertEqual((gate.to_resume(now), gate.is_waiting), ([self.connection], False))
+        self.assertTrue(gate.lets_through(self.connection, now))
+
     def test_far_behind(self) -> None:
         """Above half of the limit, senders wait."""
         self.sender.keep(self.connection, bytes(LIMIT // 2), 0)

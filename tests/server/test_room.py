@@ -22,6 +22,7 @@ from tests.tools.support import (
     DEADLINE,
     IS_WINDOWS,
     TEXT,
+    Client,
     Pipe,
     Recorder,
     ServerTestCase,
@@ -208,6 +209,15 @@ class TooMany(RoomTestCase):
             self.server._give_up_oldest()
         self.carry_out()
         self.assertEqual(ended, [answered[0].client, *pending[:2]])
+
+    def test_none_can_end(self) -> None:
+        """A new connection waits to be accepted."""
+        self.server._most_connections = 0
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unittest.mock.patch.object(self.room, "wait_for"))
+            stack.enter_context(Client(self.server.server_address[1], handshake=False))
+            with self.assertRaises(OSError):
+                self.server.get_request()[0].close()
 
 
 class Recipients(RoomTestCase):
