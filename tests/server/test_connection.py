@@ -485,6 +485,11 @@ class Selector(SenderTestCase):
         self.sender.end(self.connection, 1000, "", FIRST)
         self.check(reads=True, writes=False)
 
+    def test_about_to_end(self) -> None:
+        """A connection that ends in a later round is not read."""
+        self.server._loop.receiver.endings.add(self.connection, self.sender.end, 1000, "")
+        self.assertEqual(self.connection.interest, 0)
+
     def test_closed(self) -> None:
         self.sender.drop(self.connection, "late")
         self.assertEqual(self.connection.interest, 0)

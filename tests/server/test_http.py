@@ -264,6 +264,13 @@ class Post(ServerTestCase):
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
 
+    def test_time_for_a_body(self) -> None:
+        """The deadline of a long body is later than that of the head."""
+        server = self.serve(handshake_timeout=20.0)
+        late = server._loop.now + 20.0 + (1 << 20) / pywebsock.SLOWEST_POST
+        self.connect(server, handshake=False).send_raw(http("POST", Content_Length=str(1 << 20)) + b"x")
+        eventually(lambda: [handler for handler in list(server._room.pending) if handler.deadline >= late])
+
     def test_endless_trailers(self) -> None:
         """The deadline is there for those too who always have something more to say."""
         server = self.serve(max_message=1000, handshake_timeout=0.1, close_timeout=0.1)

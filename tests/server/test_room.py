@@ -290,6 +290,17 @@ class Recipients(RoomTestCase):
             self.assertEqual(len(pipe.taken), 2)
         self.assertEqual(pipe.stream, text(*messages))
 
+    def test_a_send_that_fails(self) -> None:
+        """A client that misses a message gets none of the later ones."""
+        _, pipe = self.join()
+        self.carry_out()
+        pipe.error = OSError("a test")
+        self.put("lost")
+        self.queue.put(lambda: setattr(pipe, "error", None))
+        self.put("later")
+        self.carry_out()
+        self.assertEqual(pipe.stream, RESPONSE)
+
     def test_an_operation_that_fails(self) -> None:
         """An exception in an operation does not affect those before and after it."""
         _, pipe = self.join()

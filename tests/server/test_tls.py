@@ -135,7 +135,13 @@ class TLS(ServerTestCase):
         server = self.secure(handshake_timeout=0.3)
         witness = self.client(server)
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
-        for data in (b"", request(), b"garbage\r\n\r\n", hello, bytes(1000)):
+        for data, level in (
+            (b"", "DEBUG"),
+            (request(), "WARNING"),
+            (b"garbage\r\n\r\n", "WARNING"),
+            (hello, "INFO"),
+            (bytes(1000), "INFO"),
+        ):
             with self.subTest(data=data[:20]), self.assertLogs("pywebsock", "DEBUG") as logged:
                 client = self.connect(server, handshake=False)
                 client.send_raw(data)
@@ -145,7 +151,7 @@ class TLS(ServerTestCase):
                 self.assertLess(took, server.close_timeout)  # that is for connections that got a response
                 client.socket.close()
                 eventually(functools.partial(getattr, logged, "records"))
-                self.assertEqual([record.exc_info for record in logged.records], [None])
+                self.assertEqual([(record.levelname, record.exc_info) for record in logged.records], [(level, None)])
         witness.send("all is well")
         self.assertEqual(witness.read(), "all is well")
 
