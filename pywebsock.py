@@ -1429,7 +1429,8 @@ class Hooks:
         me = threading.get_ident()
         inbox = self._next_inbox(me, 1)
         while inbox:
-            for _ in range(len(inbox.calls)):
+            until = time.monotonic() + STUCK_TIME
+            while inbox.calls and time.monotonic() < until:  # then others have a turn
                 self._running[me] = time.monotonic()
                 with contextlib.suppress(BaseException):  # from a log handler; other calls handle their exceptions
                     inbox.calls.popleft()()
@@ -2179,12 +2180,16 @@ class WebSocketHandler(RequestHandler):
         finally:
             server._local.client = None
 
-    def _take_messages(self, messages: list[tuple[int, Octets]]) -> None:
-        """Call on_message for each message, in a hook thread."""
+    def _take_messages(self, messages: Iterator[tuple[int, Octets]]) -> None:
+        """Call on_message for each message, in a hook thread. After some time, other clients have a turn."""
+        until = time.monotonic() + STUCK_TIME
         for opcode, payload in messages:
             if not self._is_closing:
                 message = payload.decode() if opcode == TEXT else bytes(payload)
                 self._run_hook(self.server.on_message, message)
+            if self._inbox and time.monotonic() > until:
+                self._inbox.calls.appendleft(functools.partial(self._take_messages, messages))
+                return
 
     # ---- in the loop ----
 
@@ -2212,7 +2217,7 @@ QUEUE_SIZE = 4 * 1024 * 1024  # bytes; if more is queued, senders wait
 RUN_SIZE = 1024 * 1024  # bytes of messages that are sent together
 RUN_LENGTH = 4000  # operations; if more are queued, they are carried out before the loop reads on
 MESSAGE_COST = 250  # bytes that the objects of a message take
-RECIPIENT_COST = 128  # bytes that each recipient in `to` counts: sending takes as long as copying these
+RECIPIENT_COST = 2048  # bytes that each recipient in `to` counts, so that 2,000 sends fill the queue
 MOST_WAITING = 50  # handlers that may wait for a thread before the server accepts more connections
 GIVEN_UP = -1.0  # instead of the time of a pending connection
 MOST_SELECTED = 500  # clients if the system has only select(), which takes 512 sockets on Windows
@@ -2260,8 +2265,12 @@ class Queue:
 
     def put_message(self, message: Outgoing) -> None:
         """Queue a message. Wait while the queue is full."""
-        recipients = RECIPIENT_COST * len(message.to) if message.to else 0
-        self.put(message, message.size + MESSAGE_COST + recipients)
+        with self._lock:
+            cost = RECIPIENT_COST * len(message.to or ())
+            last = self._operations[-1] if self._operations else None
+            if message.to and type(last) is Outgoing and last.to == message.to:  # they are sent together
+                message.to, cost = last.to, cost // 16
+            self.put(message, message.size + MESSAGE_COST + min(cost, QUEUE_SIZE // 2))
         if self.is_full:
             self.wait_for_space()
 
@@ -3189,7 +3198,7 @@ class Receiver:
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to a client's hooks. If it was paused, resume it after them."""
         client = connection.client
-        client._submit(functools.partial(client._take_messages, messages))
+        client._submit(functools.partial(client._take_messages, iter(messages)))
         if connection.submitted > MAX_SUBMITTED:
             client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 

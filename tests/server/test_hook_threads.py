@@ -120,6 +120,22 @@ class Order(HooksTestCase):
         self.wait()
         self.assertEqual(ran, [1, 2])
 
+    def test_turns(self) -> None:
+        """An inbox with many calls lets others go on after some time."""
+        heard: list[str] = []
+        long, short = pywebsock.Inbox(), pywebsock.Inbox()
+
+        def call() -> None:
+            time.sleep(0.001)
+            heard.append("long")
+
+        with self.hooks._lock:
+            for _ in range(20):
+                self.hooks.submit(long, call)
+            self.hooks.submit(short, lambda: heard.append("short"))
+        eventually(lambda: len(heard) == 21)  # nobody relieves the worker
+        self.assertLess(heard.index("short"), 15)
+
     def test_pending_connections(self) -> None:
         """Calls of pending connections and of clients take turns: thousands of the former delay no client."""
         ran: list[str] = []

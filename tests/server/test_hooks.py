@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import unittest.mock
 
 import pywebsock
 from tests.tools.support import (
@@ -132,6 +134,28 @@ class Hooks(ServerTestCase):
         b.close(4000)
         self.assertEqual(b.read_all(), b"")
         self.assertEqual([a.read() for _ in range(3)], ["somebody came", "to all", "somebody left: 4000"])
+
+    def test_turns(self) -> None:
+        """While one thread runs the hooks, a client with many messages lets others go on; its own stay in order."""
+        heard: list[pywebsock.Message] = []
+
+        class Server(pywebsock.BroadcastServer):
+            """Takes a millisecond for each message."""
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                time.sleep(0.001)
+                heard.append(message)
+
+        server = self.serve(Server)
+        long, short = self.connect(server), self.connect(server)
+        with unittest.mock.patch.object(server._hooks, "relieve"):  # as while the queue is full
+            long.send_raw(b"".join([masked_frame(TEXT, b"%d" % i) for i in range(100)]))
+            eventually(lambda: heard)
+            short.send("short")
+            eventually(lambda: len(heard) == 101)
+        self.assertLess(heard.index("short"), 60)
+        heard.remove("short")
+        self.assertEqual(heard, [str(i) for i in range(100)])
 
 
 class AnyThread(ServerTestCase):

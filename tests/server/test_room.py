@@ -451,9 +451,22 @@ class QueuedSenders(QueueTestCase):
         self.assertEqual(len(self.sent), 20)
 
     def test_many_recipients_count(self) -> None:
-        """A message to ten thousand clients counts more than its bytes."""
-        self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (None,) * 10_000)))
-        self.assertGreaterEqual(self.queue._size, 10_000 * pywebsock.RECIPIENT_COST)
+        """A message to hundreds of clients counts more than its bytes; one to thousands leaves room for a second."""
+        for number, size in ((100, 100 * pywebsock.RECIPIENT_COST), (10_000, pywebsock.QUEUE_SIZE // 2)):
+            self.queue.take()
+            self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (number,) * number)))
+            self.assertEqual(self.queue._size, size + pywebsock.MESSAGE_COST + 1)
+
+    def test_same_recipients(self) -> None:
+        """Messages with the same recipients are sent together: they count less, and share the list."""
+        for number in (1, 2, 1):
+            for _ in range(2):
+                to = typing.cast(typing.Any, tuple([number] * 100))
+                self.queue.put_message(Outgoing(TEXT, b"x", to))
+        lists = [id(operation.to) for operation in self.queue._operations]
+        self.assertEqual([lists.index(each) for each in lists], [0, 0, 2, 2, 4, 4])
+        expected = 3 * 100 * pywebsock.RECIPIENT_COST * 17 // 16 + 6 * (pywebsock.MESSAGE_COST + 1)
+        self.assertEqual(self.queue._size, expected)
 
 
 class Count(unittest.TestCase):
