@@ -1430,11 +1430,13 @@ class Hooks:
         inbox = self._next_inbox(me, 1)
         while inbox:
             until = time.monotonic() + STUCK_TIME
-            while inbox.calls and time.monotonic() < until:  # then others have a turn
+            while inbox.calls:
                 self._running[me] = time.monotonic()
                 with contextlib.suppress(BaseException):  # from a log handler; other calls handle their exceptions
                     inbox.calls.popleft()()
                 self._stuck.discard(me)
+                if time.monotonic() > until:  # other inboxes have a turn
+                    break
             self._release(inbox)
             inbox = self._next_inbox(me, 0)
 
