@@ -210,5 +210,30 @@ class UrlTest(unittest.TestCase):
             self.assertRegex(said.getvalue(), f"(?s)^usage: .*\npywebsock: error: {why}")
 
 
+class BatchTest(unittest.TestCase):
+    """The messages that the link writes as one entry."""
+
+    def test_batches(self) -> None:
+        """About RUN_SIZE bytes, at least one message; none before the history is read, or while a server is behind."""
+        with unittest.mock.patch.object(pywebsock, "RedisConnection", side_effect=OSError("a test")):
+            link = pywebsock.RedisLink("redis://127.0.0.1", lambda messages: None, 0, 1 << 20, 1 << 20)
+        for last, behind, alone, size, number, expected in (
+            (b"", False, 0, 10, 3, 0),
+            (b"1-0", True, 0, 10, 3, 0),
+            (b"1-0", False, 0, 10, 0, 0),
+            (b"1-0", False, 0, 10, 3, 3),
+            (b"1-0", False, 2, 10, 3, 1),  # a message of an entry that Redis has refused
+            (b"1-0", False, 0, pywebsock.RUN_SIZE // 2 - pywebsock.LINKED_COST, 5, 2),
+            (b"1-0", False, 0, 2 * pywebsock.RUN_SIZE, 2, 1),
+        ):
+            with self.subTest(last=last, behind=behind, alone=alone, size=size, number=number):
+                link._remove(link._number)
+                link._number, link._alone = 0, alone
+                link._stream.last, link._stream.behind = last, behind
+                for _ in range(number):
+                    link.put(bytes(size), pywebsock.Opcode.BINARY)
+                self.assertEqual(list(link._next_batch()), list(range(1, expected + 1)))
+
+
 if __name__ == "__main__":
     unittest.main()

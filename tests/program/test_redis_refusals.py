@@ -47,6 +47,11 @@ class RefusalTest(RedisTestCase):
         self.assertNotIn("away", servers[0].log())
         say(two, ["to the end"])
         self.assertEqual(one.read(), "to the end")
+        for _ in range(5):  # there is room for some of them
+            one.frame(2, payload, rsv=4)
+        say(one, ["again"])
+        self.assertEqual(two.read(), "to the end")
+        self.assertEqual(two.read(), bytes(5_000_000))
 
     def test_out_of_memory_by_others(self) -> None:
         """If other data fills Redis, messages are lost until it is freed; the log stays short."""
