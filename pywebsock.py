@@ -1562,7 +1562,7 @@ class TLSSocket(socket.socket):
             try:
                 return act(*arguments)
             except ssl.SSLWantReadError:
-                data = super().recv(TLS_READ_SIZE)
+                data = super().recv(min((TLS_READ_SIZE, *arguments)))
                 if not data:
                     raise ssl.SSLEOFError("the connection ended") from None
                 self._incoming.write(data)
@@ -3066,10 +3066,13 @@ class Receiver:
             self._in_order(connection, self._sender.fail, error)
 
     def _read(self, connection: Connection) -> None:
+        until = time.monotonic() + self.slice_time
         data = connection.receive()
         if data is None or connection.is_blocked:
             self._sender.watch(connection)
             if data is None:
+                if time.monotonic() > until:  # TLS has read records without data
+                    connection.is_flood, connection.read_size = True, SMALL_READ_SIZE
                 return
         connection.heard = self._sender.now
         if not data:
