@@ -679,6 +679,15 @@ class Pipe(unittest.TestCase):
         self.assertEqual(os.read(reader, 1 << 20).decode()[-12_001:], "a long line " * 1000 + "\n")
 
 
+LATE_SIGNAL = """if 1:
+    import os, signal
+    class Late:
+        def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+            kill(pid, number)
+    pywebsock.late = Late()
+"""
+
+
 class Signals(CommandLineTestCase):
     """Ctrl-C and SIGTERM: all clients get 1001, exit status 0; a second Ctrl-C stops at once."""
 
@@ -727,6 +736,13 @@ class Signals(CommandLineTestCase):
         for i in range(0, len(pauses), 2):  # six processes at once
             cases = [(pair, pause) for pause in pauses[i : i + 2] for pair in pairs]
             self.assertEqual(at_once(stop, cases), [(GOING_AWAY, 0)] * len(cases), pauses[i : i + 2])
+
+    @unittest.skipIf(IS_WINDOWS or sys.implementation.name != "cpython", "CPython deletes modules when it ends")
+    def test_a_second_signal_while_python_ends(self) -> None:
+        """The exit status is 0 even if the signal comes after Python has removed its handlers."""
+        process = self.start(python=faults.changed(LATE_SIGNAL))
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(4), 0)
 
     @unittest.skipIf(os.name == "nt", "POSIX")
     def test_right_after_the_first_line(self) -> None:
