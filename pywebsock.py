@@ -1472,7 +1472,8 @@ READ_SIZE = 128 * 1024  # bytes; the most that is read from a socket at once
 SMALL_READ_SIZE = 2 * 1024  # bytes; the same for a socket that last had little data
 TLS_READ_SIZE = 8 * 1024  # bytes; the most that is encrypted or decrypted at once (memory BIOs do not shrink)
 SEND_SIZE = 64 * 1024  # bytes; the most that is sent to a socket at once
-SENDS_AT_ONCE = 8  # sends to one slow client before others go on
+SENDS_AT_ONCE = 8  # sends to one slow client before others go on, unless MANY_READY
+MANY_READY = 50  # sockets that are ready in a round; then each slow client gets one send
 QUICK_TIME = 0.25  # seconds; how long a client counts as quick after it has taken data
 QUICK_RATE = 16 * 1024 * 1024  # bytes a second; a quick client takes at least this
 SLOWEST_POST = 256 * 1024  # bytes a second; slower senders of long messages may be refused
@@ -1697,7 +1698,8 @@ class Connection:
     def _send_slices(self, data: Octets | memoryview) -> int:
         """Send like socket.send(), but in slices: TLS sends one record at a time, and Windows may accept any size."""
         sent, view = 0, memoryview(data)
-        while sent < len(data) and sent < SENDS_AT_ONCE * SEND_SIZE // 4:
+        most = SEND_SIZE // 4 if self.tls else 2 * SEND_SIZE  # encrypting takes long
+        while sent < len(data) and sent < most:
             try:
                 sent += self.socket.send(view[sent : sent + SEND_SIZE])
             except WOULD_BLOCK:
@@ -1723,13 +1725,13 @@ class Connection:
         self.pieces.extend(frames[1:])
         self.size += sum(map(len, frames[1:]))
 
-    def flush(self, now: float) -> None:
-        """Send from the outbox, a limited number of slices, since others wait. Raise OSError."""
+    def flush(self, now: float, slices: int = SENDS_AT_ONCE) -> None:
+        """Send from the outbox, at most this number of slices, since others wait. Raise OSError."""
         with contextlib.suppress(*WOULD_BLOCK):
             if self.is_blocked and self.tls:
                 self.tls.flush()
                 self.is_blocked = False
-            for _ in range(SENDS_AT_ONCE):
+            for _ in range(slices):
                 if not self.pieces:
                     break
                 self._count(self.send(self._next_slice()), now)
@@ -2777,6 +2779,7 @@ class Sender:
         self.now = 0.0  # seconds on the loop's clock
         self.selector: selectors.BaseSelector  # of all clients
         self.slow: set[Connection] = set()  # connections with data in their outbox
+        self.slices = SENDS_AT_ONCE  # sends to one slow client before others go on
         self.dropped = 0  # clients dropped so far, for the status
         self.gate = Gate(server)
 
@@ -2838,7 +2841,7 @@ class Sender:
         """Send from the outbox: the socket accepts data again."""
         if connection.state is State.CLOSED:
             return
-        connection.flush(self.now)
+        connection.flush(self.now, self.slices)
         if connection.pong and not connection.pieces:
             self.write(connection, connection.take_pong())
         if not connection.pieces:
@@ -3379,6 +3382,7 @@ class Loop:
         ready = self._wait()
         until = self._before + ROUND_TIME
         receiver.slice_time = SLICE_TIME if len(ready) < 6 else max(LEAST_SLICE_TIME, ROUND_TIME / len(ready))
+        sender.slices = SENDS_AT_ONCE if len(ready) < MANY_READY else 1
         is_first = True
         for key, events in ready:
             connection = key.data

@@ -417,7 +417,7 @@ class ProgramTest(AttackTestCase):
         watched.witness.figures()
         worst = min(self.ping(pings) for _ in range(TIMES))
         self.report(f"a Pong within {worst:.3f} s, {crowd.figures()[1]}")
-        self.assertLess(worst, 0.2)  # up to two messages before and after it is read, each of which takes 2,000 sends
+        self.assertLess(worst, 0.2)  # two messages before it is read, two after; 2,000 sends each
         self.stand(watched, "all but one", 2.0, 60)  # its messages and those of the sender take turns
 
     def ping(self, client: support.Client) -> float:

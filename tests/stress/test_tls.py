@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import ssl
+import time
 import warnings
 
 from tests.tools import load, support
@@ -59,6 +60,24 @@ class TLS(StressTestCase):
         self.settle(clients, senders)
         self.report(f"{len(broken)} broken; worst delay of others {max(s.stream.worst for s in senders):.3f} s")
         self.assertGreater(len(broken), 50)
+
+    def test_a_long_message_to_many(self) -> None:
+        """16 MiB for 300 clients: encrypting 5 GB takes long; meanwhile the server answers others in each round."""
+        server = self.serve("--no-compression", tls=True)
+        clients = self.clients(server)
+        clients.join(300, tls=True)
+        sender = support.Client(server.port, tls=certificate()[1])
+        self.addCleanup(sender.__exit__)
+        sender.send(bytes(16 * 1024 * 1024 - 1))
+        clients.run_for(0.5)
+        worst = 0.0
+        with support.in_thread(clients.run_for, 4.0):
+            for _ in range(3):
+                start = time.monotonic()
+                self.assertEqual(self.number(server), 301)
+                worst = max(worst, time.monotonic() - start)
+        self.report(f"the status within {worst:.2f} s")
+        self.assertLess(worst, 1.0)
 
     def test_connections_without_tls(self) -> None:
         """Plain HTTP, garbage and silence on a port with TLS; old versions are refused."""
