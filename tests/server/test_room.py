@@ -486,7 +486,7 @@ class Count(unittest.TestCase):
         self.assertTrue(self.room.wait_for(1, 0.0))
 
     def test_turns(self) -> None:
-        """A connection is accepted as soon as few handlers wait, because one has its turn or has gone."""
+        """The server accepts a connection when the number of waiting handlers falls: a handler gets its turn, or ends."""
         handlers = [typing.cast(pywebsock.RequestHandler, object()) for _ in range(pywebsock.MOST_WAITING + 1)]
         for leave in (self.room.take_turn, self.room.remove):
             for handler in handlers:
