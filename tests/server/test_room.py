@@ -486,7 +486,7 @@ class Count(unittest.TestCase):
         self.assertTrue(self.room.wait_for(1, 0.0))
 
     def test_turns(self) -> None:
-        """The server accepts a connection when the number of waiting handlers falls: a handler gets its turn, or ends."""
+        """The server accepts a connection when the number of waiting handlers falls: one gets its turn, or ends."""
         handlers = [typing.cast(pywebsock.RequestHandler, object()) for _ in range(pywebsock.MOST_WAITING + 1)]
         for leave in (self.room.take_turn, self.room.remove):
             for handler in handlers:
