@@ -1357,10 +1357,10 @@ class Hooks:
 
     # ---- any thread ----
 
-    def submit(self, inbox: Inbox, call: Callable[[], object]) -> None:
-        """Run a call after those that this inbox already holds. Never wait."""
+    def submit(self, inbox: Inbox, *calls: Callable[[], object]) -> None:
+        """Run calls after those that this inbox already holds. Never wait."""
         with self._lock:
-            inbox.calls.append(call)
+            inbox.calls.extend(calls)
             if not inbox.taken:
                 inbox.taken = True
                 self._busy += 1
@@ -1548,12 +1548,12 @@ class TLSSocket(socket.socket):
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Return decrypted data, or b"" at the end. Raise BlockingIOError or an SSLWant...Error if there is none."""
         try:
-            return bytes(self._act(self._tls.read, size))
+            return bytes(self._act(self._tls.read, size, most=min(size, TLS_READ_SIZE)))
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):  # the end of TCP, or a close_notify
             return b""
 
-    def _act(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of TLS; if it needs data, read once from the socket and call it again."""
+    def _act(self, act: Callable[..., Any], *arguments: Any, most: int = TLS_READ_SIZE) -> Any:
+        """Call a method of TLS; if it needs data, read up to `most` bytes from the socket, and call it again."""
         if len(self._unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
             try:
                 self.flush()
@@ -1563,7 +1563,7 @@ class TLSSocket(socket.socket):
             try:
                 return act(*arguments)
             except ssl.SSLWantReadError:
-                data = super().recv(min((TLS_READ_SIZE, *arguments)))
+                data = super().recv(most)
                 if not data:
                     raise ssl.SSLEOFError("the connection ended") from None
                 self._incoming.write(data)
@@ -2184,23 +2184,18 @@ class WebSocketHandler(RequestHandler):
         finally:
             server._local.client = None
 
-    def _take_messages(self, messages: Iterator[tuple[int, Octets]]) -> None:
-        """Call on_message for each message, in a hook thread. After some time, other clients have a turn."""
-        until = time.monotonic() + STUCK_TIME
-        for opcode, payload in messages:
-            if not self._is_closing:
-                message = payload.decode() if opcode == TEXT else bytes(payload)
-                self._run_hook(self.server.on_message, message)
-            if self._inbox and time.monotonic() > until:
-                self._inbox.calls.appendleft(functools.partial(self._take_messages, messages))
-                return
+    def _take_message(self, opcode: int, payload: Octets) -> None:
+        """Call on_message, in a hook thread."""
+        if not self._is_closing:
+            message = payload.decode() if opcode == TEXT else bytes(payload)
+            self._run_hook(self.server.on_message, message)
 
     # ---- in the loop ----
 
-    def _submit(self, call: Callable[[], object]) -> None:
-        """Let a hook thread run a call, after those that were submitted before."""
+    def _submit(self, *calls: Callable[[], object]) -> None:
+        """Let a hook thread run calls, after those that were submitted before."""
         self._inbox = self._inbox or Inbox()
-        self.server._hooks.submit(self._inbox, call)
+        self.server._hooks.submit(self._inbox, *calls)
 
     def _has_left(self, code: int, reason: str) -> None:
         """Log that the client has left, and call on_close."""
@@ -3189,7 +3184,7 @@ class Receiver:
         """Answer the peer's Close with the same code (5.5.1), after all its messages."""
         code, reason = parse_close(bytes(payload))
         if messages:
-            self._submit(connection, messages.copy())
+            self._submit(connection, messages)
             messages.clear()
         self._in_order(connection, self._sender.end, code, reason, serialize_close(code))
 
@@ -3206,7 +3201,7 @@ class Receiver:
     def _submit(self, connection: Connection, messages: Messages) -> None:
         """Give messages to a client's hooks. If it was paused, resume it after them."""
         client = connection.client
-        client._submit(functools.partial(client._take_messages, iter(messages)))
+        client._submit(*[functools.partial(client._take_message, *message) for message in messages])
         if connection.submitted > MAX_SUBMITTED:
             client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 

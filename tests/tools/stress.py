@@ -89,11 +89,11 @@ class Crowd:
     def receive(self, expected: bytes) -> None:
         """Wait until these bytes have arrived on all connections."""
         for one in self.sockets:
-            data = more = one.recv(1 << 20)
+            data = b""
             while expected not in data:
+                more = one.recv(1 << 20)
                 if not more:
                     raise load.LoadError(f"the connection ended without {expected!r}")
-                more = one.recv(1 << 20)
                 data += more
 
     def reset(self) -> None:
