@@ -16,16 +16,14 @@ class Soak(StressTestCase):
     def test_soak(self) -> None:
         cert, context = certificate()
         seconds = float(os.environ.get("PYWEBSOCK_SOAK", "30"))
-        with soak.plain_memory():
-            servers = self.serve("--ping", "2"), self.serve("--cert", cert)
+        servers = self.serve("--ping", "2", code=soak.TRIM), self.serve("--cert", cert, code=soak.TRIM)
         self.report(soak.soak(*servers, context, seconds))
 
     def test_sanity(self) -> None:
         """The same with python -X dev -W error: no file stays open, no exception is lost."""
         cert, context = certificate()
         dev = ("-X", "dev", "-W", "error")
-        with soak.plain_memory():
-            servers = self.serve(python=dev), self.serve("--cert", cert, python=dev)
+        servers = self.serve(python=dev, code=soak.TRIM), self.serve("--cert", cert, python=dev, code=soak.TRIM)
         self.report(soak.soak(*servers, context, 8))
 
     def test_nothing_is_left_in_this_process(self) -> None:
