@@ -1226,7 +1226,7 @@ class Settings:
     """Settings, per server (keyword arguments) or per subclass (attributes)."""
 
     max_message = 16 * 1024 * 1024  # bytes of a decompressed message; a longer one: Close 1009, or 413 for a POST
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; if more wait, it is dropped
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; if so many wait, the next message drops it
     max_clients = 10_000  # more clients get 503
     origins: Sequence[str] = ()  # of pages that may connect, see check_origin(); "*": all
     subprotocols: Sequence[str] | None = None  # supported ones; a client that offers only others gets 400; None: any
@@ -2808,8 +2808,8 @@ class Sender:
     def keep(self, connection: Connection, data: Octets, sent: int) -> None:
         """Put data that the socket did not accept into the outbox. Drop a client that is too far behind."""
         if connection.pieces:
-            behind = connection.size + len(data) > self._server.max_backlog and not connection.is_quick(self.now)
-            if behind and connection.state is State.OPEN:
+            is_behind = connection.size >= self._server.max_backlog and not connection.is_quick(self.now)
+            if is_behind and connection.state is State.OPEN:
                 self.drop(connection, f"it was {connection.size} bytes behind")
                 return
         else:

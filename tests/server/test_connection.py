@@ -524,6 +524,15 @@ class Backlog(SenderTestCase):
         self.assertEqual(self.connection.moved, self.sender.now)
         self.assertEqual(len(self.drain()), 2 * LIMIT - 100)
 
+    def test_a_long_message_after_a_short_one(self) -> None:
+        """What counts is how far the client is behind when a message comes, not how long this message is."""
+        self.fall_behind(LIMIT // 2)
+        self.sender.keep(self.connection, bytes(LIMIT), 0)
+        self.assertIs(self.connection.state, State.OPEN)
+        self.sender.keep(self.connection, b"x", 0)
+        self.assertIs(self.connection.state, State.CLOSED)
+        self.assertEqual(self.heard(), [(1006, f"it was {LIMIT // 2 + LIMIT} bytes behind")])
+
     def is_held(self) -> bool:
         """Check the clients that are behind; return whether senders must wait."""
         self.sender.gate.look(self.sender.slow, self.sender.now)
