@@ -111,7 +111,7 @@ import time
 import urllib.parse
 import warnings
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, TypeVar, Union
 
@@ -653,13 +653,18 @@ class Outgoing:
         return self._frames[best]
 
 
+def is_to_all(message: Outgoing) -> bool:
+    """Return whether a message is to all clients, rather than to some."""
+    return message.to is None
+
+
 def outgoing_message(message: Message, to: Iterable[WebSocketHandler] | None = None) -> Outgoing:
     """Return a message of the program to all clients, or to some of them.
 
     Raise TypeError unless the message is str, bytes, bytearray or memoryview, and ValueError if
     a str has a lone surrogate.
     """
-    recipients = to if to is None else tuple(to)
+    recipients = to if to is None else tuple(dict.fromkeys(to))
     for client in recipients or ():
         if not isinstance(client, WebSocketHandler):
             raise TypeError("the recipients of a message must be clients")
@@ -2217,12 +2222,14 @@ RUN_SIZE = 1024 * 1024  # bytes of messages that are sent together
 RUN_LENGTH = 4000  # operations; if more are queued, they are carried out before the loop reads on
 MESSAGE_COST = 250  # bytes that the objects of a message take
 RECIPIENT_COST = 2048  # bytes that each recipient in `to` counts, so that 2,000 sends fill the queue
+KNOWN_COST = 128  # bytes that it counts if it gets another queued message, too: both are one send
 MOST_WAITING = 50  # handlers that may wait for a thread before the server accepts more connections
 GIVEN_UP = -1.0  # instead of the time of a pending connection
 MOST_SELECTED = 500  # clients if the system has only select(), which takes 512 sockets on Windows
 SPARE_SELECTED = 10  # further sockets of select(), for pending connections
 TOO_MANY_SELECTED = f"there are {MOST_SELECTED} clients already, the most that this system allows (select)"
 Sends = dict[WebSocketHandler, Send]  # each client, and the function that sends to it
+Delivery = tuple[int, Sequence[Outgoing], Sends]  # the window, messages, and the clients that get them
 
 
 def uses_select() -> bool:
@@ -2241,6 +2248,7 @@ class Queue:
         self._space = threading.Condition(self._lock)  # notified when senders may go on
         self._operations: list[Any] = []
         self._size = 0  # bytes of the operations
+        self._recipients: set[WebSocketHandler] = set()  # of queued messages to some clients
         self._held = False  # senders wait for a quick client that is behind
         self._is_asleep = False  # the loop waits in select() until a byte wakes it
         self._has_ended = False  # the loop has ended
@@ -2265,13 +2273,16 @@ class Queue:
     def put_message(self, message: Outgoing) -> None:
         """Queue a message. Wait while the queue is full."""
         with self._lock:
-            cost = RECIPIENT_COST * len(message.to or ())
-            last = self._operations[-1] if self._operations else None
-            if message.to and type(last) is Outgoing and last.to == message.to:  # they are sent together
-                message.to, cost = last.to, cost // 16
+            cost = self._recipient_cost(message.to) if message.to else 0
             self.put(message, message.size + MESSAGE_COST + min(cost, QUEUE_SIZE // 2))
         if self.is_full:
             self.wait_for_space()
+
+    def _recipient_cost(self, to: Sequence[WebSocketHandler]) -> int:
+        """Return what the recipients of a message count (bytes). The caller has the lock."""
+        known = len(self._recipients.intersection(to))
+        self._recipients.update(to)
+        return KNOWN_COST * known + RECIPIENT_COST * (len(to) - known)
 
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while senders must wait. Return False after `timeout` (seconds)."""
@@ -2329,6 +2340,8 @@ class Queue:
             return []
         with self._lock:
             operations, self._operations = self._operations, []
+            if self._recipients:
+                self._recipients = set()
             was_full, self._size = self._size > QUEUE_SIZE, 0
             if was_full:
                 self._space.notify_all()
@@ -2545,24 +2558,36 @@ class Room(Registry):
 
     # ---- messages ----
 
-    def recipients(self, messages: list[Outgoing], to: Sequence[WebSocketHandler] | None) -> list[tuple[int, Sends]]:
-        """Return a copy of the set of clients that get these messages, by window. Add the messages to the history."""
+    def recipients(self, messages: Sequence[Outgoing]) -> list[Delivery]:
+        """Return the clients that get these messages, which are all to all clients, or all to some of them.
+
+        Add messages to all clients to the history.
+        """
+        if messages[0].to is not None:
+            return self._some(messages)
         with self.lock:
-            if to is None:
-                self.messages += len(messages)
-                self.bytes += sum([message.size for message in messages])
-                if self._history_length:
-                    self._remember(messages)
-                return [(window, sends.copy()) for window, sends in self._sends.items()]
-            some: dict[int, Sends] = {}
-            for client in to:
+            self.messages += len(messages)
+            self.bytes += sum([message.size for message in messages])
+            if self._history_length:
+                self._remember(messages)
+            return [(window, messages, sends.copy()) for window, sends in self._sends.items()]
+
+    def _some(self, messages: Sequence[Outgoing]) -> list[Delivery]:
+        """Return the recipients of messages to some clients. Put those together that get the same messages."""
+        chosen: dict[WebSocketHandler, list[Outgoing]] = defaultdict(list)
+        for message in messages:
+            for client in message.to or ():
+                chosen[client].append(message)
+        groups: dict[tuple[int, tuple[Outgoing, ...]], Sends] = defaultdict(dict)
+        with self.lock:
+            for client, its in chosen.items():
                 window = client._connection.window if client._connection else 0
                 send = self._sends.get(window, {}).get(client)
                 if send:
-                    some.setdefault(window, {})[client] = send
-            return list(some.items())
+                    groups[window, tuple(its)][client] = send
+        return [(window, its, sends) for (window, its), sends in groups.items()]
 
-    def _remember(self, messages: list[Outgoing]) -> None:
+    def _remember(self, messages: Sequence[Outgoing]) -> None:
         """Add messages to the history, and drop the oldest above its limits."""
         self._history.extend(messages)
         self._history_size += sum([message.size + MESSAGE_COST for message in messages])
@@ -3206,8 +3231,8 @@ class Receiver:
             client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 
 
-RECIPIENTS = operator.attrgetter("to")
 CONTEXT = operator.attrgetter("reader.context")
+OWN_COST = 16  # a byte of a message to some clients counts so many in a run: fewer clients share the run
 
 
 class Lobby:
@@ -3434,7 +3459,7 @@ class Loop:
         for operation in self._queue.take():
             if type(operation) is Outgoing:
                 run.append(operation)
-                size += operation.size
+                size += operation.size if is_to_all(operation) else OWN_COST * operation.size
                 if size < RUN_SIZE:
                     continue
             elif type(operation) is tuple:
@@ -3449,7 +3474,8 @@ class Loop:
 
     def _send(self, run: list[Outgoing], pongs: list[tuple[Connection, list[bytes]]]) -> None:
         try:
-            self._deliver(run)
+            if run:
+                self._deliver(run)
         except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "a broadcast failed", error=error)
         for connection, frames in pongs:
@@ -3460,9 +3486,8 @@ class Loop:
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to their recipients, with one send for each client."""
-        for to, group in itertools.groupby(run, RECIPIENTS) if len(run) > 1 else [(each.to, run) for each in run]:
-            messages = list(group)
-            for window, sends in self._room.recipients(messages, to):
+        for _, group in itertools.groupby(run, is_to_all) if len(run) > 1 else [(True, run)]:
+            for window, messages, sends in self._room.recipients(list(group)):
                 try:
                     data = b"".join([message.ready_frame(window) for message in messages])
                 except MemoryError as error:  # a client must not miss messages without notice

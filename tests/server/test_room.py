@@ -236,6 +236,41 @@ class Recipients(RoomTestCase):
             [text("all", "a", "a again"), text("b and d", "all"), text("all"), text("b and d", "all")],
         )
 
+    def test_one_send(self) -> None:
+        """Messages with different recipients: each client still gets its messages in one send, in order."""
+        clients = [self.join(window) for window in (0, 15, 0, 0)]
+        self.carry_out()
+        for _, pipe in clients:
+            pipe.taken.clear()
+        connections = [connection for connection, _ in clients]
+        for number, own in enumerate(connections):
+            self.put(f"{number}", *(each for each in connections if each is not own))
+        self.put("0 and 3", connections[0], connections[3])
+        self.carry_out()
+        expected = (
+            text("1", "2", "3", "0 and 3"),
+            text("0", "2", "3"),
+            text("0", "1", "3"),
+            text("0", "1", "2", "0 and 3"),
+        )
+        for (_, pipe), its in zip(clients, expected):
+            self.assertEqual(pipe.stream.removeprefix(RESPONSE), its)
+            self.assertEqual(len(pipe.taken), 1)
+
+    def test_long_messages_to_some(self) -> None:
+        """Longer messages to some clients are sent one by one, so that slow clients share their bytes."""
+        (one, first), (two, second) = self.join(), self.join()
+        self.carry_out()
+        for pipe in (first, second):
+            pipe.taken.clear()
+        long = "x" * (pywebsock.RUN_SIZE // pywebsock.OWN_COST)
+        for _ in range(3):
+            self.put(long, one, two)
+        self.carry_out()
+        if not IS_WINDOWS:  # a send is a slice there
+            self.assertEqual([len(pipe.taken) for pipe in (first, second)], [3, 3])
+        self.assertEqual(first.stream, second.stream)
+
     def test_no_recipient(self) -> None:
         """Clients that have left, have not joined, or belong to another server; and no client."""
         gone, gone_pipe = self.join()
@@ -457,16 +492,18 @@ class QueuedSenders(QueueTestCase):
             self.queue.put_message(Outgoing(TEXT, b"x", typing.cast(typing.Any, (number,) * number)))
             self.assertEqual(self.queue._size, size + pywebsock.MESSAGE_COST + 1)
 
-    def test_same_recipients(self) -> None:
-        """Messages with the same recipients are sent together: they count less, and share the list."""
-        for number in (1, 2, 1):
-            for _ in range(2):
-                to = typing.cast(typing.Any, tuple([number] * 100))
-                self.queue.put_message(Outgoing(TEXT, b"x", to))
-        lists = [id(operation.to) for operation in self.queue._operations]
-        self.assertEqual([lists.index(each) for each in lists], [0, 0, 2, 2, 4, 4])
-        expected = 3 * 100 * pywebsock.RECIPIENT_COST * 17 // 16 + 6 * (pywebsock.MESSAGE_COST + 1)
-        self.assertEqual(self.queue._size, expected)
+    def test_known_recipients(self) -> None:
+        """A recipient counts less if it gets another queued message, too: both are one send."""
+        size = 0
+        for first, known in ((0, 0), (0, 100), (50, 50), (300, 0)):
+            to = typing.cast(typing.Any, tuple(range(first, first + 100)))
+            self.queue.put_message(Outgoing(TEXT, b"x", to))
+            size += pywebsock.MESSAGE_COST + 1
+            size += pywebsock.KNOWN_COST * known + pywebsock.RECIPIENT_COST * (100 - known)
+            self.assertEqual(self.queue._size, size)
+        self.queue.take()
+        self.queue.put_message(Outgoing(TEXT, b"x", to))
+        self.assertEqual(self.queue._size, pywebsock.MESSAGE_COST + 1 + pywebsock.RECIPIENT_COST * 100)
 
 
 class Count(unittest.TestCase):

@@ -417,9 +417,8 @@ class ProgramTest(AttackTestCase):
         watched.witness.figures()
         worst = min(self.ping(pings) for _ in range(TIMES))
         self.report(f"a Pong within {worst:.3f} s, {crowd.figures()[1]}")
-        self.assertLess(worst, 0.2)  # two messages before it is read, two after; 2,000 sends each
-        # The witness sends more than its turns allow, so its messages also wait for each other.
-        self.stand(watched, "all but one", 4.0, 60)
+        self.assertLess(worst, 0.3)  # at most 2,000 sends before it is read, and 2,000 after
+        self.stand(watched, "all but one", 0.5, 60)
 
     def ping(self, client: support.Client) -> float:
         """Send twenty Pings; return the longest time until a Pong (seconds)."""
