@@ -314,9 +314,9 @@ class LinkTest(RedisTestCase):
             for _, payload in messages:
                 heard.put((threading.get_ident(), payload))
 
-        before = threading.active_count()
+        before = set(threading.enumerate())
         link = self.link(deliver, 1)
-        self.assertEqual((threading.active_count(), heard.qsize()), (before, 0))
+        self.assertEqual((set(threading.enumerate()) - before, heard.qsize()), (set(), 0))
         self.redis.call("XADD", self.stream, "*", "x", "three")
         link.start()
         reader = link._threads[1].ident
