@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import math
@@ -140,16 +141,18 @@ def in_thread(call: typing.Callable[..., object], *arguments: object) -> typing.
 def growth(act: typing.Callable[[int], object], size: int) -> float:
     """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
-    Each is the minimum of two runs if the ratio is clear, and of all runs within two seconds otherwise. Other work of
+    Each is the minimum of two runs if the ratio is clear, and of all runs within ten seconds otherwise: other work of
     the process, such as PyPy's compiler and garbage collector, only adds time.
     """
     if IS_WINDOWS:
         raise unittest.SkipTest("Windows counts the CPU time of a thread in steps of 15.6 ms")
-    end = time.thread_time() + 2
+    end = time.thread_time() + 10
     times: dict[int, list[float]] = {size: [], 4 * size: []}
     ratio = math.inf
     while len(times[size]) < 2 or (ratio >= 6 and time.thread_time() < end):
         for each, spent in times.items():
+            if len(spent) >= 2:
+                gc.collect()  # in PyPy, this is likely to happen in each long run, and in few short ones
             start = time.thread_time()
             act(each)
             spent.append(time.thread_time() - start)
