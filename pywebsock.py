@@ -1231,7 +1231,7 @@ class Settings:
     """Settings, per server (keyword arguments) or per subclass (attributes)."""
 
     max_message = 16 * 1024 * 1024  # bytes of a decompressed message; a longer one: Close 1009, or 413 for a POST
-    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; if so many wait, the next message drops it
+    max_backlog = 16 * 1024 * 1024  # bytes that may wait for a slow client; at this limit, the next message drops it
     max_clients = 10_000  # more clients get 503
     origins: Sequence[str] = ()  # of pages that may connect, see check_origin(); "*": all
     subprotocols: Sequence[str] | None = None  # supported ones; a client that offers only others gets 400; None: any
@@ -3232,7 +3232,7 @@ class Receiver:
 
 
 CONTEXT = operator.attrgetter("reader.context")
-OWN_COST = 16  # a byte of a message to some clients counts so many in a run: fewer clients share the run
+OWN_COST = 16  # how often a byte of a message to some clients counts in a run, since fewer clients share the run
 
 
 class Lobby:
