@@ -688,6 +688,22 @@ LATE_SIGNAL = """if 1:
 """
 
 
+class Memory(unittest.TestCase):
+    """Memory that malloc has freed."""
+
+    def test_it_is_returned_at_times(self) -> None:
+        with (
+            unittest.mock.patch.object(pywebsock, "trim_malloc") as trim,
+            pywebsock.Program(("127.0.0.1", 0)) as server,
+        ):
+            server.signals = []
+            for rounds, expected in ((3, 1), (3, 2)):
+                for _ in range(rounds):
+                    server.service_actions()
+                self.assertEqual(trim.call_count, expected)
+                server.next_trim -= pywebsock.TRIM_TIME
+
+
 class Signals(CommandLineTestCase):
     """Ctrl-C and SIGTERM: all clients get 1001, exit status 0; a second Ctrl-C stops at once."""
 
