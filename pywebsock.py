@@ -3738,8 +3738,6 @@ class BroadcastServer(Settings, LimitedServer):
 
     def _prepare(self) -> None:
         self._started = time.monotonic()
-        options = {"history": self.history, "history_size": self.max_backlog // 2, "max_message": self.max_message}
-        self._link = RedisLink(self.redis, self._take_from_link, **options) if self.redis else None
         self._refused = 0  # requests refused so far, for the status
         self._local = threading.local()  # .client: the one whose step or hook this thread runs
         self._post_pace = PostPace(self.rate)
@@ -3747,6 +3745,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._hooks = Hooks(most_workers=os.cpu_count() or 1 if self.tls_context else 1)
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
+        self._link = RedisLink(self) if self.redis else None
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
@@ -3854,7 +3853,7 @@ class BroadcastServer(Settings, LimitedServer):
         return self._queue.wait_for_space(timeout)
 
     def _take_from_link(self, messages: Iterable[tuple[int, bytes]]) -> None:
-        """Broadcast messages from the stream. Runs in a thread of the link."""
+        """Broadcast messages from the stream. Called in a thread of the link, and in its constructor."""
         for opcode, payload in messages:
             self._put(Outgoing(opcode, payload))
 
@@ -3950,10 +3949,8 @@ def plural(number: int, noun: str) -> str:
 # ---- commands and replies ----
 
 REPLY_LINE = re.compile(rb"[+-][^\r\n]*\r\n|:[+-]?[0-9]{1,19}\r\n|[$*](-1|[0-9]{1,9})\r\n")
-FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
 NOT_REDIS = "this server is not Redis"
-LinkMessage = tuple[int, bytes]  # opcode, payload
-Deliver = Callable[[list[LinkMessage]], object]
+ANSWER_TIME = 10.0  # seconds until Redis must answer
 
 
 class RedisError(OSError):
@@ -3972,15 +3969,6 @@ class RedisAddress(NamedTuple):
     stream: str
 
 
-# A field of an entry in the stream: one message. The name of the field is server:number:kind.
-#
-# - server: that wrote the message; empty: another program
-# - number: of the message, counted from 1 by its server; 0: wait or go
-# - kind: text, binary, wait or go
-# - payload
-Field = tuple[bytes, int, bytes, bytes]
-
-
 def parse_redis_url(url: str) -> RedisAddress:
     """Return the parts of the URL of a Redis stream. Raise ValueError if it is malformed."""
     parts = urllib.parse.urlsplit(url)
@@ -3990,10 +3978,6 @@ def parse_redis_url(url: str) -> RedisAddress:
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
     host, port = parts.hostname or "localhost", parts.port or 6379
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        raise ValueError(f"{host!a} is not a host name") from None
     user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
     return RedisAddress(parts.scheme == "rediss", host, port, user, password, int(path[1] or 0), stream)
 
@@ -4030,76 +4014,9 @@ def parse_reply(file: BinaryIO) -> Any:
     if kind == b"*":
         return [parse_reply(file) for _ in range(number)]
     bulk = file.read(number + 2)
-    if len(bulk) < number + 2 or not bulk.endswith(b"\r\n"):
+    if bulk[number:] != b"\r\n":
         raise RedisError(NOT_REDIS)
-    return bulk[:-2]
-
-
-def parse_id(entry: bytes) -> int:
-    """Return the id of an entry, milliseconds-number, as one integer. A later entry has a larger one."""
-    milliseconds, _, number = entry.partition(b"-")
-    return int(milliseconds) << 64 | int(number)
-
-
-def parse_entry(entry: bytes, words: Sequence[bytes]) -> list[Field]:
-    """Return the fields of an entry. `entry` is its id, `words` are its names and payloads by turns."""
-    fields = []
-    for name, payload in zip(words[::2], words[1::2]):
-        match = FIELD_NAME.fullmatch(name)
-        server, number, kind = match.groups() if match else (b"", parse_id(entry), b"text")
-        fields.append((server, int(number), kind, payload))
-    return fields
-
-
-# ---- the link ----
-#
-# Exactly once. A server numbers its messages, and keeps each message in its outbox until it
-# reads the message from the stream. If a message does not come back, the server writes it
-# again: the connection may have been cut, or Redis may have lost the entry. Readers skip
-# numbers that they have seen. (If Redis loses an entry that only some servers have read, the
-# other servers do not get it.)
-#
-# Order. A server writes several messages as one entry, which Redis accepts or refuses as a
-# whole. If Redis refuses it (OOM), the server writes its messages one by one; a message that
-# Redis refuses again is lost. Other errors, such as READONLY, do not depend on the entry: the
-# server tries again until they are over.
-#
-# Other servers read an entry only if its id is higher than the ids that they have read. If the
-# id of a new entry is not, Redis has lost the end of the stream, and its clock went back. The
-# server then writes an empty entry with an id that is high enough for all servers, and the
-# messages again.
-#
-# Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
-# writing, a server removes the oldest quarter of a larger stream.
-#
-# Slow servers. The other servers could remove entries that a slow server has not read. While
-# a server is behind, it adds an entry "wait" after each reading, and at the end an entry
-# "go". Until then, each other server writes at most one entry per WAIT_TIME. A "wait" also
-# expires after WAIT_TIME, because its server may have ended.
-
-READ_COUNT = 16  # entries in one reading
-STREAM_LENGTH = 10_000  # entries
-STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
-LINKED_COST = 4096  # bytes that a message counts in addition to its payload
-ANSWER_TIME = 10.0  # seconds until Redis must answer
-LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
-BACK_TIME = 2.0  # seconds until a written message must come back
-WAIT_TIME = 1.0  # seconds until a "wait" expires
-RETRY_TIME = 0.2  # seconds between an error and a new connection
-MEND_MILLISECONDS = 60_000  # by which lost entries that other servers have read may be newer
-REFUSALS = ("OOM ", "ERR ")  # Redis has no memory for the entry, or it is too long
-TEMPORARY_ERRORS = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
-
-
-def total_cost(payloads: Iterable[bytes]) -> int:
-    """Return the cost of messages (bytes). An empty message costs LINKED_COST."""
-    return sum([len(payload) + LINKED_COST for payload in payloads])
-
-
-def warn(*line: Any) -> None:
-    """Log a warning in another thread: a handler of the log may broadcast, which waits for the link."""
-    with contextlib.suppress(RuntimeError, MemoryError):  # too many threads
-        threading.Thread(target=log.warning, args=line, daemon=True).start()
+    return bulk[:number]
 
 
 class RedisConnection:
@@ -4143,147 +4060,163 @@ class RedisConnection:
         self.socket.close()
 
 
-class RedisStream:
-    """The stream of entries that one server reads and writes.
+# ---- the link ----
+#
+# An entry of the stream has one or more messages. A field is a message: its value is the
+# payload, and its name is server:number:kind.
+#
+# - server: that wrote the message, a random name
+# - number: of the message, counted from 1 by its server; 0: wait or go
+# - kind: text, binary, wait or go
+#
+# A field with another name is a text that another program has added.
+#
+# Exactly once. A server keeps each message in its outbox until it reads the message from the
+# stream. If an entry does not come back, the server writes it again: the connection may have
+# been cut, or Redis may have lost the entry. Readers skip numbers that they have seen. (If
+# Redis loses an entry that only some servers have read, the other servers do not get it.)
+#
+# Order. A server writes several messages as one entry, which Redis accepts or refuses as a
+# whole, and writes the next entry when this one has come back. If Redis refuses it (READONLY,
+# for example), the server tries again, with a new connection. If Redis has no memory for it
+# (OOM), or a message is too long (ERR), the longest message of the entry is lost before that.
+#
+# Lost data. A server reads only entries whose id is higher than the ids that it has read. New
+# entries have higher ids even if Redis has lost the stream, since ids begin with the time.
+#
+# Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
+# writing, a server removes the oldest quarter of a larger stream.
+#
+# Slow servers. The other servers could remove entries that a slow server has not read. While
+# a server is behind, it adds an entry "wait" after each reading, and at the end an entry
+# "go". Until then, each other server writes at most one entry per WAIT_TIME. A "wait" also
+# expires after WAIT_TIME, because its server may have ended.
 
-    One thread calls read(), which sets the attributes. Another thread calls add() and trim().
-    """
+FIELD_NAME = re.compile(b"([0-9a-f]{16}):([0-9]{1,18}):(text|binary|wait|go)")
+READ_COUNT = 16  # entries in one reading
+STREAM_LENGTH = 10_000  # entries
+STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
+LINKED_COST = 4096  # bytes that a message counts in addition to its payload
+LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
+BACK_TIME = 2.0  # seconds until a written entry must come back
+WAIT_TIME = 1.0  # seconds until a "wait" expires
+RETRY_TIME = 0.2  # seconds between an error and a new connection
+REFUSALS = ("OOM ", "ERR ")
+TEMPORARY_ERRORS = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "READONLY", "MISCONF", "NOREPLICAS")
+LinkMessage = tuple[int, bytes]  # opcode, payload
 
-    def __init__(self, key: str, history: int, history_size: int, max_size: int) -> None:
+
+def total_cost(messages: Iterable[LinkMessage]) -> int:
+    """Return the cost of messages (bytes). An empty message costs LINKED_COST."""
+    return sum([len(payload) + LINKED_COST for _, payload in messages])
+
+
+class RedisReader:
+    """Reads the stream. One thread calls its methods; the attributes are for all threads."""
+
+    def __init__(self, server: BroadcastServer, key: str) -> None:
+        self._server, self._key = server, key
         self.name = os.urandom(8).hex().encode()  # of this server
+        self.seen = {self.name: 0}  # number of the last message read, by server
         self.last = b""  # id of the last entry read; empty before the history is read
-        self.behind = False  # the stream has more entries to read
+        self.behind = True  # the stream has more entries to read
         self.hold_until = 0.0  # time at which the last "wait" expires (time.monotonic)
-        self.seen: dict[bytes, int] = {}  # number of the last message, by server
-        self._key = key
-        self._history = history
-        self._history_size = history_size
-        self._max_size = max_size  # of the stream (bytes)
 
     def read(self, redis: RedisConnection) -> list[LinkMessage]:
-        """Return the history (first call) or the new messages. Wait up to LISTEN_TIME for them. Raise OSError."""
-        last, was_behind = self.last, self.behind
-        if not last:
-            return self._accept(self._read_history(redis))[0]
-        messages, missed = self._accept(self._read_new(redis))
-        with contextlib.suppress(OSError):  # the messages are returned even after an error
-            if self.behind or was_behind:
-                kind = b"wait" if self.behind else b"go"
-                redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
-            # Numbers are also missing if Redis refused the messages.
-            if missed and not self._newest(redis, last):
-                warn("missed %d messages that Redis no longer has", missed)
-        return messages
+        """Return the history (first call) or the next messages. Wait for them, up to LISTEN_TIME. Raise OSError.
 
-    def _newest(self, redis: RedisConnection, end: bytes) -> Any:
-        return redis.call("XREVRANGE", self._key, end, "-", "COUNT", 1)
-
-    def _read_history(self, redis: RedisConnection) -> list[Field]:
-        """Read entries one by one, beginning with the newest, until they have enough messages or bytes."""
-        found: list[Field] = []
-        size = 0
-        newest = entries = self._newest(redis, b"+")
-        while entries and len(found) < self._history and size < self._history_size:
-            entry, words = entries[0]
-            size += sum(map(len, words))
-            found[:0] = [field for field in parse_entry(entry, words) if field[1]]
-            entries = self._newest(redis, b"(" + entry)
-        self.last = newest[0][0] if newest else b"0-0"
-        return found[-self._history :]
-
-    def _read_new(self, redis: RedisConnection) -> list[Field]:
-        block = 1 if self.behind else int(LISTEN_TIME * 1000)
+        Tell the other servers whether this one is behind.
+        """
+        if not self.last:
+            return self._read_history(redis)
+        was_behind = self.behind
+        block = 1 if was_behind else int(LISTEN_TIME * 1000)
         reply = redis.call("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", self._key, self.last)
         entries = reply[0][1] if reply else []
-        fields = [field for entry in entries for field in parse_entry(*entry)]
-        payloads = [payload for _, number, _, payload in fields if number]
-        self.behind = bool(payloads) and (len(entries) == READ_COUNT or total_cost(payloads) > 2 * RUN_SIZE)
-        if entries:
-            self.last = entries[-1][0]
-        return fields
+        messages = self._accept(entries)
+        is_long = len(entries) == READ_COUNT or total_cost(messages) > 2 * RUN_SIZE
+        self.behind = is_long and bool(messages)
+        if self.behind or was_behind:
+            kind = b"wait" if self.behind else b"go"
+            with contextlib.suppress(OSError):  # the messages are returned even after an error
+                redis.call("XADD", self._key, "*", self.name + b":0:" + kind, "")
+        return messages
 
-    def _accept(self, fields: Iterable[Field]) -> tuple[list[LinkMessage], int]:
-        """Return the messages that are new, and how many are missing between them."""
+    def _read_history(self, redis: RedisConnection) -> list[LinkMessage]:
+        """Read entries one by one, beginning with the newest, until they have enough messages or bytes."""
+        entries: list[Any] = []
+        count = size = 0
+        first = newest = redis.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        while newest and count < self._server.history and size < self._server.max_backlog // 2:
+            entries[:0] = newest
+            entry, words = newest[0]
+            count += len([name for name in words[::2] if b":0:" not in name])
+            size += sum(map(len, words))
+            newest = redis.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", 1)
+        messages = self._accept(entries)
+        self.last = first[0][0] if first else b"0-0"
+        self.behind = False
+        return messages
+
+    def _accept(self, entries: Iterable[Any]) -> list[LinkMessage]:
+        """Return the messages of entries that are new, and set what else the entries say."""
         messages: list[LinkMessage] = []
-        missed = 0
-        for server, number, kind, payload in fields:
-            seen = self.seen.get(server, 0)
-            if not number:
-                self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
-            elif number > seen:
-                self.seen[server] = number
-                missed += number - seen - 1 if server and seen else 0
-                if kind == b"binary":
+        for entry, words in entries:
+            self.last = entry
+            for name, payload in zip(words[::2], words[1::2]):
+                match = FIELD_NAME.fullmatch(name)
+                server, number, kind = match.groups() if match else (b"", b"", b"text")
+                if kind in (b"wait", b"go"):
+                    self.hold_until = time.monotonic() + WAIT_TIME if kind == b"wait" else 0.0
+                elif server and not self._is_new(server, int(number)):
+                    continue
+                elif kind == b"binary":
                     messages.append((BINARY, payload))
                 else:  # another program may have added it
                     messages.append((TEXT, payload.decode(errors="replace").encode()))
-        return messages, missed
+        return messages
 
-    def add(self, redis: RedisConnection, batch: dict[int, LinkMessage]) -> None:
-        """Write messages as one entry. `batch` has them by number."""
-        fields: list[bytes] = []
-        for number, (opcode, payload) in batch.items():
-            kind = b"text" if opcode == TEXT else b"binary"
-            fields += b"%b:%d:%b" % (self.name, number, kind), payload
-        add = "XADD", self._key, "MAXLEN", "~", STREAM_LENGTH
-        last = parse_id(self.last)
-        entry = redis.call(*add, "*", *fields)
-        if parse_id(entry) <= last:
-            warn("Redis has lost the end of the stream")
-            milliseconds = (last >> 64) + MEND_MILLISECONDS
-            with contextlib.suppress(RedisError):  # another server was faster
-                redis.call("XADD", self._key, f"{milliseconds}-0", self.name + b":0:go", "")
-            redis.call(*add, "*", *fields)
-
-    def trim(self, redis: RedisConnection, always: bool = False) -> None:
-        """Remove the oldest quarter of the stream, and repeat this while it has too many bytes."""
-        length = redis.call("XLEN", self._key)  # before the size: two servers then remove the same quarter
-        size = redis.call("MEMORY", "USAGE", self._key, "SAMPLES", 0) or 0
-        if always or size > self._max_size:
-            redis.call("XTRIM", self._key, "MAXLEN", 1 + length * 3 // 4)
-            if length > 4:
-                self.trim(redis)
+    def _is_new(self, server: bytes, number: int) -> bool:
+        """Return whether a message was not read before. Log how many are missing before it."""
+        seen = self.seen.get(server, number - 1)
+        self.seen[server] = max(seen, number)
+        if number > seen + 1:
+            line = "missed %d messages that Redis no longer has"
+            self._server._hooks.log(logging.WARNING, line, number - seen - 1)
+        return number > seen
 
 
 class RedisLink:
     """Connects a server to the stream: its messages come back in the order of all servers.
 
-    One thread writes to the stream, another thread reads from it. They do not wait for senders.
+    One thread reads from the stream, another thread writes to it. They do not wait for senders.
     """
 
-    def __init__(self, url: str, deliver: Deliver, history: int, max_message: int, history_size: int) -> None:
-        """Create the link. The reading thread calls `deliver`, which may wait, with the messages of all servers.
+    def __init__(self, server: BroadcastServer) -> None:
+        """Deliver the history, that is, the newest messages of the stream, if Redis can be reached.
 
-        The first call has the newest messages of the stream: `history` messages, or fewer if
-        they have more than `history_size` bytes. Raise ValueError if the URL is malformed, and
-        RedisError if Redis replies with an error that will not pass.
+        Raise ValueError if the URL is malformed, and RedisError if Redis replies with an error
+        that will not pass.
         """
-        self._address = parse_redis_url(url)
-        self._deliver = deliver
-        max_size = max(STREAM_SIZE, 8 * max_message)
-        self._stream = RedisStream(self._address.stream, history, history_size, max_size)
-        # Used by the writing thread only:
-        self._alone = 0  # messages up to this number are written one by one
-        self._refused = 0  # messages refused since Redis accepted one
-        # Shared, under the lock. No thread waits for Redis or the server while it has the lock.
-        lock = threading.RLock()
-        self._news = threading.Condition(lock)  # notified of any change
-        self._space = threading.Condition(lock)  # notified when senders may continue
-        self._outbox: dict[int, LinkMessage] = {}  # messages that have not come back, by number
+        self._server, self._hooks = server, server._hooks
+        self._address = parse_redis_url(str(server.redis))
+        self._key = self._address.stream
+        self._reader = RedisReader(server, self._key)
+        # Shared, guarded by this condition. No thread waits for Redis or the server while it has the lock.
+        self._changed = threading.Condition()
+        self._outbox: list[LinkMessage] = []  # messages that have not come back
         self._cost = 0  # of the outbox (bytes)
-        self._number = 0  # of the last message
-        self._failing: set[object] = set()  # self._read, self._write, or both
+        self._back = 0  # number of the last message that has come back
+        self._failures: dict[object, int] = {self._read: 0, self._write: 0}  # in a row, by step
         self._stopped = False
-        steps = self._write, self._read
-        self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
-        self._early = self._try_once()  # the history, if Redis can be reached
+        self._try_once()
 
     # ---- for the server: any thread ----
 
     @property
     def away(self) -> bool:
-        """Return whether Redis does not answer, or answers that it cannot work at the moment."""
-        return bool(self._failing)
+        """Return whether Redis does not answer, or does not accept messages at the moment."""
+        return max(self._failures.values()) > 1  # not if one connection was lost
 
     @property
     def is_full(self) -> bool:
@@ -4291,144 +4224,139 @@ class RedisLink:
         return self._cost > QUEUE_SIZE
 
     def start(self) -> None:
-        """Deliver the history, and start the threads."""
-        self._deliver(self._early)
-        for thread in self._threads:
-            thread.start()
+        """Start the threads."""
+        for step in (self._read, self._write):
+            threading.Thread(target=self._repeat, args=(step,), name="pywebsock link", daemon=True).start()
 
     def put(self, payload: bytes, opcode: int) -> None:
         """Put a message into the outbox without waiting. Senders call wait_for_room() first."""
-        with self._news:
+        with self._changed:
             if not self._stopped:
-                self._number += 1
-                self._outbox[self._number] = opcode, payload
-                self._cost += total_cost([payload])
-                self._news.notify_all()
+                self._outbox.append((opcode, payload))
+                self._cost += len(payload) + LINKED_COST
+                self._changed.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
         """Wait until the outbox is not full, at most `timeout` seconds. Return whether the sender may put a message."""
-        with self._space:
-            return self._space.wait_for(lambda: not self.is_full, timeout)
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.is_full, timeout)
 
     def stop(self, timeout: float = 0.0) -> None:
         """Wait until the messages in the outbox have come back, or for `timeout` seconds. Then stop the link."""
-        with self._news:
-            last = self._number
-            self._news.wait_for(lambda: min(self._outbox, default=math.inf) > last, timeout)
-            missing = len([number for number in self._outbox if number <= last])
+        with self._changed:
+            last = self._back + len(self._outbox)
+            self._changed.wait_for(lambda: self._back >= last, timeout)
+            missing = last - self._back
             self._stopped = True
-            self._remove(self._number)
-        if missing:
+            self._remove(self._back + len(self._outbox))
+        if missing > 0:
             log.warning("%d messages have not come back from Redis", missing)
 
-    def _try_once(self) -> list[LinkMessage]:
-        """Return the history if Redis can be reached. Raise RedisError for an error that will not pass."""
+    # ---- both threads ----
+
+    def _try_once(self) -> None:
+        """Deliver the history if Redis can be reached. Raise RedisError for an error that will not pass."""
         try:
             with contextlib.closing(RedisConnection(self._address)) as redis:
-                self._stream.trim(redis)
-                return self._stream.read(redis)
+                self._trim(redis)
+                self._read(redis)
         except OSError as error:
             why = printable(str(error))
             lasts = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
             if lasts and not why.startswith(TEMPORARY_ERRORS):
                 raise RedisError(f"Redis at {self._address.host}:{self._address.port}: {why}") from None
-            return []  # the threads will try again
-
-    # ---- both threads ----
 
     def _repeat(self, step: Callable[[RedisConnection], None]) -> None:
         """Repeat a step. After an error, use a new connection."""
-        failures = 0
         while not self._stopped:
             try:
                 with contextlib.closing(RedisConnection(self._address)) as redis:
                     while not self._stopped:
                         step(redis)
                         self._report(step)
-                        failures = 0
             except Exception as error:
-                failures += 1
-                if failures > 1 or isinstance(error, socket.timeout):  # do not report one lost connection
-                    self._report(step, str(error) or type(error).__name__)
+                self._report(step, str(error) or type(error).__name__)
                 time.sleep(RETRY_TIME)
 
     def _report(self, step: object, error: str = "") -> None:
-        """Record whether a step failed. Log a line when Redis goes away and when it is back."""
-        with self._news:
+        """Count the failures of a step. Log a line when Redis goes away and when it is back."""
+        with self._changed:
             was_away = self.away
-            (self._failing.add if error else self._failing.discard)(step)
-            if self.away == was_away:
-                return
-        if error:
-            warn("Redis is away, senders wait: %s", printable(error))
-        else:
-            warn("Redis is back")
+            self._failures[step] = self._failures[step] + 1 if error else 0
+            is_away = self.away
+        if is_away and not was_away:
+            self._hooks.log(logging.WARNING, "Redis is away, senders wait: %s", printable(error))
+        if was_away and not is_away:
+            self._hooks.log(logging.WARNING, "Redis is back")
 
     def _remove(self, last: int) -> None:
         """Remove the messages up to this number from the outbox."""
-        with self._news:
-            for number in [number for number in self._outbox if number <= last]:
-                self._cost -= total_cost([self._outbox.pop(number)[1]])
-            self._news.notify_all()
-            if self._cost <= QUEUE_SIZE // 2:
-                self._space.notify_all()
+        with self._changed:
+            count = last - self._back
+            self._cost -= total_cost(self._outbox[:count])
+            del self._outbox[:count]
+            self._back = last
+            self._changed.notify_all()
 
     # ---- the thread that reads ----
 
     def _read(self, redis: RedisConnection) -> None:
-        self._deliver(self._stream.read(redis))
-        self._remove(self._stream.seen.get(self._stream.name, 0))
+        """Deliver the history, or the next messages."""
+        self._server._take_from_link(self._reader.read(redis))
+        self._remove(self._reader.seen[self._reader.name])
 
     # ---- the thread that writes ----
 
     def _write(self, redis: RedisConnection) -> None:
         """Write the next messages as one entry, and wait until they are back."""
-        with self._news:
-            self._news.wait_for(self._may_write, WAIT_TIME)
-            batch = self._next_batch()
-        if not batch:
-            return
-        last = max(batch)
+        with self._changed:
+            self._changed.wait_for(self._may_write, WAIT_TIME)
+            if self._reader.behind or not self._outbox:
+                return
+            count = max(1, RUN_SIZE * len(self._outbox) // self._cost)
+            batch = self._outbox[:count]
+            last = self._back + len(batch)
         try:
-            self._stream.add(redis, batch)
+            self._add(redis, batch, last)
         except RedisError as error:
-            if not str(error).startswith(REFUSALS):
-                raise
-            self._refuse(redis, last, len(batch), str(error))
-            return
-        if self._refused:
-            warn("Redis accepts messages again, %d are lost", self._refused)
-        self._refused = 0
-        self._stream.trim(redis)
-        with self._news:
-            self._news.wait_for(lambda: last not in self._outbox, BACK_TIME)
+            if str(error).startswith(REFUSALS):
+                self._give_up_longest(redis, batch, str(error))
+            raise
+        self._trim(redis)
+        with self._changed:
+            self._changed.wait_for(lambda: self._back >= last, BACK_TIME)
 
     def _may_write(self) -> bool:
-        """Return whether there is a batch, and no other server is behind."""
-        is_held = time.monotonic() < self._stream.hold_until
-        return not is_held and bool(self._next_batch())
+        """Return whether there are messages, and no server is behind."""
+        is_held = time.monotonic() < self._reader.hold_until
+        return bool(self._outbox) and not self._reader.behind and not is_held
 
-    def _next_batch(self) -> dict[int, LinkMessage]:
-        """Return messages of about RUN_SIZE bytes from the outbox, at least one; none while the server is behind."""
-        stream = self._stream
-        if not self._outbox or not stream.last or stream.behind:
-            return {}
-        count = max(1, RUN_SIZE * len(self._outbox) // self._cost)
-        if min(self._outbox) <= self._alone:
-            count = 1
-        return dict(itertools.islice(self._outbox.items(), count))
+    def _add(self, redis: RedisConnection, batch: Sequence[LinkMessage], last: int) -> None:
+        """Write messages as one entry. `last` is the number of the last one."""
+        words: list[bytes] = []
+        for number, (opcode, payload) in enumerate(batch, last + 1 - len(batch)):
+            kind = b"text" if opcode == TEXT else b"binary"
+            words += b"%b:%d:%b" % (self._reader.name, number, kind), payload
+        redis.call("XADD", self._key, "MAXLEN", "~", STREAM_LENGTH, "*", *words)
 
-    def _refuse(self, redis: RedisConnection, last: int, count: int, error: str) -> None:
-        """Handle an entry that Redis has refused: write its messages one by one, or give up a single message."""
-        if error.startswith("OOM "):
-            self._stream.trim(redis, always=True)  # it may be the stream that fills the memory
-        if count > 1:
-            self._alone = last
-            return
-        self._remove(last)
-        if not self._refused:
-            warn("Redis refuses messages, which are lost: %s", printable(error))
-        self._refused += 1
+    def _give_up_longest(self, redis: RedisConnection, batch: Sequence[LinkMessage], error: str) -> None:
+        """Remove the longest message of an entry that Redis has refused. The others are written again."""
+        longest = max(batch, key=lambda message: len(message[1]))
+        with self._changed:
+            self._outbox.remove(longest)
+            self._cost -= total_cost([longest])
+        if not self.away:
+            self._hooks.log(logging.WARNING, "Redis refuses a message, which is lost: %s", printable(error))
+        if error.startswith("OOM "):  # it may be the stream that fills the memory
+            redis.call("XTRIM", self._key, "MAXLEN", redis.call("XLEN", self._key) * 3 // 4)
+
+    def _trim(self, redis: RedisConnection) -> None:
+        """Remove the oldest quarter of the stream, and repeat this while it has too many bytes."""
+        length = redis.call("XLEN", self._key)  # before the size: two servers then remove the same quarter
+        most = max(STREAM_SIZE, 8 * self._server.max_message)
+        while length > 4 and (redis.call("MEMORY", "USAGE", self._key, "SAMPLES", 0) or 0) > most:
+            length = length * 3 // 4
+            redis.call("XTRIM", self._key, "MAXLEN", length)
 
 
 # ======================================================================================

@@ -171,19 +171,6 @@ class AttackTest(RedisTestCase):
         self.assertEqual(heard, [f"{number:05}" for number in range(300)])
         self.assertNotIn("missed", servers[1].log())
 
-    def test_stream_with_other_ids(self) -> None:
-        """The stream is deleted, and new entries have smaller ids; their number is as before."""
-        servers = [self.process("--quiet"), self.process("--quiet")]
-        clients = [self.client(server) for server in servers]
-        self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
-        for client in clients:
-            self.assertEqual(client.read(), "from the future")
-        self.redis.call("DEL", self.stream)
-        say(clients[0], ["after"])
-        for client in clients:
-            self.assertEqual(client.read(), "after")
-        eventually(lambda: "Redis has lost" in servers[0].log())
-
     def test_deleted_between_two_messages(self) -> None:
         """No message is missed, even if the next entry has the id of the last one, in the same millisecond."""
         servers = [self.process("--quiet"), self.process("--quiet")]

@@ -348,21 +348,6 @@ class FaultTest(RedisTestCase):
             say(one, ["after"])
             self.assertEqual((one.read(), two.read()), ("after", "after"))
 
-    def test_the_clock_of_redis_went_back(self) -> None:
-        """The clock of Redis was set back: new entries have smaller ids than the lost ones."""
-        with self.assertLogs("pywebsock", "WARNING") as logs:
-            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
-            self.redis.call("XADD", self.stream, f"{2**62}-0", "x", "from the future")
-            self.assertEqual((one.read(), two.read()), ("from the future",) * 2)
-            self.redis.call("DEL", self.stream)
-            self.redis.kill()
-            eventually(lambda: str(logs.output).count("is away") == 2)
-            self.redis.start()
-            eventually(lambda: str(logs.output).count("is back") == 2)
-            say(one, ["after"])
-            self.assertEqual((one.read(), two.read()), ("after", "after"))
-            eventually(lambda: str(logs.output).count("Redis has lost the end of the stream") == 1)
-
     def test_senders_are_held_back(self) -> None:
         """While Redis is away, memory stays bounded, and no message is lost afterwards."""
         server = self.process("--quiet", "--max-backlog", "100M")

@@ -9,6 +9,7 @@ import unittest
 import unittest.mock
 
 import pywebsock
+from tests.tools.redis import FakeServer
 
 
 class Pieces(io.RawIOBase):
@@ -141,24 +142,6 @@ class ReplyTest(unittest.TestCase):
             pywebsock.parse_reply(io.BufferedReader(Pieces(pieces)))
         self.assertGreater(sum(1 for _ in pieces), 999_900)
 
-    def test_entries(self) -> None:
-        name = b"0123456789abcdef:17:binary"
-        self.assertEqual(
-            pywebsock.parse_entry(b"1-0", [name, b"\xff", name.replace(b"17:binary", b"18:text"), b"value"]),
-            [(name[:16], 17, b"binary", b"\xff"), (name[:16], 18, b"text", b"value")],
-        )
-
-    def test_entries_of_others(self) -> None:
-        """Entries of other programs: all their fields have one number, so only the first field can be new."""
-        self.assertEqual(
-            pywebsock.parse_entry(b"1-2", [b"a", b"b", b"c", b"d"]),
-            [(b"", (1 << 64) + 2, b"text", b"b"), (b"", (1 << 64) + 2, b"text", b"d")],
-        )
-
-    def test_ids_as_numbers(self) -> None:
-        ids = [b"0-0", b"0-1", b"9-5", b"10-0", b"10-%d" % (2**64 - 1), b"11-0"]
-        self.assertEqual(sorted(ids, key=pywebsock.parse_id), ids)
-
 
 class UrlTest(unittest.TestCase):
     def test_good_ones(self) -> None:
@@ -201,8 +184,8 @@ class UrlTest(unittest.TestCase):
         for url, why in (
             ("http://localhost", "a Redis URL is redis://"),
             ("redis://h:port", "Port could not be cast"),
-            ("redis://a..b", "'a..b' is not a host name"),
-            ("redis://" + "a" * 64, "'a{64}' is not a host name"),
+            ("redis://a..b", "encoding with 'idna' codec failed"),
+            ("redis://" + "a" * 64, "encoding with 'idna' codec failed"),
         ):
             with contextlib.redirect_stderr(io.StringIO()) as said, self.assertRaises(SystemExit) as caught:
                 pywebsock.main(["--redis", url])
@@ -210,29 +193,82 @@ class UrlTest(unittest.TestCase):
             self.assertRegex(said.getvalue(), f"(?s)^usage: .*\npywebsock: error: {why}")
 
 
+def make_link() -> tuple[pywebsock.RedisLink, list[str]]:
+    """Return a link that has not found a Redis, and a list of its warnings."""
+    lines: list[str] = []
+    server = FakeServer("redis://127.0.0.1", lambda messages: None, 0)
+    server._hooks.log = lambda level, line, *arguments, **_: lines.append(line % arguments)  # type: ignore[method-assign]
+    with unittest.mock.patch.object(pywebsock, "RedisConnection", side_effect=OSError("a test")):
+        return pywebsock.RedisLink(server), lines
+
+
+class EntryTest(unittest.TestCase):
+    """Entries that a link reads."""
+
+    def accept(self, *entries: tuple[bytes, bytes]) -> tuple[list[tuple[int, bytes]], list[str]]:
+        """Return the messages in entries with one field each, and the warnings."""
+        link, lines = make_link()
+        messages = link._reader._accept([(b"%d-0" % number, field) for number, field in enumerate(entries, 1)])
+        self.assertEqual(link._reader.last, b"%d-0" % len(entries))
+        return messages, lines
+
+    def test_several_fields(self) -> None:
+        link, _ = make_link()
+        name = b"0123456789abcdef:17:binary"
+        fields = [name, b"\xff", name.replace(b"17:binary", b"18:text"), b"value", b"another", b"\xff"]
+        self.assertEqual(
+            link._reader._accept([(b"1-0", fields)]),
+            [(pywebsock.BINARY, b"\xff"), (pywebsock.TEXT, b"value"), (pywebsock.TEXT, "\ufffd".encode())],
+        )
+
+    def test_numbers(self) -> None:
+        """A number that was read before is skipped; numbers that are missing are logged."""
+        one, two = b"1" * 16, b"2" * 16
+        for fields, expected, missed in (
+            (((one, 5), (one, 6), (one, 6), (one, 5), (one, 7)), [5, 6, 7], []),
+            (((one, 5), (two, 5), (one, 5), (two, 6)), [5, 5, 6], []),
+            (((one, 5), (one, 9), (one, 7), (one, 10)), [5, 9, 10], [3]),
+            (((one, 1), (two, 3), (two, 5), (one, 12)), [1, 3, 5, 12], [1, 10]),
+        ):
+            with self.subTest(fields):
+                messages, lines = self.accept(*[(b"%b:%d:text" % field, b"%d" % field[1]) for field in fields])
+                self.assertEqual([int(payload) for _, payload in messages], expected)
+                self.assertEqual(lines, [f"missed {number} messages that Redis no longer has" for number in missed])
+
+    def test_wait_and_go(self) -> None:
+        link, _ = make_link()
+        for kind, is_held in ((b"wait", True), (b"go", False), (b"wait", True)):
+            self.assertEqual(link._reader._accept([(b"1-0", [b"0123456789abcdef:0:" + kind, b""])]), [])
+            self.assertEqual(link._reader.hold_until > 0, is_held)
+
+
 class BatchTest(unittest.TestCase):
-    """The messages that the link writes as one entry."""
+    """The messages that a link writes as one entry."""
 
     def test_batches(self) -> None:
         """About RUN_SIZE bytes, at least one message; none before the history is read, or while a server is behind."""
-        with unittest.mock.patch.object(pywebsock, "RedisConnection", side_effect=OSError("a test")):
-            link = pywebsock.RedisLink("redis://127.0.0.1", lambda messages: None, 0, 1 << 20, 1 << 20)
-        for last, behind, alone, size, number, expected in (
-            (b"", False, 0, 10, 3, 0),
-            (b"1-0", True, 0, 10, 3, 0),
-            (b"1-0", False, 0, 10, 0, 0),
-            (b"1-0", False, 0, 10, 3, 3),
-            (b"1-0", False, 2, 10, 3, 1),  # a message of an entry that Redis has refused
-            (b"1-0", False, 0, pywebsock.RUN_SIZE // 2 - pywebsock.LINKED_COST, 5, 2),
-            (b"1-0", False, 0, 2 * pywebsock.RUN_SIZE, 2, 1),
+        for behind, size, number, expected in (
+            (True, 10, 3, 0),
+            (False, 10, 0, 0),
+            (False, 10, 3, 3),
+            (False, pywebsock.RUN_SIZE // 2 - pywebsock.LINKED_COST, 5, 2),
+            (False, 2 * pywebsock.RUN_SIZE, 2, 1),
         ):
-            with self.subTest(last=last, behind=behind, alone=alone, size=size, number=number):
-                link._remove(link._number)
-                link._number, link._alone = 0, alone
-                link._stream.last, link._stream.behind = last, behind
+            with self.subTest(behind=behind, size=size, number=number):
+                link, _ = make_link()
+                self.assertTrue(link._reader.behind)
+                link._reader.behind = behind
                 for _ in range(number):
                     link.put(bytes(size), pywebsock.Opcode.BINARY)
-                self.assertEqual(list(link._next_batch()), list(range(1, expected + 1)))
+                redis = unittest.mock.Mock()
+                redis.call.return_value = 0
+                with unittest.mock.patch.multiple(pywebsock, WAIT_TIME=0.01, BACK_TIME=0.01):
+                    link._reader.last = b"1-0"
+                    link._write(redis)
+                entries = [call.args for call in redis.call.mock_calls if "MAXLEN" in call.args]
+                names = [word for words in entries for word in words if isinstance(word, bytes) and b":binary" in word]
+                expected_names = [b"%b:%d:binary" % (link._reader.name, i + 1) for i in range(expected)]
+                self.assertEqual(names, expected_names)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import unittest.mock
 
 import pywebsock
 from tests.tools.redis import (
+    Deliver,
+    FakeServer,
     Message,
     RedisTestCase,
     frame_of,
@@ -58,7 +60,11 @@ class RoomTest(RedisTestCase):
             self.assertEqual([client.read() for _ in messages], messages)
 
     def test_the_library(self) -> None:
-        one, two = self.serve(redis=self.url), self.serve(redis=self.url, compression=False)
+        before = set(threading.enumerate())
+        one = self.serve(redis=self.url)
+        eventually(lambda: sum(thread.name == "pywebsock link" for thread in {*threading.enumerate()} - before) == 2)
+        threads = {thread for thread in {*threading.enumerate()} - before if thread.name == "pywebsock link"}
+        two = self.serve(redis=self.url, compression=False)
         client = self.client(two)
         one.broadcast("to all")
         self.assertEqual(client.read(), "to all")
@@ -67,9 +73,7 @@ class RoomTest(RedisTestCase):
         self.assertEqual((status, client.read()), (202, ""))
         one.server_close()
         one.server_close()
-        link = one._link
-        assert link
-        eventually(lambda: not any(thread.is_alive() for thread in link._threads))
+        eventually(lambda: not threads.intersection(threading.enumerate()))
 
     def test_other_streams_are_other_rooms(self) -> None:
         ours, theirs = self.serve(redis=self.url), self.serve(redis=self.url + "2")
@@ -84,7 +88,7 @@ class RoomTest(RedisTestCase):
         client = self.client(self.serve(redis=self.url))
         for name in ("message", "a:1:text", "0123456789abcdef:" + "9" * 5000 + ":binary"):
             self.redis.call("XADD", self.stream, "*", name, "hello", "more", "fields")
-            self.assertEqual(client.read(), "hello")
+            self.assertEqual([client.read(), client.read()], ["hello", "fields"])
 
     def test_entry_written_twice(self) -> None:
         """An entry that is written twice is delivered once, at its first place; each server has its own numbers."""
@@ -142,15 +146,13 @@ class RoomTest(RedisTestCase):
         """A slower server asks the others to wait, so that no unread entry is trimmed."""
         with unittest.mock.patch.object(pywebsock, "STREAM_LENGTH", 5000):
             servers = [self.serve(redis=self.url) for _ in range(2)]
-            link = servers[1]._link
-            assert link
-            deliver = link._deliver
+            deliver = servers[1]._take_from_link
 
             def deliver_slowly(messages: list[tuple[int, bytes]]) -> None:
                 time.sleep(len(messages) / 5000)
                 deliver(messages)
 
-            link._deliver = deliver_slowly
+            servers[1]._take_from_link = deliver_slowly  # type: ignore[method-assign, assignment]
             clients = [self.client(server) for server in servers]
             sent = [numbered("quick", 15_000), numbered("slow", 1000)]
             for client, messages in zip(clients, sent):
@@ -163,15 +165,13 @@ class RoomTest(RedisTestCase):
         """The same with a short stream (in bytes)."""
         with unittest.mock.patch.object(pywebsock, "STREAM_SIZE", 24 << 20):
             servers = [self.serve(redis=self.url, max_message=1 << 20, max_backlog=1 << 30) for _ in range(2)]
-            link = servers[1]._link
-            assert link
-            deliver = link._deliver
+            deliver = servers[1]._take_from_link
 
             def deliver_slowly(messages: list[tuple[int, bytes]]) -> None:
                 time.sleep(sum(len(payload) for _, payload in messages) / 20e6)
                 deliver(messages)
 
-            link._deliver = deliver_slowly
+            servers[1]._take_from_link = deliver_slowly  # type: ignore[method-assign, assignment]
             clients = [self.client(server) for server in servers]
             sent = [
                 [f"{each!s} {'x' * 50_000}" for each in numbered(*which)] for which in (("quick", 1000), ("slow", 20))
@@ -186,7 +186,7 @@ class RoomTest(RedisTestCase):
         server = self.serve(redis=self.url)
         client = self.client(server)
         self.redis.call("XADD", self.stream, "*", "0123456789abcdef:0:wait", "")
-        eventually(lambda: server._link and server._link._stream.hold_until)
+        eventually(lambda: server._link and server._link._reader.hold_until)
         client.send("hello")
         eventually(lambda: server._link and server._link._outbox)
         return client
@@ -298,17 +298,17 @@ class StartTest(RedisTestCase):
 class LinkTest(RedisTestCase):
     """The link without a server."""
 
-    def link(self, deliver: pywebsock.Deliver, history: int = 0) -> pywebsock.RedisLink:
+    def link(self, deliver: Deliver, history: int = 0) -> pywebsock.RedisLink:
         """Make a link, which ends with the test."""
-        link = pywebsock.RedisLink(self.url, deliver, history, 1 << 20, 1 << 20)
+        link = pywebsock.RedisLink(FakeServer(self.url, deliver, history))
         self.addCleanup(link.stop)
         return link
 
-    def test_history_comes_in_its_thread(self) -> None:
-        """The constructor finds the place in the stream; start() delivers the history, and starts the threads."""
+    def test_history_comes_from_the_constructor(self) -> None:
+        """The constructor delivers the history and finds the place in the stream; start() starts the threads."""
         for text in ("one", "two"):
             self.redis.call("XADD", self.stream, "*", "x", text)
-        heard: queue.SimpleQueue[tuple[int | None, bytes]] = queue.SimpleQueue()
+        heard: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
         def deliver(messages: list[tuple[int, bytes]]) -> None:
             for _, payload in messages:
@@ -316,12 +316,13 @@ class LinkTest(RedisTestCase):
 
         before = set(threading.enumerate())
         link = self.link(deliver, 1)
-        self.assertEqual((set(threading.enumerate()) - before, heard.qsize()), (set(), 0))
+        self.assertEqual((set(threading.enumerate()) - before, heard.qsize()), (set(), 1))
+        self.assertEqual(heard.get(), (threading.get_ident(), b"two"))
         self.redis.call("XADD", self.stream, "*", "x", "three")
         link.start()
-        reader = link._threads[1].ident
-        self.assertEqual(heard.get(timeout=DEADLINE), (threading.get_ident(), b"two"))
-        self.assertEqual(heard.get(timeout=DEADLINE), (reader, b"three"))
+        thread, payload = heard.get(timeout=DEADLINE)
+        self.assertEqual(payload, b"three")
+        self.assertNotEqual(thread, threading.get_ident())
 
     def test_many_links(self) -> None:
         """Entries of links that are behind do not keep them behind."""

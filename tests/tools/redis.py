@@ -97,6 +97,21 @@ class Redis:
         self._folder.cleanup()
 
 
+Deliver = typing.Callable[["list[tuple[int, bytes]]"], object]
+
+
+class FakeServer(pywebsock.BroadcastServer):
+    """The part of a server that a link uses."""
+
+    def __init__(self, url: str, deliver: Deliver, history: int) -> None:
+        self.redis, self.history = url, history
+        self._hooks = pywebsock.Hooks()
+        self._deliver = deliver
+
+    def _take_from_link(self, messages: typing.Any) -> None:
+        self._deliver(messages)
+
+
 class Proxy:
     """A proxy between a server and Redis that cuts the connection that writes, or the one that reads.
 
