@@ -3978,6 +3978,10 @@ def parse_redis_url(url: str) -> RedisAddress:
     if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
         raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
     host, port = parts.hostname or "localhost", parts.port or 6379
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{host!a} is not a host name") from None
     user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
     return RedisAddress(parts.scheme == "rediss", host, port, user, password, int(path[1] or 0), stream)
 
