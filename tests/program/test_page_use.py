@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import shutil
-import socketserver
 import struct
 import subprocess
 import threading
@@ -236,9 +235,6 @@ class Sharing(PageTestCase):
         self.tab.wait_for_messages(4)
         expected = ["file 0, 12 bytes", "file 1, 17 bytes", "file 2, 76,800 bytes", "file 3, 0 bytes"]
         self.wait(lambda: self.tab.messages(".mine") == expected, "the files with their names")
-        self.assertEqual(self.tab.run("return Array.from(arguments[0], k => kindOf(Uint8Array.from(k, c => "
-            "c.charCodeAt(0))) ?? 'bin').join()", ["\xff\xd8\xff\xe0", "GIF89a", "PK\x03\x04", "", "RIFF1234WEBP"]),
-            "jpg,gif,zip,bin,webp")  # fmt: skip
 
     def test_files_wait_for_the_connection_like_text(self) -> None:
         self.server.stop()
@@ -309,17 +305,6 @@ class Settings(PageTestCase):
             self.assertEqual(program.read(), "hello")
 
 
-class Elsewhere(socketserver.BaseRequestHandler):
-    """A web server without WebSockets."""
-
-    def handle(self) -> None:
-        self.request.recv(65536)
-        self.request.sendall(
-            b"HTTP/1.1 404 Not Found\r\nAccess-Control-Allow-Origin: *\r\n"
-            b"Content-Length: 0\r\nConnection: close\r\n\r\n"
-        )
-
-
 class Explanations(PageTestCase):
     """The page explains why there is no connection."""
 
@@ -332,39 +317,21 @@ class Explanations(PageTestCase):
         return str(tab.run("return why.textContent"))
 
     def test_a_refused_origin(self) -> None:
+        """A browser does not say why a WebSocket failed, so the page names both reasons."""
         server = self.serve("--origin", "https://example.com")
-        self.assertRegex(
-            self.why(self.from_disk(server)), r"The server says: 403 .*origin \S+ may not connect \(--origin"
-        )
-
-    @only_in("Chromium", "Firefox")  # WebKit does not resolve the name
-    def test_page_of_another_name(self) -> None:
-        """The server serves the page, and refuses its WebSocket, since the name may be DNS rebinding."""
-        server = self.serve()
-        name = "localhost."  # any name but localhost
-        said = self.why(f"http://{name}:{server.port}/")
-        self.assertIn(f"origin http://{name}:{server.port} may not connect", said)
+        self.assertRegex(self.why(self.from_disk(server)), "Start a server.* its log says why it refuses this page")
 
     def test_no_answer(self) -> None:
         port = free_port()
         said = self.why(f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{port}")
-        self.assertIn(f"Nobody answers at ws://localhost:{port}/. Start a server", said)
-
-    def test_a_web_server_without_websockets(self) -> None:
-        with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Elsewhere) as server:
-            threading.Thread(target=server.serve_forever, args=(0.02,)).start()
-            try:
-                url = f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{server.server_address[1]}"
-                self.assertIn("takes no WebSocket connection of this page (status 404)", self.why(url))
-            finally:
-                server.shutdown()
+        self.assertIn(f"No connection to ws://localhost:{port}/. Start a server", said)
 
     def test_a_misspelt_address(self) -> None:
         for address in "http//localhost", "ws://[local]:4545", "ftp://localhost":
             with self.subTest(address):
                 said = self.why(f"{(ROOT / 'pywebsock.html').as_uri()}?server={urllib.request.quote(address)}")  # type: ignore[attr-defined]
                 if address == "http//localhost":  # a host called http
-                    self.assertIn("Nobody answers at ws://http", said)
+                    self.assertIn("No connection to ws://http", said)
                 else:
                     self.assertIn("no address like ws://host:port", said)
 
@@ -441,11 +408,6 @@ class Accessibility(PageTestCase):
         for coarse, expected in ((False, "draft"), (True, "scroller")):
             tab.run("window.matchMedia = query => ({ matches: arguments[0] && query === '(pointer: coarse)' })".replace(
                 "arguments[0]", str(coarse).lower()))  # fmt: skip
-            tab.run("connection.drop('moved'); connection.retryAt = Infinity; retry.focus()")
-            self.assertEqual(tab.run(focus), "retry")
-            tab.run("retry.click()")
-            self.assertEqual(tab.run(focus), expected)
-            tab.wait_for_state("connected")
             tab.run("submit('x', 'refused'); outbox.querySelector('button:last-child').focus();"
                     "outbox.querySelector('button:last-child').click()")  # fmt: skip
             self.assertEqual(tab.run(focus), expected)
