@@ -369,7 +369,7 @@ class Address(PageTestCase):
         tab.wait_for_state("offline")
         self.assertNotIn("sesame", tab.run(shown))
         tab = self.open(f"{page}?server=ws://ann:sesame@localhost:{server.port}/", state="offline")
-        self.wait(lambda: tab.run("return why.textContent"), "an explanation")
+        self.wait(lambda: tab.run("return hint.textContent"), "an explanation")
         self.assertNotIn("sesame", tab.run(shown))
 
     def test_a_long_address_fills_one_line(self) -> None:
