@@ -286,7 +286,7 @@ class Outbox(PageTestCase):
     def test_a_dead_connection_is_noticed(self) -> None:
         """The message is kept, the header shows the state, and after the cut the message arrives once."""
         server = self.serve("--history", "50")
-        tab = self.open(self.from_disk(server, self.hasty(STALLED=3000)))
+        tab = self.open(self.from_disk(server, self.hasty(PATIENCE=1500)))
         tab.send("before")
         tab.wait_for_messages(1)
         with paused(server.pid):
@@ -445,7 +445,7 @@ class Engines(PageTestCase):
     def test_cut_at_random(self) -> None:
         """After cuts, reloads and pauses of the server, each message is in all browsers, once, in one order."""
         server = self.serve("--history", "200")
-        page = self.hasty(PATIENCE=1500, STALLED=3000)
+        page = self.hasty(PATIENCE=1500)
         tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
         scripts = {
             "drop": "if (connection.socket) connection.drop('moved')",

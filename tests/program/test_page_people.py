@@ -201,7 +201,7 @@ class SlowLinks(PageTestCase):
     def test_a_link_without_progress(self) -> None:
         server = self.serve()
         with SlowLink(server.port, 10_000_000) as link:
-            tab = self.open(self.from_disk(link, self.hasty(STALLED=3000)))
+            tab = self.open(self.from_disk(link, self.hasty(PATIENCE=1500)))
             tab.send("before")
             tab.wait_for_messages(1)
             link.cut()
