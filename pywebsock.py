@@ -199,7 +199,7 @@ class HandshakeError(Exception):
 class ProtocolError(Exception):
     """The client breaks the protocol: the connection fails with this close code (RFC 6455 7.1.7)."""
 
-    def __init__(self, code: CloseCode, message: str) -> None:
+    def __init__(self, message: str, code: CloseCode = CloseCode.PROTOCOL_ERROR) -> None:
         super().__init__(message)
         self.code = code
 
@@ -320,18 +320,18 @@ def parse_header(data: bytes, position: int, strict: bool = True) -> Header | No
     first, second = data[position], data[position + 1]
     if strict:
         if first & 0x3F not in OPCODES:  # 5.2: no extension of this server uses them
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "an opcode is reserved, or RSV2 or RSV3 is set")
+            raise ProtocolError("an opcode is reserved, or RSV2 or RSV3 is set")
         if second < 0x80:  # 5.1
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a frame is not masked")
+            raise ProtocolError("a frame is not masked")
         if first & 0x08 and (first & 0xF0 != 0x80 or second > 0x80 + MAX_CONTROL_PAYLOAD):  # 5.5; RFC 7692 6
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame is fragmented, compressed or too long")
+            raise ProtocolError("a control frame is fragmented, compressed or too long")
     length = second & 0x7F
     key = position + 2
     if length > 125:  # the next 16 or 64 bits are the length
         least, key = (126, key + 2) if length == 126 else (1 << 16, key + 8)
         length = int.from_bytes(data[position + 2 : key], "big")
         if strict and key <= len(data) and not least <= length < 1 << 63:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a payload length is not minimal, or its first bit is set")
+            raise ProtocolError("a payload length is not minimal, or its first bit is set")
     start = key + 4 if second >= 0x80 else key
     return (first, length, data[key:start], start) if start <= len(data) else None
 
@@ -357,8 +357,8 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     if not payload:
         return CloseCode.NO_STATUS_RCVD, ""
     code = int.from_bytes(payload[:2], "big")
-    if len(payload) < 2 or code not in CODES_ON_THE_WIRE:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a Close frame has an invalid code")
+    if code not in CODES_ON_THE_WIRE:  # a single byte is less than 1000
+        raise ProtocolError("a Close frame has an invalid code")
     return code, decode_text(payload[2:])
 
 
@@ -367,7 +367,7 @@ def decode_text(payload: Octets) -> str:
     try:
         return payload.decode()  # on PyPy, str(payload, "utf-8") accepts surrogates
     except UnicodeDecodeError:
-        raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "text is not UTF-8") from None
+        raise ProtocolError("text is not UTF-8", CloseCode.INVALID_FRAME_PAYLOAD_DATA) from None
 
 
 # ======================================================================================
@@ -482,12 +482,12 @@ class Inflater:
             try:
                 plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
-                raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data is corrupt") from None
+                raise ProtocolError("compressed data is corrupt", CloseCode.INVALID_FRAME_PAYLOAD_DATA) from None
             data = self._zlib.unconsumed_tail or self._zlib.unused_data
             self.context = (self.context + plain)[-CONTEXT_SIZE:]
             yield plain
         if data or (fin and not self._zlib.eof):
-            raise ProtocolError(CloseCode.INVALID_FRAME_PAYLOAD_DATA, "compressed data has no end, or too many")
+            raise ProtocolError("compressed data has no end, or too many", CloseCode.INVALID_FRAME_PAYLOAD_DATA)
 
 
 # ======================================================================================
@@ -590,13 +590,13 @@ class MessageReader:
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> PartialMessage:
         if opcode and self._partial:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a new message begins before the last fragment of another")
+            raise ProtocolError("a new message begins before the last fragment of another")
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "RSV1 is set without compression")
+            raise ProtocolError("RSV1 is set without compression")
         if opcode:
             return PartialMessage(opcode, Inflater(self.context) if rsv1 else None)
         if not self._partial:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a continuation frame has no message to continue")
+            raise ProtocolError("a continuation frame has no message to continue")
         return self._partial
 
     def _inflate(self, message: PartialMessage, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
@@ -611,7 +611,7 @@ class MessageReader:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_message:
-            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message is longer than {self._max_message} bytes")
+            raise ProtocolError(f"a message is longer than {self._max_message} bytes", CloseCode.MESSAGE_TOO_BIG)
 
 
 class Outgoing:
@@ -2750,7 +2750,7 @@ class Gate:
     def _may_send(self, connection: Connection, now: float) -> bool:
         server = self._server
         if server.read_only:
-            raise ProtocolError(CloseCode.POLICY_VIOLATION, "this server only sends")
+            raise ProtocolError("this server only sends", CloseCode.POLICY_VIOLATION)
         if server._link and server._link.is_full:
             self._held_back.append(connection)
             return False

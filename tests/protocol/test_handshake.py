@@ -1028,7 +1028,7 @@ class Errors(unittest.TestCase):
                 HandshakeError(typing.cast(int, value), "why", *fields)
 
     def test_protocol_error(self) -> None:
-        wrong = pywebsock.ProtocolError(pywebsock.CloseCode.MESSAGE_TOO_BIG, "why")
+        wrong = pywebsock.ProtocolError("why", pywebsock.CloseCode.MESSAGE_TOO_BIG)
         self.assertEqual((wrong.code, str(wrong)), (1009, "why"))
 
 

@@ -336,7 +336,7 @@ class Transitions(SenderTestCase):
         self.drain()
 
     def test_all(self) -> None:
-        violation = pywebsock.ProtocolError(pywebsock.CloseCode.PROTOCOL_ERROR, "bad")
+        violation = pywebsock.ProtocolError("bad", pywebsock.CloseCode.PROTOCOL_ERROR)
         told_1002 = pywebsock.serialize_close(1002, "bad")
         told_1009 = pywebsock.serialize_close(1009, "out of memory")
         o, c, e, x = State.OPEN, State.CLOSING, State.ENDING, State.CLOSED

@@ -310,7 +310,7 @@ def refusal() -> HandshakeError:
 EVERYTHING = (
     *(SystemExit, KeyboardInterrupt, asyncio.CancelledError, MemoryError, GeneratorExit, RecursionError, StopIteration),
     *(OSError, BlockingIOError, ConnectionResetError, EOFError, TimeoutError, NotAnException),
-    *(lambda: pywebsock.ProtocolError(pywebsock.CloseCode.PROTOCOL_ERROR, "said by a hook"),),
+    *(lambda: pywebsock.ProtocolError("said by a hook", pywebsock.CloseCode.PROTOCOL_ERROR),),
     refusal,
 )
 

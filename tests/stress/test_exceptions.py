@@ -121,7 +121,7 @@ ERRORS: typing.Sequence[BaseException] = (
     RecursionError(),
     TimeoutError(),
     ConnectionResetError(),
-    pywebsock.ProtocolError(pywebsock.CloseCode.POLICY_VIOLATION, "raised by the program"),
+    pywebsock.ProtocolError("raised by the program", pywebsock.CloseCode.POLICY_VIOLATION),
 )
 
 
