@@ -272,13 +272,11 @@ class FrameReader:
     ([(False, False, 1, b'He', 3)], [(True, False, 0, b'llo', 0)])
     """
 
-    __slots__ = ("_first", "_key", "_left", "_rest")
+    __slots__ = ("_current", "_rest")
 
     def __init__(self) -> None:
         self._rest = b""  # the beginning of an incomplete header or control frame
-        self._left = 0  # bytes of the current payload that have not arrived
-        self._first = 0  # first byte of the current frame
-        self._key = b""  # its masking key, rotated to the next byte of the payload
+        self._current: Header | None = None  # of the rest of a payload, as if it were a continuation frame
 
     def feed(self, data: bytes) -> Iterator[tuple[bool, bool, int, Octets, int]]:
         """Yield (fin, rsv1, opcode, payload, left) for each frame or part of a frame in `data`.
@@ -289,9 +287,7 @@ class FrameReader:
         data = self._rest + data
         self._rest = b""
         position = 0
-        header: Header | None = (self._first & 0x80, self._left, self._key, 0)  # of the current payload
-        if not self._left:
-            header = parse_header(data, 0)
+        header = self._current or parse_header(data, 0)
         while header:
             first, length, key, start = header
             payload = data[start : start + length]
@@ -299,11 +295,10 @@ class FrameReader:
             if left and first & 0x08:  # wait for the rest of a control frame
                 break
             position = start + length - left
-            self._left = left
+            self._current = None
             if left:
                 used = len(payload) % 4
-                self._key = key[used:] + key[:used]
-                self._first = first
+                self._current = first & 0x80, left, key[used:] + key[:used], 0
             fin = first >= 0x80 and not left
             yield fin, first & 0x40 != 0, first & 0x0F, apply_mask(payload, key), left
             header = parse_header(data, position) if position < len(data) else None
