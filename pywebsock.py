@@ -354,15 +354,19 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     code = int.from_bytes(payload[:2], "big")
     if code not in CODES_ON_THE_WIRE:  # a single byte is less than 1000
         raise ProtocolError("a Close frame has an invalid code")
-    return code, decode_text(payload[2:])
+    check_text(payload[2:])
+    return code, payload[2:].decode()
 
 
-def decode_text(payload: Octets) -> str:
-    """Return the text in a payload. Raise ProtocolError if it is not UTF-8 (8.1)."""
+def check_text(text: Octets, final: bool = True) -> Octets:
+    """Raise ProtocolError if a text is not UTF-8 (8.1). Unless `final`, return the incomplete character at its end."""
     try:
-        return payload.decode()  # on PyPy, str(payload, "utf-8") accepts surrogates
-    except UnicodeDecodeError:
-        raise ProtocolError("text is not UTF-8", CloseCode.INVALID_FRAME_PAYLOAD_DATA) from None
+        text.decode()  # on PyPy, str(text, "utf-8") accepts surrogates
+    except UnicodeDecodeError as error:
+        if final or error.reason != "unexpected end of data":
+            raise ProtocolError("text is not UTF-8", CloseCode.INVALID_FRAME_PAYLOAD_DATA) from None
+        return text[error.start :]
+    return b""
 
 
 # ======================================================================================
@@ -496,29 +500,32 @@ class Inflater:
 class PartialMessage:
     """A message whose last fragment has not arrived."""
 
-    def __init__(self, opcode: int, inflater: Inflater | None) -> None:
+    def __init__(self, opcode: int, inflater: Inflater | None, max_message: int) -> None:
         self.opcode = opcode
         self.inflater = inflater  # if it is compressed
         self.payload = bytearray()  # so far, decompressed
-        self._character = b""  # the bytes of an incomplete character at the end of a text
+        self._max_message = max_message
+        self._character: Octets = b""  # the bytes of an incomplete character at the end of a text
 
-    def append(self, piece: Octets) -> None:
-        """Add a piece of the payload. Raise ProtocolError as soon as a text is not UTF-8."""
-        self.payload += piece
-        if self.opcode == TEXT:
-            text = self._character + piece
-            self._character = b""
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                if error.reason != "unexpected end of data":
-                    decode_text(text)
-                self._character = text[error.start :]
+    @property
+    def size(self) -> int:
+        """Return the number of bytes that this message takes."""
+        return len(self.payload) + (self.inflater.size if self.inflater else 0)
 
-    def finish(self) -> bytearray:
-        """Return the payload. Raise ProtocolError if the last character of a text is incomplete."""
-        decode_text(self._character)
-        return self.payload
+    def feed(self, payload: Octets, left: int, fin: bool) -> Iterator[tuple[int, bytes]]:
+        """Add the payload of a frame. Yield (CONT, b"") after each piece. Raise ProtocolError as early as possible."""
+        pieces: Iterable[Octets] = [payload]
+        if self.inflater:
+            left, pieces = 0, self.inflater.inflate(payload, fin)
+        for piece in pieces:
+            if len(self.payload) + len(piece) + left > self._max_message:
+                raise ProtocolError(f"a message is longer than {self._max_message} bytes", CloseCode.MESSAGE_TOO_BIG)
+            self.payload += piece
+            if self.opcode == TEXT:
+                self._character = check_text(self._character + piece, final=False)
+            yield CONT, b""
+        if fin:
+            check_text(self._character)
 
 
 class MessageReader:
@@ -549,10 +556,7 @@ class MessageReader:
     @property
     def size(self) -> int:
         """Return the number of bytes that the reader buffers for an incomplete message."""
-        message = self._partial
-        if not message:
-            return 0
-        return len(message.payload) + (message.inflater.size if message.inflater else 0)
+        return self._partial.size if self._partial else 0
 
     def feed(self, data: bytes) -> Iterator[tuple[int, Octets]]:
         """Yield (opcode, payload) for each message, Close, Ping and Pong that `data` completes.
@@ -566,22 +570,16 @@ class MessageReader:
                 yield opcode, payload
             elif fin and opcode and not rsv1 and not self._partial and len(payload) <= self._max_message:
                 if opcode == TEXT and not payload.isascii():
-                    decode_text(payload)
+                    check_text(payload)
                 yield opcode, payload  # most messages: one frame, not compressed
             else:
                 message = self._partial = self._begin_or_continue(opcode, rsv1)
-                for piece in self._inflate(message, fin, payload, left):
-                    message.append(piece)
-                    yield CONT, b""
+                yield from message.feed(payload, left, fin)
                 if fin:
-                    yield message.opcode, self._finish(message)
-
-    def _finish(self, message: PartialMessage) -> bytearray:
-        self._partial = None
-        payload = message.finish()
-        if message.inflater and self._takeover:
-            self.context = message.inflater.context
-        return payload
+                    self._partial = None
+                    if message.inflater and self._takeover:
+                        self.context = message.inflater.context
+                    yield message.opcode, message.payload
 
     def _begin_or_continue(self, opcode: int, rsv1: bool) -> PartialMessage:
         if opcode and self._partial:
@@ -589,24 +587,10 @@ class MessageReader:
         if rsv1 and not (opcode and self._may_compress):  # RFC 7692 6: on the first fragment only
             raise ProtocolError("RSV1 is set without compression")
         if opcode:
-            return PartialMessage(opcode, Inflater(self.context) if rsv1 else None)
+            return PartialMessage(opcode, Inflater(self.context) if rsv1 else None, self._max_message)
         if not self._partial:
             raise ProtocolError("a continuation frame has no message to continue")
         return self._partial
-
-    def _inflate(self, message: PartialMessage, fin: bool, payload: Octets, left: int) -> Iterator[Octets]:
-        """Yield the decompressed bytes of a fragment in pieces, after a check of their size."""
-        if not message.inflater:
-            self._check_size(len(message.payload) + len(payload) + left)
-            yield payload
-            return
-        for piece in message.inflater.inflate(payload, fin):
-            self._check_size(len(message.payload) + len(piece))
-            yield piece
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_message:
-            raise ProtocolError(f"a message is longer than {self._max_message} bytes", CloseCode.MESSAGE_TOO_BIG)
 
 
 class Outgoing:
