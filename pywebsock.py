@@ -610,26 +610,23 @@ class Outgoing:
         self.to = to  # its recipients; None: all clients
         self._frames: dict[int, bytes] = {}  # by window
 
-    def frame(self, window: int) -> bytes:
-        """Return the frame for clients with this window. Any thread may call this method."""
+    def frame(self, window: int, limit: float = math.inf) -> bytes:
+        """Return the frame for clients with this window. Any thread may call this method.
+
+        A message of `limit` bytes or more is not compressed now: return the best frame that exists.
+        """
         frames = self._frames
         if 0 not in frames:
             frames[0] = serialize_frame(self.opcode, self.payload)
         if self.size < DEFLATE_THRESHOLD:
             return frames[0]
-        if window not in frames:
+        if window not in frames and self.size >= limit:
+            window = max([ready for ready in list(frames) if ready <= window])
+        elif window not in frames:
             payload = deflate(self.payload, window)
             shorter = len(payload) < self.size
             frames[window] = serialize_frame(self.opcode, payload, rsv1=True) if shorter else frames[0]
         return frames[window]
-
-    def ready_frame(self, window: int, limit: int = LONG_MESSAGE) -> bytes:
-        """Return a frame for this window; from `limit` bytes on it is one that exists: nothing is compressed then."""
-        if self.size < limit or not window:
-            return self.frame(window)
-        self.frame(0)
-        best = max([ready for ready in list(self._frames) if ready <= window])
-        return self._frames[best]
 
 
 def is_to_all(message: Outgoing) -> bool:
@@ -2465,7 +2462,7 @@ class Room(Registry):
             with self.lock:
                 messages, joiner.number = list(self._history), self.messages
             with self._preparing:
-                joiner.frames = [message.ready_frame(connection.window) for message in messages]
+                joiner.frames = [message.frame(connection.window, LONG_MESSAGE) for message in messages]
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
             require(len(self) < self.most_selected, 503, TOO_MANY_SELECTED)
@@ -2498,7 +2495,7 @@ class Room(Registry):
             newer = min(self.messages - joiner.number, length)
             messages = list(itertools.islice(self._history, length - newer, None))
         frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
-        frames += [message.ready_frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
+        frames += [message.frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
         mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
         return [joiner.response, *frames, *mark]
 
@@ -3468,7 +3465,7 @@ class Loop:
         for _, group in itertools.groupby(run, is_to_all) if len(run) > 1 else [(True, run)]:
             for window, messages, sends in self._room.recipients(list(group)):
                 try:
-                    data = b"".join([message.ready_frame(window) for message in messages])
+                    data = b"".join([message.frame(window, LONG_MESSAGE) for message in messages])
                 except MemoryError as error:  # a client must not miss messages without notice
                     self.receiver.endings.add_failed(sends, error)
                 else:

@@ -684,12 +684,12 @@ class Out(unittest.TestCase):
             with self.subTest(opcode=opcode, length=length, window=window):
                 self.assertEqual(Outgoing(opcode, b"x" * length).frame(window)[0], first)
 
-    def test_ready_frame(self) -> None:
+    def test_limit(self) -> None:
         """A long message is not compressed in the loop: the client gets the smallest existing frame for it."""
         short, long = b"x" * (pywebsock.LONG_MESSAGE - 1), b"x" * pywebsock.LONG_MESSAGE
-        self.assertEqual(Outgoing(BINARY, short).ready_frame(12), Outgoing(BINARY, short).frame(12))
+        self.assertEqual(Outgoing(BINARY, short).frame(12, pywebsock.LONG_MESSAGE), Outgoing(BINARY, short).frame(12))
         outgoing = Outgoing(BINARY, long)
-        plain = outgoing.ready_frame(15)
+        plain = outgoing.frame(15, pywebsock.LONG_MESSAGE)
         self.assertEqual(plain, pywebsock.serialize_frame(BINARY, long))
         made = {window: outgoing.frame(window) for window in (10, 12)}
         for window, expected in (
@@ -701,7 +701,7 @@ class Out(unittest.TestCase):
             (15, made[12]),
         ):
             with self.subTest(window=window):
-                self.assertIs(outgoing.ready_frame(window), expected)
+                self.assertIs(outgoing.frame(window, pywebsock.LONG_MESSAGE), expected)
 
     def test_each_window(self) -> None:
         """A message is compressed once for each window in use."""

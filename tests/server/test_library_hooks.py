@@ -473,7 +473,7 @@ class BetweenHooks(ServerTestCase):
         server = self.serve()
         clients = [self.connect(server) for _ in range(3)]
         eventually(lambda: len(server.clients) == 3)
-        with unittest.mock.patch.object(pywebsock.Outgoing, "ready_frame", side_effect=MemoryError):
+        with unittest.mock.patch.object(pywebsock.Outgoing, "frame", side_effect=MemoryError):
             server.broadcast("lost")
             for client in clients:
                 self.assertEqual(client.read_close(), (1009, "out of memory"))
