@@ -864,45 +864,56 @@ def body_length(request: Request, max_message: int) -> int:
     return int(length)
 
 
-class BodyReader:
-    """Reads a body that arrives in pieces. It yields an empty piece if no more data has arrived."""
+def read_body(request: Request, length: int, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
+    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._data = bytearray()  # has arrived, not read yet
-
-    def read(self, length: int) -> Iterator[bytes]:
-        """Yield the next `length` bytes, in pieces as they arrive."""
-        while length:
-            if not self._data:
-                self._data += next(self._pieces)
-            piece = bytes(self._data[:length])
-            del self._data[: len(piece)]
-            length -= len(piece)
-            yield piece
-
-    def read_line(self) -> Generator[bytes, None, bytes]:
-        """Return the next line, without CR LF."""
-        while (end := self._data.find(b"\r\n")) < 0:
-            require(len(self._data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
-            self._data += next(self._pieces)
-            yield b""
-        line = bytes(self._data[:end])
-        del self._data[: end + 2]
-        return line
+    A piece is empty if no more data has arrived. `pieces` must raise an exception at the end of
+    the connection. `length` is the result of body_length().
+    """
+    data = bytearray()
+    is_chunked = "transfer-encoding" in request.headers
+    content = read_chunks(data, pieces) if is_chunked else read_bytes(data, pieces, length)
+    if request.tokens("content-encoding") not in ([], ["identity"]):
+        content = decompress(content)
+    total = 0
+    for piece in content:
+        total += len(piece)
+        require(total <= max_message, 413, f"a message must not have more than {max_message} bytes")
+        yield piece
 
 
-def read_chunks(body: BodyReader) -> Iterator[bytes]:
+def read_bytes(data: bytearray, pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """Yield the next `length` bytes, in pieces as they arrive. `data` has arrived before."""
+    while length:
+        if not data:
+            data += next(pieces)
+        piece = bytes(data[:length])
+        del data[: len(piece)]
+        length -= len(piece)
+        yield piece
+
+
+def read_line(data: bytearray, pieces: Iterator[bytes]) -> Generator[bytes, None, bytes]:
+    """Return the next line, without CR LF. Yield an empty piece while it is incomplete."""
+    while (end := data.find(b"\r\n")) < 0:
+        require(len(data) <= MAX_LINE, 400, f"a line in the body is longer than {MAX_LINE} bytes")
+        data += next(pieces)
+        yield b""
+    line = bytes(data[:end])
+    del data[: end + 2]
+    return line
+
+
+def read_chunks(data: bytearray, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the data of a chunked body (RFC 9112 7.1). Raise HandshakeError if it is malformed."""
     size = -1
     while size:
-        line = yield from body.read_line()
+        line = yield from read_line(data, pieces)
         head = require(CHUNK.fullmatch(line), 400, "the size of a chunk is missing or malformed")
         size = int(head[1], 16)
-        yield from body.read(size)
-        require(not size or not (yield from body.read_line()), 400, "a chunk is longer than its size")
-    while (yield from body.read_line()):
-        pass  # trailer fields
+        yield from read_bytes(data, pieces, size)
+        while (yield from read_line(data, pieces)):
+            require(size == 0, 400, "a chunk is longer than its size")  # trailer fields follow the last chunk
 
 
 def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -921,24 +932,6 @@ def decompress(pieces: Iterable[bytes]) -> Iterator[bytes]:
                 raise HandshakeError(400, "the body does not match its Content-Encoding") from None
             data = inflater.unconsumed_tail or inflater.unused_data
     require(inflater.eof, 400, "the compressed body is incomplete")
-
-
-def read_body(request: Request, pieces: Iterator[bytes], max_message: int) -> Iterator[bytes]:
-    """Yield the decoded body of a request from the bytes after its head. Raise HandshakeError if it is wrong.
-
-    A piece is empty if no more data has arrived. `pieces` must raise an exception at the end of
-    the connection.
-    """
-    length = body_length(request, max_message)
-    body = BodyReader(pieces)
-    content = read_chunks(body) if "transfer-encoding" in request.headers else body.read(length)
-    if request.tokens("content-encoding") not in ([], ["identity"]):
-        content = decompress(content)
-    total = 0
-    for piece in content:
-        total += len(piece)
-        require(total <= max_message, 413, f"a message must not have more than {max_message} bytes")
-        yield piece
 
 
 def decode_body(request: Request, body: bytes) -> Message:
@@ -1989,7 +1982,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self._rest = b""
         body = bytearray()
         turn_end = time.monotonic() + STUCK_TIME / 2
-        for piece in read_body(request, arriving, server.max_message):
+        for piece in read_body(request, length, arriving, server.max_message):
             body += piece
             has_room = server._budget.take(len(body) - self._kept, server._budget.reserve)
             require(has_room, 503, "too many messages are unfinished", later)

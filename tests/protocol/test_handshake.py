@@ -807,7 +807,8 @@ class Bodies(unittest.TestCase):
     def read(self, data: bytes, size: int, **fields: str) -> bytes:
         """Read the body in data that arrives in pieces of this size."""
         pieces = (data[i : i + size] for i in range(0, len(data), size))
-        return b"".join(pywebsock.read_body(headers(**fields), arriving(pieces), 100))
+        asked = headers(**fields)
+        return b"".join(pywebsock.read_body(asked, pywebsock.body_length(asked, 100), arriving(pieces), 100))
 
     CHUNKS = (
         (b"0\r\n\r\n", b""),
@@ -899,7 +900,7 @@ class Bodies(unittest.TestCase):
 
         def read() -> None:
             with contextlib.suppress(HandshakeError):
-                deque(pywebsock.read_body(asked, iter([bomb]), 1 << 20), 0)
+                deque(pywebsock.read_body(asked, len(bomb), iter([bomb]), 1 << 20), 0)
 
         self.assertLess(peak_memory(read), 1 << 20)
 
@@ -916,7 +917,7 @@ class Bodies(unittest.TestCase):
 
             def read(size: int) -> None:
                 with contextlib.suppress(HandshakeError):
-                    deque(pywebsock.read_body(asked, arriving([data * size]), 100_000), 0)  # noqa: B023
+                    deque(pywebsock.read_body(asked, 100_000, arriving([data * size]), 100_000), 0)  # noqa: B023
 
             with self.subTest(data):
                 self.assertLess(growth(read, MAX_LINE // 4), 9)

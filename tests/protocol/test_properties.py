@@ -509,10 +509,10 @@ class Handshake(unittest.TestCase):
         headers = {"transfer-encoding": "chunked", "content-encoding": coding}
         request = pywebsock.Request("POST", "/", (1, 1), headers)
         pieces = support.arriving(pieces_of(data, cuts))
-        self.assertEqual(b"".join(pywebsock.read_body(request, pieces, 1000)), body)
+        self.assertEqual(b"".join(pywebsock.read_body(request, 1000, pieces, 1000)), body)
         pieces = support.arriving(pieces_of(data[: -1 - sum(cuts) % len(data)], cuts))
         with self.assertRaises(HandshakeError):
-            list(pywebsock.read_body(request, pieces, 1000))
+            list(pywebsock.read_body(request, 1000, pieces, 1000))
 
 
 if __name__ == "__main__":

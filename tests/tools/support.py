@@ -468,7 +468,10 @@ def answer_to_request(pieces: typing.Iterable[bytes]) -> tuple[typing.Any, ...]:
         accept = pywebsock.check_upgrade(request)
         window, extension = pywebsock.negotiate_deflate(request.headers.get("sec-websocket-extensions", ""))
         assert bool(window) == bool(extension)
-        body = b"".join(pywebsock.read_body(request, arriving([rest]), 1000)) if request.method == "POST" else b""
+        body = b""
+        if request.method == "POST":
+            length = pywebsock.body_length(request, 1000)
+            body = b"".join(pywebsock.read_body(request, length, arriving([rest]), 1000))
         message = pywebsock.decode_body(request, body)
         return request, rest, message, host, accept, extension, request.path, request.upgrades
     except pywebsock.HandshakeError as error:
