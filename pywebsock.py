@@ -949,27 +949,25 @@ def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: byt
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def http_response(
-    status: int, kind: str, body: bytes, *fields: tuple[str, str], head: bool = False, origin: str | None = None
-) -> bytes:
-    """Return a response that is the last on its connection. If `head` (HEAD), leave its body out.
+def http_response(request: Request, status: int, kind: str, body: bytes, *fields: tuple[str, str]) -> bytes:
+    """Return a response that is the last on its connection, to HEAD without its body.
 
-    The page of the request may read the response, also if it is an error: `origin` is the
-    origin of the page, for requests with credentials (Fetch 3.3).
+    The page that sent the request may read the response, also if it is an error. With
+    credentials, the response must name its origin (Fetch 3.3). `fields` replace standard ones.
     """
-    standard = (
-        ("Content-Type", kind),
-        ("Content-Length", str(len(body))),
-        ("Cache-Control", "no-store"),
-        ("X-Content-Type-Options", "nosniff"),
-        ("X-Frame-Options", "DENY"),
-        ("Access-Control-Allow-Origin", "*" if origin is None else origin),
-        ("Access-Control-Allow-Credentials", "true"),
-        ("Connection", "close, Upgrade" if "Upgrade" in dict(fields) else "close"),  # RFC 9110 7.8
-    )
     own = dict(fields)
-    fields = (*(field for field in standard if field[0] not in own), *fields)
-    return serialize_response(status, fields, b"" if head else body)
+    standard = {
+        "Content-Type": kind,
+        "Content-Length": str(len(body)),
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Access-Control-Allow-Origin": request.headers.get("origin", "*"),
+        "Access-Control-Allow-Credentials": "true",
+        "Connection": "close, Upgrade" if "Upgrade" in own else "close",  # RFC 9110 7.8
+    }
+    kept = [field for field in standard.items() if field[0] not in own]
+    return serialize_response(status, (*kept, *fields), b"" if request.method == "HEAD" else body)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -1011,8 +1009,7 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
     if policy:  # of the page: as a header field, it can also forbid frames
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
-    origin = request.headers.get("origin")
-    return http_response(status, kind, body, *fields, head=request.method == "HEAD", origin=origin)
+    return http_response(request, status, kind, body, *fields)
 
 
 def with_origin(request: Request) -> Request:
@@ -1881,17 +1878,15 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _serve(self) -> Steps[None]:
         """Read the request and answer it: all steps."""
-        is_head = False
         try:
             if self.request.family != AF_UNIX:
                 self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if isinstance(self.request, TLSSocket):
                 yield from self._shake_tls_hands(self.request)
             request = yield from self._read_request()
-            is_head = request.method == "HEAD"
             yield from self._answer(request)
         except HandshakeError as error:
-            self._refuse(error, is_head)
+            self._refuse(error)
         except OSError as error:
             level = logging.DEBUG if self._is_silent else logging.INFO
             line = "%s gone before its handshake: %s"
@@ -1998,15 +1993,15 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     # ---- answering ----
 
-    def _refuse(self, error: HandshakeError, is_head: bool) -> None:
+    def _refuse(self, error: HandshakeError) -> None:
         """Answer a request with an error."""
         server = self.server
         server._hooks.log(logging.WARNING, "%s refused: %d, %s", self.address, error.status, printable(str(error)))
         server._refused += 1
         text = f"{error.status.value} {error.status.phrase}: {error}\n"
         body = text.encode(errors="replace")  # the message may come from a hook
-        kind, origin = "text/plain; charset=utf-8", self.headers.get("origin")
-        self._respond(http_response(error.status, kind, body, *error.fields, head=is_head, origin=origin))
+        request = Request(self.method, self.target, (1, 1), self.headers)
+        self._respond(http_response(request, error.status, "text/plain; charset=utf-8", body, *error.fields))
 
 
 class WebSocketHandler(RequestHandler):

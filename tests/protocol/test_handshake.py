@@ -955,7 +955,7 @@ class Responses(unittest.TestCase):
             self.assertRegex(response.decode(), rf"^HTTP/1\.1 {status} [A-Z][A-Za-z -]+\r\n\r\n$")
 
     def test_http(self) -> None:
-        response = pywebsock.http_response(200, "text/plain; charset=utf-8", "é".encode(), ("Allow", "GET"))
+        response = pywebsock.http_response(headers(), 200, "text/plain; charset=utf-8", "é".encode(), ("Allow", "GET"))
         head, _, body = response.partition(b"\r\n\r\n")
         start, *lines = head.decode("ascii").split("\r\n")
         fields = dict(line.split(": ", 1) for line in lines)
@@ -971,13 +971,15 @@ class Responses(unittest.TestCase):
 
     def test_upgrade_required(self) -> None:
         """Connection has Upgrade, too (RFC 9110 7.8)."""
-        response = pywebsock.http_response(426, "text/plain", b"", ("Upgrade", "websocket"))
+        response = pywebsock.http_response(headers(), 426, "text/plain", b"", ("Upgrade", "websocket"))
         self.assertIn(b"\r\nConnection: close, Upgrade\r\n", response)
 
     def test_head(self) -> None:
         """The response to HEAD has no body."""
-        full = pywebsock.http_response(404, "text/plain", b"body")
-        self.assertEqual(pywebsock.http_response(404, "text/plain", b"body", head=True) + b"body", full)
+        full = pywebsock.http_response(headers(), 404, "text/plain", b"body")
+        self.assertEqual(
+            pywebsock.http_response(headers()._replace(method="HEAD"), 404, "text/plain", b"body") + b"body", full
+        )
 
 
 class Printable(unittest.TestCase):

@@ -10,6 +10,7 @@ from tests.tools.support import ACCEPT, compress, growth, masked_frame, peak_mem
 
 RESPONSE = pywebsock.serialize_response(101, [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", ACCEPT)])
 OPEN = request()
+ASKED = pywebsock.Request("GET", "/", (1, 1), {})
 
 
 class TraceTestCase(unittest.TestCase):
@@ -59,8 +60,8 @@ class Handshakes(TraceTestCase):
 
     def test_http(self) -> None:
         """Data after the head of an ordinary request or response is not a frame."""
-        response = pywebsock.http_response(200, "text/html", b"\x81\x05Hello" * 100)
-        refusal = pywebsock.http_response(426, "text/plain", b"\x81\x05Hello", ("Upgrade", "websocket"))
+        response = pywebsock.http_response(ASKED, 200, "text/html", b"\x81\x05Hello" * 100)
+        refusal = pywebsock.http_response(ASKED, 426, "text/plain", b"\x81\x05Hello", ("Upgrade", "websocket"))
         post = b"POST / HTTP/1.1\r\nContent-Length: 7\r\n\r\n\x81\x05Hello"
         for data in (response, refusal, post):
             with self.subTest(data[:20]):
