@@ -435,11 +435,9 @@ def negotiate_deflate(field: str) -> tuple[int, str]:
         offer = dict(parameters)
         unique = len(offer) == len(parameters)
         if name == "permessage-deflate" and known and unique:
-            window = offer.get("server_max_window_bits", "")
-            response = [name, *(key for key in offer if key.endswith("no_context_takeover"))]
-            if window:
-                response.append(f"server_max_window_bits={window}")
-            return int(window or 15), "; ".join(response)
+            offer.pop("client_max_window_bits", None)
+            response = [name, *(f"{key}={value}".rstrip("=") for key, value in offer.items())]
+            return int(offer.get("server_max_window_bits", 15)), "; ".join(response)
     return 0, ""
 
 
@@ -465,19 +463,17 @@ class Inflater:
 
     def __init__(self, context: bytes = b"") -> None:
         self.context = context
-        self.size = 0  # bytes of memory that zlib has
         self._zlib: Any = None  # the decompressor of the current blocks, from the first byte to a final block
-        self._blocks = 0  # decompressors so far
+        self.starts = 0  # decompressors so far
 
     def inflate(self, data: Octets, fin: bool) -> Iterator[bytes]:
         """Yield the decompressed bytes, at most INFLATE_SIZE at once. Raise ProtocolError if `data` is corrupt."""
         if fin:
             data += SYNC_TAIL + b"\x03\x00"  # an empty final block: zlib reaches its end if no block is cut
-        while data and self._blocks <= MAX_FINALS:
+        while data and self.starts <= MAX_FINALS:
             if not self._zlib or self._zlib.eof:
                 self._zlib = zlib.decompressobj(wbits=-15, zdict=self.context)
-                self._blocks += 1
-                self.size = INFLATER_SIZE
+                self.starts += 1
             try:
                 plain = self._zlib.decompress(data, INFLATE_SIZE)
             except zlib.error:
@@ -510,7 +506,8 @@ class PartialMessage:
     @property
     def size(self) -> int:
         """Return the number of bytes that this message takes."""
-        return len(self.payload) + (self.inflater.size if self.inflater else 0)
+        window = INFLATER_SIZE if self.inflater and self.inflater.starts else 0
+        return len(self.payload) + window
 
     def feed(self, payload: Octets, left: int, fin: bool) -> Iterator[tuple[int, bytes]]:
         """Add the payload of a frame. Yield (CONT, b"") after each piece. Raise ProtocolError as early as possible."""
@@ -669,8 +666,7 @@ HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
 ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
-CODINGS = frozenset(["identity", "gzip", "x-gzip", "deflate"])  # supported content codings (RFC 9110 8.4.1)
-ACCEPT_CODINGS = "Accept-Encoding", "gzip, deflate"
+CODINGS = frozenset(["", "identity", "gzip", "x-gzip", "deflate"])  # supported content codings (RFC 9110 8.4.1)
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")  # size and extensions (RFC 9112 7.1)
 ORIGIN = re.compile(rf"(\*|null|file://)|((?!wss?:)[a-z][a-z0-9+.-]{{0,30}}://(?:\*\.)?{HOST.pattern}(?<!:))/?")
 
@@ -849,9 +845,8 @@ def body_length(request: Request, max_message: int) -> int:
     headers = request.headers
     is_form = headers.get("content-type", "").lower().startswith("multipart/")  # curl -F
     require(not is_form, 415, "the body must be the message, not a form")
-    codings = request.tokens("content-encoding") or ["identity"]
-    supported = len(codings) == 1 and codings[0] in CODINGS
-    require(supported, 415, "the Content-Encoding is not supported", ACCEPT_CODINGS)
+    supported = ",".join(request.tokens("content-encoding")) in CODINGS
+    require(supported, 415, "the Content-Encoding is not supported", ("Accept-Encoding", "gzip, deflate"))
     length = headers.get("content-length", "")
     if "transfer-encoding" in headers:
         require(headers["transfer-encoding"].lower() == "chunked", 501, "the Transfer-Encoding must be chunked")
