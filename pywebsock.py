@@ -521,7 +521,7 @@ class PartialMessage:
             if self.opcode == TEXT:
                 self._character = check_text(self._character + piece, final=False)
             yield CONT, b""
-        if fin:
+        if fin and self._character:
             check_text(self._character)
 
 
