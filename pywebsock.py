@@ -1245,14 +1245,14 @@ class Threads:
     """A pool of threads. A thread waits some time for the next call, since starting one takes long. Any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # an RLock, since a __del__ may log
+        self.lock = threading.RLock()  # an RLock, since a __del__ may log
         self._idle = 0  # waiting threads, less the calls that are queued for them
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._stopped = False  # then each thread ends after its call
 
     def run(self, call: Callable[[], object]) -> None:
         """Run a call in a thread. Raise RuntimeError if no thread can be started."""
-        with self._lock:
+        with self.lock:
             if self._idle:
                 self._calls.put(call)
                 self._idle -= 1
@@ -1261,7 +1261,7 @@ class Threads:
 
     def stop(self) -> None:
         """End the waiting threads now, and the others after their call."""
-        with self._lock:
+        with self.lock:
             self._stopped = True
             for _ in range(self._idle):
                 self._calls.put(None)
@@ -1271,7 +1271,7 @@ class Threads:
         while call:
             call()
             call = None  # let go of its connection
-            with self._lock:
+            with self.lock:
                 if self._stopped:
                     return
                 self._idle += 1
@@ -1281,7 +1281,7 @@ class Threads:
         """Wait for a call. Return None if none comes within IDLE_TIME."""
         with contextlib.suppress(queue.Empty):
             return self._calls.get(timeout=IDLE_TIME)
-        with self._lock:
+        with self.lock:
             if self._idle:
                 self._idle -= 1
                 return None
@@ -1309,8 +1309,8 @@ class Hooks:
 
     def __init__(self, most_workers: int = 1) -> None:
         self._most_workers = most_workers  # for calls of pending connections: TLS handshakes release the GIL
-        self._lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
-        self._done = threading.Condition(self._lock)  # notified when an inbox has become empty
+        self.lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
+        self._done = threading.Condition(self.lock)  # notified when an inbox has become empty
         self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
         self._pending: deque[Inbox] = deque()  # those of pending connections: thousands of them delay no client
         self._turn = 0  # the two lines take turns
@@ -1318,14 +1318,14 @@ class Hooks:
         self._running: dict[int, float] = {}  # thread of each worker, and when its call began
         self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
         self._coming = 0  # workers that were started and have not taken an inbox yet
-        self._threads = Threads()
+        self.threads = Threads()
         self._journal = Inbox()
 
     # ---- any thread ----
 
     def submit(self, inbox: Inbox, *calls: Callable[[], object]) -> None:
         """Run calls after those that this inbox already holds. Never wait."""
-        with self._lock:
+        with self.lock:
             inbox.calls.extend(calls)
             if not inbox.taken:
                 inbox.taken = True
@@ -1347,13 +1347,13 @@ class Hooks:
 
     def wait(self, number: int, end: float) -> None:
         """Wait until at most `number` inboxes have calls, or until `end` (time.monotonic())."""
-        with self._lock:
+        with self.lock:
             while self._busy > number and time.monotonic() < end:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
         """Let the threads end when they have no calls."""
-        self._threads.stop()
+        self.threads.stop()
 
     def _make_ready(self, inbox: Inbox) -> None:
         (self._pending if inbox.is_pending else self._ready).append(inbox)
@@ -1368,7 +1368,7 @@ class Hooks:
     def _add_worker(self) -> None:
         self._coming += 1
         try:
-            self._threads.run(self._work)
+            self.threads.run(self._work)
         except (RuntimeError, MemoryError):  # no thread can be started; relieve() tries again
             self._coming -= 1
 
@@ -1381,7 +1381,7 @@ class Hooks:
 
     def relieve(self) -> None:
         """Start workers if all others are stuck."""
-        with self._lock:
+        with self.lock:
             late = time.monotonic() - STUCK_TIME
             self._stuck.update([worker for worker, since in self._running.items() if since < late])
             if not self._active:
@@ -1408,7 +1408,7 @@ class Hooks:
 
     def _release(self, inbox: Inbox) -> None:
         """Give an inbox back. If it has new calls, it becomes ready again."""
-        with self._lock:
+        with self.lock:
             if inbox.calls:
                 self._make_ready(inbox)
                 return
@@ -1418,7 +1418,7 @@ class Hooks:
 
     def _next_inbox(self, me: int, coming: int) -> Inbox | None:
         """Return an inbox with calls, or None."""
-        with self._lock:
+        with self.lock:
             self._coming -= coming
             self._running.pop(me, None)
             self._stuck.discard(me)
@@ -2214,6 +2214,7 @@ class Queue:
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0
+        self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too
 
     # ---- any thread ----
 
@@ -2243,9 +2244,13 @@ class Queue:
         self._recipients.update(to)
         return KNOWN_COST * known + RECIPIENT_COST * (len(to) - known)
 
+    def may_wait(self) -> bool:
+        """Return whether this thread may wait for the loop: not the loop itself, nor a __del__ within a lock."""
+        return threading.get_ident() != self.loop_thread and not any(lock._is_owned() for lock in self.locks)
+
     def wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while senders must wait. Return False after `timeout` (seconds)."""
-        if threading.get_ident() == self.loop_thread:
+        if not self.may_wait():
             return True
         with self._lock:
             return self._space.wait_for(lambda: not self.is_full, timeout)
@@ -2594,11 +2599,11 @@ class Budget:
     def __init__(self, size: int) -> None:
         self.left = size
         self.reserve = size // 8  # bytes that only short messages may take
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def take(self, size: int, spare: int = 0, force: bool = False) -> bool:
         """Take bytes from the budget. Return False, and take none, if fewer than `spare` would be left."""
-        with self._lock:
+        with self.lock:
             if size > self.left - spare and not force:
                 return False
             self.left -= size
@@ -2606,7 +2611,7 @@ class Budget:
 
     def give_back(self, size: int) -> None:
         """Return bytes to the budget."""
-        with self._lock:
+        with self.lock:
             self.left += size
 
 
@@ -3705,6 +3710,9 @@ class BroadcastServer(Settings, LimitedServer):
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._link = RedisLink(self) if self.redis else None
+        self._queue.locks = self._room.lock, self._hooks.lock, self._hooks.threads.lock, self._budget.lock
+        if self._link:
+            self._queue.locks += (self._link.changed,)
         self._loop = Loop(self)
         self._start_lock = threading.Lock()
         self._has_begun = False
@@ -3807,7 +3815,7 @@ class BroadcastServer(Settings, LimitedServer):
 
     def _wait_for_space(self, timeout: float | None = None) -> bool:
         """Wait while too much is queued, here or for Redis. Return False after `timeout` (seconds)."""
-        if self._link and threading.get_ident() != self._queue.loop_thread and not self._link.wait_for_room(timeout):
+        if self._link and self._queue.may_wait() and not self._link.wait_for_room(timeout):
             return False
         return self._queue.wait_for_space(timeout)
 
@@ -4040,7 +4048,7 @@ class RedisConnection:
 # Redis loses an entry that only some servers have read, the other servers do not get it.)
 #
 # Order. A server writes several messages as one entry, which Redis accepts or refuses as a
-# whole, and writes the next entry when this one has come back. If Redis refuses it (READONLY,
+# whole. It writes the next entry when this entry has come back. If Redis refuses it (READONLY,
 # for example), the server tries again, with a new connection. If Redis has no memory for it
 # (OOM), or a message is too long (ERR), the longest message of the entry is lost before that.
 #
@@ -4166,7 +4174,7 @@ class RedisLink:
         self._key = self._address.stream
         self._reader = RedisReader(server, self._key)
         # Shared, guarded by this condition. No thread waits for Redis or the server while it has the lock.
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._outbox: list[LinkMessage] = []  # messages that have not come back
         self._cost = 0  # of the outbox (bytes)
         self._back = 0  # number of the last message that has come back
@@ -4193,22 +4201,22 @@ class RedisLink:
 
     def put(self, payload: bytes, opcode: int) -> None:
         """Put a message into the outbox without waiting. Senders call wait_for_room() first."""
-        with self._changed:
+        with self.changed:
             if not self._stopped:
                 self._outbox.append((opcode, payload))
                 self._cost += len(payload) + LINKED_COST
-                self._changed.notify_all()
+                self.changed.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:
         """Wait until the outbox is not full, at most `timeout` seconds. Return whether the sender may put a message."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.is_full, timeout)
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.is_full, timeout)
 
     def stop(self, timeout: float = 0.0) -> None:
         """Wait until the messages in the outbox have come back, or for `timeout` seconds. Then stop the link."""
-        with self._changed:
+        with self.changed:
             last = self._back + len(self._outbox)
-            self._changed.wait_for(lambda: self._back >= last, timeout)
+            self.changed.wait_for(lambda: self._back >= last, timeout)
             missing = last - self._back
             self._stopped = True
             self._remove(self._back + len(self._outbox))
@@ -4243,7 +4251,7 @@ class RedisLink:
 
     def _report(self, step: object, error: str = "") -> None:
         """Count the failures of a step. Log a line when Redis goes away and when it is back."""
-        with self._changed:
+        with self.changed:
             was_away = self.away
             self._failures[step] = self._failures[step] + 1 if error else 0
             is_away = self.away
@@ -4254,12 +4262,12 @@ class RedisLink:
 
     def _remove(self, last: int) -> None:
         """Remove the messages up to this number from the outbox."""
-        with self._changed:
+        with self.changed:
             count = last - self._back
             self._cost -= total_cost(self._outbox[:count])
             del self._outbox[:count]
             self._back = last
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     # ---- the thread that reads ----
 
@@ -4272,8 +4280,8 @@ class RedisLink:
 
     def _write(self, redis: RedisConnection) -> None:
         """Write the next messages as one entry, and wait until they are back."""
-        with self._changed:
-            self._changed.wait_for(self._may_write, WAIT_TIME)
+        with self.changed:
+            self.changed.wait_for(self._may_write, WAIT_TIME)
             if self._reader.behind or not self._outbox:
                 return
             count = max(1, RUN_SIZE * len(self._outbox) // self._cost)
@@ -4286,8 +4294,8 @@ class RedisLink:
                 self._give_up_longest(redis, batch, str(error))
             raise
         self._trim(redis)
-        with self._changed:
-            self._changed.wait_for(lambda: self._back >= last, BACK_TIME)
+        with self.changed:
+            self.changed.wait_for(lambda: self._back >= last, BACK_TIME)
 
     def _may_write(self) -> bool:
         """Return whether there are messages, and no server is behind."""
@@ -4305,7 +4313,7 @@ class RedisLink:
     def _give_up_longest(self, redis: RedisConnection, batch: Sequence[LinkMessage], error: str) -> None:
         """Remove the longest message of an entry that Redis has refused. The others are written again."""
         longest = max(batch, key=lambda message: len(message[1]))
-        with self._changed:
+        with self.changed:
             self._outbox.remove(longest)
             self._cost -= total_cost([longest])
         if not self.away:

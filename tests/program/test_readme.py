@@ -199,7 +199,7 @@ def messages(source: str) -> list[str]:
     found = []
     for call in ast.walk(ast.parse(source)):
         if isinstance(call, ast.Call) and re.search(
-            "(?:require|warn|Error|[.]info|[.]warning|[.]error)$", ast.unparse(call.func)
+            "(?:require|Error|[.]log|[.]info|[.]warning|[.]error)$", ast.unparse(call.func)
         ):
             for argument in call.args:
                 values = argument.values if isinstance(argument, ast.JoinedStr) else [argument]

@@ -130,10 +130,10 @@ class RefusalTest(RedisTestCase):
                 raise pywebsock.RedisError(answer)
             return call(self, *words)
 
-        with link._changed, unittest.mock.patch.object(pywebsock.RedisConnection, "call", refusing):
+        with link.changed, unittest.mock.patch.object(pywebsock.RedisConnection, "call", refusing):
             for message in messages:
                 link.put(message.encode(), pywebsock.Opcode.TEXT)
-            link._changed.wait_for(lambda: not link._outbox, DEADLINE)
+            link.changed.wait_for(lambda: not link._outbox, DEADLINE)
         self.assertEqual(left, [])
         client.send("end")
         self.assertEqual(read_until(client, {"end"}), [*(m for i, m in enumerate(messages) if i not in lost), "end"])

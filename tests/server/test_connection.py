@@ -525,7 +525,7 @@ class Backlog(SenderTestCase):
         self.assertEqual(len(self.drain()), 2 * LIMIT - 100)
 
     def test_a_long_message_after_a_short_one(self) -> None:
-        """What counts is how far the client is behind when a message comes, not how long this message is."""
+        """A client is dropped for the bytes that wait when a message comes, not for the length of this message."""
         self.fall_behind(LIMIT // 2)
         self.sender.keep(self.connection, bytes(LIMIT), 0)
         self.assertIs(self.connection.state, State.OPEN)

@@ -129,7 +129,7 @@ class Order(HooksTestCase):
             time.sleep(0.001)
             heard.append("long")
 
-        with self.hooks._lock:
+        with self.hooks.lock:
             for _ in range(20):
                 self.hooks.submit(long, call)
             self.hooks.submit(short, lambda: heard.append("short"))
@@ -333,7 +333,7 @@ class Workers(HooksTestCase):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
             self.relieve_until(lambda: ran)
             self.wait(1)
-            eventually(lambda: self.hooks._threads._idle)
+            eventually(lambda: self.hooks.threads._idle)
         self.hooks.stop()
         eventually(lambda: len(self.workers()) == 1)
         self.hooks.submit(inbox, lambda: ran.append(2))

@@ -717,7 +717,7 @@ with BroadcastServer(("127.0.0.1", 0)) as server:
     if hasattr(gc, "set_threshold"):
         gc.set_threshold(700, 10, 10)
     wait_for_messages(things=20_000)
-    with server._room.lock, server._queue._lock, server._hooks._lock:  # wherever a lock is held
+    with server._room.lock, server._queue._lock, server._hooks.lock:  # wherever a lock is held
         Thing()
         gc.collect()
     wait_for_messages(things=20_001)
@@ -770,6 +770,17 @@ class UnexpectedBroadcasts(ServerTestCase):
         command = [sys.executable, "-c", DEL]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=130, check=False)
         self.assertEqual((ended.stdout, ended.stderr), ("40001 20001\n", ""))
+
+    def test_within_a_lock(self) -> None:
+        """A __del__ may run where a thread has a lock that the loop needs: then broadcast() does not wait for space."""
+        server = self.serve(BroadcastServer)
+        eventually(lambda: server._queue.loop_thread)
+        locks = server._room.lock, server._hooks.lock, server._hooks.threads.lock, server._budget.lock
+        with unittest.mock.patch.object(pywebsock.Queue, "is_full", True):
+            for lock in locks:
+                self.assertFalse(server._wait_for_space(0.01))
+                with lock:
+                    self.assertTrue(server._wait_for_space(0.01))
 
 
 if __name__ == "__main__":
