@@ -995,7 +995,7 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
     require(methods, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
     require(request.method in methods, 405, "the method is not allowed here", allow)
     check_host(request)
-    check_origin(with_origin(request), client.server.origins)
+    check_origin(request, client.server.origins)
     if request.method == "OPTIONS":
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
     fields: list[tuple[str, str]] = []
@@ -1005,19 +1005,6 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
         text = " ".join(policy[1].decode().split())
         fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
     return http_response(request, status, kind, body, *fields)
-
-
-def with_origin(request: Request) -> Request:
-    """Return the request with an Origin field from its query, if it has none and is a GET.
-
-    A browser does not tell a page the reason for which its WebSocket was refused, so the page
-    asks for it with GET. If the page has the origin of this server, the browser sends no Origin
-    field; therefore the page sends its origin in the query.
-    """
-    query = re.search("[?&]origin=([^&]*)", request.target)
-    if request.method != "GET" or not query:
-        return request
-    return request._replace(headers={"origin": urllib.parse.unquote(query[1]), **request.headers})
 
 
 def preflight_fields(request: Request) -> list[tuple[str, str]]:
