@@ -151,10 +151,10 @@ FORKS = r"""
 import os, signal, sys, pywebsock
 server = pywebsock.BroadcastServer(("127.0.0.1", 0))
 children = []
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # here, since a child may begin late
 for _ in range(3):
     child = os.fork()
     if not child:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             server.serve_forever(0.01)
         finally:
