@@ -3410,7 +3410,7 @@ class Loop:
         for operation in self._queue.take():
             if type(operation) is Outgoing:
                 run.append(operation)
-                size += operation.size if is_to_all(operation) else OWN_COST * operation.size
+                size += operation.size if operation.to is None else OWN_COST * operation.size
                 if size < RUN_SIZE:
                     continue
             elif type(operation) is tuple:
