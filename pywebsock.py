@@ -2201,7 +2201,7 @@ class Queue:
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0
-        self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too
+        self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too: RLocks, which know their owner
 
     # ---- any thread ----
 
@@ -3869,21 +3869,22 @@ def tune_malloc() -> None:
     Otherwise it returns the memory of each message of 1 MiB to the system. Then every copy of the
     next message has a page fault for each 4 KiB, and takes a quarter longer.
     """
-    with contextlib.suppress(Exception):  # other systems do not need it
-        import ctypes  # may be missing
-
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-8, 2)  # M_ARENA_MAX; the default is eight per processor, and each arena keeps KEPT_SIZE
-        libc.mallopt(-1, KEPT_SIZE)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, KEPT_SIZE)  # M_MMAP_THRESHOLD
+    call_libc("mallopt", -8, 2)  # M_ARENA_MAX; the default is eight per processor, and each arena keeps KEPT_SIZE
+    call_libc("mallopt", -1, KEPT_SIZE)  # M_TRIM_THRESHOLD
+    call_libc("mallopt", -3, KEPT_SIZE)  # M_MMAP_THRESHOLD
 
 
 def trim_malloc() -> None:
     """Let malloc return freed memory between blocks in use (Linux). After a rush, that can be hundreds of MB."""
-    with contextlib.suppress(Exception):
-        import ctypes
+    call_libc("malloc_trim", 0)
 
-        ctypes.CDLL(None).malloc_trim(0)
+
+def call_libc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, if this system has it."""
+    with contextlib.suppress(Exception):
+        import ctypes  # may be missing
+
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def plural(number: int, noun: str) -> str:
@@ -4191,7 +4192,7 @@ class RedisLink:
         with self.changed:
             if not self._stopped:
                 self._outbox.append((opcode, payload))
-                self._cost += len(payload) + LINKED_COST
+                self._cost += total_cost([(opcode, payload)])
                 self.changed.notify_all()
 
     def wait_for_room(self, timeout: float | None = None) -> bool:

@@ -19,9 +19,9 @@ from tests.tools import faults, load, support
 
 # For the servers: glibc keeps freed memory between blocks that are in use, which looks like a leak. Let it return this.
 TRIM = """
-import ctypes, signal, sys
+import signal, sys
 def trim(*_):
-    ctypes.CDLL(None).malloc_trim(0)
+    pywebsock.trim_malloc()
     sys.stderr.write("trimmed\\n")
 signal.signal(signal.SIGUSR1, trim)
 """
