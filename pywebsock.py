@@ -1238,13 +1238,20 @@ class Threads:
         self._stopped = False  # then each thread ends after its call
 
     def run(self, call: Callable[[], object]) -> None:
-        """Run a call in a thread. Raise RuntimeError if no thread can be started."""
+        """Run a call, which ends with rest(), in a thread. Raise RuntimeError if no thread can be started."""
         with self.lock:
             if self._idle:
                 self._calls.put(call)
                 self._idle -= 1
                 return
         threading.Thread(target=self._work, args=(call,), name="pywebsock hooks", daemon=True).start()
+
+    def rest(self) -> None:
+        """The call of the current thread ends: the next call may have the thread."""
+        with self.lock:
+            self._idle += 1
+            if self._stopped:
+                self.stop()
 
     def stop(self) -> None:
         """End the waiting threads now, and the others after their call."""
@@ -1257,11 +1264,6 @@ class Threads:
     def _work(self, call: Callable[[], object] | None) -> None:
         while call:
             call()
-            call = None  # let go of its connection
-            with self.lock:
-                if self._stopped:
-                    return
-                self._idle += 1
             call = self._next_call()
 
     def _next_call(self) -> Callable[[], object] | None:
@@ -1410,6 +1412,7 @@ class Hooks:
             self._running.pop(me, None)
             self._stuck.discard(me)
             if not self.is_waiting:
+                self.threads.rest()
                 return None
             self._running[me] = time.monotonic()
             self._turn = 1 - self._turn

@@ -230,8 +230,8 @@ class Uploads(PageTestCase):
                 return len(percentages) >= 3
 
             self.wait(look, "progress")
-            eventually(lambda: tab.outbox() == [], "the echo", RECONNECTION)
-            self.assertEqual(tab.messages(".mine"), ["film 0.bin, 10,000,000 bytes"])
+            eventually(lambda: tab.messages(".mine") == ["film 0.bin, 10,000,000 bytes"], "the echo", RECONNECTION)
+            self.assertEqual(tab.outbox(), [])
 
     def test_a_second_file_can_be_removed_while_the_first_is_sent(self) -> None:
         """No client gets the second file."""

@@ -126,12 +126,12 @@ class Proxy(unittest.TestCase):
         port = free_port()
         with tempfile.TemporaryDirectory() as folder:
             command = self.start(pathlib.Path(folder), server_port, port)
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+            said = pathlib.Path(folder, "said")
+            with open(said, "wb") as output:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             try:
                 eventually(lambda: process.poll() is not None or answers(port), command[0])
-                self.assertIsNone(process.poll(), "the proxy has ended")
+                self.assertIsNone(process.poll(), said.read_text(errors="replace"))
                 yield port
             finally:
                 process.terminate()

@@ -204,6 +204,26 @@ class Workers(HooksTestCase):
             self.assertEqual(len(threads), 1)
             self.hooks.stop()
 
+    def test_a_thread_between_two_calls(self) -> None:
+        """A thread that has ended its work, and ends late, gets the next call."""
+        late, go_on, ran = threading.Event(), threading.Event(), list[int]()
+        next_inbox = self.hooks._next_inbox
+
+        def end_late(*arguments: typing.Any) -> typing.Any:
+            inbox = next_inbox(*arguments)
+            if inbox is None:
+                late.set()
+                go_on.wait(DEADLINE)
+            return inbox
+
+        with unittest.mock.patch.object(self.hooks, "_next_inbox", end_late):
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
+            self.assertTrue(late.wait(DEADLINE))
+            self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(2))
+            self.assertEqual(len(self.workers()), 1)
+            go_on.set()
+            eventually(lambda: ran == [1, 2])
+
     def test_none_without_work(self) -> None:
         self.assertEqual(self.workers(), [])
         with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.01):
