@@ -12,7 +12,7 @@ import typing
 import unittest
 
 from tests.tools.readme import CODE, rows, section
-from tests.tools.support import Client, Process, eventually, exchange, free_port, long, request, require
+from tests.tools.support import DEADLINE, Client, Process, eventually, exchange, free_port, long, request, require
 
 NGINX = """
 daemon off;
@@ -135,7 +135,7 @@ class Proxy(unittest.TestCase):
                 yield port
             finally:
                 process.terminate()
-                process.wait(10)
+                process.wait(DEADLINE)
 
     def test_chat(self) -> None:
         """Messages of all sizes pass, and a Close; the origin must be the site's."""
