@@ -142,7 +142,8 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
     """Return the CPU time of `act(4 * size)` divided by that of `act(size)`: 4 if it is linear, 16 if it is quadratic.
 
     Each is the minimum of two runs if the ratio is clear, and of all runs within ten seconds otherwise: other work of
-    the process, such as PyPy's compiler and garbage collector, only adds time.
+    the process, such as PyPy's compiler, only adds time. The garbage collector waits: it would look at all objects of
+    the process, in each long run and in few short ones.
     """
     if IS_WINDOWS:
         raise unittest.SkipTest("Windows counts the CPU time of a thread in steps of 15.6 ms")
@@ -152,10 +153,12 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
     while len(times[size]) < 2 or (ratio >= 6 and time.thread_time() < end):
         for each, spent in times.items():
             if len(spent) >= 2:
-                gc.collect()  # in PyPy, this is likely to happen in each long run, and in few short ones
+                gc.collect()
+            gc.disable()
             start = time.thread_time()
             act(each)
             spent.append(time.thread_time() - start)
+            gc.enable()
         ratio = min(times[4 * size]) / max(min(times[size]), 1e-6)
     return ratio
 
