@@ -26,7 +26,7 @@ import unittest
 from tests.tools.support import ROOT, Process, eventually, package, require, scratch
 
 START = 60.0  # seconds that a browser may take to start on a busy machine
-PATIENCE = 20.0  # seconds that a test of the page waits for anything
+PATIENCE = 60.0  # seconds that a test of the page waits for anything
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver 11: the key of a reference to an element
 ARGUMENTS = (
     "--headless=new",
