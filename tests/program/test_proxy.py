@@ -110,7 +110,7 @@ class Proxy(unittest.TestCase):
         """Write a configuration file and return its name."""
         file = folder / "configuration"
         text = text.format(folder=folder, **fields)
-        file.write_text(text.replace("4545", str(server_port)), encoding="utf-8")
+        file.write_text(re.sub(r"\b4545\b", str(server_port), text), encoding="utf-8")
         folder.chmod(0o755)  # a proxy that is started as root reads it as another user
         return str(file)
 
