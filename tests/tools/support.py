@@ -150,16 +150,18 @@ def growth(act: typing.Callable[[int], object], size: int) -> float:
     end = time.thread_time() + 10
     times: dict[int, list[float]] = {size: [], 4 * size: []}
     ratio = math.inf
-    while len(times[size]) < 2 or (ratio >= 6 and time.thread_time() < end):
-        for each, spent in times.items():
-            if len(spent) >= 2:
-                gc.collect()
-            gc.disable()
-            start = time.thread_time()
-            act(each)
-            spent.append(time.thread_time() - start)
-            gc.enable()
-        ratio = min(times[4 * size]) / max(min(times[size]), 1e-6)
+    gc.disable()
+    try:
+        while len(times[size]) < 2 or (ratio >= 6 and time.thread_time() < end):
+            for each, spent in times.items():
+                if len(spent) >= 2:
+                    gc.collect()
+                start = time.thread_time()
+                act(each)
+                spent.append(time.thread_time() - start)
+            ratio = min(times[4 * size]) / max(min(times[size]), 1e-6)
+    finally:
+        gc.enable()
     return ratio
 
 
