@@ -19,8 +19,6 @@ from tests.tools.faults import paused
 from tests.tools.screenshot import take
 from tests.tools.support import ROOT, Client, Process, free_port
 
-RECONNECTION = 40.0  # seconds; attempts are up to 15 seconds apart
-
 CHAT = """
 import re, sys
 sys.path.insert(0, {root!r})
@@ -274,7 +272,7 @@ class History(PageTestCase):
             self.assertEqual(tab.outbox(), [text])
         self.serve("--history", "100", port=server.port)
         for tab, text in zip(tabs, texts):
-            tab.wait_for_messages(3, RECONNECTION)
+            tab.wait_for_messages(3)
             self.assertEqual(sorted(tab.messages()), ["before", *texts])
             self.assertIn(text, tab.messages(".mine"))
             self.assertEqual(tab.outbox(), [])
@@ -294,7 +292,7 @@ class Outbox(PageTestCase):
             self.wait(lambda: tab.outbox() == ["into the void"], "the message in the outbox")
             self.wait(lambda: tab.state()[0] != "connected", "the connection given up")
             self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
-        tab.wait_for_messages(2, RECONNECTION)
+        tab.wait_for_messages(2)
         self.wait(lambda: tab.outbox() == [], "the message confirmed")
         self.assertEqual(tab.messages(".mine"), ["before", "into the void"])
 
@@ -321,7 +319,7 @@ class Outbox(PageTestCase):
         tab.send("before")
         tab.wait_for_messages(1)
         tab.run("submit('x'.repeat(5000)); submit('after')")
-        tab.wait_for_messages(2, RECONNECTION)
+        tab.wait_for_messages(2)
         self.assertEqual(tab.messages(), ["before", "after"])
         self.assertEqual(tab.outbox_states(), ["not delivered: a message is longer than 1000 bytes"])
         self.assertFalse(tab.shows("#outbox .again"))
@@ -394,7 +392,7 @@ class Outbox(PageTestCase):
         self.assertTrue(tab.outbox())
         self.assertEqual(set(tab.outbox_states()), {"waiting to be sent"})
         self.serve(port=server.port)
-        tab.wait_for_messages(5, RECONNECTION)
+        tab.wait_for_messages(5)
         self.assertEqual(tab.messages(".mine"), ["one", "two", "three", "four", "five"])
 
     def test_one_huge_text_does_not_take_the_others_along(self) -> None:
@@ -437,7 +435,7 @@ class Engines(PageTestCase):
         self.serve("--history", "100", port=server.port)
         expected = sorted(["before", *(f"typed offline in {engine}" for engine in ENGINES)])
         for tab in tabs:
-            tab.wait_for_messages(4, RECONNECTION)
+            tab.wait_for_messages(4)
             self.assertEqual(sorted(tab.messages()), expected)
         orders = {tuple(text for text in tab.messages()) for tab in tabs}
         self.assertEqual(len(orders), 1, "the same order for all")
@@ -470,7 +468,7 @@ class Engines(PageTestCase):
                         tab.wait_for_state("offline")
         for tab in tabs:
             tab.run("connection.open()")
-            tab.wait_for_messages(len(sent), RECONNECTION)
+            tab.wait_for_messages(len(sent))
         for which, tab in enumerate(tabs):
             self.assertEqual(tab.outbox(), [])
             self.assertEqual(sorted(tab.messages()), sorted(sent))

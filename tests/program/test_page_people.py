@@ -18,7 +18,6 @@ import zlib
 from tests.tools.browser import BROWSERS, FILE, PageTestCase, Tab, in_each_engine, only_in, seal
 from tests.tools.support import DEADLINE, ROOT, Client, eventually
 
-RECONNECTION = 40.0  # seconds; attempts are up to 15 seconds apart
 ESCAPE = "\ue00c"  # WebDriver 17.4.2
 
 
@@ -169,7 +168,7 @@ class SlowLinks(PageTestCase):
                 program.send(os.urandom(15_000_000))
                 self.assertEqual(len(program.read()), 15_000_000)
                 tab.send("hello?")
-                tab.wait_for_messages(2, RECONNECTION)
+                tab.wait_for_messages(2)
             self.assertEqual(tab.messages(), ["binary, 15,000,000 bytes", "hello?"])
             self.assertEqual(tab.messages(".mine"), ["hello?"])
             self.assertEqual(tab.notes(), [])
@@ -187,7 +186,7 @@ class SlowLinks(PageTestCase):
             tab.wait_for_messages(5)
             link.rate = 150_000
             tab.run("connection.drop('moved')")
-            tab.wait_for_state("connected", RECONNECTION)
+            tab.wait_for_state("connected")
             tab.send("hello?")
             self.wait_long(lambda: "hello?" in tab.messages(), "the own line")
             self.assertEqual([text[0] for text in tab.messages()], ["0", "1", "2", "3", "4", "h"])
@@ -230,7 +229,7 @@ class Uploads(PageTestCase):
                 return len(percentages) >= 3
 
             self.wait(look, "progress")
-            eventually(lambda: tab.outbox() == [], "the echo", RECONNECTION)
+            self.wait(lambda: tab.outbox() == [], "the echo")
             self.wait(lambda: tab.messages(".mine") == ["film 0.bin, 10,000,000 bytes"], "the file in the log")
 
     def test_a_second_file_can_be_removed_while_the_first_is_sent(self) -> None:
@@ -247,7 +246,7 @@ class Uploads(PageTestCase):
             program.socket.settimeout(30)
             self.assertEqual(len(program.read()), 9_000_000)
             self.assertEqual(program.read(), "after")
-            tab.wait_for_messages(2, RECONNECTION)
+            tab.wait_for_messages(2)
             self.assertEqual(len(tab.messages(".mine")), 2)
 
 

@@ -245,7 +245,7 @@ class Sharing(PageTestCase):
         self.wait(lambda: self.tab.outbox() == ["first", "some.zip, 4 bytes"], "both in the outbox")
         self.tab.send("last")
         self.serve(port=self.server.port)
-        self.tab.wait_for_messages(3, 40)
+        self.tab.wait_for_messages(3)
         self.assertEqual(self.tab.messages(".mine"), ["first", "some.zip, 4 bytes", "last"])
 
     def test_links(self) -> None:

@@ -26,7 +26,7 @@ import unittest
 from tests.tools.support import ROOT, Process, eventually, package, require, scratch
 
 START = 60.0  # seconds that a browser may take to start on a busy machine
-PATIENCE = 60.0  # seconds that a test of the page waits for anything
+PATIENCE = 40.0  # seconds that a test of the page waits for anything; attempts to connect are up to 15 seconds apart
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver 11: the key of a reference to an element
 ARGUMENTS = (
     "--headless=new",
@@ -348,13 +348,13 @@ class Tab:
         )
         return drawn, read
 
-    def wait_for_state(self, state: str, deadline: float = PATIENCE) -> None:
+    def wait_for_state(self, state: str) -> None:
         """Wait until the connection is in a state."""
-        eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", deadline)
+        eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", PATIENCE)
 
-    def wait_for_messages(self, count: int, deadline: float = PATIENCE) -> None:
+    def wait_for_messages(self, count: int) -> None:
         """Wait until there is this number of messages in the log."""
-        eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}", deadline)
+        eventually(lambda: len(self.messages()) >= count, f"{count} messages in {self.url}", PATIENCE)
 
     def messages(self, kind: str = "") -> list[str]:
         """Return the texts in the log; with the kind `.mine`, only of the messages that this tab has sent."""
