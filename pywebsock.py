@@ -1228,55 +1228,6 @@ IDLE_TIME = 1.0  # seconds that a thread waits for work before it ends
 MAX_JOURNAL = 10_000  # lines of the log that may wait to be written
 
 
-class Threads:
-    """A pool of threads. A thread waits some time for the next call, since starting one takes long. Any thread."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()  # an RLock, since a __del__ may log
-        self._idle = 0  # waiting threads, less the calls that are queued for them
-        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._stopped = False  # then each thread ends after its call
-
-    def run(self, call: Callable[[], object]) -> None:
-        """Run a call, which ends with rest(), in a thread. Raise RuntimeError if no thread can be started."""
-        with self.lock:
-            if self._idle:
-                self._calls.put(call)
-                self._idle -= 1
-                return
-        threading.Thread(target=self._work, args=(call,), name="pywebsock hooks", daemon=True).start()
-
-    def rest(self) -> None:
-        """The call of the current thread ends: the next call may have the thread."""
-        with self.lock:
-            self._idle += 1
-            if self._stopped:
-                self.stop()
-
-    def stop(self) -> None:
-        """End the waiting threads now, and the others after their call."""
-        with self.lock:
-            self._stopped = True
-            for _ in range(self._idle):
-                self._calls.put(None)
-            self._idle = 0
-
-    def _work(self, call: Callable[[], object] | None) -> None:
-        while call:
-            call()
-            call = self._next_call()
-
-    def _next_call(self) -> Callable[[], object] | None:
-        """Wait for a call. Return None if none comes within IDLE_TIME."""
-        with contextlib.suppress(queue.Empty):
-            return self._calls.get(timeout=IDLE_TIME)
-        with self.lock:
-            if self._idle:
-                self._idle -= 1
-                return None
-        return self._calls.get()  # a call is queued for this thread
-
-
 class Inbox:
     """The calls for one client that wait for a hook thread. They run one at a time, in order."""
 
@@ -1306,8 +1257,10 @@ class Hooks:
         self._busy = 0  # inboxes with calls that wait or run
         self._running: dict[int, float] = {}  # thread of each worker, and when its call began
         self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
-        self._coming = 0  # workers that were started and have not taken an inbox yet
-        self.threads = Threads()
+        self._coming = 0  # workers that were started or woken and have not taken an inbox yet
+        self._idle = 0  # workers that wait, or will wait at once, for a wake-up
+        self._wake_ups: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: take an inbox; False: end
+        self._has_stopped = False  # then each worker ends when it finds no inbox
         self._journal = Inbox()
 
     # ---- any thread ----
@@ -1341,8 +1294,12 @@ class Hooks:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
-        """Let the threads end when they have no calls."""
-        self.threads.stop()
+        """End idle workers now, and the others when they have no calls."""
+        with self.lock:
+            self._has_stopped = True
+            for _ in range(self._idle):
+                self._wake_ups.put(False)
+            self._idle = 0
 
     def _make_ready(self, inbox: Inbox) -> None:
         (self._pending if inbox.is_pending else self._ready).append(inbox)
@@ -1355,9 +1312,14 @@ class Hooks:
         return len(self._running) - len(self._stuck) + self._coming
 
     def _add_worker(self) -> None:
+        """Wake an idle worker, since starting one takes long. If there is none, start one."""
         self._coming += 1
         try:
-            self.threads.run(self._work)
+            if self._idle:
+                self._wake_ups.put(True)
+                self._idle -= 1
+            else:
+                threading.Thread(target=self._work, name="pywebsock hooks", daemon=True).start()
         except (RuntimeError, MemoryError):  # no thread can be started; relieve() tries again
             self._coming -= 1
 
@@ -1380,20 +1342,26 @@ class Hooks:
     # ---- the workers ----
 
     def _work(self) -> None:
-        """Run calls until there are none."""
-        me = threading.get_ident()
-        inbox = self._next_inbox(me, 1)
-        while inbox:
-            until = time.monotonic() + STUCK_TIME
-            while inbox.calls:
-                self._running[me] = time.monotonic()
-                with contextlib.suppress(BaseException):  # from a log handler; other calls handle their exceptions
-                    inbox.calls.popleft()()
-                self._stuck.discard(me)
-                if time.monotonic() > until:  # other inboxes have a turn
-                    break
-            self._release(inbox)
-            inbox = self._next_inbox(me, 0)
+        """Run calls, and wait for more: the life of a worker."""
+        me, is_needed = threading.get_ident(), True
+        while is_needed:
+            inbox = self._next_inbox(me, coming=1)
+            while inbox:
+                self._run(inbox, me)
+                inbox = self._next_inbox(me)
+            is_needed = self._wait_for_wake_up()
+
+    def _run(self, inbox: Inbox, me: int) -> None:
+        """Run the calls of an inbox. After STUCK_TIME, other inboxes have a turn."""
+        until = time.monotonic() + STUCK_TIME
+        while inbox.calls:
+            self._running[me] = time.monotonic()
+            with contextlib.suppress(BaseException):  # from a log handler; other calls handle their exceptions
+                inbox.calls.popleft()()
+            self._stuck.discard(me)
+            if time.monotonic() > until:
+                break
+        self._release(inbox)
 
     def _release(self, inbox: Inbox) -> None:
         """Give an inbox back. If it has new calls, it becomes ready again."""
@@ -1405,19 +1373,31 @@ class Hooks:
             self._busy -= 1
             self._done.notify_all()
 
-    def _next_inbox(self, me: int, coming: int) -> Inbox | None:
-        """Return an inbox with calls, or None."""
+    def _next_inbox(self, me: int, coming: int = 0) -> Inbox | None:
+        """Return an inbox with calls. If there is none, return None: the worker is idle."""
         with self.lock:
             self._coming -= coming
             self._running.pop(me, None)
             self._stuck.discard(me)
             if not self.is_waiting:
-                self.threads.rest()
+                self._idle += 1
+                if self._has_stopped:
+                    self.stop()
                 return None
             self._running[me] = time.monotonic()
             self._turn = 1 - self._turn
             first, second = (self._ready, self._pending) if self._turn else (self._pending, self._ready)
             return (first or second).popleft()
+
+    def _wait_for_wake_up(self) -> bool:
+        """Return whether the worker is needed again. Return False if it is not within IDLE_TIME."""
+        with contextlib.suppress(queue.Empty):
+            return self._wake_ups.get(timeout=IDLE_TIME)
+        with self.lock:
+            if self._idle:
+                self._idle -= 1
+                return False
+        return self._wake_ups.get()  # it is on its way
 
 
 # ======================================================================================
@@ -3700,7 +3680,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
         self._link = RedisLink(self) if self.redis else None
-        self._queue.locks = self._room.lock, self._hooks.lock, self._hooks.threads.lock, self._budget.lock
+        self._queue.locks = self._room.lock, self._hooks.lock, self._budget.lock
         if self._link:
             self._queue.locks += (self._link.changed,)
         self._loop = Loop(self)

@@ -207,16 +207,14 @@ class Workers(HooksTestCase):
     def test_a_thread_between_two_calls(self) -> None:
         """A thread that has ended its work, and ends late, gets the next call."""
         late, go_on, ran = threading.Event(), threading.Event(), list[int]()
-        next_inbox = self.hooks._next_inbox
+        wait_for_wake_up = self.hooks._wait_for_wake_up
 
-        def end_late(*arguments: typing.Any) -> typing.Any:
-            inbox = next_inbox(*arguments)
-            if inbox is None:
-                late.set()
-                go_on.wait(DEADLINE)
-            return inbox
+        def wait_late() -> bool:
+            late.set()
+            go_on.wait(DEADLINE)
+            return wait_for_wake_up()
 
-        with unittest.mock.patch.object(self.hooks, "_next_inbox", end_late):
+        with unittest.mock.patch.object(self.hooks, "_wait_for_wake_up", wait_late):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
             self.assertTrue(late.wait(DEADLINE))
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(2))
@@ -353,7 +351,7 @@ class Workers(HooksTestCase):
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
             self.relieve_until(lambda: ran)
             self.wait(1)
-            eventually(lambda: self.hooks.threads._idle)
+            eventually(lambda: self.hooks._idle)
         self.hooks.stop()
         eventually(lambda: len(self.workers()) == 1)
         self.hooks.submit(inbox, lambda: ran.append(2))

@@ -776,7 +776,7 @@ class UnexpectedBroadcasts(ServerTestCase):
         """A __del__ may run where a thread has a lock that the loop needs: then broadcast() does not wait for space."""
         server = self.serve(BroadcastServer)
         eventually(lambda: server._queue.loop_thread)
-        locks = server._room.lock, server._hooks.lock, server._hooks.threads.lock, server._budget.lock
+        locks = server._room.lock, server._hooks.lock, server._budget.lock
         with unittest.mock.patch.object(pywebsock.Queue, "is_full", True):
             for lock in locks:
                 self.assertFalse(server._wait_for_space(0.01))
