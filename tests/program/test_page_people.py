@@ -582,13 +582,26 @@ class Names(PageTestCase):
                 program.send(text)
             tab.wait_for_messages(len(texts))
         self.assertEqual(tab.messages(), ["one", "two", "three", "nameless", "مرحبا", "done: 3", texts[6], texts[7]])
-        self.assertEqual(self.senders(tab), ["Carol", "Dave", "Carol", "deploy"])
+        # Without a name above it, the message of a nameless person would look like one of the person before.
+        self.assertEqual(self.senders(tab), ["Carol", "Dave", "No name", "Carol", "deploy", "No name"])
         self.assertEqual(tab.run("return document.querySelector('#log .sender').localName"), "bdi")
         tab.run("document.querySelector('#log .sender').textContent = 'علي'")
         start = "return getComputedStyle(document.querySelector('#log .sender')).textAlign"
         self.assertEqual(tab.run(start), "left", "above the bubble, whatever the direction of the name")
         aligned = tab.run("return getComputedStyle(document.querySelectorAll('#log .text')[4]).direction")
         self.assertEqual(aligned, "rtl")
+
+    def test_no_name_where_none_has_one(self) -> None:
+        """One's own name, on the other side, does not change that."""
+        server = self.serve()
+        tab = self.open(self.from_disk(server))
+        tab.run("name = 'Ann'; submit(signed('hello'))")
+        tab.wait_for_messages(1)
+        with Client(server.port) as program:
+            program.send("one")
+            program.send("two")
+            tab.wait_for_messages(3)
+        self.assertEqual(self.senders(tab), [])
 
     def test_a_name_cannot_turn_its_neighbours_round(self) -> None:
         server = self.serve()
