@@ -998,13 +998,18 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
     check_origin(request, client.server.origins)
     if request.method == "OPTIONS":
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
-    fields: list[tuple[str, str]] = []
-    status, kind, body = yield from respond(client, request)
-    policy = PAGE_POLICY.search(body)
-    if policy:  # of the page: as a header field, it can also forbid frames
-        text = " ".join(policy[1].decode().split())
-        fields.append(("Content-Security-Policy", f"{text}; frame-ancestors 'none'"))
-    return http_response(request, status, kind, body, *fields)
+    if request.method == "POST":
+        yield from take_post(client, request)
+        return http_response(request, 202, "text/plain; charset=utf-8", b"sent\n")
+    if request.path == "/status":
+        check_rebinding(request, client.server.origins)
+        figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
+        return http_response(request, 200, "application/json", figures)
+    page = read_page()
+    # As a header field, the policy of the page can also forbid frames.
+    policy = b"; ".join([*PAGE_POLICY.findall(page), b"frame-ancestors 'none'"]).decode()
+    field = "Content-Security-Policy", " ".join(policy.split())
+    return http_response(request, 200, "text/html; charset=utf-8", page, field)
 
 
 def preflight_fields(request: Request) -> list[tuple[str, str]]:
@@ -1018,18 +1023,6 @@ def preflight_fields(request: Request) -> list[tuple[str, str]]:
         ("Access-Control-Allow-Headers", request.headers.get("access-control-request-headers", "")),
         ("Access-Control-Max-Age", "7200"),  # seconds, the maximum in Chrome
     ]
-
-
-def respond(client: WebSocketHandler, request: Request) -> Steps[tuple[int, str, bytes]]:
-    """Return the (status, media type, body) of the response to an allowed request. Raise HandshakeError."""
-    if request.method == "POST":
-        yield from take_post(client, request)
-        return 202, "text/plain; charset=utf-8", b"sent\n"
-    if request.path == "/status":
-        check_rebinding(request, client.server.origins)
-        figures = client._call(lambda _: json.dumps(client.server.status()).encode() + b"\n")
-        return 200, "application/json", figures
-    return 200, "text/html; charset=utf-8", read_page()
 
 
 def read_page() -> bytes:
