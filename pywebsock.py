@@ -4550,39 +4550,34 @@ class FloodFilter(logging.Filter):
         return lines < self.MOST_LINES
 
 
-class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error. Leaves out lines that a full pipe does not accept: the server must not stop."""
+class PatientStream:
+    """A text stream for logs. It leaves out text that a full pipe does not accept: the server must not stop."""
 
     PATIENCE = 1.0  # seconds
     PIECE = 1000  # characters: a pipe that accepts data accepts 4096 bytes
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a line or a traceback. Leave out the part that cannot be written within PATIENCE."""
-        try:
-            text = self.format(record) + self.terminator
-            for i in range(0, len(text), self.PIECE):
-                if not self._can_write():
-                    return
-                self.stream.write(text[i : i + self.PIECE])
-                self.flush()
-        except Exception:
-            self.handleError(record)
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
-    def _can_write(self) -> bool:
-        streams = [self.stream]
-        with contextlib.suppress(OSError, ValueError, TypeError):  # Windows, or a stream without a descriptor
-            _, streams, _ = select.select([], streams, [], self.PATIENCE)
-        return bool(streams)
+    def write(self, text: str) -> None:
+        """Write a text. Leave out the part that cannot be written within PATIENCE."""
+        for i in range(0, len(text), self.PIECE):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # Windows, or a stream without a descriptor
+                if not select.select([], [self._stream], [], self.PATIENCE)[1]:
+                    return
+            self._stream.write(text[i : i + self.PIECE])
+            self._stream.flush()
 
 
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error. The level depends on --quiet and --verbose."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of the time for a line
-    handler = LogHandler()
+    stream = PatientStream(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.addFilter(FloodFilter())
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
     log.setLevel(logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO)
-    trace_log.addHandler(LogHandler())
+    trace_log.addHandler(logging.StreamHandler(stream))
     trace_log.propagate = False
 
 

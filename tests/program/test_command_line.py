@@ -670,8 +670,9 @@ class Pipe(unittest.TestCase):
                 os.write(writer, bytes(4096))
         size = len(os.read(reader, 20_000))
         os.set_blocking(writer, True)
-        handler = pywebsock.LogHandler(stream)
-        handler.PATIENCE = 0.01
+        patient = pywebsock.PatientStream(stream)
+        patient.PATIENCE = 0.01
+        handler = logging.StreamHandler(patient)
         with in_thread(handler.handle, logging.makeLogRecord({"msg": "é" * 2 * size})):
             pass
         os.read(reader, 1 << 20)
