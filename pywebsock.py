@@ -3574,12 +3574,11 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. If there are too many, end the oldest pending one, or let the new one wait."""
         room, most = self._room, self._most_connections
+        if room.size >= most:
+            self._give_up_oldest()
+            self._wait_for_fewer(most, "too many connections")
+            raise OSError("not now")
         try:
-            if room.size >= most:
-                self._give_up_oldest()
-                self._wait_for_fewer(most, "too many connections")
-            if room.size >= most:
-                raise BlockingIOError
             room.wait_for_turn(0.5)
             request, address = super().get_request()
             if self.tls_context:
