@@ -3516,7 +3516,6 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     """Accepts connections while descriptors are left. Runs in the thread of serve_forever()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it means something else
-    daemon_threads = True
     request_queue_size = 4096  # connections that wait to be accepted; after a restart, all clients come at once
     tls_context: ssl.SSLContext | None
 
@@ -3676,7 +3675,6 @@ class BroadcastServer(Settings, LimitedServer):
         if self._link:
             self._queue.locks += (self._link.changed,)
         self._loop = Loop(self)
-        self._start_lock = threading.Lock()
         self._has_begun = False
         most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
         most = min(most, self._room.most_selected + SPARE_SELECTED)
@@ -3790,12 +3788,11 @@ class BroadcastServer(Settings, LimitedServer):
 
     def _begin(self) -> None:
         """Start the threads, once. Not in the constructor, since a program may fork after it."""
-        with self._start_lock:
-            if not self._has_begun:
-                self._has_begun = True
-                self._loop.start()
-                if self._link:
-                    self._link.start()
+        if not self._has_begun:
+            self._has_begun = True
+            self._loop.start()
+            if self._link:
+                self._link.start()
 
     def server_close(self) -> None:
         """Send all queued data, close every client with 1001, and wait, at most for the close timeout.
