@@ -1153,21 +1153,6 @@ UNIX = "unix:"  # prefix of a host that is the path of a Unix socket
 AF_UNIX = getattr(socket, "AF_UNIX", 1)  # not defined on Windows; bind() fails there
 
 
-def network_address(bound: str) -> str | None:
-    """Return the IP address at which other devices reach a server bound to `bound`, or None if they cannot."""
-    if bound.startswith(UNIX):
-        return None
-    address = ipaddress.ip_address(bound)
-    if not address.is_unspecified:
-        return None if address.is_loopback else bound
-    remote = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
-    for family, host in remote[: address.version // 3]:  # 0.0.0.0 is IPv4 only
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing; the kernel chooses a local address
-            return str(probe.getsockname()[0])
-    return None
-
-
 class Settings:
     """Settings, per server (keyword arguments) or per subclass (attributes)."""
 
@@ -3754,13 +3739,7 @@ class BroadcastServer(Settings, LimitedServer):
             "waiting": sum([connection.size for connection in sender.slow.copy()]),  # bytes
             "contexts": sum(map(len, map(CONTEXT, connections))),  # bytes; map() is fast
             "version": __version__,
-            "address": self._url(network_address(str(self.server_address[0]))),  # for other devices
         }
-
-    def _url(self, host: str | None) -> str | None:
-        """Return the URL of the page at a name or an address of this machine."""
-        where = f"[{host}]" if host and ":" in host else host
-        return f"http{'s' if self.tls_context else ''}://{where}:{self.server_address[1]}/" if host else None
 
     # ---- hooks and messages ----
 
@@ -4454,18 +4433,32 @@ def create_server(options: argparse.Namespace) -> Program:
     return server
 
 
+def network_address(bound: str) -> str | None:
+    """Return the IP address at which other devices reach a server bound to `bound`, or None if they cannot."""
+    address = ipaddress.ip_address(bound)
+    if not address.is_unspecified:
+        return None if address.is_loopback else bound
+    remote = (socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")
+    for family, host in remote[: address.version // 3]:  # 0.0.0.0 is IPv4 only
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing; the kernel chooses a local address
+            return str(probe.getsockname()[0])
+    return None
+
+
 def locations(server: BroadcastServer, host: str) -> str:
     """Return the first lines of output: the URLs of the server on this device and on the network."""
-    bound = str(server.server_address[0])
+    bound, port = str(server.server_address[0]), server.server_address[1]
     if bound.startswith(UNIX):
         return f"pywebsock: listening on {bound}"
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     if IS_WINDOWS and name == "localhost" and ":" not in bound and not server.tls_context:
         name = "127.0.0.1"  # for localhost, some clients there try IPv6 for two seconds first
-    urls = dict.fromkeys([server._url(name), server._url(network_address(bound))])
     labels = "listening on", "on the network:"
-    lines = zip(labels, filter(None, urls))
-    return "\n".join([f"pywebsock: {label} {url} ({url.replace('http', 'ws', 1)})" for label, url in lines])
+    names = dict.fromkeys(filter(None, [name, network_address(bound)]))
+    places = [f"[{name}]:{port}/" if ":" in name else f"{name}:{port}/" for name in names]
+    s = "s" if server.tls_context else ""
+    return "\n".join([f"pywebsock: {label} http{s}://{at} (ws{s}://{at})" for label, at in zip(labels, places)])
 
 
 def announce(text: str) -> None:
