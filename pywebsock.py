@@ -3863,33 +3863,26 @@ class RedisError(OSError):
     """Redis replied with an error, or with bytes that are not RESP2."""
 
 
-class RedisAddress(NamedTuple):
-    """redis://[user:password@]host[:port][/db][?stream=name], or rediss:// for TLS."""
+class RedisAddress:
+    """The parts of redis://[user:password@]host[:port][/db][?stream=name], or rediss:// for TLS."""
 
-    tls: bool
-    host: str
-    port: int
-    user: str
-    password: str
-    database: int
-    stream: str
-
-
-def parse_redis_url(url: str) -> RedisAddress:
-    """Return the parts of the URL of a Redis stream. Raise ValueError if it is malformed."""
-    parts = urllib.parse.urlsplit(url)
-    query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
-    stream = query.pop("stream", ["pywebsock"])[-1]
-    path = re.fullmatch("/?([0-9]{0,9})", parts.path)
-    if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
-        raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
-    host, port = parts.hostname or "localhost", parts.port or 6379
-    try:
-        host.encode("idna")
-    except UnicodeError:
-        raise ValueError(f"{host!a} is not a host name") from None
-    user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
-    return RedisAddress(parts.scheme == "rediss", host, port, user, password, int(path[1] or 0), stream)
+    def __init__(self, url: str) -> None:
+        """Raise ValueError if the URL is malformed."""
+        parts = urllib.parse.urlsplit(url)
+        query = urllib.parse.parse_qs(parts.query, strict_parsing=bool(parts.query))
+        self.stream = query.pop("stream", ["pywebsock"])[-1]
+        path = re.fullmatch("/?([0-9]{0,9})", parts.path)
+        if parts.scheme not in ("redis", "rediss") or not path or query or parts.fragment:
+            raise ValueError("a Redis URL is redis://[user:password@]host[:port][/db][?stream=name]")
+        self.has_tls = parts.scheme == "rediss"
+        self.host, self.port = parts.hostname or "localhost", parts.port or 6379
+        user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
+        self.login = ("AUTH", user or "default", password) if user or password else ()  # of the command HELLO
+        self.database = int(path[1] or 0)
+        try:
+            self.host.encode("idna")
+        except UnicodeError:
+            raise ValueError(f"{self.host!a} is not a host name") from None
 
 
 def serialize_command(*words: str | bytes | int) -> bytes:
@@ -3935,14 +3928,12 @@ class RedisConnection:
     def __init__(self, address: RedisAddress) -> None:
         self.socket = socket.create_connection((address.host, address.port), ANSWER_TIME)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if address.tls:
+        if address.has_tls:
             context = ssl.create_default_context()
             self.socket = context.wrap_socket(self.socket, server_hostname=address.host)
         self._replies = self.socket.makefile("rb")
-        has_login = address.user or address.password
-        login = ("AUTH", address.user or "default", address.password) if has_login else ()
         try:
-            greeting = self.call("HELLO", 2, *login)
+            greeting = self.call("HELLO", 2, *address.login)
             if not isinstance(greeting, list) or b"server" not in greeting:
                 raise RedisError(NOT_REDIS)
             if b"sentinel" in greeting:
@@ -4109,7 +4100,7 @@ class RedisLink:
         that will not pass.
         """
         self._server, self._hooks = server, server._hooks
-        self._address = parse_redis_url(str(server.redis))
+        self._address = RedisAddress(str(server.redis))
         self._key = self._address.stream
         self._reader = RedisReader(server, self._key)
         # Shared, guarded by this condition. No thread waits for Redis or the server while it has the lock.

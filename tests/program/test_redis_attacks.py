@@ -306,7 +306,7 @@ class AttackTest(RedisTestCase):
         self.assertEqual(client.read(), "before")
         self.redis.call("CONFIG", "SET", "requirepass", "secret")
         inside = pywebsock.RedisConnection(
-            pywebsock.parse_redis_url(self.redis.url.replace("redis://", "redis://:secret@"))
+            pywebsock.RedisAddress(self.redis.url.replace("redis://", "redis://:secret@"))
         )
         self.addCleanup(inside.close)
         inside.call("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")

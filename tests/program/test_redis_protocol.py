@@ -146,17 +146,19 @@ class ReplyTest(unittest.TestCase):
 class UrlTest(unittest.TestCase):
     def test_good_ones(self) -> None:
         for url, *expected in (
-            ("redis://", False, "localhost", 6379, "", "", 0, "pywebsock"),
-            ("redis://example.com", False, "example.com", 6379, "", "", 0, "pywebsock"),
-            ("rediss://example.com:6380/", True, "example.com", 6380, "", "", 0, "pywebsock"),
-            ("redis://[::1]:7/15", False, "::1", 7, "", "", 15, "pywebsock"),
-            ("redis://:secret@h", False, "h", 6379, "", "secret", 0, "pywebsock"),
-            ("redis://user:p%40ss%2F%3F%23@h", False, "h", 6379, "user", "p@ss/?#", 0, "pywebsock"),
-            ("redis://user@h", False, "h", 6379, "user", "", 0, "pywebsock"),
-            ("redis://h/3?stream=a%20room", False, "h", 6379, "", "", 3, "a room"),
-            ("redis://h?stream=x", False, "h", 6379, "", "", 0, "x"),
+            ("redis://", False, "localhost", 6379, (), 0, "pywebsock"),
+            ("redis://example.com", False, "example.com", 6379, (), 0, "pywebsock"),
+            ("rediss://example.com:6380/", True, "example.com", 6380, (), 0, "pywebsock"),
+            ("redis://[::1]:7/15", False, "::1", 7, (), 15, "pywebsock"),
+            ("redis://:secret@h", False, "h", 6379, ("AUTH", "default", "secret"), 0, "pywebsock"),
+            ("redis://user:p%40ss%2F%3F%23@h", False, "h", 6379, ("AUTH", "user", "p@ss/?#"), 0, "pywebsock"),
+            ("redis://user@h", False, "h", 6379, ("AUTH", "user", ""), 0, "pywebsock"),
+            ("redis://h/3?stream=a%20room", False, "h", 6379, (), 3, "a room"),
+            ("redis://h?stream=x", False, "h", 6379, (), 0, "x"),
         ):
-            self.assertEqual(pywebsock.parse_redis_url(url), tuple(expected), url)
+            each = pywebsock.RedisAddress(url)
+            parts = [each.has_tls, each.host, each.port, each.login, each.database, each.stream]
+            self.assertEqual(parts, expected, url)
 
     BAD = (
         "",
@@ -178,7 +180,7 @@ class UrlTest(unittest.TestCase):
     def test_bad_ones(self) -> None:
         for url in self.BAD:
             with self.subTest(url), self.assertRaises(ValueError):
-                pywebsock.parse_redis_url(url)
+                pywebsock.RedisAddress(url)
 
     def test_a_bad_one_on_the_command_line(self) -> None:
         for url, why in (

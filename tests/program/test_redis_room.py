@@ -232,7 +232,7 @@ class StartTest(RedisTestCase):
             self.check_logins()
         finally:
             with contextlib.suppress(pywebsock.RedisError):
-                address = pywebsock.parse_redis_url(self.redis.url)._replace(password="s3 cr@t")
+                address = pywebsock.RedisAddress(self.redis.url.replace("redis://", "redis://:s3%20cr%40t@"))
                 connection = pywebsock.RedisConnection(address)
                 connection.call("CONFIG", "SET", "requirepass", "")
                 connection.socket.close()

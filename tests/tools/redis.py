@@ -85,7 +85,7 @@ class Redis:
 
     def call(self, *words: str | int, database: int = 0) -> typing.Any:
         """Send a command and return the reply."""
-        connection = pywebsock.RedisConnection(pywebsock.parse_redis_url(f"{self.url}/{database}"))
+        connection = pywebsock.RedisConnection(pywebsock.RedisAddress(f"{self.url}/{database}"))
         try:
             return connection.call(*words)
         finally:
