@@ -3508,11 +3508,9 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     _queue: Queue
     _room: Room
     _most_connections: int
+    _begin: Callable[[], None]  # starts the threads
     _path = ""  # path of the Unix socket
     _is_stopping = False  # shutdown() was called
-
-    def _begin(self) -> None:
-        raise NotImplementedError
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Accept connections until shutdown(), which takes up to `poll_interval` (seconds)."""
