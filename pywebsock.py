@@ -956,7 +956,6 @@ def http_response(request: Request, status: int, kind: str, body: bytes, *fields
         "Content-Length": str(len(body)),
         "Cache-Control": "no-store",
         "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
         "Access-Control-Allow-Origin": request.headers.get("origin", "*"),
         "Access-Control-Allow-Credentials": "true",
         "Connection": "close, Upgrade" if "Upgrade" in own else "close",  # RFC 9110 7.8
