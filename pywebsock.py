@@ -3451,7 +3451,7 @@ class Loop:
 # ======================================================================================
 
 KEPT_SIZE = 32 * 1024 * 1024  # bytes of freed memory that malloc keeps
-TRIM_TIME = 10.0  # seconds between two calls of trim_malloc()
+TRIM_TIME = 10.0  # seconds between two calls of malloc_trim()
 SPARE_DESCRIPTORS = 32  # file descriptors that are left to the program
 SPARE_CONNECTIONS = 100  # pending connections, in addition to a tenth of max_clients
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # only on Windows
@@ -3820,11 +3820,6 @@ def tune_malloc() -> None:
     call_libc("mallopt", -8, 2)  # M_ARENA_MAX; the default is eight per processor, and each arena keeps KEPT_SIZE
     call_libc("mallopt", -1, KEPT_SIZE)  # M_TRIM_THRESHOLD
     call_libc("mallopt", -3, KEPT_SIZE)  # M_MMAP_THRESHOLD
-
-
-def trim_malloc() -> None:
-    """Let malloc return freed memory between blocks in use (Linux). After a rush, that can be hundreds of MB."""
-    call_libc("malloc_trim", 0)
 
 
 def call_libc(name: str, *arguments: int) -> None:
@@ -4301,7 +4296,7 @@ class Program(BroadcastServer):
     key: str | None = None  # file of the private key (PEM)
     signals: list[int]  # received, and not handled yet
     inherited = False  # systemd has bound the socket
-    next_trim = 0.0  # time.monotonic() at which trim_malloc() is called
+    next_trim = 0.0  # time.monotonic() at which malloc_trim() is called
 
     def server_bind(self) -> None:
         """Bind the socket, or use the socket that systemd has bound (sd_listen_fds(3)). The constructor calls it."""
@@ -4331,10 +4326,11 @@ class Program(BroadcastServer):
     def service_actions(self) -> None:
         """Act on signals: SIGHUP renews the certificate, others stop the program. serve_forever() calls it often.
 
-        At times, let malloc return memory.
+        At times, let malloc return freed memory between blocks in use (Linux). After a rush, that
+        can be hundreds of MB.
         """
         if time.monotonic() > self.next_trim:
-            trim_malloc()
+            call_libc("malloc_trim", 0)
             self.next_trim = time.monotonic() + TRIM_TIME
         while self.cert and HANGUP in self.signals:
             self.signals.remove(HANGUP)

@@ -21,7 +21,7 @@ from tests.tools import faults, load, support
 TRIM = """
 import signal, sys
 def trim(*_):
-    pywebsock.trim_malloc()
+    pywebsock.call_libc("malloc_trim", 0)
     sys.stderr.write("trimmed\\n")
 signal.signal(signal.SIGUSR1, trim)
 """
