@@ -3520,7 +3520,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 super().serve_forever(poll_interval)
                 return
             except MemoryError:  # in the selector; the next round may succeed
-                self._wait_for_fewer(self._room.size, "out of memory")
+                self._wait_for_fewer("out of memory")
             except OSError:  # after server_close(); Windows cannot even select a closed socket
                 if self.fileno() >= 0:
                     raise
@@ -3554,20 +3554,19 @@ class LimitedServer(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. If there are too many, end the oldest pending one, or let the new one wait."""
-        room, most = self._room, self._most_connections
-        if room.size >= most:
+        if self._room.size >= self._most_connections:
             self._give_up_oldest()
-            self._wait_for_fewer(most, "too many connections")
+            self._wait_for_fewer("too many connections")
             raise OSError("not now")
         try:
-            room.wait_for_turn(0.5)
+            self._room.wait_for_turn(0.5)
             request, address = super().get_request()
             if self.tls_context:
                 request = TLSSocket(request, self.tls_context)
             return request, address if isinstance(address, tuple) else ("unix", 0)
         except (OSError, MemoryError, ValueError) as error:
             if getattr(error, "errno", errno.ENOMEM) in SHORTAGES:
-                self._wait_for_fewer(room.size, str(error) or "out of memory")
+                self._wait_for_fewer(str(error) or "out of memory")
             raise OSError("not now") from None
 
     def _give_up_oldest(self) -> None:
@@ -3585,10 +3584,10 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 room.pending[oldest] = GIVEN_UP
                 self._queue.put(functools.partial(room.give_up, oldest, "given up"))
 
-    def _wait_for_fewer(self, number: int, shortage: str) -> None:
-        """Wait until there are fewer than `number` connections, but at most half a second."""
+    def _wait_for_fewer(self, shortage: str) -> None:
+        """Wait until there are fewer connections, but at most half a second."""
         self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
-        self._room.wait_for(number - 1, time.monotonic() + 0.5)
+        self._room.wait_for(self._room.size - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's handler. It runs in hook threads, and the loop waits for its socket."""
