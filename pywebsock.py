@@ -3868,7 +3868,7 @@ class RedisAddress:
         self.has_tls = parts.scheme == "rediss"
         self.host, self.port = parts.hostname or "localhost", parts.port or 6379
         user, password = [urllib.parse.unquote(text or "") for text in (parts.username, parts.password)]
-        self.login = ("AUTH", user or "default", password) if user or password else ()  # of the command HELLO
+        self.login = ("AUTH", user or "default", password) if user or password else ()
         self.database = int(path[1] or 0)
         try:
             self.host.encode("idna")
@@ -4437,11 +4437,13 @@ def locations(server: BroadcastServer, host: str) -> str:
     name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
     if IS_WINDOWS and name == "localhost" and ":" not in bound and not server.tls_context:
         name = "127.0.0.1"  # for localhost, some clients there try IPv6 for two seconds first
-    labels = "listening on", "on the network:"
-    names = dict.fromkeys(filter(None, [name, network_address(bound)]))
-    places = [f"[{name}]:{port}/" if ":" in name else f"{name}:{port}/" for name in names]
     s = "s" if server.tls_context else ""
-    return "\n".join([f"pywebsock: {label} http{s}://{at} (ws{s}://{at})" for label, at in zip(labels, places)])
+    names = dict.fromkeys([name, network_address(bound) or name])
+    lines = []
+    for label, each in zip(("listening on", "on the network:"), names):
+        where = f"[{each}]:{port}/" if ":" in each else f"{each}:{port}/"
+        lines.append(f"pywebsock: {label} http{s}://{where} (ws{s}://{where})")
+    return "\n".join(lines)
 
 
 def announce(text: str) -> None:
@@ -4534,7 +4536,8 @@ class PatientStream:
     def write(self, text: str) -> None:
         """Write a text. Leave out the part that cannot be written within PATIENCE."""
         for i in range(0, len(text), self.PIECE):
-            with contextlib.suppress(OSError, ValueError, TypeError):  # Windows, or a stream without a descriptor
+            # Windows cannot select a file; a stream may have no descriptor.
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 if not select.select([], [self._stream], [], self.PATIENCE)[1]:
                     return
             self._stream.write(text[i : i + self.PIECE])
