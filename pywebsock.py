@@ -4546,7 +4546,6 @@ class PatientStream:
 
 def start_logging(options: argparse.Namespace) -> None:
     """Log to standard error. The level depends on --quiet and --verbose."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # a third of the time for a line
     stream = PatientStream(sys.stderr)
     handler = logging.StreamHandler(stream)
     handler.addFilter(FloodFilter())
