@@ -3656,6 +3656,7 @@ class BroadcastServer(Settings, LimitedServer):
         if self._link:
             self._queue.locks += (self._link.changed,)
         self._loop = Loop(self)
+        self._start_lock = threading.Lock()
         self._has_begun = False
         most = self.max_clients + self.max_clients // 10 + SPARE_CONNECTIONS
         most = min(most, self._room.most_selected + SPARE_SELECTED)
@@ -3763,11 +3764,12 @@ class BroadcastServer(Settings, LimitedServer):
 
     def _begin(self) -> None:
         """Start the threads, once. Not in the constructor, since a program may fork after it."""
-        if not self._has_begun:
-            self._has_begun = True
-            self._loop.start()
-            if self._link:
-                self._link.start()
+        with self._start_lock:  # serve_forever() and handle_request() may run in two threads
+            if not self._has_begun:
+                self._has_begun = True
+                self._loop.start()
+                if self._link:
+                    self._link.start()
 
     def server_close(self) -> None:
         """Send all queued data, close every client with 1001, and wait, at most for the close timeout.
