@@ -741,7 +741,7 @@ class Conveniences(PageTestCase):
         tab = self.open(self.from_disk(server))
         hide = """Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });
             document.dispatchEvent(new Event('visibilitychange'))"""
-        lines = """return Array.from(log.querySelectorAll('li:not([hidden])'),
+        lines = """return Array.from(log.querySelectorAll('li:not(.hidden)'),
             li => (li.querySelector('.text') ?? li).textContent)"""
         icon = "return document.querySelector('[rel=icon]').href"
         with Client(server.port) as program:
