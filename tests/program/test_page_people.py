@@ -425,9 +425,7 @@ class ReadOnly(PageTestCase):
 
     def test_the_reason_of_a_close_stands_at_the_message(self) -> None:
         tab = self.open(self.from_disk(self.serve()))
-        tab.run(
-            "connection.socket.onmessage = null; submit('x'); connection.end(1008, 'no swearing')"
-        )
+        tab.run("connection.socket.onmessage = null; submit('x'); connection.end(1008, 'no swearing')")
         self.assertEqual(tab.outbox_states(), ["not delivered: no swearing"])
 
 
