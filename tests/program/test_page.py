@@ -160,7 +160,7 @@ class History(PageTestCase):
 
     def away(self, tab: Tab, server: Process, *messages: str | bytes) -> None:
         """Send messages while a tab has no connection, and connect it again. The last message must be new."""
-        tab.run("if (connection.socket) connection.drop('moved'); connection.retryAt = Infinity")
+        tab.run("if (connection.socket) connection.end('moved'); connection.retryAt = Infinity")
         with Client(server.port) as program:
             for message in messages:
                 program.send(message)
@@ -216,7 +216,7 @@ class History(PageTestCase):
         with Client(server.port) as program:
             while program.read() != "third":
                 pass
-        tab.run("connection.drop('moved'); connection.retryAt = Infinity")
+        tab.run("connection.end('moved'); connection.retryAt = Infinity")
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"] * 2)
         tab.run("connection.open()")
         tab.wait_for_messages(3)
@@ -237,7 +237,7 @@ class History(PageTestCase):
             tab = self.open(self.from_disk(server))
             tab.wait_for_messages(2)
             for count in 4, 6:
-                tab.run("connection.drop('moved')")
+                tab.run("connection.end('moved')")
                 tab.wait_for_messages(count)
             self.assertEqual(tab.messages(), ["one", "two"] * 3)
             tab.send("mine")
@@ -349,7 +349,7 @@ class Outbox(PageTestCase):
         tab.send("three")
         tab.wait_for_messages(4)
         for count in 5, 6:  # a welcome each time, not in the history
-            tab.run("connection.drop('moved')")
+            tab.run("connection.end('moved')")
             tab.wait_for_messages(count)
         self.assertEqual(len(tab.messages()), 6)
         server.stop()
@@ -362,7 +362,7 @@ class Outbox(PageTestCase):
         self.addCleanup(server.stop)
         tab = self.open(self.from_disk(server))
         late = """connection.movedAt -= 300e3; pending.forEach(entry => entry.sentAt -= 300e3);
-            connection.tick(); showProgress(); return connection.state"""
+            connection.tick(); showProgress(); return document.documentElement.dataset.state"""
         for count in range(1, 4):
             tab.run("submit('one')")
             self.wait(lambda: tab.run("return connection.socket.bufferedAmount") == 0, "the message on its way")
@@ -372,7 +372,7 @@ class Outbox(PageTestCase):
     def test_the_same_text_again(self) -> None:
         """An echo belongs to the last message, not to an equal lost one, which stays in doubt."""
         tab = self.open(self.from_disk(self.serve()))
-        tab.run("connection.socket.onmessage = null; submit('ok'); connection.drop('moved'); connection.retryAt = 0")
+        tab.run("connection.socket.onmessage = null; submit('ok'); connection.end('moved'); connection.retryAt = 0")
         self.assertEqual(tab.outbox_states(), ["not confirmed, may have arrived"])
         tab.wait_for_state("connected")
         tab.send("ok")
@@ -446,7 +446,7 @@ class Engines(PageTestCase):
         page = self.hasty(PATIENCE=1500)
         tabs = [self.open(self.from_disk(server, page), engine) for engine in ENGINES]
         scripts = {
-            "drop": "if (connection.socket) connection.drop('moved')",
+            "drop": "if (connection.socket) connection.end('moved')",
             "connect": "connection.open()",
             "close": "connection.socket?.close()",
         }

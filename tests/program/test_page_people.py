@@ -185,7 +185,7 @@ class SlowLinks(PageTestCase):
             tab = self.open(self.from_disk(link))
             tab.wait_for_messages(5)
             link.rate = 150_000
-            tab.run("connection.drop('moved')")
+            tab.run("connection.end('moved')")
             tab.wait_for_state("connected")
             tab.send("hello?")
             self.wait_long(lambda: "hello?" in tab.messages(), "the own line")
@@ -269,7 +269,7 @@ class Times(PageTestCase):
             program.send("of now")
             tab.wait_for_messages(2)
             self.assertEqual(self.shown(tab)[-1], "timed: of now")
-            tab.run("connection.drop('moved'); connection.retryAt = Infinity")
+            tab.run("connection.end('moved'); connection.retryAt = Infinity")
             program.send("meanwhile")
             while program.read() != "meanwhile":
                 pass
@@ -425,9 +425,7 @@ class ReadOnly(PageTestCase):
 
     def test_the_reason_of_a_close_stands_at_the_message(self) -> None:
         tab = self.open(self.from_disk(self.serve()))
-        tab.run(
-            "connection.socket.onmessage = null; submit('x'); connection.closed({code: 1008, reason: 'no swearing'})"
-        )
+        tab.run("connection.socket.onmessage = null; submit('x'); connection.end(1008, 'no swearing')")
         self.assertEqual(tab.outbox_states(), ["not delivered: no swearing"])
 
 
@@ -516,14 +514,14 @@ class Details(PageTestCase):
         tab.send("x")
         tab.wait_for_messages(1)
         for _ in range(3):
-            tab.run("connection.drop('moved'); connection.open()")
+            tab.run("connection.end('moved'); connection.open()")
             tab.wait_for_state("connected")
             self.wait(lambda: "nothing is missing" in last_note(tab), "connected again")
         self.assertEqual(len(tab.notes()), 1)
         shown, notes = len(tab.messages()), len(tab.notes())
         tab.send("y")
         tab.wait_for_messages(shown + 1)
-        tab.run("connection.drop('moved')")
+        tab.run("connection.end('moved')")
         self.wait(lambda: len(tab.notes()) == notes + 1, "a line of its own after another message")
 
 
@@ -741,7 +739,7 @@ class Conveniences(PageTestCase):
         tab = self.open(self.from_disk(server))
         hide = """Object.defineProperty(document, 'hidden', { value: arguments[0], configurable: true });
             document.dispatchEvent(new Event('visibilitychange'))"""
-        lines = """return Array.from(log.querySelectorAll('li:not([hidden])'),
+        lines = """return Array.from(log.querySelectorAll('li:not(.hidden)'),
             li => (li.querySelector('.text') ?? li).textContent)"""
         icon = "return document.querySelector('[rel=icon]').href"
         with Client(server.port) as program:
