@@ -1265,10 +1265,10 @@ class Hooks:
 
     # ---- any thread ----
 
-    def submit(self, inbox: Inbox, *calls: Callable[[], object]) -> None:
-        """Run calls after those that this inbox already holds. Never wait."""
+    def submit(self, inbox: Inbox, call: Callable[[], object]) -> None:
+        """Run a call after those that this inbox already holds. Never wait."""
         with self.lock:
-            inbox.calls.extend(calls)
+            inbox.calls.append(call)
             if not inbox.taken:
                 inbox.taken = True
                 self._busy += 1
@@ -2126,10 +2126,10 @@ class WebSocketHandler(RequestHandler):
 
     # ---- in the loop ----
 
-    def _submit(self, *calls: Callable[[], object]) -> None:
-        """Let a hook thread run calls, after those that were submitted before."""
+    def _submit(self, call: Callable[[], object]) -> None:
+        """Let a hook thread run a call, after those that were submitted before."""
         self._inbox = self._inbox or Inbox()
-        self.server._hooks.submit(self._inbox, *calls)
+        self.server._hooks.submit(self._inbox, call)
 
     def _has_left(self, code: int, reason: str) -> None:
         """Log that the client has left, and call on_close."""
@@ -2927,7 +2927,6 @@ LEAST_SLICE_TIME = 0.0001  # seconds; the same if many connections have data
 ROUND_TIME = 0.01  # seconds of reading before the messages are sent
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs that are sent together; of more, only the newest (5.5.3)
-Messages = list[tuple[int, Octets]]
 
 
 class Endings:
@@ -3067,29 +3066,24 @@ class Receiver:
     def _take(self, connection: Connection) -> None:
         """Act on each message and control frame that was read, until the slice is over."""
         until = time.monotonic() + self.slice_time
-        messages: Messages = []  # for its hooks
         client, queue = connection.client, self._queue
         is_free = self._is_direct and not (self.gate.has_limits or queue.held or client._inbox or client._is_closing)
-        try:
-            for opcode, payload in connection.events or ():
-                if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
-                    if connection.pongs:
-                        connection.pongs = []  # answers to later Pings come after this message
-                    queue.put_own(Outgoing(opcode, payload))  # nearly all messages
-                elif not self._take_one(connection, opcode, payload, messages):
-                    return
-                if time.monotonic() > until:
-                    connection.is_flood = True
-                    self.line_up(connection)
-                    return
-            connection.events = None
-            if connection.tls and connection.tls.has_more():
+        for opcode, payload in connection.events or ():
+            if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
+                if connection.pongs:
+                    connection.pongs = []  # answers to later Pings come after this message
+                queue.put_own(Outgoing(opcode, payload))  # nearly all messages
+            elif not self._take_one(connection, opcode, payload):
+                return
+            if time.monotonic() > until:
+                connection.is_flood = True
                 self.line_up(connection)
-        finally:
-            if messages:
-                self._submit(connection, messages)
+                return
+        connection.events = None
+        if connection.tls and connection.tls.has_more():
+            self.line_up(connection)
 
-    def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
+    def _take_one(self, connection: Connection, opcode: int, payload: Octets) -> bool:
         """Act on a message or control frame. Return whether to continue with the next one."""
         if opcode == PING:
             if not connection.pongs:
@@ -3099,7 +3093,8 @@ class Receiver:
                 del connection.pongs[:-1]
         elif opcode == CLOSE:
             connection.events = None
-            self._hear_close(connection, payload, messages)
+            code, reason = parse_close(bytes(payload))
+            self._in_order(connection, self._sender.end, code, reason, serialize_close(code))  # the same code (5.5.1)
             return False
         elif opcode == CONT:
             if not self.gate.unfinished.grow(connection, self._sender.now):
@@ -3109,17 +3104,18 @@ class Receiver:
             is_closing = connection.client._is_closing
             if connection.kept and (is_closing or not (self._is_direct and self._is_long(payload))):
                 self.gate.unfinished.release(connection)  # a message that will be compressed counts until then
-            return is_closing or self._take_message(connection, opcode, payload, messages)
+            return is_closing or self._take_message(connection, opcode, payload)
         return True
 
-    def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
-        """Broadcast a message, or collect it for the hooks. Return whether to continue with the next one."""
+    def _take_message(self, connection: Connection, opcode: int, payload: Octets) -> bool:
+        """Broadcast a message, or give it to the hooks. Return whether to continue with the next one."""
         connection.pongs = []  # answers to later Pings come after this message
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
-        inbox = connection.client._inbox
-        if self._is_direct and not (inbox and inbox.taken) and not self._is_long(payload):
+        client = connection.client
+        is_behind = client._inbox and client._inbox.taken  # its hooks have earlier messages
+        if self._is_direct and not is_behind and not self._is_long(payload):
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
@@ -3128,24 +3124,17 @@ class Receiver:
                     message.frame(0)  # if this takes too much memory, only the sender's connection ends
                 self._queue.put_own(message)
             return True
-        messages.append((opcode, payload))
+        client._submit(functools.partial(client._take_message, opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
-        if connection.submitted > MAX_SUBMITTED:
+        if connection.submitted > MAX_SUBMITTED:  # until its hooks have handled them
             self._pause(connection)
+            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
             return False
         return True
 
     def _is_long(self, payload: Octets) -> bool:
         """Return whether compressing a message takes too long for the loop."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
-
-    def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
-        """Answer the peer's Close with the same code (5.5.1), after all its messages."""
-        code, reason = parse_close(bytes(payload))
-        if messages:
-            self._submit(connection, messages)
-            messages.clear()
-        self._in_order(connection, self._sender.end, code, reason, serialize_close(code))
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """End a connection by calling `act`, after its hooks have handled all its messages."""
@@ -3156,13 +3145,6 @@ class Receiver:
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
             self.endings.add(connection, act, *arguments)
-
-    def _submit(self, connection: Connection, messages: Messages) -> None:
-        """Give messages to a client's hooks. If it was paused, resume it after them."""
-        client = connection.client
-        client._submit(*[functools.partial(client._take_message, *message) for message in messages])
-        if connection.submitted > MAX_SUBMITTED:
-            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 
 
 CONTEXT = operator.attrgetter("reader.context")

@@ -159,6 +159,31 @@ class Hooks(ServerTestCase):
         heard.remove("short")
         self.assertEqual(heard, [str(i) for i in range(100)])
 
+    def test_end_of_on_open(self) -> None:
+        """on_open returns while the loop takes messages of its client: the loop broadcasts the later ones itself."""
+        go_on = threading.Event()
+
+        class Server(pywebsock.BroadcastServer):
+            """Waits in on_open; its messages are broadcast."""
+
+            def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+                go_on.wait(DEADLINE)
+
+        server = self.serve(Server)
+        gate = server._loop.sender.gate
+        lets_through = gate.lets_through
+
+        def return_meanwhile(connection: pywebsock.Connection, now: float) -> bool:
+            if connection.submitted:  # the first message waits for on_open, this is the second one
+                go_on.set()
+                eventually(lambda: connection.client._inbox and not connection.client._inbox.taken)
+            return lets_through(connection, now)
+
+        client = self.connect(server)
+        with unittest.mock.patch.object(gate, "lets_through", return_meanwhile):
+            client.send_raw(masked_frame(TEXT, b"first") + masked_frame(TEXT, b"second"))
+            self.assertEqual([client.read(), client.read()], ["first", "second"])
+
 
 class AnyThread(ServerTestCase):
     """broadcast, send and close check their arguments in the thread of the caller."""
