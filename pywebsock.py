@@ -1558,10 +1558,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
-        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
-        "ping_end", "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent",
-        "size", "socket", "source", "state", "submitted", "tls", "window",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_shut", "joined",
+        "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "ping_end", "pong", "pong_deadline",
+        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source", "state",
+        "submitted", "tls", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1589,9 +1589,7 @@ class Connection:
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # messages and frames that were read, not yet handled
         self.source: Iterator[tuple[int, Octets]] | None = None  # the same, without those that will be handled again
-        self.is_waiting = False  # in Receiver.later
         self.is_ending = False  # in Endings: it is not read
-        self.is_flood = False  # its last data took long: it is read after the others
         self.paused = False  # not read until it is resumed
         self.is_blocked = False  # TLS must write before it can read
         self.peer_ended = False  # the peer has ended its side of TCP
@@ -2972,7 +2970,7 @@ class Receiver:
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size, self.slice_time = 0, SLICE_TIME  # bytes read since messages went out; seconds per connection
         self.endings = Endings(sender)
-        self.later: deque[Connection] = deque()  # connections to continue with at the end of the round
+        self.later: dict[Connection, None] = {}  # connections to continue with at the end of the round, in order
 
     # ---- operations ----
 
@@ -3009,10 +3007,8 @@ class Receiver:
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
-        """Read a connection once and act on the data, or later if it is a flood."""
-        if connection.is_flood and not connection.is_ending:
-            self.line_up(connection)
-        elif not (connection.is_waiting or connection.is_ending):
+        """Read a connection once and act on the data, unless it is read later."""
+        if not (connection in self.later or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], object], connection: Connection) -> None:
@@ -3028,7 +3024,8 @@ class Receiver:
             self._sender.watch(connection)
             if data is None:
                 if time.monotonic() > until:  # TLS has read records without data
-                    connection.is_flood, connection.read_size = True, SMALL_READ_SIZE
+                    connection.read_size = SMALL_READ_SIZE
+                    self.line_up(connection)
                 return
         connection.heard = self._sender.now
         if not data:
@@ -3040,17 +3037,14 @@ class Receiver:
 
     def line_up(self, connection: Connection) -> None:
         """Continue with a connection at the end of the round."""
-        if not connection.is_waiting:
-            connection.is_waiting = True
-            self.later.append(connection)
+        self.later[connection] = None
 
     def go_on(self) -> None:
         """Continue with connections whose data took too long, and with floods, until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
         self.slice_time = SLICE_TIME
-        for _ in range(len(self.later)):
-            connection = self.later.popleft()
-            connection.is_waiting = connection.is_flood = False
+        for connection in list(self.later):
+            del self.later[connection]
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
             elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
@@ -3076,7 +3070,6 @@ class Receiver:
             elif not self._take_one(connection, opcode, payload):
                 return
             if time.monotonic() > until:
-                connection.is_flood = True
                 self.line_up(connection)
                 return
         connection.events = None
