@@ -2176,12 +2176,12 @@ class Queue:
         self._operations: list[Any] = []
         self._size = 0  # bytes of the operations
         self._recipients: set[WebSocketHandler] = set()  # of queued messages to some clients
-        self._held = False  # senders wait for a quick client that is behind
+        self.held = False  # senders wait for a quick client that is behind
         self._is_asleep = False  # the loop waits in select() until a byte wakes it
-        self._has_ended = False  # the loop has ended
+        self.has_ended = False  # the loop has ended
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
-        self.loop_thread = 0
+        self.loop_thread = 0  # the thread that never waits in wait_for_space()
         self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too: RLocks, which know their owner
 
     # ---- any thread ----
@@ -2189,7 +2189,7 @@ class Queue:
     def put(self, operation: Any, size: int = MESSAGE_COST) -> bool:
         """Queue an operation, without waiting. Return False if the loop has ended."""
         with self._lock:
-            if self._has_ended:
+            if self.has_ended:
                 return False
             self._operations.append(operation)
             self._size += size
@@ -2226,7 +2226,7 @@ class Queue:
     @property
     def is_full(self) -> bool:
         """Return whether senders must wait: too much is queued, or a quick client is behind."""
-        return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
+        return (self._size > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self.has_ended
 
     def wake(self) -> None:
         """Wake the loop."""
@@ -2243,10 +2243,6 @@ class Queue:
         self._ring.setblocking(False)
         selector.register(self._alarm, selectors.EVENT_READ, self._hear_alarm)
 
-    def start(self) -> None:
-        """Remember this thread as the loop: it never waits in wait_for_space()."""
-        self.loop_thread = threading.get_ident()
-
     def put_own(self, operation: Any) -> None:
         """Queue an operation of the loop itself for this round."""
         self._operations.append(operation)
@@ -2262,7 +2258,7 @@ class Queue:
 
     def _hear_alarm(self) -> None:
         """Read the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # there are none, or the queue has ended
             if self._alarm:
                 self._alarm.recv(4096)
 
@@ -2279,22 +2275,17 @@ class Queue:
                 self._space.notify_all()
         return operations
 
-    @property
-    def held(self) -> bool:
-        """Return whether senders wait for a quick client that is behind."""
-        return self._held
-
     def hold(self, held: bool) -> None:
         """Let senders wait for a quick client, or let them go on."""
-        if held != self._held:
+        if held != self.held:
             with self._lock:
-                self._held = held
+                self.held = held
                 self._space.notify_all()
 
     def end(self) -> None:
         """Refuse further operations, and let senders go on."""
         with self._lock:
-            self._has_ended = True
+            self.has_ended = True
             self._operations.clear()
             self._space.notify_all()
         for end in (self._alarm, self._ring):
@@ -2382,7 +2373,6 @@ class Room(Registry):
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
         self._is_closing = False  # clients that join now get 1001
-        self._has_ended = False  # the loop has ended
         self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these four are set by the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
         self.give_up: Callable[[RequestHandler, str], None]
@@ -2419,16 +2409,16 @@ class Room(Registry):
                 messages, joiner.number = list(self._history), self.messages
             with self._preparing:
                 joiner.frames = [message.frame(connection.window, LONG_MESSAGE) for message in messages]
+        adopt = functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner))
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
             require(len(self) < self.most_selected, 503, TOO_MANY_SELECTED)
-            require(not self._has_ended, 503, "the server is stopping")
+            require(self._queue.put(adopt), 503, "the server is stopping")
             self._sends.setdefault(connection.window, {})[client] = discard
             client._connection = connection
             del self.pending[client]
             self.connections.add(connection)
             self.waiting.add(client)
-            self._queue.put(functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner)))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
                 self._queue.put(functools.partial(self.close_connections, [connection], early))
@@ -2536,11 +2526,6 @@ class Room(Registry):
         if message.size >= DEFLATE_THRESHOLD:
             for window in list(self._sends):
                 message.frame(window)
-
-    def end(self) -> None:
-        """Refuse clients that join later."""
-        with self.lock:
-            self._has_ended = True
 
 
 def send_nothing(data: Octets | memoryview) -> int:
@@ -3263,7 +3248,6 @@ class Loop:
         self.deadlines = Deadlines(server, self.sender, self.lobby)
         self._before = time.monotonic()
         self._is_watchful = False
-        self._ended = False
 
     @property
     def now(self) -> float:
@@ -3279,28 +3263,24 @@ class Loop:
 
     def run(self) -> None:
         """Do rounds until stop(). Runs in the thread of the loop."""
-        self._queue.start()
-        while not self._ended:
+        self._queue.loop_thread = threading.get_ident()
+        while not self._queue.has_ended:
             try:
                 self._do_round()
             except Exception as error:  # for example out of memory; the next round may succeed
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self.deadlines.interval / 10)
-        self._room.end()
-        self._queue.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
         """End the thread. Any thread but the loop's."""
-        if self._thread and self._thread.is_alive():
-            self._queue.put(self._end)
+        self._queue.put(self._end)
+        if self._thread:
             self._thread.join()
-        else:
-            self._room.end()
-            self._queue.end()
+        self._queue.end()  # if there was no thread
 
     def _end(self) -> None:
-        self._ended = True  # also after an error, since stop() waits for it
+        self._queue.end()  # also after an error, since stop() waits for it
         for connection in list(self._room.connections):
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
