@@ -3292,13 +3292,11 @@ class Loop:
         until = self._before + ROUND_TIME
         receiver.slice_time = SLICE_TIME if len(ready) < 6 else max(LEAST_SLICE_TIME, ROUND_TIME / len(ready))
         sender.slices = SENDS_AT_ONCE if len(ready) < MANY_READY else 1
-        is_first = True
         for key, events in ready:
             connection = key.data
-            if not is_first and (receiver.has_much or time.monotonic() > until):
+            if receiver.has_much or time.monotonic() > until:
                 self._carry_out()
                 until = time.monotonic() + ROUND_TIME
-            is_first = False
             if type(connection) is not Connection:  # the alarm, or a handler's socket
                 self._call(connection)
                 continue
@@ -3386,26 +3384,21 @@ class Loop:
 
     def _fan_out(self, data: bytes, sends: Sends) -> None:
         """Send the same bytes to many clients. The server spends most of its time in this loop."""
-        size, rest = len(data), []
-        failed: list[tuple[WebSocketHandler, Exception]] = []
+        size = len(data)
         for client, send in sends.items():
             try:
                 sent = send(data)
             except WOULD_BLOCK:
                 sent = 0
             except (OSError, MemoryError) as error:
-                failed.append((client, error))
+                self.receiver.endings.add_failed([client], error)
                 continue
             if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self.sender.guard(self.sender.keep, client._connection, data, sent)
-        for client, why in failed:
-            self.receiver.endings.add_failed([client], why)
+                self.sender.guard(self.sender.keep, client._connection, data, sent)
 
-    def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
+    def _call(self, operation: Callable[[], object]) -> None:
         try:
-            operation(*arguments)
+            operation()
         except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "an operation failed", error=error)
 
