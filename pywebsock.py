@@ -1699,11 +1699,6 @@ class Connection:
         """Return whether the client takes data without delay. One large send does not make it quick."""
         return self.quick_until > now + QUICK_TIME / 4
 
-    def take_pong(self) -> bytes:
-        """Return the waiting Pong, and forget it."""
-        pong, self.pong = self.pong, b""
-        return pong
-
     def end_sending(self) -> None:
         """End the server's side of TLS (RFC 8446 6.1) and of TCP. Raise BlockingIOError if it must be called again."""
         if self.tls:
@@ -1747,11 +1742,9 @@ def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
         return 0, 0
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-    except OSError:
+        acked, unsent, sent, again = struct.unpack_from("120xQ16xI52xQQ", info)
+    except (OSError, struct.error):  # an old Linux tells less
         return 0, 0
-    if len(info) < 216:
-        return 0, 0
-    acked, unsent, sent, again = struct.unpack_from("120xQ16xI52xQQ", info)
     return sent - again - acked + unsent, acked
 
 
@@ -2780,7 +2773,8 @@ class Sender:
             return
         connection.flush(self.now, self.slices)
         if connection.pong and not connection.pieces:
-            self.write(connection, connection.take_pong())
+            self.write(connection, connection.pong)
+            connection.pong = b""
         if not connection.pieces:
             self.slow.discard(connection)
             if connection.state is State.OPEN:
