@@ -1250,11 +1250,10 @@ class Hooks:
     def __init__(self, most_workers: int = 1) -> None:
         self._most_workers = most_workers  # for calls of pending connections: TLS handshakes release the GIL
         self.lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
-        self._done = threading.Condition(self.lock)  # notified when an inbox has become empty
+        self._done = threading.Condition(self.lock)  # notified when fewer inboxes are busy
         self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
         self._pending: deque[Inbox] = deque()  # those of pending connections: thousands of them delay no client
         self._turn = 0  # the two lines take turns
-        self._busy = 0  # inboxes with calls that wait or run
         self._running: dict[int, float] = {}  # thread of each worker, and when its call began
         self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
         self._coming = 0  # workers that were started or woken and have not taken an inbox yet
@@ -1271,7 +1270,6 @@ class Hooks:
             inbox.calls.append(call)
             if not inbox.taken:
                 inbox.taken = True
-                self._busy += 1
                 self._make_ready(inbox)
 
     def log(self, level: int, line: str, *arguments: Any, error: BaseException | None = None) -> None:
@@ -1290,7 +1288,7 @@ class Hooks:
     def wait(self, number: int, end: float) -> None:
         """Wait until at most `number` inboxes have calls, or until `end` (time.monotonic())."""
         with self.lock:
-            while self._busy > number and time.monotonic() < end:
+            while self.busy > number and time.monotonic() < end:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
@@ -1305,6 +1303,11 @@ class Hooks:
         (self._pending if inbox.is_pending else self._ready).append(inbox)
         if self._active < (self._most_workers if inbox.is_pending else 1):
             self._add_worker()
+
+    @property
+    def busy(self) -> int:
+        """The number of inboxes with calls that wait or run."""
+        return len(self._ready) + len(self._pending) + len(self._running)
 
     @property
     def _active(self) -> int:
@@ -1345,10 +1348,10 @@ class Hooks:
         """Run calls, and wait for more: the life of a worker."""
         me, is_needed = threading.get_ident(), True
         while is_needed:
-            inbox = self._next_inbox(me, coming=1)
+            inbox = self._next_inbox(me)
             while inbox:
                 self._run(inbox, me)
-                inbox = self._next_inbox(me)
+                inbox = self._next_inbox(me, inbox)
             is_needed = self._wait_for_wake_up()
 
     def _run(self, inbox: Inbox, me: int) -> None:
@@ -1361,24 +1364,19 @@ class Hooks:
             self._stuck.discard(me)
             if time.monotonic() > until:
                 break
-        self._release(inbox)
 
-    def _release(self, inbox: Inbox) -> None:
-        """Give an inbox back. If it has new calls, it becomes ready again."""
+    def _next_inbox(self, me: int, last: Inbox | None = None) -> Inbox | None:
+        """Give the last inbox back, and return one with calls. If there is none, return None: the worker is idle."""
         with self.lock:
-            if inbox.calls:
-                self._make_ready(inbox)
-                return
-            inbox.taken = False
-            self._busy -= 1
-            self._done.notify_all()
-
-    def _next_inbox(self, me: int, coming: int = 0) -> Inbox | None:
-        """Return an inbox with calls. If there is none, return None: the worker is idle."""
-        with self.lock:
-            self._coming -= coming
+            if last is None:
+                self._coming -= 1
+            elif last.calls:
+                self._make_ready(last)
+            else:
+                last.taken = False
             self._running.pop(me, None)
             self._stuck.discard(me)
+            self._done.notify_all()
             if not self.is_waiting:
                 self._idle += 1
                 if self._has_stopped:
