@@ -1790,6 +1790,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.server._room.add_pending(self, time.monotonic())
         try:
             self.go_on()
+            self.server._queue.wake()  # or a sleeping loop would not see that all hook threads are stuck
         except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise

@@ -184,6 +184,27 @@ class Hooks(ServerTestCase):
             client.send_raw(masked_frame(TEXT, b"first") + masked_frame(TEXT, b"second"))
             self.assertEqual([client.read(), client.read()], ["first", "second"])
 
+    def test_handshakes_meanwhile(self) -> None:
+        """While a hook blocks and the loop sleeps, others connect without delay."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        class Server(pywebsock.BroadcastServer):
+            """Admits one client slowly."""
+
+            def admit(self, client: pywebsock.WebSocketHandler) -> None:
+                if client.target == "/slow":
+                    begun.set()
+                    go_on.wait(2 * DEADLINE)
+
+        server = self.serve(Server)
+        deadlines = server._loop.deadlines
+        deadlines.interval = 2 * DEADLINE
+        eventually(lambda: deadlines.next_look > server._loop.now + DEADLINE)
+        with in_thread(lambda: self.connect(server, target="/slow")):
+            begun.wait(DEADLINE)
+            self.connect(server)
+            go_on.set()
+
 
 class AnyThread(ServerTestCase):
     """broadcast, send and close check their arguments in the thread of the caller."""
