@@ -2671,13 +2671,8 @@ class Gate:
         behind = [connection for connection in slow if connection.size > limit]
         self._queue.hold(any(connection.is_quick(now) for connection in behind))
 
-    @property
-    def is_waiting(self) -> bool:
-        """Return whether a connection is paused here."""
-        return bool(self._held_back or self._alarms or self.unfinished.waiting)
-
     def wait_time(self, now: float) -> float:
-        """Return the number of seconds until a connection may have to be resumed."""
+        """Return the number of seconds until a connection may have to be resumed, or infinity."""
         wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
         return min(wait, self._alarms[0][0] - now) if self._alarms else wait
 
@@ -3233,7 +3228,7 @@ class Loop:
         self._room.give_up, self._room.drop = self.lobby.go_on, self.sender.drop
         self.deadlines = Deadlines(server, self.sender, self.lobby)
         self._before = time.monotonic()
-        self._is_watchful = False
+        self._patience = math.inf  # seconds until something that waits, but not for a socket, must be looked at
 
     @property
     def now(self) -> float:
@@ -3296,18 +3291,14 @@ class Loop:
             self._carry_out()
         if receiver.endings.waiting:
             receiver.endings.carry_out()
-        # Watch over connections that wait for something other than a socket.
-        self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
-        if self._is_watchful or self.deadlines.next_look <= sender.now:
+        hooks_patience = STUCK_TIME if self._hooks.is_waiting else math.inf
+        self._patience = min(hooks_patience, sender.gate.wait_time(sender.now))
+        if sender.slow or self._patience < math.inf or self.deadlines.next_look <= sender.now:
             self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or for the next deadline. Return the events."""
-        timeout = self.deadlines.next_look - self.sender.now
-        if self._is_watchful:
-            timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
-            if self._hooks.is_waiting:
-                timeout = min(timeout, STUCK_TIME)
+        timeout = min(self._patience, self.deadlines.next_look - self.sender.now)
         if self.receiver.later or self.receiver.endings.waiting or not self._queue.fall_asleep():
             timeout = 0
         else:

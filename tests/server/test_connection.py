@@ -553,9 +553,9 @@ class Backlog(SenderTestCase):
         gate, queue, now = self.sender.gate, self.server._queue, self.sender.now
         queue.hold(True)
         self.assertFalse(gate.lets_through(self.connection, now))
-        self.assertEqual((gate.is_waiting, gate.to_resume(now)), (True, []))
+        self.assertEqual((gate.wait_time(now), gate.to_resume(now)), (pywebsock.HOLD_TIME, []))
         queue.hold(False)
-        self.assertEqual((gate.to_resume(now), gate.is_waiting), ([self.connection], False))
+        self.assertEqual((gate.to_resume(now), gate.wait_time(now)), ([self.connection], math.inf))
         self.assertTrue(gate.lets_through(self.connection, now))
 
     def test_far_behind(self) -> None:
