@@ -2278,17 +2278,6 @@ class Queue:
                 end.close()
 
 
-class Joiner:
-    """A joining client: its response, its mark, and its history as prepared outside the loop."""
-
-    def __init__(self, connection: Connection, response: bytes, mark: str) -> None:
-        self.connection = connection
-        self.response = response
-        self.mark = mark
-        self.frames: list[bytes] = []
-        self.number = 0  # messages that were broadcast before `frames` was prepared
-
-
 class Registry:
     """All connections: pending ones, and those that the loop owns. Any thread.
 
@@ -2388,18 +2377,19 @@ class Room(Registry):
         sends the response, the history, and the mark with which the page finds the end of the
         history.
         """
-        client, joiner = connection.client, Joiner(connection, response, mark)
-        if self._history_length:
-            with self.lock:
-                messages, joiner.number = list(self._history), self.messages
-            with self._preparing:
-                joiner.frames = [message.frame(connection.window, LONG_MESSAGE) for message in messages]
-        adopt = functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner))
+        client, window = connection.client, connection.window
+        frames, number = self._prepare_history(window)
+        end = [serialize_frame(TEXT, mark.encode())] if mark else []
+
+        def first() -> list[bytes]:
+            return [response, *self._complete_history(window, frames, number), *end]
+
+        adopt = functools.partial(self.adopt, connection, first)
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
             require(len(self) < self.most_selected, 503, TOO_MANY_SELECTED)
             require(self._queue.put(adopt), 503, "the server is stopping")
-            self._sends.setdefault(connection.window, {})[client] = discard
+            self._sends.setdefault(window, {})[client] = discard
             client._connection = connection
             del self.pending[client]
             self.connections.add(connection)
@@ -2419,16 +2409,21 @@ class Room(Registry):
             self.answered[connection] = time.monotonic()
             return True
 
-    def _first_frames(self, joiner: Joiner) -> list[bytes]:
-        """Return the first data for a client. Runs in the loop."""
+    def _prepare_history(self, window: int) -> tuple[list[bytes], int]:
+        """Return the frames of the history for a new client, and how many messages were broadcast before."""
+        with self.lock:
+            messages, number = list(self._history), self.messages
+        with self._preparing:
+            return [message.frame(window, LONG_MESSAGE) for message in messages], number
+
+    def _complete_history(self, window: int, frames: list[bytes], number: int) -> list[bytes]:
+        """Return the frames of the history, of which these were prepared. Runs in the loop."""
         with self.lock:
             length = len(self._history)
-            newer = min(self.messages - joiner.number, length)
+            newer = min(self.messages - number, length)
             messages = list(itertools.islice(self._history, length - newer, None))
-        frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
-        frames += [message.frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
-        mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
-        return [joiner.response, *frames, *mark]
+        prepared = frames[max(0, len(frames) + newer - length) :]
+        return prepared + [message.frame(window, DEFLATE_THRESHOLD) for message in messages]
 
     def set_send(self, connection: Connection, send: Send) -> None:
         """Set the function that sends to a client, if the client is still in the set."""
