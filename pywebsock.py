@@ -2639,16 +2639,10 @@ class Gate:
 
     def lets_through(self, connection: Connection, now: float) -> bool:
         """Return whether a client may send a message now. Raise ProtocolError if it never may."""
-        if self._queue.held:
-            self._held_back.append(connection)
-            return False
-        return not self.has_limits or self._may_send(connection, now)
-
-    def _may_send(self, connection: Connection, now: float) -> bool:
         server = self._server
         if server.read_only:
             raise ProtocolError("this server only sends", CloseCode.POLICY_VIOLATION)
-        if server._link and server._link.is_full:
+        if self._queue.held or (server._link and server._link.is_full):
             self._held_back.append(connection)
             return False
         if server.rate:
