@@ -1461,7 +1461,7 @@ class TLSSocket(socket.socket):
             self.setsockopt(socket.IPPROTO_TCP, UNSENT_LIMIT, 2 * SEND_SIZE)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._unsent = b""  # encrypted data
+        self.unsent = b""  # encrypted data, for flush() when the socket accepts data again
         self._held = 0  # bytes of the application data in it
 
     def __getattr__(self, name: str) -> Any:
@@ -1488,7 +1488,7 @@ class TLSSocket(socket.socket):
 
     def _act(self, act: Callable[..., Any], *arguments: Any, most: int = TLS_READ_SIZE) -> Any:
         """Call a method of TLS; if it needs data, read up to `most` bytes from the socket, and call it again."""
-        if len(self._unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
+        if len(self.unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
             try:
                 self.flush()
             except BlockingIOError:
@@ -1515,15 +1515,11 @@ class TLSSocket(socket.socket):
         """Return whether data was read from the socket that recv() has not returned yet."""
         return bool(self._tls.pending() or self._incoming.pending)
 
-    def has_unsent(self) -> bool:
-        """Return whether flush() has to be called when the socket accepts data again."""
-        return bool(self._unsent)
-
     def flush(self) -> None:
         """Send encrypted data. Raise BlockingIOError if some is left, OSError."""
-        self._unsent += self._outgoing.read()
-        while self._unsent:
-            self._unsent = self._unsent[super().send(self._unsent) :]
+        self.unsent += self._outgoing.read()
+        while self.unsent:
+            self.unsent = self.unsent[super().send(self.unsent) :]
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send a record; return the number of bytes sent. After a BlockingIOError, call it with the same data again."""
@@ -1609,7 +1605,7 @@ class Connection:
             self.is_blocked = isinstance(error, ssl.SSLWantWriteError)
             return None
         finally:
-            if self.tls and not self.pieces and self.tls.has_unsent():
+            if self.tls and not self.pieces and self.tls.unsent:
                 self.is_blocked = True
         if len(data) == self.read_size:
             self.read_size = min(4 * self.read_size, READ_SIZE)
