@@ -1227,11 +1227,10 @@ class Hooks:
     def __init__(self, most_workers: int = 1) -> None:
         self._most_workers = most_workers  # for calls of pending connections: TLS handshakes release the GIL
         self.lock = threading.RLock()  # guards the attributes below; an RLock, since a __del__ may log
-        self._done = threading.Condition(self.lock)  # notified when an inbox has become empty
+        self._done = threading.Condition(self.lock)  # notified when fewer inboxes are busy
         self._ready: deque[Inbox] = deque()  # inboxes that wait for a worker
         self._pending: deque[Inbox] = deque()  # those of pending connections: thousands of them delay no client
         self._turn = 0  # the two lines take turns
-        self._busy = 0  # inboxes with calls that wait or run
         self._running: dict[int, float] = {}  # thread of each worker, and when its call began
         self._stuck: set[int] = set()  # threads whose call takes longer than STUCK_TIME
         self._coming = 0  # workers that were started or woken and have not taken an inbox yet
@@ -1242,13 +1241,12 @@ class Hooks:
 
     # ---- any thread ----
 
-    def submit(self, inbox: Inbox, *calls: Callable[[], object]) -> None:
-        """Run calls after those that this inbox already holds. Never wait."""
+    def submit(self, inbox: Inbox, call: Callable[[], object]) -> None:
+        """Run a call after those that this inbox already holds. Never wait."""
         with self.lock:
-            inbox.calls.extend(calls)
+            inbox.calls.append(call)
             if not inbox.taken:
                 inbox.taken = True
-                self._busy += 1
                 self._make_ready(inbox)
 
     def log(self, level: int, line: str, *arguments: Any, error: BaseException | None = None) -> None:
@@ -1267,7 +1265,7 @@ class Hooks:
     def wait(self, number: int, end: float) -> None:
         """Wait until at most `number` inboxes have calls, or until `end` (time.monotonic())."""
         with self.lock:
-            while self._busy > number and time.monotonic() < end:
+            while self.busy > number and time.monotonic() < end:
                 self._done.wait(0.1)  # in slices: a signal may come
 
     def stop(self) -> None:
@@ -1282,6 +1280,11 @@ class Hooks:
         (self._pending if inbox.is_pending else self._ready).append(inbox)
         if self._active < (self._most_workers if inbox.is_pending else 1):
             self._add_worker()
+
+    @property
+    def busy(self) -> int:
+        """The number of inboxes with calls that wait or run."""
+        return len(self._ready) + len(self._pending) + len(self._running)
 
     @property
     def _active(self) -> int:
@@ -1322,10 +1325,10 @@ class Hooks:
         """Run calls, and wait for more: the life of a worker."""
         me, is_needed = threading.get_ident(), True
         while is_needed:
-            inbox = self._next_inbox(me, coming=1)
+            inbox = self._next_inbox(me)
             while inbox:
                 self._run(inbox, me)
-                inbox = self._next_inbox(me)
+                inbox = self._next_inbox(me, inbox)
             is_needed = self._wait_for_wake_up()
 
     def _run(self, inbox: Inbox, me: int) -> None:
@@ -1338,24 +1341,19 @@ class Hooks:
             self._stuck.discard(me)
             if time.monotonic() > until:
                 break
-        self._release(inbox)
 
-    def _release(self, inbox: Inbox) -> None:
-        """Give an inbox back. If it has new calls, it becomes ready again."""
+    def _next_inbox(self, me: int, last: Inbox | None = None) -> Inbox | None:
+        """Give the last inbox back, and return one with calls. If there is none, return None: the worker is idle."""
         with self.lock:
-            if inbox.calls:
-                self._make_ready(inbox)
-                return
-            inbox.taken = False
-            self._busy -= 1
-            self._done.notify_all()
-
-    def _next_inbox(self, me: int, coming: int = 0) -> Inbox | None:
-        """Return an inbox with calls. If there is none, return None: the worker is idle."""
-        with self.lock:
-            self._coming -= coming
+            if last is None:
+                self._coming -= 1
+            elif last.calls:
+                self._make_ready(last)
+            else:
+                last.taken = False
             self._running.pop(me, None)
             self._stuck.discard(me)
+            self._done.notify_all()
             if not self.is_waiting:
                 self._idle += 1
                 if self._has_stopped:
@@ -1440,7 +1438,7 @@ class TLSSocket(socket.socket):
             self.setsockopt(socket.IPPROTO_TCP, UNSENT_LIMIT, 2 * SEND_SIZE)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._unsent = b""  # encrypted data
+        self.unsent = b""  # encrypted data, for flush() when the socket accepts data again
         self._held = 0  # bytes of the application data in it
 
     def __getattr__(self, name: str) -> Any:
@@ -1467,7 +1465,7 @@ class TLSSocket(socket.socket):
 
     def _act(self, act: Callable[..., Any], *arguments: Any, most: int = TLS_READ_SIZE) -> Any:
         """Call a method of TLS; if it needs data, read up to `most` bytes from the socket, and call it again."""
-        if len(self._unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
+        if len(self.unsent) > SEND_SIZE:  # the peer does not read the answers to its key updates
             try:
                 self.flush()
             except BlockingIOError:
@@ -1494,15 +1492,11 @@ class TLSSocket(socket.socket):
         """Return whether data was read from the socket that recv() has not returned yet."""
         return bool(self._tls.pending() or self._incoming.pending)
 
-    def has_unsent(self) -> bool:
-        """Return whether flush() has to be called when the socket accepts data again."""
-        return bool(self._unsent)
-
     def flush(self) -> None:
         """Send encrypted data. Raise BlockingIOError if some is left, OSError."""
-        self._unsent += self._outgoing.read()
-        while self._unsent:
-            self._unsent = self._unsent[super().send(self._unsent) :]
+        self.unsent += self._outgoing.read()
+        while self.unsent:
+            self.unsent = self.unsent[super().send(self.unsent) :]
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send a record; return the number of bytes sent. After a BlockingIOError, call it with the same data again."""
@@ -1512,12 +1506,6 @@ class TLSSocket(socket.socket):
         self.flush()
         held, self._held = self._held, 0
         return held
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all data, on a socket that blocks."""
-        view = memoryview(data)
-        while view:
-            view = view[self.send(view) :]
 
     def end_tls(self) -> None:
         """Send a close_notify (6.1). Raise BlockingIOError if it must be called again."""
@@ -1535,10 +1523,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_flood", "is_shut",
-        "is_waiting", "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces",
-        "ping_end", "pong", "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent",
-        "size", "socket", "source", "state", "submitted", "tls", "window",
+        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_shut", "joined",
+        "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "ping_end", "pong", "pong_deadline",
+        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source", "state",
+        "submitted", "tls", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1566,9 +1554,7 @@ class Connection:
         self.read_size = SMALL_READ_SIZE
         self.events: Iterator[tuple[int, Octets]] | None = None  # messages and frames that were read, not yet handled
         self.source: Iterator[tuple[int, Octets]] | None = None  # the same, without those that will be handled again
-        self.is_waiting = False  # in Receiver.later
         self.is_ending = False  # in Endings: it is not read
-        self.is_flood = False  # its last data took long: it is read after the others
         self.paused = False  # not read until it is resumed
         self.is_blocked = False  # TLS must write before it can read
         self.peer_ended = False  # the peer has ended its side of TCP
@@ -1596,7 +1582,7 @@ class Connection:
             self.is_blocked = isinstance(error, ssl.SSLWantWriteError)
             return None
         finally:
-            if self.tls and not self.pieces and self.tls.has_unsent():
+            if self.tls and not self.pieces and self.tls.unsent:
                 self.is_blocked = True
         if len(data) == self.read_size:
             self.read_size = min(4 * self.read_size, READ_SIZE)
@@ -1678,11 +1664,6 @@ class Connection:
         """Return whether the client takes data without delay. One large send does not make it quick."""
         return self.quick_until > now + QUICK_TIME / 4
 
-    def take_pong(self) -> bytes:
-        """Return the waiting Pong, and forget it."""
-        pong, self.pong = self.pong, b""
-        return pong
-
     def end_sending(self) -> None:
         """End the server's side of TLS (RFC 8446 6.1) and of TCP. Raise BlockingIOError if it must be called again."""
         if self.tls:
@@ -1726,11 +1707,9 @@ def bytes_in_kernel(connection: socket.socket) -> tuple[int, int]:
         return 0, 0
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
-    except OSError:
+        acked, unsent, sent, again = struct.unpack_from("120xQ16xI52xQQ", info)
+    except (OSError, struct.error):  # an old Linux tells less
         return 0, 0
-    if len(info) < 216:
-        return 0, 0
-    acked, unsent, sent, again = struct.unpack_from("120xQ16xI52xQQ", info)
     return sent - again - acked + unsent, acked
 
 
@@ -1784,6 +1763,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.server._room.add_pending(self, time.monotonic())
         try:
             self.go_on()
+            self.server._queue.wake()  # or a sleeping loop would not see that all hook threads are stuck
         except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise
@@ -2005,12 +1985,11 @@ class WebSocketHandler(RequestHandler):
         connection.state, connection.last_seen = State.ENDING, self.server._room.bytes
         if not self.server._room.dismiss(connection, response):  # for example, a hook has stopped the server
             with contextlib.suppress(OSError):
-                self.request.settimeout(self.server.close_timeout or None)
-                self.request.sendall(response)
+                self._send(response)
             self._end()
 
     def _send(self, data: bytes) -> None:
-        """Send a few bytes before the response. Raise OSError."""
+        """Send a few bytes without the loop. Raise OSError."""
         self.request.send(data)
         if self._tracers:
             self._tracers[1].send(data)
@@ -2103,10 +2082,10 @@ class WebSocketHandler(RequestHandler):
 
     # ---- in the loop ----
 
-    def _submit(self, *calls: Callable[[], object]) -> None:
-        """Let a hook thread run calls, after those that were submitted before."""
+    def _submit(self, call: Callable[[], object]) -> None:
+        """Let a hook thread run a call, after those that were submitted before."""
         self._inbox = self._inbox or Inbox()
-        self.server._hooks.submit(self._inbox, *calls)
+        self.server._hooks.submit(self._inbox, call)
 
     def _has_left(self, code: int, reason: str) -> None:
         """Log that the client has left, and call on_close."""
@@ -2155,12 +2134,12 @@ class Queue:
         self._operations: list[Any] = []
         self._size = 0  # bytes of the operations
         self._recipients: set[WebSocketHandler] = set()  # of queued messages to some clients
-        self._held = False  # senders wait for a quick client that is behind
+        self.held = False  # senders wait for a quick client that is behind
         self._is_asleep = False  # the loop waits in select() until a byte wakes it
-        self._has_ended = False  # the loop has ended
+        self.has_ended = False  # the loop has ended
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
-        self.loop_thread = 0
+        self.loop_thread = 0  # the thread that never waits in wait_for_space()
         self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too: RLocks, which know their owner
 
     # ---- any thread ----
@@ -2168,7 +2147,7 @@ class Queue:
     def put(self, operation: Any, size: int = MESSAGE_COST) -> bool:
         """Queue an operation, without waiting. Return False if the loop has ended."""
         with self._lock:
-            if self._has_ended:
+            if self.has_ended:
                 return False
             self._operations.append(operation)
             self._size += size
@@ -2205,7 +2184,7 @@ class Queue:
     @property
     def is_full(self) -> bool:
         """Return whether senders must wait: too much is queued, or a quick client is behind."""
-        return (self._size > QUEUE_SIZE or self._held) and bool(self.loop_thread) and not self._has_ended
+        return (self._size > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self.has_ended
 
     def wake(self) -> None:
         """Wake the loop."""
@@ -2222,10 +2201,6 @@ class Queue:
         self._ring.setblocking(False)
         selector.register(self._alarm, selectors.EVENT_READ, self._hear_alarm)
 
-    def start(self) -> None:
-        """Remember this thread as the loop: it never waits in wait_for_space()."""
-        self.loop_thread = threading.get_ident()
-
     def put_own(self, operation: Any) -> None:
         """Queue an operation of the loop itself for this round."""
         self._operations.append(operation)
@@ -2241,7 +2216,7 @@ class Queue:
 
     def _hear_alarm(self) -> None:
         """Read the bytes that woke the loop."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # there are none, or the queue has ended
             if self._alarm:
                 self._alarm.recv(4096)
 
@@ -2258,38 +2233,22 @@ class Queue:
                 self._space.notify_all()
         return operations
 
-    @property
-    def held(self) -> bool:
-        """Return whether senders wait for a quick client that is behind."""
-        return self._held
-
     def hold(self, held: bool) -> None:
         """Let senders wait for a quick client, or let them go on."""
-        if held != self._held:
+        if held != self.held:
             with self._lock:
-                self._held = held
+                self.held = held
                 self._space.notify_all()
 
     def end(self) -> None:
         """Refuse further operations, and let senders go on."""
         with self._lock:
-            self._has_ended = True
+            self.has_ended = True
             self._operations.clear()
             self._space.notify_all()
         for end in (self._alarm, self._ring):
             if end:
                 end.close()
-
-
-class Joiner:
-    """A joining client: its response, its mark, and its history as prepared outside the loop."""
-
-    def __init__(self, connection: Connection, response: bytes, mark: str) -> None:
-        self.connection = connection
-        self.response = response
-        self.mark = mark
-        self.frames: list[bytes] = []
-        self.number = 0  # messages that were broadcast before `frames` was prepared
 
 
 class Registry:
@@ -2361,7 +2320,6 @@ class Room(Registry):
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
         self._is_closing = False  # clients that join now get 1001
-        self._has_ended = False  # the loop has ended
         self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these four are set by the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
         self.give_up: Callable[[RequestHandler, str], None]
@@ -2392,22 +2350,23 @@ class Room(Registry):
         sends the response, the history, and the mark with which the page finds the end of the
         history.
         """
-        client, joiner = connection.client, Joiner(connection, response, mark)
-        if self._history_length:
-            with self.lock:
-                messages, joiner.number = list(self._history), self.messages
-            with self._preparing:
-                joiner.frames = [message.frame(connection.window, LONG_MESSAGE) for message in messages]
+        client, window = connection.client, connection.window
+        frames, number = self._prepare_history(window)
+        end = [serialize_frame(TEXT, mark.encode())] if mark else []
+
+        def first() -> list[bytes]:
+            return [response, *self._complete_history(window, frames, number), *end]
+
+        adopt = functools.partial(self.adopt, connection, first)
         with self.lock:
             require(len(self) < self._max_clients, 503, f"there are {self._max_clients} clients already")
             require(len(self) < self.most_selected, 503, TOO_MANY_SELECTED)
-            require(not self._has_ended, 503, "the server is stopping")
-            self._sends.setdefault(connection.window, {})[client] = discard
+            require(self._queue.put(adopt), 503, "the server is stopping")
+            self._sends.setdefault(window, {})[client] = discard
             client._connection = connection
             del self.pending[client]
             self.connections.add(connection)
             self.waiting.add(client)
-            self._queue.put(functools.partial(self.adopt, connection, functools.partial(self._first_frames, joiner)))
             early = client._early or (serialize_close(CloseCode.GOING_AWAY) if self._is_closing else b"")
             if early:
                 self._queue.put(functools.partial(self.close_connections, [connection], early))
@@ -2423,16 +2382,21 @@ class Room(Registry):
             self.answered[connection] = time.monotonic()
             return True
 
-    def _first_frames(self, joiner: Joiner) -> list[bytes]:
-        """Return the first data for a client. Runs in the loop."""
+    def _prepare_history(self, window: int) -> tuple[list[bytes], int]:
+        """Return the frames of the history for a new client, and how many messages were broadcast before."""
+        with self.lock:
+            messages, number = list(self._history), self.messages
+        with self._preparing:
+            return [message.frame(window, LONG_MESSAGE) for message in messages], number
+
+    def _complete_history(self, window: int, frames: list[bytes], number: int) -> list[bytes]:
+        """Return the frames of the history, of which these were prepared. Runs in the loop."""
         with self.lock:
             length = len(self._history)
-            newer = min(self.messages - joiner.number, length)
+            newer = min(self.messages - number, length)
             messages = list(itertools.islice(self._history, length - newer, None))
-        frames = joiner.frames[max(0, len(joiner.frames) + newer - length) :]
-        frames += [message.frame(joiner.connection.window, DEFLATE_THRESHOLD) for message in messages]
-        mark = [serialize_frame(TEXT, joiner.mark.encode())] if joiner.mark else []
-        return [joiner.response, *frames, *mark]
+        prepared = frames[max(0, len(frames) + newer - length) :]
+        return prepared + [message.frame(window, DEFLATE_THRESHOLD) for message in messages]
 
     def set_send(self, connection: Connection, send: Send) -> None:
         """Set the function that sends to a client, if the client is still in the set."""
@@ -2515,11 +2479,6 @@ class Room(Registry):
         if message.size >= DEFLATE_THRESHOLD:
             for window in list(self._sends):
                 message.frame(window)
-
-    def end(self) -> None:
-        """Refuse clients that join later."""
-        with self.lock:
-            self._has_ended = True
 
 
 def send_nothing(data: Octets | memoryview) -> int:
@@ -2653,16 +2612,10 @@ class Gate:
 
     def lets_through(self, connection: Connection, now: float) -> bool:
         """Return whether a client may send a message now. Raise ProtocolError if it never may."""
-        if self._queue.held:
-            self._held_back.append(connection)
-            return False
-        return not self.has_limits or self._may_send(connection, now)
-
-    def _may_send(self, connection: Connection, now: float) -> bool:
         server = self._server
         if server.read_only:
             raise ProtocolError("this server only sends", CloseCode.POLICY_VIOLATION)
-        if server._link and server._link.is_full:
+        if self._queue.held or (server._link and server._link.is_full):
             self._held_back.append(connection)
             return False
         if server.rate:
@@ -2680,13 +2633,8 @@ class Gate:
         behind = [connection for connection in slow if connection.size > limit]
         self._queue.hold(any(connection.is_quick(now) for connection in behind))
 
-    @property
-    def is_waiting(self) -> bool:
-        """Return whether a connection is paused here."""
-        return bool(self._held_back or self._alarms or self.unfinished.waiting)
-
     def wait_time(self, now: float) -> float:
-        """Return the number of seconds until a connection may have to be resumed."""
+        """Return the number of seconds until a connection may have to be resumed, or infinity."""
         wait = HOLD_TIME if self._held_back or self.unfinished.waiting or self._queue.held else math.inf
         return min(wait, self._alarms[0][0] - now) if self._alarms else wait
 
@@ -2774,7 +2722,8 @@ class Sender:
             return
         connection.flush(self.now, self.slices)
         if connection.pong and not connection.pieces:
-            self.write(connection, connection.take_pong())
+            self.write(connection, connection.pong)
+            connection.pong = b""
         if not connection.pieces:
             self.slow.discard(connection)
             if connection.state is State.OPEN:
@@ -2904,7 +2853,6 @@ LEAST_SLICE_TIME = 0.0001  # seconds; the same if many connections have data
 ROUND_TIME = 0.01  # seconds of reading before the messages are sent
 MAX_SUBMITTED = 64 * 1024  # bytes of messages that wait for one client's hooks
 MAX_PONGS = 32  # Pongs that are sent together; of more, only the newest (5.5.3)
-Messages = list[tuple[int, Octets]]
 
 
 class Endings:
@@ -2950,7 +2898,7 @@ class Receiver:
         self._is_direct = not server._overrides("on_message") and not server._overrides("broadcast")
         self.read_size, self.slice_time = 0, SLICE_TIME  # bytes read since messages went out; seconds per connection
         self.endings = Endings(sender)
-        self.later: deque[Connection] = deque()  # connections to continue with at the end of the round
+        self.later: dict[Connection, None] = {}  # connections to continue with at the end of the round, in order
 
     # ---- operations ----
 
@@ -2987,10 +2935,8 @@ class Receiver:
     # ---- reading ----
 
     def read(self, connection: Connection) -> None:
-        """Read a connection once and act on the data, or later if it is a flood."""
-        if connection.is_flood and not connection.is_ending:
-            self.line_up(connection)
-        elif not (connection.is_waiting or connection.is_ending):
+        """Read a connection once and act on the data, unless it is read later."""
+        if not (connection in self.later or connection.is_ending):
             self._try(self._read, connection)
 
     def _try(self, act: Callable[[Connection], object], connection: Connection) -> None:
@@ -3006,7 +2952,8 @@ class Receiver:
             self._sender.watch(connection)
             if data is None:
                 if time.monotonic() > until:  # TLS has read records without data
-                    connection.is_flood, connection.read_size = True, SMALL_READ_SIZE
+                    connection.read_size = SMALL_READ_SIZE
+                    self.line_up(connection)
                 return
         connection.heard = self._sender.now
         if not data:
@@ -3018,17 +2965,14 @@ class Receiver:
 
     def line_up(self, connection: Connection) -> None:
         """Continue with a connection at the end of the round."""
-        if not connection.is_waiting:
-            connection.is_waiting = True
-            self.later.append(connection)
+        self.later[connection] = None
 
     def go_on(self) -> None:
         """Continue with connections whose data took too long, and with floods, until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
         self.slice_time = SLICE_TIME
-        for _ in range(len(self.later)):
-            connection = self.later.popleft()
-            connection.is_waiting = connection.is_flood = False
+        for connection in list(self.later):
+            del self.later[connection]
             if connection.events and not connection.paused:
                 self._try(self._take, connection)
             elif connection.interest & selectors.EVENT_READ and not connection.is_ending:
@@ -3044,29 +2988,23 @@ class Receiver:
     def _take(self, connection: Connection) -> None:
         """Act on each message and control frame that was read, until the slice is over."""
         until = time.monotonic() + self.slice_time
-        messages: Messages = []  # for its hooks
         client, queue = connection.client, self._queue
         is_free = self._is_direct and not (self.gate.has_limits or queue.held or client._inbox or client._is_closing)
-        try:
-            for opcode, payload in connection.events or ():
-                if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
-                    if connection.pongs:
-                        connection.pongs = []  # answers to later Pings come after this message
-                    queue.put_own(Outgoing(opcode, payload))  # nearly all messages
-                elif not self._take_one(connection, opcode, payload, messages):
-                    return
-                if time.monotonic() > until:
-                    connection.is_flood = True
-                    self.line_up(connection)
-                    return
-            connection.events = None
-            if connection.tls and connection.tls.has_more():
+        for opcode, payload in connection.events or ():
+            if is_free and 0 < opcode < 8 and len(payload) < LONG_MESSAGE and not connection.kept:
+                if connection.pongs:
+                    connection.pongs = []  # answers to later Pings come after this message
+                queue.put_own(Outgoing(opcode, payload))  # nearly all messages
+            elif not self._take_one(connection, opcode, payload):
+                return
+            if time.monotonic() > until:
                 self.line_up(connection)
-        finally:
-            if messages:
-                self._submit(connection, messages)
+                return
+        connection.events = None
+        if connection.tls and connection.tls.has_more():
+            self.line_up(connection)
 
-    def _take_one(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
+    def _take_one(self, connection: Connection, opcode: int, payload: Octets) -> bool:
         """Act on a message or control frame. Return whether to continue with the next one."""
         if opcode == PING:
             if not connection.pongs:
@@ -3076,7 +3014,8 @@ class Receiver:
                 del connection.pongs[:-1]
         elif opcode == CLOSE:
             connection.events = None
-            self._hear_close(connection, payload, messages)
+            code, reason = parse_close(bytes(payload))
+            self._in_order(connection, self._sender.end, code, reason, serialize_close(code))  # the same code (5.5.1)
             return False
         elif opcode == CONT:
             if not self.gate.unfinished.grow(connection, self._sender.now):
@@ -3086,17 +3025,18 @@ class Receiver:
             is_closing = connection.client._is_closing
             if connection.kept and (is_closing or not (self._is_direct and self._is_long(payload))):
                 self.gate.unfinished.release(connection)  # a message that will be compressed counts until then
-            return is_closing or self._take_message(connection, opcode, payload, messages)
+            return is_closing or self._take_message(connection, opcode, payload)
         return True
 
-    def _take_message(self, connection: Connection, opcode: int, payload: Octets, messages: Messages) -> bool:
-        """Broadcast a message, or collect it for the hooks. Return whether to continue with the next one."""
+    def _take_message(self, connection: Connection, opcode: int, payload: Octets) -> bool:
+        """Broadcast a message, or give it to the hooks. Return whether to continue with the next one."""
         connection.pongs = []  # answers to later Pings come after this message
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
-        inbox = connection.client._inbox
-        if self._is_direct and not (inbox and inbox.taken) and not self._is_long(payload):
+        client = connection.client
+        is_behind = client._inbox and client._inbox.taken  # its hooks have earlier messages
+        if self._is_direct and not is_behind and not self._is_long(payload):
             if self._server._link:
                 self._server._link.put(bytes(payload), opcode)
             else:
@@ -3105,24 +3045,17 @@ class Receiver:
                     message.frame(0)  # if this takes too much memory, only the sender's connection ends
                 self._queue.put_own(message)
             return True
-        messages.append((opcode, payload))
+        client._submit(functools.partial(client._take_message, opcode, payload))
         connection.submitted += len(payload) + MESSAGE_COST
-        if connection.submitted > MAX_SUBMITTED:
+        if connection.submitted > MAX_SUBMITTED:  # until its hooks have handled them
             self._pause(connection)
+            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
             return False
         return True
 
     def _is_long(self, payload: Octets) -> bool:
         """Return whether compressing a message takes too long for the loop."""
         return len(payload) >= LONG_MESSAGE and self._room.compresses
-
-    def _hear_close(self, connection: Connection, payload: Octets, messages: Messages) -> None:
-        """Answer the peer's Close with the same code (5.5.1), after all its messages."""
-        code, reason = parse_close(bytes(payload))
-        if messages:
-            self._submit(connection, messages)
-            messages.clear()
-        self._in_order(connection, self._sender.end, code, reason, serialize_close(code))
 
     def _in_order(self, connection: Connection, act: Callable[..., object], *arguments: Any) -> None:
         """End a connection by calling `act`, after its hooks have handled all its messages."""
@@ -3133,13 +3066,6 @@ class Receiver:
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
             self.endings.add(connection, act, *arguments)
-
-    def _submit(self, connection: Connection, messages: Messages) -> None:
-        """Give messages to a client's hooks. If it was paused, resume it after them."""
-        client = connection.client
-        client._submit(*[functools.partial(client._take_message, *message) for message in messages])
-        if connection.submitted > MAX_SUBMITTED:
-            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
 
 
 CONTEXT = operator.attrgetter("reader.context")
@@ -3264,8 +3190,7 @@ class Loop:
         self._room.give_up, self._room.drop = self.lobby.go_on, self.sender.drop
         self.deadlines = Deadlines(server, self.sender, self.lobby)
         self._before = time.monotonic()
-        self._is_watchful = False
-        self._ended = False
+        self._patience = math.inf  # seconds until something that waits, but not for a socket, must be looked at
 
     @property
     def now(self) -> float:
@@ -3281,28 +3206,24 @@ class Loop:
 
     def run(self) -> None:
         """Do rounds until stop(). Runs in the thread of the loop."""
-        self._queue.start()
-        while not self._ended:
+        self._queue.loop_thread = threading.get_ident()
+        while not self._queue.has_ended:
             try:
                 self._do_round()
             except Exception as error:  # for example out of memory; the next round may succeed
                 self._hooks.log(logging.ERROR, "an error in the loop", error=error)
                 time.sleep(self.deadlines.interval / 10)
-        self._room.end()
-        self._queue.end()
         self.sender.selector.close()
 
     def stop(self) -> None:
         """End the thread. Any thread but the loop's."""
-        if self._thread and self._thread.is_alive():
-            self._queue.put(self._end)
+        self._queue.put(self._end)
+        if self._thread:
             self._thread.join()
-        else:
-            self._room.end()
-            self._queue.end()
+        self._queue.end()  # if there was no thread
 
     def _end(self) -> None:
-        self._ended = True  # also after an error, since stop() waits for it
+        self._queue.end()  # also after an error, since stop() waits for it
         for connection in list(self._room.connections):
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
@@ -3314,13 +3235,11 @@ class Loop:
         until = self._before + ROUND_TIME
         receiver.slice_time = SLICE_TIME if len(ready) < 6 else max(LEAST_SLICE_TIME, ROUND_TIME / len(ready))
         sender.slices = SENDS_AT_ONCE if len(ready) < MANY_READY else 1
-        is_first = True
         for key, events in ready:
             connection = key.data
-            if not is_first and (receiver.has_much or time.monotonic() > until):
+            if receiver.has_much or time.monotonic() > until:
                 self._carry_out()
                 until = time.monotonic() + ROUND_TIME
-            is_first = False
             if type(connection) is not Connection:  # the alarm, or a handler's socket
                 self._call(connection)
                 continue
@@ -3334,18 +3253,14 @@ class Loop:
             self._carry_out()
         if receiver.endings.waiting:
             receiver.endings.carry_out()
-        # Watch over connections that wait for something other than a socket.
-        self._is_watchful = bool(sender.slow or sender.gate.is_waiting or self._queue.held or self._hooks.is_waiting)
-        if self._is_watchful or self.deadlines.next_look <= sender.now:
+        hooks_patience = STUCK_TIME if self._hooks.is_waiting else math.inf
+        self._patience = min(hooks_patience, sender.gate.wait_time(sender.now))
+        if sender.slow or self._patience < math.inf or self.deadlines.next_look <= sender.now:
             self._look_around()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or for the next deadline. Return the events."""
-        timeout = self.deadlines.next_look - self.sender.now
-        if self._is_watchful:
-            timeout = min(timeout, self.sender.gate.wait_time(self.sender.now))
-            if self._hooks.is_waiting:
-                timeout = min(timeout, STUCK_TIME)
+        timeout = min(self._patience, self.deadlines.next_look - self.sender.now)
         if self.receiver.later or self.receiver.endings.waiting or not self._queue.fall_asleep():
             timeout = 0
         else:
@@ -3408,26 +3323,21 @@ class Loop:
 
     def _fan_out(self, data: bytes, sends: Sends) -> None:
         """Send the same bytes to many clients. The server spends most of its time in this loop."""
-        size, rest = len(data), []
-        failed: list[tuple[WebSocketHandler, Exception]] = []
+        size = len(data)
         for client, send in sends.items():
             try:
                 sent = send(data)
             except WOULD_BLOCK:
                 sent = 0
             except (OSError, MemoryError) as error:
-                failed.append((client, error))
+                self.receiver.endings.add_failed([client], error)
                 continue
             if sent < size:
-                rest.append((client, sent))
-        for client, sent in rest:
-            self.sender.guard(self.sender.keep, client._connection, data, sent)
-        for client, why in failed:
-            self.receiver.endings.add_failed([client], why)
+                self.sender.guard(self.sender.keep, client._connection, data, sent)
 
-    def _call(self, operation: Callable[..., object], *arguments: Any) -> None:
+    def _call(self, operation: Callable[[], object]) -> None:
         try:
-            operation(*arguments)
+            operation()
         except Exception as error:  # go on with the next operations
             self._hooks.log(logging.ERROR, "an operation failed", error=error)
 

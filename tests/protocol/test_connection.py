@@ -87,11 +87,6 @@ class Order(ConnectionTestCase):
         self.flush_all()
         self.assertIs(self.connection.pieces, pywebsock.NOTHING)
 
-    def test_the_pong(self) -> None:
-        """The Pong is sent once."""
-        self.connection.pong = b"pong"
-        self.assertEqual([self.connection.take_pong(), self.connection.take_pong()], [b"pong", b""])
-
     def test_errors(self) -> None:
         """Exceptions of the socket are raised, except BlockingIOError."""
         for error in (ConnectionResetError(), BrokenPipeError()):

@@ -184,7 +184,7 @@ class Receive(ServerTestCase):
 
     def test_tls_has_an_answer_to_send(self) -> None:
         """An answer of TLS that the socket did not accept is sent before more is read, or with the outbox."""
-        self.connection.tls = unittest.mock.Mock(has_unsent=lambda: True)
+        self.connection.tls = unittest.mock.Mock(unsent=b"encrypted")
         self.connection.socket = unittest.mock.Mock(recv=lambda size: b"data")
         for pieces, blocked in ((b"", True), (b"x", False)):
             self.connection.is_blocked = False
@@ -214,12 +214,12 @@ class Receive(ServerTestCase):
         tls = pywebsock.TLSSocket(near, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
         self.addCleanup(tls.close)
         tls.setblocking(False)
-        tls._unsent = bytes(1 << 20)
+        tls.unsent = bytes(1 << 20)
         with self.assertRaises(ssl.SSLWantWriteError):  # the socket is full
             tls.recv(1)
-        left = len(tls._unsent)
+        left = len(tls.unsent)
         far.settimeout(DEADLINE)
-        while tls.has_unsent():
+        while tls.unsent:
             far.recv(1 << 20)
             with self.assertRaises((ssl.SSLWantWriteError, BlockingIOError)):  # there is nothing to read
                 tls.recv(1)
@@ -553,9 +553,9 @@ class Backlog(SenderTestCase):
         gate, queue, now = self.sender.gate, self.server._queue, self.sender.now
         queue.hold(True)
         self.assertFalse(gate.lets_through(self.connection, now))
-        self.assertEqual((gate.is_waiting, gate.to_resume(now)), (True, []))
+        self.assertEqual((gate.wait_time(now), gate.to_resume(now)), (pywebsock.HOLD_TIME, []))
         queue.hold(False)
-        self.assertEqual((gate.to_resume(now), gate.is_waiting), ([self.connection], False))
+        self.assertEqual((gate.to_resume(now), gate.wait_time(now)), ([self.connection], math.inf))
         self.assertTrue(gate.lets_through(self.connection, now))
 
     def test_far_behind(self) -> None:

@@ -41,7 +41,7 @@ class HooksTestCase(unittest.TestCase):
 
         def done() -> bool:
             self.hooks.relieve()
-            return self.hooks._busy <= number
+            return self.hooks.busy <= number
 
         eventually(done)
 
@@ -226,7 +226,7 @@ class Workers(HooksTestCase):
         self.assertEqual(self.workers(), [])
         with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.01):
             self.hooks.submit(pywebsock.Inbox(), lambda: None)
-            eventually(lambda: not self.hooks._busy and not self.workers())
+            eventually(lambda: not self.hooks.busy and not self.workers())
             ran: list[int] = []
             self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(1))
             eventually(lambda: ran)
@@ -241,7 +241,7 @@ class Workers(HooksTestCase):
                 end = time.monotonic() + chance.uniform(0, 0.001)
                 while time.monotonic() < end:
                     pass
-            eventually(lambda: len(ran) == 1000 and not self.hooks._busy)  # without relief
+            eventually(lambda: len(ran) == 1000 and not self.hooks.busy)  # without relief
         self.assertEqual(self.hooks._coming, 0)
 
     def test_relief(self) -> None:
@@ -341,7 +341,7 @@ class Workers(HooksTestCase):
         self.hooks.wait(2, start + DEADLINE)
         self.hooks.wait(1, start + 0.05)
         self.assertLess(time.monotonic() - start, DEADLINE / 2)
-        self.assertEqual(self.hooks._busy, 2)
+        self.assertEqual(self.hooks.busy, 2)
 
     def test_stop(self) -> None:
         """Workers end: idle ones at once, busy ones after their call."""
@@ -357,7 +357,7 @@ class Workers(HooksTestCase):
         self.hooks.submit(inbox, lambda: ran.append(2))
         self.hooks.submit(pywebsock.Inbox(), lambda: ran.append(3))
         self.go_on.set()
-        eventually(lambda: not self.workers() and not self.hooks._busy)
+        eventually(lambda: not self.workers() and not self.hooks.busy)
         self.assertEqual(sorted(ran), [1, 2, 3])
 
 

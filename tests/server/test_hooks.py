@@ -159,6 +159,52 @@ class Hooks(ServerTestCase):
         heard.remove("short")
         self.assertEqual(heard, [str(i) for i in range(100)])
 
+    def test_end_of_on_open(self) -> None:
+        """on_open returns while the loop takes messages of its client: the loop broadcasts the later ones itself."""
+        go_on = threading.Event()
+
+        class Server(pywebsock.BroadcastServer):
+            """Waits in on_open; its messages are broadcast."""
+
+            def on_open(self, client: pywebsock.WebSocketHandler) -> None:
+                go_on.wait(DEADLINE)
+
+        server = self.serve(Server)
+        gate = server._loop.sender.gate
+        lets_through = gate.lets_through
+
+        def return_meanwhile(connection: pywebsock.Connection, now: float) -> bool:
+            if connection.submitted:  # the first message waits for on_open, this is the second one
+                go_on.set()
+                eventually(lambda: connection.client._inbox and not connection.client._inbox.taken)
+            return lets_through(connection, now)
+
+        client = self.connect(server)
+        with unittest.mock.patch.object(gate, "lets_through", return_meanwhile):
+            client.send_raw(masked_frame(TEXT, b"first") + masked_frame(TEXT, b"second"))
+            self.assertEqual([client.read(), client.read()], ["first", "second"])
+
+    def test_handshakes_meanwhile(self) -> None:
+        """While a hook blocks and the loop sleeps, others connect without delay."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        class Server(pywebsock.BroadcastServer):
+            """Admits one client slowly."""
+
+            def admit(self, client: pywebsock.WebSocketHandler) -> None:
+                if client.target == "/slow":
+                    begun.set()
+                    go_on.wait(2 * DEADLINE)
+
+        server = self.serve(Server)
+        deadlines = server._loop.deadlines
+        deadlines.interval = 2 * DEADLINE
+        eventually(lambda: deadlines.next_look > server._loop.now + DEADLINE)
+        with in_thread(lambda: self.connect(server, target="/slow")):
+            begun.wait(DEADLINE)
+            self.connect(server)
+            go_on.set()
+
 
 class AnyThread(ServerTestCase):
     """broadcast, send and close check their arguments in the thread of the caller."""

@@ -403,7 +403,7 @@ class BetweenHooks(ServerTestCase):
         client.send("1")
         client.send("2")
         self.assertEqual(client.read(), "1")
-        eventually(lambda: server._loop.sender.gate.is_waiting)
+        eventually(lambda: server._loop.sender.gate.wait_time(0) < math.inf)
         (handler,) = server.clients
         handler.close(1008, "banned")
         client.close(1008)

@@ -156,7 +156,7 @@ class Joining(RoomTestCase):
 
     def test_after_the_end(self) -> None:
         connection, _ = self.prepare()
-        self.room.end()
+        self.loop.stop()
         with self.assertRaises(pywebsock.HandshakeError):
             self.room.join(connection, RESPONSE, "")
         self.assertEqual(self.server.clients, set())
