@@ -1523,10 +1523,10 @@ class Connection:
     """
 
     __slots__ = (
-        "acked", "began", "client", "events", "heard", "interest", "is_blocked", "is_ending", "is_shut", "joined",
-        "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "ping_end", "pong", "pong_deadline",
-        "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket", "source", "state",
-        "submitted", "tls", "window",
+        "acked", "began", "client", "close_heard", "events", "heard", "interest", "is_blocked", "is_ending", "is_shut",
+        "joined", "kept", "last_seen", "moved", "pace", "paused", "peer_ended", "pieces", "ping_end", "pong",
+        "pong_deadline", "pongs", "quick_until", "read_size", "reader", "received", "send", "sent", "size", "socket",
+        "source", "state", "submitted", "tls", "window",
     )  # fmt: skip
 
     def __init__(self, client: WebSocketHandler, reader: MessageReader, window: int, now: float) -> None:
@@ -1558,9 +1558,10 @@ class Connection:
         self.paused = False  # not read until it is resumed
         self.is_blocked = False  # TLS must write before it can read
         self.peer_ended = False  # the peer has ended its side of TCP
+        self.close_heard: tuple[int, str] | None = None  # code and reason of the peer's Close, once it is read
         self.pongs: list[bytes] = []  # answers to the Pings in the data being read
         self.pace: Pace | None = None  # with the setting rate
-        self.submitted = 0  # bytes of messages given to its hooks since it was resumed
+        self.submitted = 0  # bytes of messages given to its hooks since they last had none
         self.kept = 0  # bytes of an unfinished message that the budget counts
         self.began = 0.0  # when this message began, or was resumed
         self.received = 0  # bytes of this message since then (Pings are no progress)
@@ -1763,7 +1764,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.server._room.add_pending(self, time.monotonic())
         try:
             self.go_on()
-            self.server._queue.wake()  # or a sleeping loop would not see that all hook threads are stuck
+            if self.server._hooks.is_waiting:  # for a hook that may block: the loop finds out
+                self.server._queue.rouse()
         except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise
@@ -2151,10 +2153,8 @@ class Queue:
                 return False
             self._operations.append(operation)
             self._size += size
-            wake, self._is_asleep = self._is_asleep, False
-        if wake:
-            self.wake()
-        return True
+            self.rouse()
+            return True
 
     def put_message(self, message: Outgoing) -> None:
         """Queue a message. Wait while the queue is full."""
@@ -2186,8 +2186,15 @@ class Queue:
         """Return whether senders must wait: too much is queued, or a quick client is behind."""
         return (self._size > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self.has_ended
 
+    def rouse(self) -> None:
+        """Wake the loop if it sleeps."""
+        with self._lock:
+            if self._is_asleep:
+                self._is_asleep = False
+                self.wake()
+
     def wake(self) -> None:
-        """Wake the loop."""
+        """Wake the loop, also if it waits for something else."""
         with contextlib.suppress(OSError):  # the alarm is full of bytes, or closed
             if self._ring:
                 self._ring.send(b"!")
@@ -2302,12 +2309,14 @@ class Registry:
             self.connections.discard(connection)
             self.answered.pop(connection, None)
 
-    def wait_for(self, number: int, end: float) -> bool:
-        """Wait until there are at most `number` connections. Return False at `end` (time.monotonic())."""
+    def wait_for(self, number: int, end: float, own: WebSocketHandler | None = None) -> None:
+        """Wait until there are at most `number` connections without that of `own`, or until `end` (monotonic)."""
         with self.lock:
-            while self.size > number and time.monotonic() < end:
+            while self.size - self._has(own) > number and time.monotonic() < end:
                 self._fewer.wait(0.1)  # in slices: a signal may come
-            return self.size <= number
+
+    def _has(self, client: WebSocketHandler | None) -> bool:
+        return client is not None and (client in self.pending or client._connection in self.connections)
 
 
 class Room(Registry):
@@ -2832,7 +2841,7 @@ class Sender:
     def _leave(self, connection: Connection, code: int, reason: str) -> None:
         """Remove the client from the set, and tell its handler, once."""
         if self._room.leave(connection):
-            connection.client._has_left(code, reason)
+            connection.client._has_left(*(connection.close_heard or (code, reason)))
 
     def _forget(self, connection: Connection) -> None:
         """To CLOSED: close the socket, and release everything."""
@@ -2905,7 +2914,8 @@ class Receiver:
     def adopt(self, connection: Connection, first: Callable[[], list[bytes]]) -> None:
         """Take a connection over from its handler: a client has joined, or gets a response."""
         self._sender.guard(self._sender.adopt, connection, first)
-        if connection.events and not connection.paused:  # it did not wait for the 101
+        has_data = connection.events or (connection.tls and connection.tls.has_more())
+        if has_data and not connection.paused:  # it did not wait for the 101
             self.line_up(connection)
 
     def close(self, connections: list[Connection], frame: bytes) -> None:
@@ -2918,12 +2928,16 @@ class Receiver:
         """Read a paused connection again."""
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
-            connection.submitted = connection.received = 0
+            connection.received = 0
             if connection.kept and not connection.reader.size:  # its message is compressed
                 self.gate.unfinished.release(connection)
             connection.heard = connection.began = self._sender.now
             self._sender.guard(self._sender.watch, connection)
             self.line_up(connection)
+
+    def _resume_after_hooks(self, connection: Connection) -> None:
+        connection.submitted = 0
+        self.resume(connection)
 
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
         """Stop reading a connection. Its next events will be `events`, before the others."""
@@ -3014,7 +3028,7 @@ class Receiver:
                 del connection.pongs[:-1]
         elif opcode == CLOSE:
             connection.events = None
-            code, reason = parse_close(bytes(payload))
+            code, reason = connection.close_heard = parse_close(bytes(payload))
             self._in_order(connection, self._sender.end, code, reason, serialize_close(code))  # the same code (5.5.1)
             return False
         elif opcode == CONT:
@@ -3049,7 +3063,7 @@ class Receiver:
         connection.submitted += len(payload) + MESSAGE_COST
         if connection.submitted > MAX_SUBMITTED:  # until its hooks have handled them
             self._pause(connection)
-            client._submit(functools.partial(self._queue.put, functools.partial(self.resume, connection)))
+            client._submit(functools.partial(self._queue.put, functools.partial(self._resume_after_hooks, connection)))
             return False
         return True
 
@@ -3113,7 +3127,7 @@ class Deadlines:
         self._server, self._sender, self._lobby = server, sender, lobby
         timeouts = "handshake_timeout", "ping_interval", "ping_timeout", "send_timeout", "close_timeout"
         quarters = [getattr(server, timeout) / 4 for timeout in timeouts]
-        self.interval = min(1.0, *filter(None, quarters))  # seconds between two checks of all
+        self.interval = min([1.0, *filter(None, quarters)])  # seconds between two checks of all
         self.next_look = 0.0
         self._to_look_at: list[Connection] = []  # not checked yet
 
@@ -3224,7 +3238,9 @@ class Loop:
 
     def _end(self) -> None:
         self._queue.end()  # also after an error, since stop() waits for it
-        for connection in list(self._room.connections):
+        with self._room.lock:  # a client that joins now is in the set, or is refused
+            connections = list(self._room.connections)
+        for connection in connections:
             self.sender.guard(self.sender.drop, connection, "the server has stopped")
 
     # ---- a round ----
@@ -3253,10 +3269,10 @@ class Loop:
             self._carry_out()
         if receiver.endings.waiting:
             receiver.endings.carry_out()
-        hooks_patience = STUCK_TIME if self._hooks.is_waiting else math.inf
-        self._patience = min(hooks_patience, sender.gate.wait_time(sender.now))
+        self._patience = self._find_patience()
         if sender.slow or self._patience < math.inf or self.deadlines.next_look <= sender.now:
             self._look_around()
+            self._patience = self._find_patience()
 
     def _wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """Wait for events of sockets, for an operation, or for the next deadline. Return the events."""
@@ -3343,6 +3359,10 @@ class Loop:
 
     # ---- what is due ----
 
+    def _find_patience(self) -> float:
+        hooks_patience = STUCK_TIME if self._hooks.is_waiting else math.inf
+        return min(hooks_patience, self.sender.gate.wait_time(self.sender.now))
+
     def _look_around(self) -> None:
         if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
             self._hooks.relieve()
@@ -3393,13 +3413,17 @@ class PostPace:
         self._pace, self._lock = Pace(), threading.Lock()
 
     def wait(self, timeout: float) -> bool:
-        """Wait until the rate allows one more POST. Return False if that takes longer than `timeout` (seconds)."""
+        """Wait until the rate allows one more POST. Return False if that takes longer than `timeout` (seconds).
+
+        Return False, too, if it takes longer than a second and than one message: each POST that
+        waits takes a thread.
+        """
         if not self._rate:
             return True
         with self._lock:
             now = time.monotonic()
             wait = self._pace.wait_time(self._rate, now)
-            if wait > timeout:
+            if wait > min(timeout, max(1.0, 1 / self._rate)):
                 return False
             self._pace.take(self._rate, now)
         time.sleep(wait)
@@ -3461,6 +3485,11 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         if EXCLUSIVE_USE:  # otherwise a second program may bind the same port
             self.socket.setsockopt(socket.SOL_SOCKET, EXCLUSIVE_USE, 1)
         super().server_bind()
+
+    def server_activate(self) -> None:
+        """Called by the constructor: listen. After a fork, another process may be faster to accept a connection."""
+        super().server_activate()
+        self.socket.setblocking(False)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. If there are too many, end the oldest pending one, or let the new one wait."""
@@ -3690,6 +3719,7 @@ class BroadcastServer(Settings, LimitedServer):
         """
         if self._path:
             pathlib.Path(self._path).unlink(missing_ok=True)
+            self._path = ""  # another server may bind it before this is called again
         super().server_close()  # accept no more connections
         end = time.monotonic() + self.close_timeout
         if self._link:
@@ -3697,7 +3727,7 @@ class BroadcastServer(Settings, LimitedServer):
         client = getattr(self._local, "client", None)
         own = int(client is not None)
         self._room.close_all()
-        self._room.wait_for(own, end)
+        self._room.wait_for(0, end, client)
         self._hooks.wait(own, end)
         self._loop.stop()
         self._hooks.wait(own, time.monotonic() + 0.5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import typing
 import unittest.mock
 
 import pywebsock
@@ -95,6 +97,54 @@ class Hooks(ServerTestCase):
         while messages[-1] != "wait":
             messages.append(b.read())
         self.assertEqual(sorted(map(str, messages)), [*map(str, range(10)), "before", "wait"])
+
+    def test_a_new_client_while_a_hook_blocks(self) -> None:
+        """A new client does not wait until the loop checks its deadlines."""
+        go_on, blocks = threading.Event(), threading.Event()
+
+        class Server(Recorder):
+            """A server whose hook blocks, and whose loop hardly ever checks deadlines."""
+
+            def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
+                super().__init__(*arguments, **settings)
+                self._loop.deadlines.interval = 4 * DEADLINE
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                blocks.set()
+                go_on.wait(2 * DEADLINE)
+
+        self.addCleanup(go_on.set)
+        server = self.serve(Server)
+        self.connect(server).send("block")
+        self.assertTrue(blocks.wait(DEADLINE))
+        eventually(lambda: server._queue._is_asleep and server._loop._patience == math.inf)
+        self.connect(server)
+        go_on.set()
+
+    def test_a_close_while_a_hook_blocks(self) -> None:
+        """on_close gets the code of the client's Close, even if a message meanwhile finds the connection lost."""
+        go_on, blocks = threading.Event(), threading.Event()
+
+        class Server(Recorder):
+            """A server whose hook blocks."""
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                blocks.set()
+                go_on.wait(DEADLINE)
+
+        self.addCleanup(go_on.set)
+        server = self.serve(Server)
+        client = self.connect(server)
+        client.send("block")
+        self.assertTrue(blocks.wait(DEADLINE))
+        client.close(1001, "bye")
+        (connection,) = server._room.connections
+        eventually(lambda: connection.paused)
+        client.socket.close()
+        while server.clients:
+            server.broadcast("is anybody there?")
+        go_on.set()
+        server.wait_for("close", 1001, "bye")
 
     def test_order_of_hooks(self) -> None:
         server = self.serve()

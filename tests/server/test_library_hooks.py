@@ -283,6 +283,16 @@ class Post(ServerTestCase):
         status, fields, _ = exchange(server.server_address[1], post())
         self.assertEqual((status, fields["retry-after"]), (429, "1"))
 
+    def test_many_above_the_rate(self) -> None:
+        """Few POSTs wait for the rate, since each takes a thread."""
+        server = self.serve(rate=1)
+        clients = [self.connect(server, handshake=False) for _ in range(10)]
+        for client in clients:
+            client.send_raw(post())
+        responses = [client.read_all() for client in clients]
+        self.assertIn(b" 202 ", responses[0])
+        self.assertGreater(sum(b" 429 " in response for response in responses), 0)
+
     def test_read_only(self) -> None:
         """With read_only, no hook is called for a POST."""
         server = self.serve(Tokens, read_only=True)
@@ -588,6 +598,24 @@ class Stopping(ServerTestCase):
                     self.assertLess(server.took, 1.0)
                     self.assertEqual(server.socket.fileno(), -1)
             self.assertFalse(server._room.size)
+
+    def test_in_on_close_beside_a_slow_client(self) -> None:
+        """server_close() in on_close waits for a client that still has to read."""
+        with running(self.Server, close_timeout=DEADLINE) as server:
+            slow = self.connect(server, small=True)
+            with self.connect(server, target="/?on_close") as client:
+                for _ in range(12):
+                    server.broadcast(bytes(1_000_000))
+                    client.read()
+                client.close(1000)
+                client.read_all()
+            eventually(lambda: server.socket.fileno() < 0)  # accepts no more
+            self.assertEqual([len(slow.read()) for _ in range(12)], [1_000_000] * 12)
+            self.assertEqual(slow.read_frame().payload, b"\x03\xe9")
+            slow.close(1001)
+            slow.read_all()
+            slow.socket.close()
+            self.assertTrue(server.stopped.wait(DEADLINE))
 
     def test_out_of_memory_for_a_client_that_does_not_answer(self) -> None:
         """An error for one client at the end does not make server_close() wait forever."""

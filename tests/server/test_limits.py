@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
+import threading
 import time
 
 import pywebsock
 from tests.tools import faults
 from tests.tools.support import (
     CLOSE,
+    DEADLINE,
     TEXT,
     Client,
+    Recorder,
     ServerTestCase,
     eventually,
     exchange,
+    in_thread,
     masked_frame,
     request,
 )
@@ -44,6 +49,28 @@ class Rate(ServerTestCase):
             self.assertEqual(client.read(), str(i))
         self.assertLess(time.monotonic() - start, 5)
 
+    def test_while_a_hook_blocks(self) -> None:
+        """The rate lets one message after another go on, but no more than MAX_SUBMITTED wait for a hook."""
+        go_on = threading.Event()
+
+        class Blocking(Recorder):
+            """A server whose hook blocks."""
+
+            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+                go_on.wait(DEADLINE)
+
+        self.addCleanup(go_on.set)
+        server = self.serve(Blocking, rate=30)
+        client = self.connect(server)
+        client.send_raw(masked_frame(TEXT) * 31)  # a burst of one second, and one that waits
+        large = masked_frame(TEXT, bytes(pywebsock.MAX_SUBMITTED // 3))
+        with in_thread(client.send_raw, large * 20):
+            (connection,) = server._room.connections
+            eventually(lambda: connection.submitted > pywebsock.MAX_SUBMITTED, deadline=DEADLINE / 5)
+            self.assertTrue(connection.paused)
+            go_on.set()
+        eventually(lambda: not server._hooks.busy)
+
 
 def visit(port: int, data: bytes = b"") -> bool:
     """Open a WebSocket, send a message, and leave; return whether the server accepted the client."""
@@ -65,6 +92,19 @@ class Waiting(ServerTestCase):
         with server._room.lock:
             server._room.waiting.difference_update(waiting)
         self.connect(server).send("Hello")
+
+    def test_another_process_is_faster(self) -> None:
+        """After a fork, several processes accept from one socket; those that find no connection do not wait for one."""
+        server = self.serve()
+        refused = threading.Event()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                server.get_request()
+            refused.set()
+
+        with in_thread(accept):
+            self.assertTrue(refused.wait(DEADLINE))
 
     def test_everybody_has_arrived(self) -> None:
         """No handler waits after its connection has ended."""

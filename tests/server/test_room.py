@@ -516,11 +516,12 @@ class Count(unittest.TestCase):
         handlers = [typing.cast(pywebsock.WebSocketHandler, object()) for _ in range(3)]
         for handler in handlers:
             self.room.add_pending(handler, 0.0)
-        self.assertFalse(self.room.wait_for(2, time.monotonic() + 0.01))
+        self.room.wait_for(2, time.monotonic() + 0.01)
+        self.assertEqual(self.room.size, 3)
         with in_thread(self.room.wait_for, 1, time.monotonic() + 2 * DEADLINE):
             self.assertEqual([self.room.remove(handler) for handler in handlers[:2] * 2], [True] * 2 + [False] * 2)
         self.assertEqual(self.room.size, 1)
-        self.assertTrue(self.room.wait_for(1, 0.0))
+        self.room.wait_for(0, time.monotonic() + 2 * DEADLINE, handlers[2])  # all but this one have ended
 
     def test_turns(self) -> None:
         """The server accepts a connection when the number of waiting handlers falls: one gets its turn, or ends."""
