@@ -1764,8 +1764,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.server._room.add_pending(self, time.monotonic())
         try:
             self.go_on()
-            if self.server._hooks.is_waiting:  # for a hook that may block: the loop finds out
-                self.server._queue.rouse()
+            if self.server._hooks.is_waiting:  # perhaps for a hook that blocks: the loop, which may sleep, finds out
+                self.server._queue.put(lambda: None)
         except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise
@@ -2153,8 +2153,10 @@ class Queue:
                 return False
             self._operations.append(operation)
             self._size += size
-            self.rouse()
-            return True
+            wake, self._is_asleep = self._is_asleep, False
+        if wake:
+            self.wake()
+        return True
 
     def put_message(self, message: Outgoing) -> None:
         """Queue a message. Wait while the queue is full."""
@@ -2186,15 +2188,8 @@ class Queue:
         """Return whether senders must wait: too much is queued, or a quick client is behind."""
         return (self._size > QUEUE_SIZE or self.held) and bool(self.loop_thread) and not self.has_ended
 
-    def rouse(self) -> None:
-        """Wake the loop if it sleeps."""
-        with self._lock:
-            if self._is_asleep:
-                self._is_asleep = False
-                self.wake()
-
     def wake(self) -> None:
-        """Wake the loop, also if it waits for something else."""
+        """Wake the loop."""
         with contextlib.suppress(OSError):  # the alarm is full of bytes, or closed
             if self._ring:
                 self._ring.send(b"!")
