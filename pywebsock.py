@@ -1507,6 +1507,12 @@ class TLSSocket(socket.socket):
         held, self._held = self._held, 0
         return held
 
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all data, on a socket that blocks."""
+        view = memoryview(data)
+        while view:
+            view = view[self.send(view) :]
+
     def end_tls(self) -> None:
         """Send a close_notify (6.1). Raise BlockingIOError if it must be called again."""
         if self._tls.version():  # before the handshake is done, it is an error, which PyPy raises in the next call
@@ -1987,11 +1993,12 @@ class WebSocketHandler(RequestHandler):
         connection.state, connection.last_seen = State.ENDING, self.server._room.bytes
         if not self.server._room.dismiss(connection, response):  # for example, a hook has stopped the server
             with contextlib.suppress(OSError):
-                self._send(response)
+                self.request.settimeout(self.server.close_timeout or None)
+                self.request.sendall(response)
             self._end()
 
     def _send(self, data: bytes) -> None:
-        """Send a few bytes without the loop. Raise OSError."""
+        """Send a few bytes before the response. Raise OSError."""
         self.request.send(data)
         if self._tracers:
             self._tracers[1].send(data)
