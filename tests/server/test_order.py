@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import itertools
 import sys
-import threading
 import time
 import typing
 import unittest.mock
@@ -65,34 +63,6 @@ class OneOrder(ServerTestCase):
         server = self.serve()
         faults.small_buffers(server)
         self.check(server, small=True)
-
-    def test_messages_while_on_open_returns(self) -> None:
-        """A message that waits for on_open is broadcast before the next one, which need not wait."""
-        go_on = threading.Event()
-
-        class Late(pywebsock.BroadcastServer):
-            """A server whose on_open waits."""
-
-            def on_open(self, client: pywebsock.WebSocketHandler) -> None:
-                if client.target == "/late":
-                    go_on.wait(DEADLINE)
-
-        server = self.serve(Late)
-        witness, sender = self.connect(server), self.connect(server, target="/late")
-        gate = server._loop.receiver.gate
-        lets_through, times = gate.lets_through, itertools.count(1)
-
-        def let_on_open_return(connection: pywebsock.Connection, now: float) -> bool:
-            """Before the second message, wait until no hook of its client runs."""
-            inbox = connection.client._inbox
-            if next(times) == 2:
-                go_on.set()
-                eventually(lambda: not (inbox and inbox.taken))
-            return lets_through(connection, now)
-
-        with unittest.mock.patch.object(gate, "lets_through", let_on_open_return):
-            sender.send_raw(b"".join(masked_frame(TEXT, text) for text in (b"one", b"two", b"three")))
-            self.assertEqual([witness.read() for _ in range(3)], ["one", "two", "three"])
 
     def test_messages_to_one_client_are_in_the_order(self) -> None:
         server = self.serve()
