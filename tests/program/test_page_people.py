@@ -590,7 +590,7 @@ class Names(PageTestCase):
         self.assertEqual(aligned, "rtl")
 
     def test_no_name_where_none_has_one(self) -> None:
-        """One's own name, on the other side, does not change that."""
+        """The name of the tab's own messages, on the other side, does not change that."""
         server = self.serve()
         tab = self.open(self.from_disk(server))
         tab.run("name = 'Ann'; submit(signed('hello'))")
