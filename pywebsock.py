@@ -3233,10 +3233,11 @@ class Loop:
 
     def stop(self) -> None:
         """End the thread. Any thread but the loop's."""
-        self._queue.put(self._end)
-        if self._thread:
+        if self._thread and self._thread.is_alive():  # not if it could not be started, or after a fork
+            self._queue.put(self._end)
             self._thread.join()
-        self._queue.end()  # if there was no thread
+        else:
+            self._queue.end()
 
     def _end(self) -> None:
         self._queue.end()  # also after an error, since stop() waits for it

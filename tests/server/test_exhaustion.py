@@ -78,6 +78,14 @@ class Exhaustion(ServerTestCase):
             self.assertEqual(witness.read(), "all is well")
         self.assertTrue(waiting.read_head().startswith(b"HTTP/1.1 101 "))
 
+    def test_no_thread_for_the_loop(self) -> None:
+        """serve_forever() raises an exception, and the server can be closed."""
+        with pywebsock.BroadcastServer(("127.0.0.1", 0)) as server:
+            failure = RuntimeError("can't start new thread")
+            with unittest.mock.patch.object(threading.Thread, "start", side_effect=failure):
+                self.assertRaises(RuntimeError, server.serve_forever)
+        self.assertLess(server.fileno(), 0)
+
 
 # Settings of the process that a server might change.
 HOST = r"""
