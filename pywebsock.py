@@ -1351,9 +1351,9 @@ class Hooks:
                 self._make_ready(last)
             else:
                 last.taken = False
+                self._done.notify_all()
             self._running.pop(me, None)
             self._stuck.discard(me)
-            self._done.notify_all()
             if not self.is_waiting:
                 self._idle += 1
                 if self._has_stopped:
@@ -2984,7 +2984,7 @@ class Receiver:
         self.later[connection] = None
 
     def go_on(self) -> None:
-        """Continue with connections whose data took too long, and with floods, until ROUND_TIME is over."""
+        """Continue with connections whose data took too long, until ROUND_TIME is over."""
         until = time.monotonic() + ROUND_TIME
         self.slice_time = SLICE_TIME
         for connection in list(self.later):
