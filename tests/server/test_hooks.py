@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-import typing
 import unittest.mock
 
 import pywebsock
@@ -13,6 +12,7 @@ from tests.tools.support import (
     CLOSE,
     DEADLINE,
     TEXT,
+    Blocking,
     Frame,
     Recorder,
     ServerTestCase,
@@ -98,52 +98,41 @@ class Hooks(ServerTestCase):
             messages.append(b.read())
         self.assertEqual(sorted(map(str, messages)), [*map(str, range(10)), "before", "wait"])
 
-    def test_a_new_client_while_a_hook_blocks(self) -> None:
-        """A new client does not wait until the loop checks its deadlines."""
-        go_on, blocks = threading.Event(), threading.Event()
+    def test_new_clients_while_a_hook_blocks(self) -> None:
+        """While a hook blocks and the loop sleeps, others connect without delay."""
 
-        class Server(Recorder):
-            """A server whose hook blocks, and whose loop hardly ever checks deadlines."""
+        class Admitting(Blocking):
+            """Blocks for one client in admit, for others in on_message."""
 
-            def __init__(self, *arguments: typing.Any, **settings: typing.Any) -> None:
-                super().__init__(*arguments, **settings)
-                self._loop.deadlines.interval = 4 * DEADLINE
+            def admit(self, client: pywebsock.WebSocketHandler) -> None:
+                if client.target == "/admit":
+                    self.block()
 
-            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
-                blocks.set()
-                go_on.wait(2 * DEADLINE)
-
-        self.addCleanup(go_on.set)
-        server = self.serve(Server)
-        self.connect(server).send("block")
-        self.assertTrue(blocks.wait(DEADLINE))
-        eventually(lambda: server._queue._is_asleep and server._loop._patience == math.inf)
-        self.connect(server)
-        go_on.set()
+        for target in ("/", "/admit"):
+            with self.subTest(target):
+                server = self.serve(Admitting)
+                server._loop.deadlines.interval = 2 * DEADLINE
+                eventually(lambda: server._loop.deadlines.next_look > server._loop.now + DEADLINE)  # noqa: B023
+                client = self.connect(server, handshake=False)
+                client.send_raw(request(target=target) + masked_frame(TEXT))
+                self.assertTrue(server.blocks.wait(DEADLINE))
+                eventually(lambda: server._queue._is_asleep and server._loop._patience == math.inf)  # noqa: B023
+                self.connect(server)
+                self.assertFalse(server.go_on.is_set())
 
     def test_a_close_while_a_hook_blocks(self) -> None:
         """on_close gets the code of the client's Close, even if a message meanwhile finds the connection lost."""
-        go_on, blocks = threading.Event(), threading.Event()
-
-        class Server(Recorder):
-            """A server whose hook blocks."""
-
-            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
-                blocks.set()
-                go_on.wait(DEADLINE)
-
-        self.addCleanup(go_on.set)
-        server = self.serve(Server)
+        server = self.serve(Blocking)
         client = self.connect(server)
         client.send("block")
-        self.assertTrue(blocks.wait(DEADLINE))
+        self.assertTrue(server.blocks.wait(DEADLINE))
         client.close(1001, "bye")
         (connection,) = server._room.connections
         eventually(lambda: connection.paused)
         client.socket.close()
         while server.clients:
             server.broadcast("is anybody there?")
-        go_on.set()
+        server.go_on.set()
         server.wait_for("close", 1001, "bye")
 
     def test_order_of_hooks(self) -> None:
@@ -233,27 +222,6 @@ class Hooks(ServerTestCase):
         with unittest.mock.patch.object(gate, "lets_through", return_meanwhile):
             client.send_raw(masked_frame(TEXT, b"first") + masked_frame(TEXT, b"second"))
             self.assertEqual([client.read(), client.read()], ["first", "second"])
-
-    def test_handshakes_meanwhile(self) -> None:
-        """While a hook blocks and the loop sleeps, others connect without delay."""
-        begun, go_on = threading.Event(), threading.Event()
-
-        class Server(pywebsock.BroadcastServer):
-            """Admits one client slowly."""
-
-            def admit(self, client: pywebsock.WebSocketHandler) -> None:
-                if client.target == "/slow":
-                    begun.set()
-                    go_on.wait(2 * DEADLINE)
-
-        server = self.serve(Server)
-        deadlines = server._loop.deadlines
-        deadlines.interval = 2 * DEADLINE
-        eventually(lambda: deadlines.next_look > server._loop.now + DEADLINE)
-        with in_thread(lambda: self.connect(server, target="/slow")):
-            begun.wait(DEADLINE)
-            self.connect(server)
-            go_on.set()
 
 
 class AnyThread(ServerTestCase):

@@ -14,8 +14,8 @@ from tests.tools.support import (
     CLOSE,
     DEADLINE,
     TEXT,
+    Blocking,
     Client,
-    Recorder,
     ServerTestCase,
     eventually,
     exchange,
@@ -51,15 +51,6 @@ class Rate(ServerTestCase):
 
     def test_while_a_hook_blocks(self) -> None:
         """The rate lets one message after another go on, but no more than MAX_SUBMITTED wait for a hook."""
-        go_on = threading.Event()
-
-        class Blocking(Recorder):
-            """A server whose hook blocks."""
-
-            def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
-                go_on.wait(DEADLINE)
-
-        self.addCleanup(go_on.set)
         server = self.serve(Blocking, rate=30)
         client = self.connect(server)
         client.send_raw(masked_frame(TEXT) * 31)  # a burst of one second, and one that waits
@@ -68,7 +59,7 @@ class Rate(ServerTestCase):
             (connection,) = server._room.connections
             eventually(lambda: connection.submitted > pywebsock.MAX_SUBMITTED, deadline=DEADLINE / 5)
             self.assertTrue(connection.paused)
-            go_on.set()
+            server.go_on.set()
         eventually(lambda: not server._hooks.busy)
 
 

@@ -238,6 +238,26 @@ class Recorder(pywebsock.BroadcastServer):
         self._tell("close", code, reason)
 
 
+class Blocking(Recorder):
+    """A server whose on_message blocks, until a test sets `go_on`."""
+
+    def __init__(self, *args: typing.Any, **settings: typing.Any) -> None:
+        self.blocks, self.go_on = threading.Event(), threading.Event()
+        super().__init__(*args, **settings)
+
+    def block(self) -> None:
+        """Block for longer than a test waits for anything."""
+        self.blocks.set()
+        self.go_on.wait(2 * DEADLINE)
+
+    def on_message(self, client: pywebsock.WebSocketHandler, message: pywebsock.Message) -> None:
+        self.block()
+
+    def server_close(self) -> None:
+        self.go_on.set()
+        super().server_close()
+
+
 S = typing.TypeVar("S", bound=pywebsock.BroadcastServer)
 
 
