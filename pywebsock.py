@@ -60,11 +60,11 @@ the rest until you need it.
     Many machines         servers that share a Redis stream    (RESP2)
     Command line          main()
 
-Threads.  One thread accepts connections: it runs serve_forever().  The *loop* thread owns the
-sockets of all clients: it reads them, decodes frames, sends, and enforces deadlines.  Hook threads
-answer requests, run the program's hooks, and write the log; there is one of them as long as no
-hook blocks.  With --redis, two more threads keep the link.  Any other thread may call broadcast(),
-send() and close().
+Threads.  One thread accepts connections: it runs serve_forever(), and answers requests for a
+WebSocket if that calls no hook.  The *loop* thread owns the sockets of all clients: it reads them,
+decodes frames, sends, and enforces deadlines.  Hook threads answer other requests, run the
+program's hooks, and write the log; there is one of them as long as no hook blocks.  With --redis,
+two more threads keep the link.  Any other thread may call broadcast(), send() and close().
 
 One rule: the loop waits for sockets, and owns those of open connections; other threads put
 operations into its queue; a lock guards the set of clients.  An operation is a message, a client
@@ -1730,14 +1730,16 @@ def reset(connection: socket.socket) -> None:
 
 
 TOO_LATE = "the request took too long"
+IN_HOOK_THREAD = 0  # instead of the events that a step waits for: the next step may block
 MARK = re.compile("[?&]mark=([0-9a-f]{1,32})$")
 
 
 class RequestHandler(socketserver.BaseRequestHandler):
-    """Reads the request of a connection and answers it. Runs in hook threads, in steps.
+    """Reads the request of a connection and answers it, in steps.
 
     A step never waits for the peer. If bytes are missing, the step ends; the loop waits for them
-    and starts the next step. With the answer, the loop gets the socket.
+    and starts the next step. With the answer, the loop gets the socket. Steps run in hook
+    threads. The thread that accepts runs the first one, if that calls no hook and uses no TLS.
     """
 
     server: BroadcastServer
@@ -1769,9 +1771,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.request.setblocking(False)
         self.server._room.add_pending(self, time.monotonic())
         try:
-            self.go_on()
-            if self.server._hooks.is_waiting:  # perhaps for a hook that blocks: the loop, which may sleep, finds out
-                self.server._queue.put(lambda: None)
+            start = self.go_on if self.server._slow_handshakes else self._step
+            start()
         except BaseException:  # for example out of memory
             self.server._room.remove(self)
             raise
@@ -1785,7 +1786,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def address(self, address: str) -> None:
         self._address = printable(address, 100)  # it may come from a header field
 
-    # ---- steps, in hook threads ----
+    # ---- steps ----
 
     def go_on(self) -> None:
         """Let a hook thread run the next step."""
@@ -1797,8 +1798,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         server._room.take_turn(self)
         server._local.client = self
         try:
-            events = next(self._steps, 0)
-            if events and not server._queue.put(functools.partial(server._loop.lobby.wait, self, events)):
+            events = next(self._steps, None)
+            if events == IN_HOOK_THREAD:
+                self.go_on()
+            elif events and not server._queue.put(functools.partial(server._loop.lobby.wait, self, events)):
                 self._end()  # the loop has ended
         except BaseException:
             server.handle_error(self.request, self.address)
@@ -1814,6 +1817,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if isinstance(self.request, TLSSocket):
                 yield from self._shake_tls_hands(self.request)
             request = yield from self._read_request()
+            if not request.upgrades:
+                yield IN_HOOK_THREAD
             yield from self._answer(request)
         except HandshakeError as error:
             self._refuse(error)
@@ -2149,6 +2154,7 @@ class Queue:
         self._alarm: socket.socket | None = None
         self._ring: socket.socket | None = None  # a byte sent here wakes the loop
         self.loop_thread = 0  # the thread that never waits in wait_for_space()
+        self.quiet_thread = 0  # the thread whose operations do not wake the loop: it does that later
         self.locks: tuple[Any, ...] = ()  # locks that the loop takes, too: RLocks, which know their owner
 
     # ---- any thread ----
@@ -2160,7 +2166,8 @@ class Queue:
                 return False
             self._operations.append(operation)
             self._size += size
-            wake, self._is_asleep = self._is_asleep, False
+            wake = self._is_asleep and threading.get_ident() != self.quiet_thread
+            self._is_asleep = self._is_asleep and not wake
         if wake:
             self.wake()
         return True
@@ -2688,8 +2695,9 @@ class Sender:
         self._room.take_turn(connection.client)
         connection.keep_all(first(), self.now)
         self.slow.add(connection)
-        self._room.set_send(connection, send_nothing)
         self.flush(connection)
+        if connection.pieces:
+            self._room.set_send(connection, send_nothing)
 
     def write(self, connection: Connection, data: bytes) -> None:
         """Send to one client, after its outbox."""
@@ -3388,6 +3396,7 @@ TRIM_TIME = 10.0  # seconds between two calls of malloc_trim()
 SPARE_DESCRIPTORS = 32  # file descriptors that are left to the program
 SPARE_CONNECTIONS = 100  # pending connections, in addition to a tenth of max_clients
 EXCLUSIVE_USE = getattr(socket, "SO_EXCLUSIVEADDRUSE", 0)  # only on Windows
+ACCEPTED_AT_ONCE = 16  # connections; waking the loop for each one takes longer than accepting it
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -3445,6 +3454,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     _room: Room
     _most_connections: int
     _begin: Callable[[], None]  # starts the threads
+    _accepted = 0  # connections, in this round of serve_forever()
     _path = ""  # path of the Unix socket
     _is_stopping = False  # shutdown() was called
 
@@ -3494,6 +3504,20 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         super().server_activate()
         self.socket.setblocking(False)
 
+    def _handle_request_noblock(self) -> None:
+        """Called by serve_forever(): accept a few of the connections that wait, and then wake the loop once."""
+        self._queue.quiet_thread = threading.get_ident()
+        try:
+            before, self._accepted = -1, 0
+            while before < self._accepted < ACCEPTED_AT_ONCE:
+                before = self._accepted
+                super()._handle_request_noblock()  # type: ignore[misc]
+                if self._room.size >= self._most_connections:
+                    break  # end another one only for a connection that waits
+        finally:
+            self._queue.quiet_thread = 0
+            self._queue.wake()  # perhaps a hook that blocks holds up the handlers: the loop finds out
+
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. If there are too many, end the oldest pending one, or let the new one wait."""
         if self._room.size >= self._most_connections:
@@ -3528,12 +3552,14 @@ class LimitedServer(socketserver.ThreadingTCPServer):
 
     def _wait_for_fewer(self, shortage: str) -> None:
         """Wait until there are fewer connections, but at most half a second."""
+        self._queue.wake()
         self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
         self._room.wait_for(self._room.size - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's handler. It runs in hook threads, and the loop waits for its socket."""
         self._begin()
+        self._accepted += 1
         self.finish_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3588,6 +3614,8 @@ class BroadcastServer(Settings, LimitedServer):
         self._started = time.monotonic()
         self._refused = 0  # requests refused so far, for the status
         self._local = threading.local()  # .client: the one whose step or hook this thread runs
+        own_handshake = self._overrides("admit") or self._overrides("on_open")
+        self._slow_handshakes = own_handshake or bool(self.tls_context)  # they need a hook thread
         self._post_pace = PostPace(self.rate)
         self._budget = Budget(max(64 * 1024 * 1024, 8 * self.max_message))
         self._hooks = Hooks(most_workers=os.cpu_count() or 1 if self.tls_context else 1)

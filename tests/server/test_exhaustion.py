@@ -65,9 +65,14 @@ class Exhaustion(ServerTestCase):
         self.assertNotIn("Traceback", process.log())
 
     def test_threads(self) -> None:
-        """If no thread can be started, a connection waits for a new thread or a free one."""
+        """If no thread can be started, a handshake that calls a hook waits for a new thread or a free one."""
+
+        class Admitting(pywebsock.BroadcastServer):
+            def admit(self, client: pywebsock.WebSocketHandler) -> None:
+                pass
+
         with unittest.mock.patch.object(pywebsock, "IDLE_TIME", 0.05):
-            server = self.serve(pywebsock.BroadcastServer)
+            server = self.serve(Admitting)
             witness = self.connect(server)
             eventually(lambda: all(thread.name != "pywebsock hooks" for thread in threading.enumerate()))
         with unittest.mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import threading
+import unittest.mock
 
 import pywebsock
 from tests.tools.support import (
     ACCEPT,
+    DEADLINE,
     KEY,
     PING,
     PONG,
@@ -192,6 +195,37 @@ class OpeningHandshake(ServerTestCase):
                 self.connect(server, tls=context)
             eventually(lambda: logged.records)
         self.assertEqual([record.exc_info for record in logged.records], [None])
+
+
+class WithoutHooks(OpeningHandshake):
+    """The same for a server that has no hook for a handshake: the thread that accepts answers."""
+
+    class Server(Recorder):
+        on_open = pywebsock.BroadcastServer.on_open
+
+    kind = Server
+
+    def test_without_a_thread(self) -> None:
+        """A handshake succeeds if no thread can be started."""
+        server = self.serve()
+        witness = self.connect(server)
+        failure = RuntimeError("can't start new thread")
+        with unittest.mock.patch.object(threading.Thread, "start", side_effect=failure):
+            client = self.connect(server)
+        witness.send("Hello")
+        self.assertEqual(client.read(), "Hello")
+
+    def test_at_once(self) -> None:
+        """The loop, which sleeps, is woken for all connections that wait."""
+        server = self.serve()
+        server._loop.deadlines.interval = 2 * DEADLINE
+        eventually(lambda: server._loop.deadlines.next_look > server._loop.now + DEADLINE)
+        with server._room.lock:  # nobody joins
+            clients = [self.connect(server, handshake=False) for _ in range(3 * pywebsock.ACCEPTED_AT_ONCE)]
+            for client in clients:
+                client.send_raw(request())
+        for client in clients:
+            self.assertTrue(client.read_head().startswith(b"HTTP/1.1 101 "))
 
 
 class Subprotocols(ServerTestCase):

@@ -392,6 +392,16 @@ class WakeUp(QueueTestCase):
         self.assertEqual(alarm and alarm.recv(10), b"!")
         self.assertFalse(self.woken())
 
+    def test_quiet(self) -> None:
+        """Operations of the quiet thread do not wake the loop, those of other threads do."""
+        self.assertTrue(self.queue.fall_asleep())
+        self.queue.quiet_thread = threading.get_ident()
+        self.queue.put("operation")
+        self.assertFalse(self.woken())
+        with in_thread(self.queue.put, "another"):
+            self.assertTrue(self.woken(DEADLINE))
+        self.assertEqual(self.queue.take(), ["operation", "another"])
+
     def test_never_lost(self) -> None:
         """Threads wait for each of their operations, so a lost wake-up would stop them."""
         count, ended = 700, threading.Event()

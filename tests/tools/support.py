@@ -648,6 +648,8 @@ def exchange(port: int | str, data: bytes, *, tls: ssl.SSLContext | None = None)
 class ServerTestCase(unittest.TestCase):
     """Tests of running servers. After each test, its clients are closed, then its servers."""
 
+    kind: type[pywebsock.BroadcastServer] = Recorder  # of the servers that serve() starts
+
     @contextlib.contextmanager
     def assertLogs(  # type: ignore[override]  # noqa: N802
         self, *arguments: typing.Any, **options: typing.Any
@@ -663,9 +665,9 @@ class ServerTestCase(unittest.TestCase):
     @typing.overload
     def serve(self, kind: type[S], **settings: typing.Any) -> S: ...
 
-    def serve(self, kind: typing.Any = Recorder, **settings: typing.Any) -> typing.Any:
+    def serve(self, kind: typing.Any = None, **settings: typing.Any) -> typing.Any:
         """Start a server in this process; see `running`."""
-        context = running(kind, **settings)
+        context = running(kind or self.kind, **settings)
         self.addCleanup(context.__exit__, None, None, None)
         server = context.__enter__()
         vars(self).setdefault("servers", []).append(server)
