@@ -1739,7 +1739,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     A step never waits for the peer. If bytes are missing, the step ends; the loop waits for them
     and starts the next step. With the answer, the loop gets the socket. Steps run in hook
-    threads. The thread that accepts runs the first one, if that calls no hook and uses no TLS.
+    threads. The thread that accepts runs the first step, if that calls no hook and uses no TLS.
     """
 
     server: BroadcastServer
@@ -3513,7 +3513,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 before = self._accepted
                 super()._handle_request_noblock()  # type: ignore[misc]
                 if self._room.size >= self._most_connections:
-                    break  # end another one only for a connection that waits
+                    break  # do not end an old connection if no new one waits
         finally:
             self._queue.quiet_thread = 0
             self._queue.wake()  # perhaps a hook that blocks holds up the handlers: the loop finds out
