@@ -1803,9 +1803,12 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 self.go_on()
             elif events and not server._queue.put(functools.partial(server._loop.lobby.wait, self, events)):
                 self._end()  # the loop has ended
-        except BaseException:
+        except Exception:
             server.handle_error(self.request, self.address)
             self._end()
+        except BaseException:  # Ctrl-C
+            self._end()
+            raise
         finally:
             server._local.client = None
 
@@ -2057,7 +2060,8 @@ class WebSocketHandler(RequestHandler):
         if extension:
             fields.append(("Sec-WebSocket-Extensions", extension))
         self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
-        self._call(self.server.admit)
+        if self.server._overrides("admit"):
+            self._call(self.server.admit)
         fields += self._answer_subprotocol(request)
         return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
 

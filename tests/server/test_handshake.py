@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-import threading
+import typing
 import unittest.mock
 
 import pywebsock
@@ -22,6 +22,7 @@ from tests.tools.support import (
     ServerTestCase,
     eventually,
     exchange,
+    in_thread,
     masked_frame,
     request,
 )
@@ -206,14 +207,40 @@ class WithoutHooks(OpeningHandshake):
     kind = Server
 
     def test_without_a_thread(self) -> None:
-        """A handshake succeeds if no thread can be started."""
-        server = self.serve()
-        witness = self.connect(server)
-        failure = RuntimeError("can't start new thread")
-        with unittest.mock.patch.object(threading.Thread, "start", side_effect=failure):
-            client = self.connect(server)
-        witness.send("Hello")
-        self.assertEqual(client.read(), "Hello")
+        """If the request is there when its connection is accepted, its handshake needs no hook thread."""
+        with self.Server(("127.0.0.1", 0)) as server, unittest.mock.patch.object(pywebsock.Hooks, "_add_worker"):
+            client = self.connect(server, handshake=False)
+            client.send_raw(request() + masked_frame(PING, b"?"))
+            with in_thread(server.serve_forever, 0.005):
+                self.assertTrue(client.read_head().startswith(b"HTTP/1.1 101 "))
+                self.assertEqual(client.read_frame(), Frame(True, False, PONG, b"?"))
+                server.shutdown()
+            client.socket.close()
+
+    def test_ctrl_c(self) -> None:
+        """A KeyboardInterrupt during a handshake ends serve_forever(), and the other clients get 1001."""
+        for place in ("parse_request", "check_origin", "serialize_response"):
+            function = getattr(pywebsock, place)
+
+            def interrupt(*arguments: object, function: typing.Any = function) -> object:
+                if "interrupt" in str(arguments):
+                    raise KeyboardInterrupt
+                return function(*arguments)
+
+            with (
+                self.subTest(place),
+                unittest.mock.patch.object(pywebsock, place, interrupt),
+                self.Server(("127.0.0.1", 0), subprotocols=["interrupt"]) as server,
+            ):
+                witness, client = self.connect(server, handshake=False), self.connect(server, handshake=False)
+                witness.send_raw(request())
+                client.send_raw(request(Sec_WebSocket_Protocol="interrupt"))
+                self.assertRaises(KeyboardInterrupt, server.serve_forever)
+                self.assertEqual(client.read_all(), b"")
+                witness.read_head()
+                with in_thread(server.server_close):
+                    self.assertEqual(witness.read_close()[0], 1001)
+                    witness.socket.close()
 
     def test_at_once(self) -> None:
         """The loop, which sleeps, is woken for all connections that wait."""
