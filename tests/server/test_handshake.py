@@ -239,7 +239,7 @@ class WithoutHooks(OpeningHandshake):
                 self.assertEqual(client.read_all(), b"")
                 witness.read_head()
                 with in_thread(server.server_close):
-                    self.assertEqual(witness.read_close()[0], 1001)
+                    self.assertEqual(witness.read_frame().payload, b"\x03\xe9")
                     witness.socket.close()
 
     def test_at_once(self) -> None:
