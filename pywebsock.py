@@ -1769,11 +1769,11 @@ class RequestHandler(socketserver.BaseRequestHandler):
         """Called by socketserver: start the first step."""
         self._steps = self._serve()
         self.request.setblocking(False)
-        self.server._room.add_pending(self, time.monotonic())
         try:
+            self.server._room.add_pending(self, time.monotonic())
             start = self.go_on if self.server._slow_handshakes else self._step
             start()
-        except BaseException:  # for example out of memory
+        except BaseException:  # for example out of memory, or Ctrl-C
             self.server._room.remove(self)
             raise
 

@@ -242,6 +242,20 @@ class WithoutHooks(OpeningHandshake):
                     self.assertEqual(witness.read_frame().payload, b"\x03\xe9")
                     witness.socket.close()
 
+    def test_ctrl_c_at_the_beginning(self) -> None:
+        """A connection that was just accepted is forgotten."""
+        with self.Server(("127.0.0.1", 0)) as server:
+            add = server._room.add_pending
+
+            def interrupt(handler: pywebsock.RequestHandler, now: float) -> None:
+                add(handler, now)
+                raise KeyboardInterrupt
+
+            client = self.connect(server, handshake=False)
+            with unittest.mock.patch.object(server._room, "add_pending", interrupt):
+                self.assertRaises(KeyboardInterrupt, server.serve_forever)
+            self.assertEqual((client.read_all(), server._room.size, server._room.waiting), (b"", 0, set()))
+
     def test_at_once(self) -> None:
         """The loop, which sleeps, is woken for all connections that wait."""
         server = self.serve()
