@@ -3477,6 +3477,16 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                     raise
                 return
 
+    def handle_request(self) -> None:
+        """Wait for a connection and accept it, or call handle_timeout() after `timeout` (seconds; None: never)."""
+        with selectors.DefaultSelector() as selector:  # socketserver would take the timeout of the socket, which is 0
+            selector.register(self, selectors.EVENT_READ)
+            ready = selector.select(self.timeout)
+        if ready:
+            self._handle_request_noblock()
+        else:
+            self.handle_timeout()
+
     def service_actions(self) -> None:
         """Called by serve_forever() in each round: end it after server_close()."""
         if self.fileno() < 0:

@@ -7,10 +7,11 @@ import socketserver
 import threading
 import types
 import typing
+import unittest.mock
 
 import pywebsock
 from pywebsock import BroadcastServer, CloseCode, HandshakeError, WebSocketHandler
-from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, eventually, request
+from tests.tools.support import DEADLINE, DEFLATE, Client, ServerTestCase, eventually, in_thread, request
 
 
 class Chat(BroadcastServer):
@@ -71,6 +72,19 @@ class Example(ServerTestCase):
         self.assertEqual(server.socket.fileno(), -1)
         with self.assertRaises(OSError):
             self.connect(server)
+
+    def test_handle_request(self) -> None:
+        """As in socketserver, it waits for a connection, or for the timeout of the server."""
+        with Chat(("127.0.0.1", 0)) as server, in_thread(server.handle_request) as thread:
+            thread.join(0.2)
+            self.assertTrue(thread.is_alive())
+            client = self.connect(server)
+            self.assertEqual(client.read(), f"welcome, {address(client)}")
+            client.socket.close()
+        with Chat(("127.0.0.1", 0)) as server, unittest.mock.patch.object(server, "handle_timeout") as late:
+            server.timeout = 0.01
+            server.handle_request()
+        late.assert_called_once_with()
 
     def test_never_served(self) -> None:
         """A server that never served can be closed."""
