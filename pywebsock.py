@@ -1188,11 +1188,9 @@ class Settings:
 def clear_path(path: str) -> None:
     """Remove a Unix socket whose server was killed."""
     if pathlib.Path(path).is_socket():
-        with socket.socket(AF_UNIX) as probe, contextlib.suppress(BlockingIOError):
+        with socket.socket(AF_UNIX) as probe:
             probe.setblocking(False)  # a busy server may have many pending connections
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
+            if probe.connect_ex(path) == errno.ECONNREFUSED:
                 pathlib.Path(path).unlink()
 
 
