@@ -4269,8 +4269,7 @@ def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
 
 
 HANGUP = getattr(signal, "SIGHUP", None)  # None on Windows
-BREAK = getattr(signal, "SIGBREAK", None)  # Ctrl-Break; None except on Windows
-OTHER_SIGNALS = {signal.SIGTERM, HANGUP or signal.SIGTERM, BREAK or signal.SIGTERM}
+OTHER_SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SIGHUP", "SIGBREAK")]  # of this system
 
 
 class Program(BroadcastServer):
@@ -4295,11 +4294,10 @@ class Program(BroadcastServer):
 
     def catch_signals(self) -> None:
         """Install the signal handlers, if this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, *OTHER_SIGNALS):
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self.stop)
+        with contextlib.suppress(ValueError):  # it is another one
+            for number in (signal.SIGINT, *OTHER_SIGNALS):
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    signal.signal(number, self.stop)
 
     def stop(self, number: int, frame: object) -> None:
         """Note a signal for service_actions(). A second Ctrl-C ends the program at once."""
@@ -4483,7 +4481,7 @@ def broadcast_lines(server: BroadcastServer) -> None:
         log.warning("standard input: %s", error.strerror)
 
 
-class FloodFilter(logging.Filter):
+class FloodFilter:
     """Logs up to MOST_LINES lines of one kind per LINES_TIME, so that a client cannot fill the disk.
 
     Lines of one kind have the same format string. The first line of a period has the number
@@ -4494,7 +4492,6 @@ class FloodFilter(logging.Filter):
     LINES_TIME = 10.0  # seconds
 
     def __init__(self) -> None:
-        super().__init__()
         self._kinds: dict[str, tuple[float, int]] = {}  # end of the period, lines in it
 
     def filter(self, record: logging.LogRecord) -> bool:
