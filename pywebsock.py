@@ -789,11 +789,8 @@ def check_rebinding(request: Request, origins: Sequence[str]) -> None:
 
 
 def matches(text: str, pattern: str) -> bool:
-    """Return whether the text matches the pattern. The first * matches one or more characters."""
-    start, star, end = pattern.partition("*")
-    if not star:
-        return text == pattern
-    return len(text) > len(start + end) and text.startswith(start) and text.endswith(end)
+    """Return whether the text matches the pattern, in which * matches one or more characters."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".+"), text) is not None
 
 
 def parse_origin(text: str) -> str:
@@ -3787,10 +3784,9 @@ def raise_file_limit() -> int:
     except ImportError:
         return sys.maxsize
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for number in (most, max(limit, MACOS_FILES)):
+    for number in (max(limit, MACOS_FILES), most):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
-            break
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if files == resource.RLIM_INFINITY else files
 
