@@ -691,7 +691,7 @@ class Request(NamedTuple):
     @property
     def path(self) -> str:
         """Return the target without its query. Remove the scheme and host of the absolute form (RFC 9112 3.2)."""
-        return ABSOLUTE_FORM.sub("", self.target.partition("?")[0], 1) or "/"
+        return ABSOLUTE_FORM.sub("", self.target.partition("?")[0]) or "/"
 
     @property
     def upgrades(self) -> bool:
@@ -963,7 +963,7 @@ def http_response(request: Request, status: int, kind: str, body: bytes, *fields
 
 def printable(text: str, limit: int = 200) -> str:
     """Return text of a peer for the log: escape control and non-ASCII characters, cut after `limit` characters."""
-    return re.sub(r"[^ -\[\]-~]", lambda match: ascii(match[0])[1:-1], text[:limit])
+    return text[:limit].encode("unicode_escape").decode()
 
 
 # ======================================================================================
