@@ -4079,7 +4079,15 @@ class RedisLink:
         self._back = 0  # number of the last message that has come back
         self._failures: dict[object, int] = {self._read: 0, self._write: 0}  # in a row, by step
         self._stopped = False
-        self._try_once()
+        try:
+            with contextlib.closing(RedisConnection(self._address)) as redis:
+                self._trim(redis)
+                self._read(redis)
+        except OSError as error:
+            why = printable(str(error))
+            lasts = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
+            if lasts and not why.startswith(TEMPORARY_ERRORS):
+                raise RedisError(f"Redis at {self._address.host}:{self._address.port}: {why}") from None
 
     # ---- for the server: any thread ----
 
@@ -4123,18 +4131,6 @@ class RedisLink:
             log.warning("%d messages have not come back from Redis", missing)
 
     # ---- both threads ----
-
-    def _try_once(self) -> None:
-        """Deliver the history if Redis can be reached. Raise RedisError for an error that will not pass."""
-        try:
-            with contextlib.closing(RedisConnection(self._address)) as redis:
-                self._trim(redis)
-                self._read(redis)
-        except OSError as error:
-            why = printable(str(error))
-            lasts = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
-            if lasts and not why.startswith(TEMPORARY_ERRORS):
-                raise RedisError(f"Redis at {self._address.host}:{self._address.port}: {why}") from None
 
     def _repeat(self, step: Callable[[RedisConnection], None]) -> None:
         """Repeat a step. After an error, use a new connection."""
