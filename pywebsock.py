@@ -4264,8 +4264,7 @@ OTHER_SIGNALS = [each for each in signal.Signals if each.name in ("SIGTERM", "SI
 class Program(BroadcastServer):
     """The server of the command line. serve_forever() handles signals between two connections."""
 
-    cert: str | None = None  # file of the certificate (PEM)
-    key: str | None = None  # file of the private key (PEM)
+    files: tuple[str, str | None]  # of the certificate and the private key (PEM), if there is a TLS context
     signals: list[int]  # received, and not handled yet
     inherited = False  # systemd has bound the socket
     next_trim = 0.0  # time.monotonic() at which malloc_trim() is called
@@ -4303,7 +4302,7 @@ class Program(BroadcastServer):
         if time.monotonic() > self.next_trim:
             call_libc("malloc_trim", 0)
             self.next_trim = time.monotonic() + TRIM_TIME
-        while self.cert and HANGUP in self.signals:
+        while self.tls_context and HANGUP in self.signals:
             self.signals.remove(HANGUP)
             self.renew()
         if self.signals:
@@ -4316,7 +4315,7 @@ class Program(BroadcastServer):
     def renew(self) -> None:
         """Load the certificate again, for new connections. Keep the old one if that fails."""
         try:
-            self.tls_context = load_certificate(str(self.cert), self.key)
+            self.tls_context = load_certificate(*self.files)
             log.info("the certificate is loaded again")
         except OSError as error:
             log.error("keeping the old certificate: %s", printable(str(error)))
@@ -4384,7 +4383,7 @@ def create_server(options: argparse.Namespace) -> Program:
         options.tls_context = load_certificate(options.cert, options.key)
     settings = {name: value for name, value in vars(options).items() if hasattr(BroadcastServer, name)}
     server = Program((options.host, options.port), **settings)
-    server.cert, server.key, server.signals = options.cert, options.key, []
+    server.files, server.signals = (options.cert, options.key), []
     return server
 
 
