@@ -4271,7 +4271,7 @@ class Program(BroadcastServer):
 
     def server_bind(self) -> None:
         """Bind the socket, or use the socket that systemd has bound (sd_listen_fds(3)). The constructor calls it."""
-        if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS", "0") == "0":
+        if os.environ.get("LISTEN_PID") != str(os.getpid()):
             super().server_bind()
             return
         self.socket.close()
