@@ -767,12 +767,11 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
         origin = "*"
     hint = "only --origin '*' allows it; a program need not send the Origin field"
     require("*" not in origin, 403, f'"{printable(field)}" is not an origin ({hint})')
-    if any(matches(origin, each) for each in origins or ("null", "file://")):
-        return
     host = check_host(request).lower().rstrip(":")
-    if LOCAL.fullmatch(host) and origin in (parse_origin(f"http://{host}"), parse_origin(f"https://{host}")):
-        return
-    raise HandshakeError(403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
+    own = [f"http://{host}", f"https://{host}"] if LOCAL.fullmatch(host) else []
+    is_listed = any(matches(origin, each) for each in origins or ("null", "file://"))
+    may = is_listed or origin in map(parse_origin, own)
+    require(may, 403, f'origin {origin} may not connect (--origin {origin} or origins=["{origin}"] allows it)')
 
 
 def check_rebinding(request: Request, origins: Sequence[str]) -> None:
