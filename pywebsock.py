@@ -761,10 +761,9 @@ def check_origin(request: Request, origins: Sequence[str]) -> None:
     field = request.headers.get("origin")
     if field is None or "*" in origins:
         return
-    try:
+    origin = "*"
+    with contextlib.suppress(ValueError):
         origin = parse_origin(re.sub("^ws(s?):", r"http\1:", field.lower()))  # some programs send ws:
-    except ValueError:
-        origin = "*"
     hint = "only --origin '*' allows it; a program need not send the Origin field"
     require("*" not in origin, 403, f'"{printable(field)}" is not an origin ({hint})')
     host = check_host(request).lower().rstrip(":")
@@ -1025,11 +1024,10 @@ def read_page() -> bytes:
     here = pathlib.Path(__file__)
     with contextlib.suppress(OSError):
         return here.resolve().with_name("pywebsock.html").read_bytes()
-    try:
+    with contextlib.suppress(OSError):
         loader: Any = globals()["__loader__"]
         return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
-    except OSError:
-        raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py") from None
+    raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py")
 
 
 def take_post(client: WebSocketHandler, request: Request) -> Steps[None]:
