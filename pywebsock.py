@@ -112,7 +112,7 @@ import urllib.parse
 import warnings
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 (a line instead of a traceback)
@@ -1302,11 +1302,12 @@ class Hooks:
         """Return whether calls wait for a worker. If so, call relieve() every STUCK_TIME."""
         return bool(self._ready or self._pending)
 
-    def relieve(self) -> None:
-        """Start workers if all others are stuck."""
+    def relieve(self, waiting: Container[int] = ()) -> None:
+        """Start workers if all others are stuck. Threads in `waiting` are not: they wait for the loop."""
         with self.lock:
             late = time.monotonic() - STUCK_TIME
-            self._stuck.update([worker for worker, since in self._running.items() if since < late])
+            slow = [worker for worker, since in self._running.items() if since < late]
+            self._stuck.update([worker for worker in slow if worker not in waiting])
             if not self._active:
                 for _ in range(min(len(self._ready) + len(self._pending), len(self._stuck) + 1)):
                     self._add_worker()
@@ -1568,7 +1569,7 @@ class Connection:
         self.pieces = NOTHING
         self.sent = 0  # bytes of the first piece that are sent
         self.size = 0  # bytes in the outbox
-        self.pong = b""  # the newest Pong, to be sent after the outbox
+        self.pong = b""  # the newest Pong, to be sent after the first piece
         self.is_shut = False  # the server has ended its side of TCP
 
     # ---- coming in ----
@@ -1963,7 +1964,7 @@ class WebSocketHandler(RequestHandler):
         If the client has gone or is closing, the message is discarded. Raise TypeError unless the
         message is str or bytes.
         """
-        self.server.broadcast(message, (self,))
+        self.server._put(outgoing_message(message, (self,)))
 
     def close(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """Begin the closing handshake, after all data that was sent before (7.1.2). Any thread.
@@ -2034,7 +2035,7 @@ class WebSocketHandler(RequestHandler):
         if log.isEnabledFor(logging.DEBUG):
             line, count = "%s joined %s: %s", plural(len(room), "client")
             server._hooks.log(logging.DEBUG, line, self.address, printable(self.target), count)
-        if self._inbox:
+        if self._inbox and not self._is_closing:
             self._run_hook(server.on_open)
 
     def _check(self, request: Request) -> tuple[bytes, int, bool]:
@@ -2145,6 +2146,7 @@ class Queue:
         self._size = 0  # bytes of the operations
         self._recipients: set[WebSocketHandler] = set()  # of queued messages to some clients
         self.held = False  # senders wait for a quick client that is behind
+        self.waiting: set[int] = set()  # threads in wait_for_space()
         self._is_asleep = False  # the loop waits in select() until a byte wakes it
         self.has_ended = False  # the loop has ended
         self._alarm: socket.socket | None = None
@@ -2190,8 +2192,13 @@ class Queue:
         """Wait while senders must wait. Return False after `timeout` (seconds)."""
         if not self.may_wait():
             return True
+        me = threading.get_ident()
         with self._lock:
-            return self._space.wait_for(lambda: not self.is_full, timeout)
+            self.waiting.add(me)
+            try:
+                return self._space.wait_for(lambda: not self.is_full, timeout)
+            finally:
+                self.waiting.discard(me)
 
     @property
     def is_full(self) -> bool:
@@ -2275,6 +2282,7 @@ class Registry:
         self.waiting: set[RequestHandler] = set()  # handlers that wait for a hook thread or for the loop
         self.connections: set[Connection] = set()  # after their answer: those that the loop owns
         self.answered: dict[Connection, float] = {}  # those that get a response only, oldest first; since when
+        self._is_closing = False  # clients that join now get 1001
         self._fewer = threading.Condition(self.lock)  # notified when a connection has ended, or few handlers wait
 
     @property
@@ -2287,6 +2295,8 @@ class Registry:
         with self.lock:
             self.pending[handler] = now
             self.waiting.add(handler)
+            if self._is_closing:
+                handler.verdict = "the server is stopping"
 
     def take_turn(self, handler: RequestHandler) -> None:
         """A hook thread begins with a handler, or the loop has taken its connection."""
@@ -2333,7 +2343,6 @@ class Room(Registry):
         self._max_clients = max_clients
         self.most_selected = MOST_SELECTED if uses_select() else sys.maxsize
         self._sends: dict[int, Sends] = {}  # the client set, by window; see Sends
-        self._is_closing = False  # clients that join now get 1001
         self.adopt: Callable[[Connection, Callable[[], list[bytes]]], None]  # these four are set by the loop
         self.close_connections: Callable[[list[Connection], bytes], None]
         self.give_up: Callable[[RequestHandler, str], None]
@@ -2624,8 +2633,8 @@ class Gate:
         self._alarms: list[tuple[float, int, Connection]] = []  # a heap: paused by the rate, until when
         self._count = itertools.count()
 
-    def lets_through(self, connection: Connection, now: float) -> bool:
-        """Return whether a client may send a message now. Raise ProtocolError if it never may."""
+    def lets_through(self, connection: Connection, now: float, is_complete: bool = True) -> bool:
+        """Return whether a client may send a message, or more of it, now. Raise ProtocolError if it never may."""
         server = self._server
         if server.read_only:
             raise ProtocolError("this server only sends", CloseCode.POLICY_VIOLATION)
@@ -2638,7 +2647,8 @@ class Gate:
             if wait:
                 heapq.heappush(self._alarms, (now + wait, next(self._count), connection))
                 return False
-            connection.pace.take(server.rate, now)
+            if is_complete:
+                connection.pace.take(server.rate, now)
         return True
 
     def look(self, slow: Iterable[Connection], now: float) -> None:
@@ -2682,7 +2692,7 @@ class Sender:
             try:
                 act(connection, *arguments)
             except Exception as error:
-                self.fail(connection, error)
+                self.fail_to_send(connection, error)
 
     # ---- sending ----
 
@@ -2735,10 +2745,11 @@ class Sender:
         """Send from the outbox: the socket accepts data again."""
         if connection.state is State.CLOSED:
             return
-        connection.flush(self.now, self.slices)
-        if connection.pong and not connection.pieces:
-            self.write(connection, connection.pong)
+        if connection.pong:  # a client that is always behind gets it, too
+            connection.pieces.insert(1, connection.pong)
+            connection.size += len(connection.pong)
             connection.pong = b""
+        connection.flush(self.now, self.slices)
         if not connection.pieces:
             self.slow.discard(connection)
             if connection.state is State.OPEN:
@@ -2776,7 +2787,7 @@ class Sender:
             return
         was_open = connection.state is State.OPEN
         self._enter(connection, State.ENDING)
-        self._stop_reading(connection)
+        self.stop_reading(connection)
         self._leave(connection, code, reason)
         if frame and was_open:
             self.write(connection, frame)
@@ -2818,6 +2829,15 @@ class Sender:
         self._leave(connection, CloseCode.ABNORMAL_CLOSURE, why)
         self._forget(connection)
 
+    def fail_to_send(self, connection: Connection, error: Exception) -> None:
+        """Send nothing more to a peer that has gone, but read what it has sent before. Otherwise end the connection."""
+        is_gone = isinstance(error, ConnectionError) and connection.send is not discard
+        if is_gone and connection.state is State.OPEN and not connection.tls:
+            connection.send, connection.pieces, connection.size, connection.pong = discard, NOTHING, 0, b""
+            self.flush(connection)
+        else:
+            self.fail(connection, error)
+
     def fail(self, connection: Connection, error: BaseException) -> None:
         """End a connection because of an exception. This is the whole policy of close codes for errors."""
         try:
@@ -2838,7 +2858,7 @@ class Sender:
         """Send a Close with the reason, and end the connection."""
         self.end(connection, code, reason, serialize_close(code, reason))
 
-    def _stop_reading(self, connection: Connection) -> None:
+    def stop_reading(self, connection: Connection) -> None:
         """Discard received data and an unfinished message."""
         connection.events = connection.source = None
         connection.reader = MessageReader(0)
@@ -2854,7 +2874,7 @@ class Sender:
         if connection.state is State.CLOSED:
             return
         connection.state = State.CLOSED
-        self._stop_reading(connection)
+        self.stop_reading(connection)
         with contextlib.suppress(Exception):  # for example out of memory: close the socket anyway
             self.watch(connection)
         self.slow.discard(connection)
@@ -2889,7 +2909,7 @@ class Endings:
         for client in clients:
             if client._connection:
                 self._room.set_send(client._connection, discard)
-                self.add(client._connection, self._sender.fail, error)
+                self.add(client._connection, self._sender.fail_to_send, error)
 
     def carry_out(self) -> None:
         """End connections until ROUND_TIME is over."""
@@ -2935,14 +2955,14 @@ class Receiver:
         if connection.paused and connection.state is not State.CLOSED:
             connection.paused = False
             connection.received = 0
-            if connection.kept and not connection.reader.size:  # its message is compressed
-                self.gate.unfinished.release(connection)
             connection.heard = connection.began = self._sender.now
             self._sender.guard(self._sender.watch, connection)
             self.line_up(connection)
 
     def _resume_after_hooks(self, connection: Connection) -> None:
         connection.submitted = 0
+        if not connection.reader.size:  # its message is compressed
+            self.gate.unfinished.release(connection)
         self.resume(connection)
 
     def _pause(self, connection: Connection, *events: tuple[int, Octets]) -> None:
@@ -3038,14 +3058,15 @@ class Receiver:
             self._in_order(connection, self._sender.end, code, reason, serialize_close(code))  # the same code (5.5.1)
             return False
         elif opcode == CONT:
-            if not self.gate.unfinished.grow(connection, self._sender.now):
+            now = self._sender.now
+            may_grow = connection.client._is_closing or self.gate.lets_through(connection, now, is_complete=False)
+            if not (may_grow and self.gate.unfinished.grow(connection, now)):
                 self._pause(connection, (opcode, payload))
                 return False
         elif opcode != PONG:
-            is_closing = connection.client._is_closing
-            if connection.kept and (is_closing or not (self._is_direct and self._is_long(payload))):
-                self.gate.unfinished.release(connection)  # a message that will be compressed counts until then
-            return is_closing or self._take_message(connection, opcode, payload)
+            if not connection.client._is_closing:
+                return self._take_message(connection, opcode, payload)
+            self.gate.unfinished.release(connection)
         return True
 
     def _take_message(self, connection: Connection, opcode: int, payload: Octets) -> bool:
@@ -3054,6 +3075,8 @@ class Receiver:
         if not self.gate.lets_through(connection, self._sender.now):
             self._pause(connection, (opcode, payload))
             return False
+        if connection.kept and not (self._is_direct and self._is_long(payload)):
+            self.gate.unfinished.release(connection)  # a message that will be compressed counts until then
         client = connection.client
         is_behind = client._inbox and client._inbox.taken  # its hooks have earlier messages
         if self._is_direct and not is_behind and not self._is_long(payload):
@@ -3082,6 +3105,7 @@ class Receiver:
         inbox = connection.client._inbox
         if inbox and inbox.taken and connection.state is State.OPEN:
             self._pause(connection)
+            self._sender.stop_reading(connection)
             operation = functools.partial(self.endings.add, connection, act, *arguments)
             self._hooks.submit(inbox, functools.partial(self._queue.put, operation))
         else:
@@ -3331,7 +3355,7 @@ class Loop:
             try:
                 self.sender.pong(connection, frames)
             except Exception as error:  # thousands may fail at once
-                self.receiver.endings.add(connection, self.sender.fail, error)
+                self.receiver.endings.add(connection, self.sender.fail_to_send, error)
 
     def _deliver(self, run: list[Outgoing]) -> None:
         """Send messages to their recipients, with one send for each client."""
@@ -3371,12 +3395,12 @@ class Loop:
         return min(hooks_patience, self.sender.gate.wait_time(self.sender.now))
 
     def _look_around(self) -> None:
-        if self._hooks.is_waiting and not self._queue.is_full:  # or they wait for the loop
-            self._hooks.relieve()
+        if self._hooks.is_waiting:
+            self._hooks.relieve(self._queue.waiting)
         sender, now = self.sender, self.now
         sender.gate.look(sender.slow, now)
         for connection in sender.gate.unfinished.slow_ones(now):
-            sender.refuse(connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
+            sender.guard(sender.refuse, connection, CloseCode.MESSAGE_TOO_BIG, "too many messages are unfinished")
         for connection in sender.gate.to_resume(now):
             self.receiver.resume(connection)
         if self.deadlines.next_look <= self.now:

@@ -284,6 +284,22 @@ class Workers(HooksTestCase):
         eventually(lambda: stuck)  # without relief
         self.assertEqual(stuck, [0])
 
+    def test_threads_that_wait_for_the_loop(self) -> None:
+        """A call that waits for the loop is not stuck."""
+        threads: list[int] = []
+
+        def wait() -> None:
+            threads.append(threading.get_ident())
+            self.go_on.wait(DEADLINE)
+
+        self.hooks.submit(pywebsock.Inbox(), wait)
+        eventually(lambda: threads)
+        time.sleep(2 * pywebsock.STUCK_TIME)
+        self.hooks.relieve(set(threads))
+        self.assertEqual(self.hooks._stuck, set())
+        self.hooks.relieve()
+        self.assertEqual(self.hooks._stuck, set(threads))
+
     def test_many_that_block(self) -> None:
         """Many calls block at once, and one more runs; then all of their threads end."""
         number = 100 if IS_WINE else 300  # threads; Wine needs long for each

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import socket
 import threading
 import time
+import typing
 import unittest.mock
 
 import pywebsock
@@ -120,6 +122,80 @@ class Hooks(ServerTestCase):
                 self.connect(server)
                 self.assertFalse(server.go_on.is_set())
 
+    def test_new_clients_while_a_thread_broadcasts(self) -> None:
+        """A hook blocks, and the queue is full nearly always: others connect, and their hooks run."""
+        server = self.serve(Blocking)
+        stop, data = threading.Event(), bytes(64 * 1024)
+        client, *readers = [self.connect(server) for _ in range(8)]
+
+        def broadcast() -> None:
+            while not stop.is_set():
+                server.broadcast(data)
+
+        def discard() -> None:
+            while not stop.is_set():
+                for each in (client, *readers):
+                    each.socket.recv(1 << 20)
+
+        with in_thread(broadcast), in_thread(discard):
+            client.send("block")
+            try:
+                self.assertTrue(server.blocks.wait(DEADLINE))
+                other = self.connect(server, handshake=False)
+                other.send_raw(request(target="/other"))
+                eventually(lambda: ("open", "/other") in server.heard, deadline=DEADLINE / 6)
+                self.assertFalse(server.go_on.is_set())
+            finally:
+                stop.set()
+                other.socket.close()
+        server.go_on.set()
+
+    def test_gone_while_a_hook_blocks(self) -> None:
+        """A client that has gone keeps nothing of the budget for its unfinished message."""
+        for end in (socket.socket.close, lambda connection: connection.shutdown(socket.SHUT_WR)):
+            with self.subTest(end):
+                server = self.serve(Blocking)
+                whole = server._budget.left
+                client = self.connect(server)
+                client.send("block")
+                self.assertTrue(server.blocks.wait(DEADLINE))
+                client.send_raw(masked_frame(TEXT, bytes(100_000), fin=False))
+                eventually(lambda: server._budget.left < whole)  # noqa: B023
+                end(client.socket)
+                eventually(lambda: server._budget.left == whole)  # noqa: B023
+                self.assertFalse(server.go_on.is_set())
+
+    def test_closed_before_on_open(self) -> None:
+        """After close(), on_close is the only hook."""
+        server = self.serve()
+        join = server._room.join
+
+        def join_and_close(connection: pywebsock.Connection, response: bytes, mark: str) -> None:
+            join(connection, response, mark)
+            connection.client.close(4000)
+
+        with unittest.mock.patch.object(server._room, "join", join_and_close):
+            client = self.connect(server)
+        self.assertEqual(client.read_frame().payload, b"\x0f\xa0")
+        client.close(4000)
+        server.wait_for("close", 4000, "")
+        self.assertEqual(server.heard, [("close", 4000, "")])
+
+    def test_send_for_each(self) -> None:
+        """An override of broadcast() may call send()."""
+
+        class Personal(Recorder):
+            """Names each recipient."""
+
+            def broadcast(self, message: pywebsock.Message, to: typing.Any = None) -> None:
+                for client in self.clients:
+                    client.send(f"{client.target}: {message!s}")
+
+        server = self.serve(Personal)
+        client = self.connect(server, target="/ann")
+        client.send("Hello")
+        self.assertEqual(client.read(), "/ann: Hello")
+
     def test_a_close_while_a_hook_blocks(self) -> None:
         """on_close gets the code of the client's Close, even if a message meanwhile finds the connection lost."""
         server = self.serve(Blocking)
@@ -130,7 +206,7 @@ class Hooks(ServerTestCase):
         (connection,) = server._room.connections
         eventually(lambda: connection.paused)
         client.socket.close()
-        while server.clients:
+        while connection.send is not pywebsock.discard:
             server.broadcast("is anybody there?")
         server.go_on.set()
         server.wait_for("close", 1001, "bye")

@@ -62,6 +62,16 @@ class Rate(ServerTestCase):
             server.go_on.set()
         eventually(lambda: not server._hooks.busy)
 
+    def test_a_long_message(self) -> None:
+        """A long message that must wait is not read: it counts for the budget, and TCP slows its sender down."""
+        server = self.serve(rate=0.1)
+        client = self.connect(server)
+        client.send_raw(masked_frame(TEXT) + masked_frame(TEXT, bytes(pywebsock.READ_SIZE)))
+        (connection,) = server._room.connections
+        eventually(lambda: connection.paused)
+        self.assertGreater(connection.reader.size, 0)
+        self.assertEqual(connection.client._is_closing, False)
+
 
 def visit(port: int, data: bytes = b"") -> bool:
     """Open a WebSocket, send a message, and leave; return whether the server accepted the client."""

@@ -533,6 +533,14 @@ class Count(unittest.TestCase):
         self.assertEqual(self.room.size, 1)
         self.room.wait_for(0, time.monotonic() + 2 * DEADLINE, handlers[2])  # all but this one have ended
 
+    def test_accepted_too_late(self) -> None:
+        """A connection that is accepted while the server closes does not wait for its request."""
+        handler = unittest.mock.Mock(verdict="")
+        self.room.close_connections = unittest.mock.Mock()
+        self.room.close_all()
+        self.room.add_pending(handler, 0.0)
+        self.assertEqual(handler.verdict, "the server is stopping")
+
     def test_turns(self) -> None:
         """The server accepts a connection when the number of waiting handlers falls: one gets its turn, or ends."""
         handlers = [typing.cast(pywebsock.RequestHandler, object()) for _ in range(pywebsock.MOST_WAITING + 1)]
@@ -662,6 +670,17 @@ class Unfinished(RoomTestCase):
         for connection in connections:
             self.unfinished.release(connection)
         self.assertEqual((self.budget.left, self.unfinished._holders), (self.SIZE, set()))
+
+    def test_slow_ones_that_have_gone(self) -> None:
+        """An error while the loop ends a slow connection ends no other."""
+        a, b = self.connections(2)
+        gone = unittest.mock.Mock(side_effect=ConnectionResetError)
+        with (
+            unittest.mock.patch.object(self.loop.sender.gate.unfinished, "slow_ones", lambda _: [a, b]),
+            unittest.mock.patch.object(self.loop.sender, "refuse", gone),
+        ):
+            self.loop._look_around()
+        self.assertEqual(gone.call_count, 2)
 
     def test_slow_ones(self) -> None:
         """A connection is slow if others wait for it, and it has sent too few bytes in the time of grace."""
