@@ -243,7 +243,7 @@ class WithoutHooks(OpeningHandshake):
                     witness.socket.close()
 
     def test_ctrl_c_at_the_beginning(self) -> None:
-        """A connection that was just accepted is forgotten."""
+        """The server forgets a connection that it has accepted a moment ago."""
         with self.Server(("127.0.0.1", 0)) as server:
             add = server._room.add_pending
 
