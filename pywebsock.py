@@ -3893,7 +3893,8 @@ def parse_reply(file: BinaryIO) -> Any:
     Raise RedisError if it is an error or not RESP2, and OSError if the connection ends.
     """
     line = file.readline(MAX_LINE)
-    if not line:
+    is_cut = len(line) < MAX_LINE and not line.endswith(b"\n")
+    if is_cut and line[:1] in b"+-:$*":  # or empty
         raise ConnectionError("Redis closed the connection")
     if not REPLY_LINE.fullmatch(line):
         raise RedisError(NOT_REDIS)
@@ -3910,6 +3911,8 @@ def parse_reply(file: BinaryIO) -> Any:
     if kind == b"*":
         return [parse_reply(file) for _ in range(number)]
     bulk = file.read(number + 2)
+    if len(bulk) < number + 2:
+        raise ConnectionError("Redis closed the connection")
     if bulk[number:] != b"\r\n":
         raise RedisError(NOT_REDIS)
     return bulk[:number]

@@ -97,7 +97,7 @@ class ReplyTest(unittest.TestCase):
     def test_the_connection_ends_at_every_byte(self) -> None:
         for data, _ in EXAMPLES:
             for end in range(len(data)):
-                with self.assertRaises(OSError):
+                with self.assertRaises(ConnectionError):
                     pywebsock.parse_reply(io.BufferedReader(Pieces([data[:end]])))
 
     def test_garbage(self) -> None:
