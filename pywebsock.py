@@ -3476,6 +3476,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
     _begin: Callable[[], None]  # starts the threads
     _accepted = 0  # connections, in this round of serve_forever()
     _path = ""  # path of the Unix socket
+    _inode = 0  # of the Unix socket
     _is_stopping = False  # shutdown() was called
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -3521,7 +3522,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
                 raise ValueError("the host unix: needs a path")
             clear_path(path)
             self.socket.bind(path)
-            self._path = path
+            self._path, self._inode = path, os.stat(path).st_ino
             return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -3778,9 +3779,10 @@ class BroadcastServer(Settings, LimitedServer):
         reset after the close timeout. As in socketserver, call shutdown() first; otherwise,
         serve_forever() may end later than this.
         """
-        if self._path:
-            pathlib.Path(self._path).unlink(missing_ok=True)
-            self._path = ""  # another server may bind it before this is called again
+        with contextlib.suppress(OSError):
+            if self._path and os.stat(self._path).st_ino == self._inode:  # it may be another server's
+                os.unlink(self._path)
+        self._path = ""  # another server may bind it before this is called again
         super().server_close()  # accept no more connections
         end = time.monotonic() + self.close_timeout
         if self._link:

@@ -104,6 +104,20 @@ class Server(UnixSocketTestCase):
             pass
         self.assertEqual(file.read_text(), "precious")
 
+    def test_path_that_cannot_be_removed(self) -> None:
+        with self.running():
+            os.rename(self.folder, f"{self.folder}-moved")
+            pathlib.Path(self.folder).write_text("no folder", encoding="utf-8")
+        os.remove(self.folder)
+        os.rename(f"{self.folder}-moved", self.folder)
+
+    def test_path_of_another_server(self) -> None:
+        with contextlib.ExitStack() as stack:
+            with self.running():
+                os.remove(self.path)
+                stack.enter_context(self.running())
+            self.client().socket.close()
+
 
 class CommandLine(UnixSocketTestCase):
     """--host unix:PATH."""
