@@ -83,9 +83,7 @@ CADDY = """
 }}
 http://:{port} {{
     bind 127.0.0.1
-    {spans[0]}
-    {spans[1]}
-    {spans[2]}
+    {lines}
 }}
 """
 
@@ -141,6 +139,7 @@ class Proxy(unittest.TestCase):
         """Messages of all sizes pass, and a Close; the origin must be the site's."""
         with Process("--origin", "https://example.com") as server, self.proxy(server.port) as port:
             site: typing.Any = {"target": self.target, "Host": "example.com", "Origin": "https://example.com"}
+            site["Upgrade"] = "WebSocket"  # its case does not matter
             with Client(port, **site) as one, Client(port, **site) as other:
                 for message in ("hello", "é" * 40_000, bytes(70_000), "x" * 1_000_000):
                     one.send(message)
@@ -156,11 +155,12 @@ class Proxy(unittest.TestCase):
                 self.assertIn(b" 403 ", refused.read_head())
 
     def check_hidden(self, port: int) -> None:
-        """Page, status and POST are refused."""
+        """Page, status and POST are refused, also with an Upgrade field without the option of Connection."""
         head = "Host: example.com\r\nOrigin: https://example.com\r\nConnection: close\r\n"
         for line in (f"GET {self.target}status", f"GET {self.target}", f"POST {self.target}"):
-            text = f"{line} HTTP/1.1\r\n{head}Content-Length: 2\r\n\r\nhi"
-            self.assertIn(exchange(port, text.encode())[0], (403, 404), line)
+            for field in ("X: y", "Upgrade: websocket"):
+                text = f"{line} HTTP/1.1\r\n{head}{field}\r\nContent-Length: 2\r\n\r\nhi"
+                self.assertIn(exchange(port, text.encode())[0], (400, 403, 404, 405), (line, field))
 
 
 def answers(port: int) -> bool:
@@ -216,10 +216,11 @@ class Lighttpd(Proxy):
 
 
 class Caddy(Proxy):
+    target = "/"
     hidden = True
 
     def start(self, folder: pathlib.Path, server_port: int, port: int) -> list[str]:
-        file = self.write(folder, CADDY, server_port, port=port, spans=configuration("Caddy"))
+        file = self.write(folder, CADDY, server_port, port=port, lines="\n".join(configuration("Caddy")))
         run = [str(self.program("caddy")), "run", "--adapter", "caddyfile", "--config", file]
         return ["env", f"XDG_CONFIG_HOME={folder}", *run]  # or it keeps its configuration for the next start
 
