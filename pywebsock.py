@@ -3978,7 +3978,8 @@ class RedisConnection:
 # (OOM), or a message is too long (ERR), the longest message of the entry is lost before that.
 #
 # Lost data. A server reads only entries whose id is higher than the ids that it has read. New
-# entries have higher ids even if Redis has lost the stream, since ids begin with the time.
+# entries have higher ids even if Redis has lost the stream, since ids begin with the time. If
+# all ids are lower (of another Redis, whose clock is behind), it reads the last seconds again.
 #
 # Limits. The stream keeps about STREAM_LENGTH entries and about STREAM_SIZE bytes. After
 # writing, a server removes the oldest quarter of a larger stream.
@@ -3994,6 +3995,7 @@ STREAM_LENGTH = 10_000  # entries
 STREAM_SIZE = 128 * 1024 * 1024  # bytes; more if eight of the longest messages need more
 LINKED_COST = 4096  # bytes that a message counts in addition to its payload
 LISTEN_TIME = 2.0  # seconds for which a reading waits for new entries
+OVERLAP = 10_000  # milliseconds before the newest entry that are read again, if its id is lower
 BACK_TIME = 2.0  # seconds until a written entry must come back
 WAIT_TIME = 1.0  # seconds until a "wait" expires
 RETRY_TIME = 0.2  # seconds between an error and a new connection
@@ -4029,6 +4031,9 @@ class RedisReader:
         block = 1 if was_behind else int(LISTEN_TIME * 1000)
         reply = redis.call("XREAD", "COUNT", READ_COUNT, "BLOCK", block, "STREAMS", self._key, self.last)
         entries = reply[0][1] if reply else []
+        if not entries and not redis.call("XREVRANGE", self._key, "+", self.last, "COUNT", 1):
+            for newest, _ in redis.call("XREVRANGE", self._key, "+", "-", "COUNT", 1):
+                self.last = b"%d-0" % max(0, int(newest.partition(b"-")[0]) - OVERLAP)
         messages = self._accept(entries)
         is_long = len(entries) == READ_COUNT or total_cost(messages) > 2 * RUN_SIZE
         self.behind = is_long and bool(messages)

@@ -236,6 +236,35 @@ class DeletedTest(RedisTestCase):
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
 
+    def test_another_redis_whose_clock_is_behind(self) -> None:
+        """Its new entries have lower ids than those that were read before. Old entries do not come again."""
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.1):
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            ahead = int(time.time() * 1000) + 60_000
+            self.redis.call("XADD", self.stream, f"{ahead}-0", "text", "ahead")
+            self.assertEqual((one.read(), two.read()), ("ahead", "ahead"))
+            self.redis.call("DEL", self.stream)
+            self.redis.call("XADD", self.stream, "1-0", "text", "old")
+            for message in ("after", "later"):
+                say(one, [message])
+                self.assertEqual((one.read(), two.read()), (message, message))
+
+    def test_another_redis_that_is_empty_at_first(self) -> None:
+        """Redis gets its old entries back later. They do not come again."""
+        self.redis.call("XADD", self.stream, "1-0", "text", "old")
+        with unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.1):
+            one, two = (self.client(self.serve(redis=self.url)) for _ in range(2))
+            say(one, ["before"])
+            self.assertEqual((one.read(), two.read()), ("before", "before"))
+            kept = self.redis.call("DUMP", self.stream)
+            self.redis.call("DEL", self.stream)
+            for _ in range(5):
+                asked = self.calls("xread")
+                eventually(lambda: self.calls("xread") != asked)  # noqa: B023
+            self.redis.call("RESTORE", self.stream, 0, kept)
+            say(one, ["after"])
+            self.assertEqual((one.read(), two.read()), ("after", "after"))
+
     def test_idle_client_stays(self) -> None:
         with (
             unittest.mock.patch.object(pywebsock, "LISTEN_TIME", 0.05),
