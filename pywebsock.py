@@ -4044,18 +4044,19 @@ class RedisReader:
         return messages
 
     def _read_history(self, redis: RedisConnection) -> list[LinkMessage]:
-        """Read entries one by one, beginning with the newest, until they have enough messages or bytes."""
+        """Read entries, beginning with the newest, until they have enough messages or bytes."""
         entries: list[Any] = []
         count = size = 0
-        first = newest = redis.call("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        newest = redis.call("XREVRANGE", self._key, "+", "-", "COUNT", READ_COUNT)
+        last = newest[0][0] if newest else b"0-0"
         while newest and count < self._server.history and size < self._server.max_backlog // 2:
-            entries[:0] = newest
-            entry, words = newest[0]
+            entry, words = newest.pop(0)
+            entries.insert(0, (entry, words))
             count += len([name for name in words[::2] if b":0:" not in name])
             size += sum(map(len, words))
-            newest = redis.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", 1)
+            newest = newest or redis.call("XREVRANGE", self._key, b"(" + entry, "-", "COUNT", READ_COUNT)
         messages = self._accept(entries)
-        self.last = first[0][0] if first else b"0-0"
+        self.last = last
         self.behind = False
         return messages
 

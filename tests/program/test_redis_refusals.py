@@ -175,6 +175,22 @@ class BoundsTest(RedisTestCase):
         client = self.client(server)
         self.assertEqual([int(client.read()[:4]) for _ in range(4)], [196, 197, 198, 199])
 
+    def test_history_is_read_in_few_steps(self) -> None:
+        """Redis may be milliseconds away."""
+        for number in range(100):
+            self.redis.call("XADD", self.stream, "*", "text", str(number))
+        call = pywebsock.RedisConnection.call
+        words: list[str | bytes | int] = []
+
+        def noting(self: pywebsock.RedisConnection, *each: str | bytes | int) -> object:
+            words.extend(each[:1])
+            return call(self, *each)
+
+        with unittest.mock.patch.object(pywebsock.RedisConnection, "call", noting):
+            client = self.client(self.serve(redis=self.url, history=90))
+        self.assertEqual([client.read() for _ in range(90)], [str(number) for number in range(10, 100)])
+        self.assertLess(words.count("XREVRANGE"), 20)
+
     def test_history_with_other_entries(self) -> None:
         for number in range(50):
             self.redis.call("XADD", self.stream, "*", "text", str(number))
