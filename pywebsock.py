@@ -4243,8 +4243,7 @@ class RedisLink:
         with self.changed:
             self._outbox.remove(longest)
             self._cost -= total_cost([longest])
-        if not self.away:
-            self._hooks.log(logging.WARNING, "Redis refuses a message, which is lost: %s", printable(error))
+        self._hooks.log(logging.WARNING, "Redis refuses a message, which is lost: %s", printable(error))
         if error.startswith("OOM "):  # it may be the stream that fills the memory
             redis.call("XTRIM", self._key, "MAXLEN", redis.call("XLEN", self._key) * 3 // 4)
 
