@@ -4275,13 +4275,14 @@ def ask_passphrase() -> str:
         raise OSError("the key has a passphrase, and there is no terminal to ask for it") from None
 
 
-def load_certificate(cert: str, key: str | None) -> ssl.SSLContext:
+def load_certificate(cert: str, key: str | None, may_ask: bool = True) -> ssl.SSLContext:
     """Return a server context with the certificate and key in these files (PEM). Raise OSError."""
+    is_known = ask_passphrase.cache_info().currsize > 0
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # for TLS 1.2; those of TLS 1.3 are all secure
     try:
-        context.load_cert_chain(cert, key, ask_passphrase)
+        context.load_cert_chain(cert, key, ask_passphrase if may_ask or is_known else "")
     except OSError as error:
         files = " and ".join(filter(None, (cert, key)))
         raise OSError(f"cannot load certificate and key in PEM from {files}: {error.strerror or error}") from None
@@ -4344,9 +4345,9 @@ class Program(BroadcastServer):
             raise KeyboardInterrupt
 
     def renew(self) -> None:
-        """Load the certificate again, for new connections. Keep the old one if that fails."""
+        """Load the certificate again, for new connections, and ask for no passphrase. Keep the old one on an error."""
         try:
-            self.tls_context = load_certificate(*self.files)
+            self.tls_context = load_certificate(*self.files, may_ask=False)
             log.info("the certificate is loaded again")
         except OSError as error:
             log.error("keeping the old certificate: %s", printable(str(error)))

@@ -292,10 +292,18 @@ class Errors(CommandLineTestCase):
             )
             self.assertEqual((done.returncode, done.stdout), (1, b""))
             self.assertRegex(done.stderr, rb"\Apywebsock: [^\n]*key\.pem: the key has a passphrase[^\n]*\n\Z")
+            program = pywebsock.Program(("localhost", 0))
+            self.addCleanup(program.server_close)
+            program.files = (path, key)
+            self.addCleanup(pywebsock.ask_passphrase.cache_clear)
             with unittest.mock.patch("getpass.getpass", return_value="sesame") as asked:
+                with self.assertLogs("pywebsock") as logs:
+                    program.renew()  # while it runs, it does not ask
+                self.assertRegex(logs.output[0], r"keeping the old certificate: .*key\.pem")
                 for _ in range(2):
                     made = pywebsock.load_certificate(path, key)
-            self.addCleanup(pywebsock.ask_passphrase.cache_clear)
+                program.renew()
+                self.assertTrue(program.tls_context)
             asked.assert_called_once()
             with running(tls_context=made) as server:
                 Client(server.server_address[1], tls=context).socket.close()
