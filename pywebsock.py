@@ -4363,7 +4363,7 @@ def parse_size(text: str) -> int:
 
 EXAMPLES = """examples:
   tail -f log | pywebsock --stdin --read-only --history 100
-  pywebsock --host :: --cert cert.pem --key key.pem --origin https://example.com
+  pywebsock --host :: --port 443 --cert cert.pem --key key.pem --origin https://example.com
 """
 
 

@@ -421,6 +421,13 @@ class Help(unittest.TestCase):
         groups = ["--version", "network:", "limits (", "logging:", "examples:"]
         self.assertEqual(sorted(groups, key=output.rindex), groups)
 
+    def test_examples(self) -> None:
+        """The page that a server serves may connect to it."""
+        for line in call("--help")[1].partition("examples:\n")[2].splitlines():
+            options = pywebsock.argument_parser().parse_args(line.partition("pywebsock ")[2].split())
+            port = "" if options.port == 443 else f":{options.port}"
+            self.assertIn(options.origins, ([], [f"https://example.com{port}"]), line)
+
     def test_help_is_one_screen(self) -> None:
         with unittest.mock.patch.dict(os.environ, COLUMNS="100"):
             lines = call("--help")[1].splitlines()
