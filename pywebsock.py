@@ -3652,7 +3652,7 @@ class BroadcastServer(Settings, LimitedServer):
         self._hooks = Hooks(most_workers=os.cpu_count() or 1 if self.tls_context else 1)
         self._queue = Queue()
         self._room = Room(self._queue, self.max_clients, self.history, self.max_backlog // 2)
-        self._link = RedisLink(self) if self.redis else None
+        self._link = None if self.redis is None else RedisLink(self)
         self._queue.locks = self._room.lock, self._hooks.lock, self._budget.lock
         if self._link:
             self._queue.locks += (self._link.changed,)

@@ -182,6 +182,7 @@ class UrlTest(unittest.TestCase):
 
     def test_a_bad_one_on_the_command_line(self) -> None:
         for url, why in (
+            ("", "a Redis URL is redis://"),  # such as "$REDIS" without a value
             ("http://localhost", "a Redis URL is redis://"),
             ("redis://h:port", "Port could not be cast"),
             ("redis://a..b", "'a..b' is not a host name"),
