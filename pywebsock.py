@@ -988,7 +988,6 @@ def answer(client: WebSocketHandler, request: Request) -> Steps[bytes]:
     hint = "; this server does not speak the protocol of that framework" if FRAMEWORKS.search(request.path) else ""
     require(methods, 404, f"{path} is not here: there are / and /status, and a WebSocket on any path{hint}")
     require(request.method in methods, 405, "the method is not allowed here", allow)
-    check_host(request)
     check_origin(request, client.server.origins)
     if request.method == "OPTIONS":
         return serialize_response(204, [allow, ("Connection", "close"), *preflight_fields(request)])
@@ -1982,6 +1981,7 @@ class WebSocketHandler(RequestHandler):
 
     def _answer(self, request: Request) -> Steps[None]:
         """Open a WebSocket, or answer in HTTP. Raise HandshakeError, OSError."""
+        check_host(request)
         if request.upgrades:
             self._open(request)
         else:
@@ -2044,7 +2044,6 @@ class WebSocketHandler(RequestHandler):
         Raise HandshakeError.
         """
         accept = check_upgrade(request)
-        check_host(request)
         check_origin(request, self.server.origins)
         fields = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
         window, extension = 0, ""

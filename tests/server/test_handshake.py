@@ -64,6 +64,8 @@ class OpeningHandshake(ServerTestCase):
         (400, "two keys", request(Sec_WebSocket_Key=f"{KEY}\r\nSec-WebSocket-Key: {KEY}")),
         (400, "no Host", request(Host=None)),
         (400, "empty Host", request(Host="")),
+        (400, "no Host, version 8", request(Host=None, Sec_WebSocket_Version="8")),
+        (400, "no Host, POST", request(Host=None, method="POST")),
         (400, "two Hosts", request(Host="localhost\r\nHost: localhost")),
         (400, "malformed Host", request(Host="local host")),
         (400, "Host with a path", request(Host="localhost/x")),

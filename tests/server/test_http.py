@@ -301,6 +301,14 @@ class Elsewhere(ServerTestCase):
         (405, "POST", "/status", {"get", "head", "options"}),
     )
 
+    def test_host_first(self) -> None:
+        """A request with a wrong Host field gets 400, for whatever it asks (RFC 9112 3.2)."""
+        port = self.serve().server_address[1]
+        for method, target in (("GET", "/nothing"), ("PUT", "/")):
+            for host in (None, "a\r\nHost: b"):
+                with self.subTest(method, host=host):
+                    self.assertEqual(exchange(port, http(method, target, Host=host))[0], 400)
+
     def test_elsewhere(self) -> None:
         port = self.serve().server_address[1]
         for status, method, target, allowed in self.CASES:
