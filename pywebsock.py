@@ -844,7 +844,7 @@ def body_length(request: Request, max_message: int) -> int:
     require(supported, 415, "the Content-Encoding is not supported", ("Accept-Encoding", "gzip, deflate"))
     length = headers.get("content-length", "")
     if "transfer-encoding" in headers:
-        require(headers["transfer-encoding"].lower() == "chunked", 501, "the Transfer-Encoding must be chunked")
+        require(request.tokens("transfer-encoding") == ["chunked"], 501, "the Transfer-Encoding must be chunked")
         require("content-length" not in headers, 400, "the request has both Transfer-Encoding and Content-Length")
         require(request.version >= (1, 1), 400, "a chunked body needs HTTP/1.1")
         return max_message

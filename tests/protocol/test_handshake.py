@@ -797,6 +797,10 @@ class Bodies(unittest.TestCase):
                     pywebsock.body_length(headers(**fields), 100)
                 self.assertEqual(caught.exception.status, status)
 
+    def test_empty_elements(self) -> None:
+        for field in ("chunked,", ", chunked", ",,Chunked ,"):
+            self.assertEqual(pywebsock.body_length(headers(Transfer_Encoding=field), 100), 100, field)
+
     def test_chunked_needs_http_1_1(self) -> None:
         asked = headers(Transfer_Encoding="Chunked")
         self.assertEqual(pywebsock.body_length(asked, 100), 100)
