@@ -945,7 +945,7 @@ def http_response(request: Request, status: int, kind: str, body: bytes, *fields
     The page that sent the request may read the response, also if it is an error. With
     credentials, the response must name its origin (Fetch 3.3). `fields` replace standard ones.
     """
-    own = dict(fields)
+    own = {name.lower() for name, _ in fields}
     standard = {
         "Content-Type": kind,
         "Content-Length": str(len(body)),
@@ -953,9 +953,9 @@ def http_response(request: Request, status: int, kind: str, body: bytes, *fields
         "X-Content-Type-Options": "nosniff",
         "Access-Control-Allow-Origin": request.headers.get("origin", "*"),
         "Access-Control-Allow-Credentials": "true",
-        "Connection": "close, Upgrade" if "Upgrade" in own else "close",  # RFC 9110 7.8
+        "Connection": "close, Upgrade" if "upgrade" in own else "close",  # RFC 9110 7.8
     }
-    kept = [field for field in standard.items() if field[0] not in own]
+    kept = [field for field in standard.items() if field[0].lower() not in own]
     return serialize_response(status, (*kept, *fields), b"" if request.method == "HEAD" else body)
 
 

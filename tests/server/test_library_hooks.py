@@ -88,6 +88,20 @@ class Admit(ServerTestCase):
     def test_post(self) -> None:
         self.assertEqual(self.refusal(post())[0], 401)
 
+    def test_fields_replace_others(self) -> None:
+        """The names of fields are case-insensitive."""
+
+        class Refusing(Recorder):
+            def admit(self, client: WebSocketHandler) -> None:
+                raise HandshakeError(401, "no", ("content-TYPE", "application/json"), ("upgrade", "websocket"))
+
+        server = self.serve(Refusing)
+        with self.connect(server, handshake=False) as client:
+            client.send_raw(request())
+            names = [line.partition(b":")[0].lower() for line in client.read_all().split(b"\r\n")]
+            self.assertEqual(names.count(b"content-type"), 1)
+        self.assertEqual(exchange(server.server_address[1], request())[1]["connection"], "close, upgrade")
+
     def test_post_before_its_body(self) -> None:
         """A refused client gets the response before it sends its body."""
         self.assertEqual(self.refusal(post(b"", Content_Length="16000000"))[0], 401)
