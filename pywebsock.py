@@ -936,6 +936,9 @@ def serialize_response(status: int, fields: Iterable[tuple[str, str]], body: byt
     """Return a response (RFC 9112 4)."""
     lines = [f"HTTP/1.1 {status:d} {http.HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in fields]
+    if status >= 200:  # RFC 9110 6.6.1
+        day, month, date, clock, year = time.asctime(time.gmtime()).split()  # does not depend on the locale
+        lines.append(f"Date: {day}, {date:0>2} {month} {year} {clock} GMT")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 

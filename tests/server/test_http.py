@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import email.utils
 import functools
 import gzip
 import json
+import re
 import time
 import typing
 import unittest.mock
@@ -282,6 +284,40 @@ class Post(ServerTestCase):
                 client.send_raw(b"Field: value\r\n" * 10_000)
 
 
+class Date(ServerTestCase):
+    """A Date field is in all responses but 1xx (RFC 9110 6.6.1)."""
+
+    def test_date(self) -> None:
+        port = self.serve().server_address[1]
+        for data in (
+            http("GET"),
+            http("HEAD"),
+            http("GET", "/status"),
+            http("OPTIONS"),
+            http("POST", body=b"x"),
+            http("POST"),
+            http("GET", "/nothing"),
+            request(Sec_WebSocket_Version="8"),
+        ):
+            with self.subTest(data[:40]):
+                before = int(time.time()) - 1  # gmtime() may use a coarser clock
+                with Client(port, handshake=False) as client:
+                    client.send_raw(data)
+                    head = client.read_all().partition(b"\r\n\r\n")[0].decode("latin-1")
+                (date,) = re.findall("\r\nDate: (.*?)(?:\r\n|$)", head)
+                moment = email.utils.parsedate_to_datetime(date)
+                self.assertTrue(before <= moment.timestamp() <= time.time(), date)
+                self.assertEqual(email.utils.format_datetime(moment, usegmt=True), date)
+
+    def test_first_days_of_a_month(self) -> None:
+        with unittest.mock.patch("time.gmtime", return_value=time.gmtime(784111777 - 5 * 86400)):
+            self.assertIn(b"\r\nDate: Tue, 01 Nov 1994 08:49:37 GMT\r\n", pywebsock.serialize_response(200, ()))
+
+    def test_not_in_101(self) -> None:
+        with self.connect(self.serve()) as client:
+            self.assertNotIn(b"\r\nDate:", client.response)
+
+
 class Elsewhere(ServerTestCase):
     """404 for other paths, 405 with Allow for other methods."""
 
@@ -368,6 +404,7 @@ class Options(ServerTestCase):
         for target, allowed in (("/", "get, head, post, options"), ("/status", "get, head, options"), ("*", "options")):
             with self.subTest(target):
                 status, fields, body = exchange(port, http("OPTIONS", target))
+                self.assertTrue(fields.pop("date"))
                 self.assertEqual((status, fields, body), (204, {"allow": allowed, "connection": "close"}, b""))
         self.assertEqual(exchange(port, b"OPTIONS / HTTP/1.0\r\n\r\n")[0], 204)  # from HAProxy
 
