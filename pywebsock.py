@@ -663,7 +663,7 @@ MAX_FIELDS = 100  # header fields
 HEAD_END = re.compile(rb"\n\r?\n")  # also of a malformed head; a valid one ends with CR LF CR LF
 FIELDS = rf"(?:\r\n{TOKEN}:[^\x00-\x08\x0a-\x1f\x7f]*)*"
 HEAD = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/1\.([0-9])({FIELDS})\r\n\r\n")
-ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)", re.IGNORECASE)
+ABSOLUTE_FORM = re.compile(r"^https?://([^/?]*)/?", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~-]{1,253})(?::[0-9]{0,5})?")
 LOCAL = re.compile(r"((.+\.)?localhost|[0-9]+(\.[0-9]+){3}|\[.+\])(:[0-9]*)?")  # localhost or an IP address
 CODINGS = frozenset(["", "identity", "gzip", "x-gzip", "deflate"])  # supported content codings (RFC 9110 8.4.1)
@@ -691,7 +691,7 @@ class Request(NamedTuple):
     @property
     def path(self) -> str:
         """Return the target without its query. Remove the scheme and host of the absolute form (RFC 9112 3.2)."""
-        return ABSOLUTE_FORM.sub("", self.target.partition("?")[0]) or "/"
+        return ABSOLUTE_FORM.sub("/", self.target.partition("?")[0])
 
     @property
     def upgrades(self) -> bool:
@@ -1883,7 +1883,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 request = parse_request(data, piece)
         self._rest = bytes(data)
         self.method, self.headers = request.method, request.headers
-        self.target = MARK.sub("", request.target)  # only the page and join() use the mark
+        self.target = ABSOLUTE_FORM.sub("/", MARK.sub("", request.target))  # only the page and join() use the mark
         return request
 
     def _receive(self, size: int = SMALL_READ_SIZE) -> bytes:

@@ -85,6 +85,19 @@ class Admit(ServerTestCase):
         self.assertEqual((status, fields["www-authenticate"]), (401, "bearer"))
         self.assertEqual(body, b"401 Unauthorized: who are you?\n")
 
+    def test_absolute_target(self) -> None:
+        """client.target begins with the path (RFC 9112 3.2.2)."""
+        server = self.serve(Tokens)
+        for target, expected in (
+            ("http://localhost/a?b=c", "/a?b=c"),
+            ("HTTPS://localhost:4545/?b=http://c", "/?b=http://c"),
+            ("http://localhost?b", "/?b"),
+            ("http://localhost", "/"),
+            ("/http://a", "/http://a"),
+        ):
+            self.assertEqual(exchange(server.server_address[1], request(target=target))[0], 401)
+            server.wait_for("admit", expected)
+
     def test_post(self) -> None:
         self.assertEqual(self.refusal(post())[0], 401)
 
