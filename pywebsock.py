@@ -4495,6 +4495,8 @@ def broadcast_lines(server: BroadcastServer) -> None:
     """Broadcast each line of standard input. This is the target of a thread."""
     # Do not use sys.stdin: a thread must not hold its lock when the program ends.
     try:
+        if not IS_WINDOWS:
+            os.set_blocking(0, True)  # another program may have changed it
         with open(0, encoding="utf-8", errors="replace", newline="\n", closefd=False) as stdin:
             for line in split_lines(stdin, server.max_message):
                 server.broadcast(line)
