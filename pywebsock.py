@@ -4211,11 +4211,12 @@ class RedisLink:
         """Write the next messages as one entry, and wait until they are back."""
         with self.changed:
             self.changed.wait_for(self._may_write, WAIT_TIME)
-            if self._reader.behind or not self._outbox:
-                return
-            count = max(1, RUN_SIZE * len(self._outbox) // self._cost)
-            batch = self._outbox[:count]
+            count = max(1, RUN_SIZE * len(self._outbox) // (self._cost or 1))
+            batch = [] if self._reader.behind else self._outbox[:count]
             last = self._back + len(batch)
+        if not batch:
+            redis.call("XLEN", self._key)  # use the connection, or a router may forget it
+            return
         try:
             self._add(redis, batch, last)
         except RedisError as error:

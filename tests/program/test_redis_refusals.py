@@ -297,6 +297,14 @@ class DeletedTest(RedisTestCase):
             pywebsock.log.warning("the end")
         self.assertEqual(len(logs.output), 1)
 
+    def test_idle_connections_are_used(self) -> None:
+        """A NAT drops a connection that is idle for long."""
+        with unittest.mock.patch.object(pywebsock, "WAIT_TIME", 0.1):
+            self.serve(redis=self.url)
+            for command in ("xlen", "xlen", "xread"):
+                before = self.calls(command)
+                eventually(lambda: self.calls(command) != before)  # noqa: B023
+
     def calls(self, command: str) -> bytes:
         """Return the number of calls of a command."""
         found = re.search(b"cmdstat_%b:(calls=[0-9]+)" % command.encode(), self.redis.call("INFO", "commandstats"))
