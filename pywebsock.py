@@ -4120,7 +4120,7 @@ class RedisLink:
         except OSError as error:
             why = printable(str(error))
             lasts = isinstance(error, (RedisError, ssl.SSLError, socket.gaierror))
-            if lasts and not why.startswith(TEMPORARY_ERRORS):
+            if lasts and error.errno != socket.EAI_AGAIN and not why.startswith(TEMPORARY_ERRORS):
                 raise RedisError(f"Redis at {self._address.host}:{self._address.port}: {why}") from None
 
     # ---- for the server: any thread ----

@@ -119,8 +119,23 @@ class NotRedisTest(ServerTestCase):
         self.assertTrue(str(caught.exception).isprintable(), str(caught.exception))
 
     def test_unknown_host(self) -> None:
-        with self.assertRaisesRegex(pywebsock.RedisError, "^Redis at nobody.invalid:6379: "):
+        error = socket.gaierror(socket.EAI_NONAME, "unknown")
+        with (
+            unittest.mock.patch("socket.getaddrinfo", side_effect=error),
+            self.assertRaisesRegex(pywebsock.RedisError, "^Redis at nobody.invalid:6379: .*unknown"),
+        ):
             self.serve(redis="redis://nobody.invalid")
+
+    def test_no_name_server_yet(self) -> None:
+        """The network of a container may come later than its programs."""
+        error = socket.gaierror(socket.EAI_AGAIN, "later")
+        with (
+            unittest.mock.patch("socket.getaddrinfo", side_effect=error),
+            self.assertLogs("pywebsock", "WARNING") as logs,
+        ):
+            self.serve(redis="redis://redis.example")
+            eventually(lambda: logs.output)
+        self.assertRegex(logs.output[0], "Redis is away, senders wait: .*later")
 
     def test_no_redis(self) -> None:
         """Without a Redis, the server starts, senders wait in bounded memory, and it ends in time."""
