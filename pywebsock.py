@@ -1064,11 +1064,14 @@ def follow(name: str, say: Callable[..., object]) -> Generator[None, bytes, None
     """
     data = b""
     position = 0
-    while b"\r\n\r\n" not in data and len(data) <= MAX_HEAD:
-        data += yield
-    head, _, data = data.partition(b"\r\n\r\n")
-    for line in head.decode("latin-1").split("\r\n"):
-        say("%s %s", name, printable(line))
+    head = b"HTTP/1.1 100"
+    while head.startswith(b"HTTP/1.1 100"):  # another response follows
+        while not (end := HEAD_END.search(data)) and len(data) <= MAX_HEAD:
+            data = (data + (yield)).lstrip(b"\r\n")  # empty lines may come first
+        size = end.end() if end else len(data)
+        head, data = data[:size].rstrip(b"\r\n"), data[size:]
+        for line in head.decode("latin-1").split("\r\n"):
+            say("%s %s", name, printable(line))
     while not re.search(b"Sec-WebSocket-(Key|Accept)", head, re.IGNORECASE):  # no frames follow
         yield
     while True:

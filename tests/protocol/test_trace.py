@@ -68,6 +68,19 @@ class Handshakes(TraceTestCase):
                 lines = self.lines(data, b"\x81\x05Hello")
                 self.assertEqual(len(lines), data.partition(b"\r\n\r\n")[0].count(b"\r\n") + 1)
 
+    def test_other_heads(self) -> None:
+        """A head after empty lines, a head with line ends that are refused, and the response after a 100."""
+        later = pywebsock.serialize_response(100, ()) + pywebsock.http_response(ASKED, 202, "text/plain", b"sent")
+        for data, first, last in (
+            (b"\r\n\r\n" + OPEN, "GET / HTTP/1.1", "Sec-WebSocket-Version: 13"),
+            (b"GET / HTTP/1.1\nHost: a\n\n", r"GET / HTTP/1.1\nHost: a", r"GET / HTTP/1.1\nHost: a"),
+            (later, "HTTP/1.1 100 Continue", later.decode().split("\r\n")[-3]),
+        ):
+            for size in (1, len(data)):
+                with self.subTest(first, size=size):
+                    lines = self.lines(*[data[i : i + size] for i in range(0, len(data), size)])
+                    self.assertEqual((lines[0], lines[-1]), (f"X in  {first}", f"X in  {last}"))
+
     def test_no_http(self) -> None:
         """Data that is not HTTP is shown, cut to the longest head."""
         (line,) = self.lines(*[b"\x16\x03\x01" * 1000] * 20)
