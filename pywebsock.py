@@ -4442,8 +4442,8 @@ def locations(server: BroadcastServer, host: str) -> str:
     """Return the first lines of output: the URLs of the server on this device and on the network."""
     bound, port = str(server.server_address[0]), server.server_address[1]
     if bound.startswith(UNIX):
-        return f"pywebsock: listening on {bound}"
-    name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else host
+        return f"pywebsock: listening on {printable(bound)}"
+    name = "localhost" if bound in ("127.0.0.1", "::1", "0.0.0.0", "::") else printable(host)
     if IS_WINDOWS and name == "localhost" and ":" not in bound and not server.tls_context:
         name = "127.0.0.1"  # for localhost, some clients there try IPv6 for two seconds first
     s = "s" if server.tls_context else ""

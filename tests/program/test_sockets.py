@@ -133,6 +133,13 @@ class CommandLine(UnixSocketTestCase):
             client.socket.close()
         self.assertFalse(os.path.exists(self.path))
 
+    def test_path_is_escaped(self) -> None:
+        """Standard output may be unable to encode the path."""
+        self.path = os.path.join(self.folder, "\xe9\t.sock")
+        with running(address=(f"unix:{self.path}", 0)) as server:
+            line = f"pywebsock: listening on unix:{self.folder}/\\xe9\\t.sock"
+            self.assertEqual(pywebsock.locations(server, ""), line)
+
     def test_wrong(self) -> None:
         for how, host, status, words in (
             (run, f"unix:{self.folder}/no/room.sock", 1, "No such file or directory"),
