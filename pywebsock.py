@@ -4312,6 +4312,8 @@ class Program(BroadcastServer):
         if os.environ.get("LISTEN_PID") != str(os.getpid()):
             super().server_bind()
             return
+        if os.environ.get("LISTEN_FDS") != "1":
+            raise OSError(f"systemd passes {os.environ.get('LISTEN_FDS')} sockets: the unit must have one ListenStream")
         self.socket.close()
         self.socket = socket.socket(fileno=3)
         address: Any = self.socket.getsockname()

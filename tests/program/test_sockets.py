@@ -229,6 +229,12 @@ class Systemd(UnixSocketTestCase):
         with unittest.mock.patch.dict(os.environ, LISTEN_PID="1", LISTEN_FDS="1"), Process() as process:
             self.assertEqual(exchange(process.port, b"GET / HTTP/1.0\r\n\r\n")[0], 200)
 
+    def test_two_sockets(self) -> None:
+        with unittest.mock.patch.dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS="2"):
+            status, output, errors = call("--port", "0")
+        self.assertEqual((status, output), (1, ""))
+        self.assertEqual(errors, "pywebsock: systemd passes 2 sockets: the unit must have one ListenStream\n")
+
     def test_notify(self) -> None:
         names = [os.path.join(self.folder, "notify")]
         if sys.platform == "linux":
