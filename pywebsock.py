@@ -1029,7 +1029,7 @@ def read_page() -> bytes:
     with contextlib.suppress(OSError):
         loader: Any = globals()["__loader__"]
         return bytes(loader.get_data(str(here.with_name("pywebsock.html"))))
-    raise HandshakeError(404, "pywebsock.html is not in the folder of pywebsock.py")
+    raise HandshakeError(404, "pywebsock.html cannot be read in the folder of pywebsock.py")
 
 
 def take_post(client: WebSocketHandler, request: Request) -> Steps[None]:
@@ -1825,7 +1825,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self._refuse(error)
         except OSError as error:
             level = logging.DEBUG if self._is_silent else logging.INFO
-            line = "%s gone before its handshake: %s"
+            line = "%s gone before the response: %s"
             self.server._hooks.log(level, line, self.address, printable(str(error)))
             self._end()
         finally:

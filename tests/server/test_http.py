@@ -78,7 +78,7 @@ class Page(ServerTestCase):
         with unittest.mock.patch.object(pywebsock, "__file__", "/nowhere/pywebsock.py"):
             status, _, body = exchange(port, http("GET"))
         self.assertEqual(status, 404)
-        self.assertIn(PAGE.encode(), body)
+        self.assertIn(b"pywebsock.html cannot be read", body)
 
 
 class Status(ServerTestCase):
@@ -265,6 +265,14 @@ class Post(ServerTestCase):
         self.assertEqual([status for status, _, _ in responses], [408] * 3)
         server.broadcast("end")
         self.assertEqual(client.read(), "end")
+
+    def test_connection_that_ends_in_the_body(self) -> None:
+        server = self.serve()
+        with self.assertLogs("pywebsock", "INFO") as logged:
+            with self.connect(server, handshake=False) as client:
+                client.send_raw(http("POST", Content_Length="5") + b"Hell")
+            eventually(lambda: logged.output)
+        self.assertIn("gone before the response: the connection ended", logged.output[0])
 
     def test_time_for_a_body(self) -> None:
         """The deadline of a long body is later than that of the head."""
