@@ -15,8 +15,9 @@ import typing
 import unittest
 import zlib
 
+from tests.program.test_page import Unmarked
 from tests.tools.browser import BROWSERS, FILE, PageTestCase, Tab, in_each_engine, only_in, seal
-from tests.tools.support import DEADLINE, ROOT, Client, eventually
+from tests.tools.support import DEADLINE, ROOT, Client, eventually, free_port
 
 ESCAPE = "\ue00c"  # WebDriver 17.4.2
 
@@ -422,6 +423,30 @@ class ReadOnly(PageTestCase):
         self.wait(lambda: tab.outbox_states() == ["not delivered: this server only sends"], "refused")
         self.assertEqual(tab.state()[0], "connected")
         self.assertEqual(tab.notes(), [])
+
+    def test_nothing_is_sent_before_it_is_known(self) -> None:
+        """The answer of /status comes later than the connection; a message would end the connection."""
+        port = free_port()
+        tab = self.open(f"{(ROOT / 'pywebsock.html').as_uri()}?server=ws://localhost:{port}", state="offline")
+        tab.send("typed before")
+        tab.run("""window.fetched = fetch;
+            window.fetch = async (...given) => {
+                await new Promise(resolve => setTimeout(resolve, 1500));
+                return fetched(...given);
+            };""")
+        self.serve("--read-only", port=port)
+        self.wait(lambda: not tab.shows("#composer"), "no composer")
+        self.wait(lambda: tab.outbox_states() == ["not delivered: this server only sends"], "refused by the page")
+        self.assertEqual(tab.notes(), [])
+
+    def test_a_server_that_does_not_tell(self) -> None:
+        """Messages are sent if /status fails, and if no answer comes."""
+        for answers in True, False:
+            with self.subTest(answers=answers), Unmarked(answers=answers) as server:
+                tab = self.open(self.from_disk(server, self.hasty(PATIENCE=1500)), state="")
+                tab.send("hello")
+                tab.wait_for_messages(1)
+                self.assertEqual(tab.messages(".mine"), ["hello"])
 
     def test_the_reason_of_a_close_stands_at_the_message(self) -> None:
         tab = self.open(self.from_disk(self.serve()))

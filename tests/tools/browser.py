@@ -349,8 +349,11 @@ class Tab:
         return drawn, read
 
     def wait_for_state(self, state: str) -> None:
-        """Wait until the connection is in a state."""
+        """Wait until the connection is in a state; if it is connected, until messages are sent at once, too."""
         eventually(lambda: self.state() == (state, state), f"{state} in {self.url}", PATIENCE)
+        if state == "connected":
+            known = "return connection.readOnly !== null"
+            eventually(lambda: self.run(known), f"it is known whether {self.url} only sends", PATIENCE)
 
     def wait_for_messages(self, count: int) -> None:
         """Wait until there is this number of messages in the log."""
