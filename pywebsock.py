@@ -1742,6 +1742,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     server: BroadcastServer
     request: socket.socket
+    _answer: Callable[[Request], Steps[None]]
+    _respond: Callable[[bytes], None]
 
     def setup(self) -> None:
         """Called by socketserver, before handle()."""
@@ -1838,12 +1840,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 with contextlib.suppress(OSError):  # it need not reach the peer
                     self.request.end_tls()
             self.server.shutdown_request(self.request)
-
-    def _answer(self, request: Request) -> Steps[None]:
-        raise NotImplementedError
-
-    def _respond(self, response: bytes) -> None:
-        raise NotImplementedError
 
     # ---- receiving ----
 
