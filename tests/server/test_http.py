@@ -346,7 +346,7 @@ class Elsewhere(ServerTestCase):
     )
 
     def test_host_first(self) -> None:
-        """A request with a wrong Host field gets 400, also if it asks for something that is not there (RFC 9112 3.2)."""
+        """A request with a wrong Host field gets 400, also where nothing is (RFC 9112 3.2)."""
         port = self.serve().server_address[1]
         for method, target in (("GET", "/nothing"), ("PUT", "/")):
             for host in (None, "a\r\nHost: b"):
