@@ -964,7 +964,7 @@ def http_response(request: Request, status: int, kind: str, body: bytes, *fields
 
 def printable(text: str, limit: int = 200) -> str:
     """Return text of a peer for the log: escape control and non-ASCII characters, cut after `limit` characters."""
-    return text[:limit].encode("unicode_escape").decode()
+    return re.sub(r"[^ -\[\]-~]", lambda match: ascii(match[0])[1:-1], text[:limit])
 
 
 # ======================================================================================
