@@ -1437,7 +1437,7 @@ class TLSSocket(socket.socket):
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self.unsent = b""  # encrypted data, for flush() when the socket accepts data again
-        self._held = 0  # bytes of the application data in it
+        self.held = 0  # bytes of the application data in it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tls, name)
@@ -1498,11 +1498,11 @@ class TLSSocket(socket.socket):
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send a record; return the number of bytes sent. After a BlockingIOError, call it with the same data again."""
-        if not self._held:
+        if not self.held:
             self.flush()
-            self._held = self._tls.write(memoryview(data)[:TLS_READ_SIZE])
+            self.held = self._tls.write(memoryview(data)[:TLS_READ_SIZE])
         self.flush()
-        held, self._held = self._held, 0
+        held, self.held = self.held, 0
         return held
 
     def sendall(self, data: Any, flags: int = 0) -> None:
@@ -1574,7 +1574,7 @@ class Connection:
         self.pieces = NOTHING
         self.sent = 0  # bytes of the first piece that are sent
         self.size = 0  # bytes in the outbox
-        self.pong = b""  # the newest Pong, to be sent after the first piece
+        self.pong = b""  # the newest Pong, to be sent as soon as possible
         self.is_shut = False  # the server has ended its side of TCP
 
     # ---- coming in ----
@@ -1631,6 +1631,8 @@ class Connection:
 
     def flush(self, now: float, slices: int = SENDS_AT_ONCE) -> None:
         """Send from the outbox, at most this number of slices, since others wait. Raise OSError."""
+        if self.pong:
+            self._insert_pong()
         with contextlib.suppress(*WOULD_BLOCK):
             if self.is_blocked and self.tls:
                 self.tls.flush()
@@ -1639,6 +1641,16 @@ class Connection:
                 if not self.pieces:
                     break
                 self._count(self.send(self._next_slice()), now)
+
+    def _insert_pong(self) -> None:
+        """Put the Pong between two pieces, since a client may always be behind."""
+        index, begun = 0, self.sent + (self.tls.held if self.tls else 0)  # bytes that were sent, or that TLS will send
+        while begun > 0:
+            begun -= len(self.pieces[index])
+            index += 1
+        self.pieces.insert(index, self.pong)
+        self.size += len(self.pong)
+        self.pong = b""
 
     def _next_slice(self) -> Octets | memoryview:
         """Return the next bytes to send: a long piece, or several short ones joined."""
@@ -2746,10 +2758,6 @@ class Sender:
         """Send from the outbox: the socket accepts data again."""
         if connection.state is State.CLOSED:
             return
-        if connection.pong:  # a client that is always behind gets it, too
-            connection.pieces.insert(1, connection.pong)
-            connection.size += len(connection.pong)
-            connection.pong = b""
         connection.flush(self.now, self.slices)
         if not connection.pieces:
             self.slow.discard(connection)

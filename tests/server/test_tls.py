@@ -102,6 +102,30 @@ class TLS(ServerTestCase):
             self.assertEqual(quick.read(), message)
         self.assertEqual([slow.read() for _ in messages], messages)
 
+    def test_pongs_between_slices(self) -> None:
+        """A Pong gets between the messages that wait for a slow client, not into a record that waits to be sent."""
+        server = self.secure()
+        faults.small_buffers(server)
+        client = self.client(server, small=True)
+        number = 300
+        for i in range(number):
+            server.broadcast(f"{i:04}" * 250)
+            eventually(lambda i=i: server._room.messages > i)  # type: ignore[misc]
+        (connection,) = server._room.connections
+        eventually(lambda: connection.size > 100_000)
+        heard, pongs = list[bytes](), 0
+        while len(heard) < number:
+            if len(heard) % 20 == 0:
+                client.frame(PING, b"?")
+                eventually(lambda: connection.pong or not connection.pieces)
+            frame = client.read_frame()
+            if frame.opcode == PONG:
+                pongs += 1
+            else:
+                heard.append(frame.payload[:4])
+        self.assertEqual(heard, [b"%04d" % i for i in range(number)])
+        self.assertGreater(pongs, 1)
+
     def test_close_notify_is_answered(self) -> None:
         """RFC 8446 6.1: a close_notify of a client, and one before a request."""
         server = self.secure()
