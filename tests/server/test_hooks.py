@@ -147,7 +147,7 @@ class Hooks(ServerTestCase):
                 self.assertFalse(server.go_on.is_set())
             finally:
                 stop.set()
-                other.socket.close()
+                server.broadcast(data)  # so that no client waits for more
         server.go_on.set()
 
     def test_gone_while_a_hook_blocks(self) -> None:
