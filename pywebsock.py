@@ -2220,7 +2220,7 @@ class Queue:
 
     def wake(self) -> None:
         """Wake the loop."""
-        with contextlib.suppress(OSError):  # the alarm is full of bytes, or closed
+        with contextlib.suppress(OSError, MemoryError):  # the alarm is full of bytes, or closed
             if self._ring:
                 self._ring.send(b"!")
 
@@ -2839,9 +2839,12 @@ class Sender:
         self._forget(connection)
 
     def fail_to_send(self, connection: Connection, error: Exception) -> None:
-        """Send nothing more to a peer that has gone, but read what it has sent before. Otherwise end the connection."""
+        """Send nothing more to a peer that has gone, but read what it has sent before. Otherwise end the connection.
+
+        With a rate, reading could take minutes: end the connection.
+        """
         is_gone = isinstance(error, ConnectionError) and connection.send is not discard
-        if is_gone and connection.state is State.OPEN and not connection.tls:
+        if is_gone and connection.state is State.OPEN and not (connection.tls or self._server.rate):
             connection.send, connection.pieces, connection.size, connection.pong = discard, NOTHING, 0, b""
             self.flush(connection)
         else:
