@@ -2066,7 +2066,7 @@ class WebSocketHandler(RequestHandler):
         if extension:
             fields.append(("Sec-WebSocket-Extensions", extension))
         self.subprotocol = choose_subprotocol(request, self.server.subprotocols)
-        if self.server._overrides("admit"):
+        if self.server._overrides("admit"):  # else this may be the main thread, where Ctrl-C is no error of a hook
             self._call(self.server.admit)
         fields += self._answer_subprotocol(request)
         return serialize_response(101, fields), window, "client_no_context_takeover" not in extension
@@ -3548,7 +3548,7 @@ class LimitedServer(socketserver.ThreadingTCPServer):
         self.socket.setblocking(False)
 
     def _handle_request_noblock(self) -> None:
-        """Called by serve_forever(): accept a few of the connections that wait, and then wake the loop once."""
+        """Called for each round: accept a few of the connections that wait, and then wake the loop once."""
         self._queue.quiet_thread = threading.get_ident()
         try:
             before, self._accepted = -1, 0
@@ -3595,12 +3595,12 @@ class LimitedServer(socketserver.ThreadingTCPServer):
 
     def _wait_for_fewer(self, shortage: str) -> None:
         """Wait until there are fewer connections, but at most half a second."""
-        self._queue.wake()
+        self._queue.wake()  # operations of this thread may end a connection
         self._hooks.log(logging.WARNING, "cannot accept for now: %s", shortage)
         self._room.wait_for(self._room.size - 1, time.monotonic() + 0.5)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start the connection's handler. It runs in hook threads, and the loop waits for its socket."""
+        """Start the connection's handler. It runs here or in hook threads, and the loop waits for its socket."""
         self._begin()
         self._accepted += 1
         self.finish_request(request, client_address)
@@ -4329,7 +4329,7 @@ class Program(BroadcastServer):
 
     def catch_signals(self) -> None:
         """Install the signal handlers, if this is the main thread."""
-        with contextlib.suppress(ValueError):  # it is another one
+        with contextlib.suppress(ValueError):  # in other threads, Python refuses handlers
             for number in (signal.SIGINT, *OTHER_SIGNALS):
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                     signal.signal(number, self.stop)
